@@ -1,0 +1,273 @@
+"""The exported parameter mapping: which byte of a checkpoint lands where on which inference rank.
+
+One JSON document, ``vllm_bridge_config.json``, written once by the daemon when every vLLM worker has
+published its memory, and read by every trainer rank. It is the whole contract between the two sides: a
+trainer needs neither vLLM nor the checkpoint to know what to send.
+
+All offsets and strides are counted in elements, except ``Target.offset`` and ``RankMap.arena_bytes``,
+which are bytes. dtypes are torch's names without the prefix ("bfloat16").
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import blake3
+import msgspec
+
+from bridge.errors import MappingError
+
+FORMAT_VERSION = 1
+CONFIG_NAME = "vllm_bridge_config.json"
+
+ITEMSIZE = {
+    "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2,
+    "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e8m0fnu": 1, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1,
+    "int64": 8, "int32": 4, "int16": 2, "int8": 1,
+    "uint64": 8, "uint32": 4, "uint16": 2, "uint8": 1, "bool": 1,
+}  # fmt: skip
+
+
+class Source(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole tensor under the name the trainer knows it by: contiguous, row-major."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+class Target(msgspec.Struct, frozen=True, kw_only=True):
+    """A live tensor of one inference rank, at a fixed place in that rank's arena.
+
+    ``shape`` and ``stride`` describe the tensor that the loader writes to. Where ``transform`` is set,
+    vLLM reads another layout: bytes are gathered in a scratch tensor of this shape, and the named
+    transform writes the ``nbytes`` at ``offset``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str
+    offset: int
+    nbytes: int
+    transform: str = ""
+    aliases: tuple[str, ...] = ()
+
+
+class Write(msgspec.Struct, frozen=True, kw_only=True):
+    """One copy that the model's own loader performed, as a pair of affine views of equal ``size``.
+
+    ``src_*`` address the flat source tensor, ``dst_*`` the target relative to its first element.
+    """
+
+    source: int
+    target: int
+    size: tuple[int, ...]
+    src_offset: int
+    src_stride: tuple[int, ...]
+    dst_offset: int
+    dst_stride: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.size)
+
+
+class Vocabulary(msgspec.Struct, frozen=True, kw_only=True):
+    """One set of names a trainer may use, and what vLLM's loader does with it.
+
+    ``checkpoint`` holds the names in the checkpoint's files; ``transformers`` those of the model in
+    memory, which differ where transformers fuses tensors (experts, since version 5).
+    ``unused`` are names vLLM's loader accepts and drops.
+    """
+
+    name: str
+    sources: tuple[Source, ...]
+    unused: tuple[str, ...] = ()
+
+
+class RankMap(msgspec.Struct, frozen=True, kw_only=True):
+    """What one inference rank holds, and the writes that fill it, per vocabulary name."""
+
+    rank: int
+    arena_bytes: int
+    targets: tuple[Target, ...]
+    writes: dict[str, tuple[Write, ...]]
+
+
+class Rendezvous(msgspec.Struct, frozen=True, kw_only=True):
+    """Where trainers find the daemon's TCPStore, and the secret that admits them."""
+
+    host: str
+    port: int
+    secret: str
+
+
+class ParamMapping(msgspec.Struct, frozen=True, kw_only=True):
+    """The older bridge's row for one parameter; kept readable and written for its users."""
+
+    vllm_name: str
+    shape: tuple[int, ...]
+    local_shape: tuple[int, ...]
+    dtype: str
+    tp_shard_dim: int | None = None
+    needs_permute: bool = False
+
+
+class Mapping(msgspec.Struct, frozen=True, kw_only=True):
+    """The document. ``digest`` covers everything but ``rendezvous``, ``run_dir`` and itself."""
+
+    format_version: int = FORMAT_VERSION
+    model: str
+    vllm_version: str
+    dtype: str
+    tp_degree: int
+    dp_shard_degree: int = 1
+    num_inference_ranks: int
+    vocabularies: tuple[Vocabulary, ...]
+    ranks: tuple[RankMap, ...]
+    param_mappings: dict[str, ParamMapping]
+    omitted_vocabularies: dict[str, str] = {}
+    digest: str = ""
+    rendezvous: Rendezvous | None = None
+    run_dir: str = ""
+
+    def vocabulary(self, name: str) -> Vocabulary:
+        for vocabulary in self.vocabularies:
+            if vocabulary.name == name:
+                return vocabulary
+        known = ", ".join(v.name for v in self.vocabularies)
+        raise MappingError(f"mapping of {self.model!r} has no vocabulary {name!r}; it has: {known}")
+
+
+def compute_digest(mapping: Mapping) -> str:
+    """blake3 (hex, 256 bits) over the canonical encoding of what must agree on both sides."""
+    body = msgspec.structs.replace(mapping, digest="", rendezvous=None, run_dir="")
+    return blake3.blake3(msgspec.msgpack.encode(body)).hexdigest()
+
+
+def find_faults(mapping: Mapping) -> list[str]:
+    """All internal contradictions of a decoded document, each as a sentence."""
+    faults: list[str] = []
+    if mapping.format_version != FORMAT_VERSION:
+        faults.append(f"format_version is {mapping.format_version}, this bridge reads {FORMAT_VERSION}")
+    if not mapping.vocabularies:
+        faults.append("there is no vocabulary, so no parameter could ever be sent")
+    if sorted(r.rank for r in mapping.ranks) != list(range(mapping.num_inference_ranks)):
+        faults.append(
+            f"num_inference_ranks is {mapping.num_inference_ranks}, but the ranks listed are "
+            f"{sorted(r.rank for r in mapping.ranks)}"
+        )
+    sources = {v.name: v.sources for v in mapping.vocabularies}
+    for rank in mapping.ranks:
+        faults += _rank_faults(rank, sources)
+    if mapping.digest and mapping.digest != (actual := compute_digest(mapping)):
+        faults.append(f"digest is {mapping.digest[:16]}.., but the content hashes to {actual[:16]}..")
+    return faults
+
+
+def _rank_faults(rank: RankMap, sources: dict[str, tuple[Source, ...]]) -> list[str]:
+    faults: list[str] = []
+    where = f"rank {rank.rank}"
+    for target in rank.targets:
+        if target.dtype not in ITEMSIZE:
+            faults.append(f"{where}: {target.name} has unknown dtype {target.dtype!r}")
+        if target.offset < 0 or target.offset + target.nbytes > rank.arena_bytes:
+            faults.append(f"{where}: {target.name} ends beyond the arena of {rank.arena_bytes} bytes")
+    for vocabulary, writes in rank.writes.items():
+        if vocabulary not in sources:
+            faults.append(f"{where}: has writes for the unknown vocabulary {vocabulary!r}")
+            continue
+        for write in writes:
+            faults += _write_faults(f"{where}, {vocabulary}", write, sources[vocabulary], rank.targets)
+    return faults
+
+
+def _write_faults(
+    where: str, write: Write, sources: tuple[Source, ...], targets: tuple[Target, ...]
+) -> list[str]:
+    if not 0 <= write.source < len(sources):
+        return [f"{where}: a write names source {write.source} of {len(sources)}"]
+    if not 0 <= write.target < len(targets):
+        return [f"{where}: a write names target {write.target} of {len(targets)}"]
+    if not len(write.size) == len(write.src_stride) == len(write.dst_stride):
+        return [f"{where}: a write to {targets[write.target].name} has strides of another rank than its size"]
+    last = write.src_offset + sum((n - 1) * s for n, s in zip(write.size, write.src_stride, strict=True))
+    source = sources[write.source]
+    if write.numel and not 0 <= write.src_offset <= last < source.numel:
+        return [f"{where}: a write reads element {last} of {source.name}, which has {source.numel}"]
+    return []
+
+
+def encode(mapping: Mapping) -> bytes:
+    """The document as JSON, with its digest filled in."""
+    return msgspec.json.encode(msgspec.structs.replace(mapping, digest=compute_digest(mapping)))
+
+
+def decode(data: bytes, *, origin: str) -> Mapping:
+    """Parse and check a document.
+
+    Args:
+        data: the JSON bytes.
+        origin: where they came from, for the error message.
+
+    Raises:
+        MappingError: truncated, of another schema, or contradicting itself; lists every fault.
+    """
+    try:
+        mapping = msgspec.json.decode(data, type=Mapping)
+    except msgspec.DecodeError as err:
+        raise MappingError(
+            f"{origin} is not a bridge mapping: {err} ({len(data)} bytes); it may be truncated or from "
+            'another version; restart the server, or run "python -m bridge.launch export-mapping"'
+        ) from err
+    if not mapping.digest:
+        raise MappingError(f"{origin} carries no digest, so nobody can tell whether it is whole")
+    if faults := find_faults(mapping):
+        listing = "\n  ".join(faults)
+        raise MappingError(f"{origin} contradicts itself in {len(faults)} place(s):\n  {listing}")
+    return mapping
+
+
+def load(path: Path) -> Mapping:
+    """Read and check a mapping file.
+
+    Raises:
+        MappingError: the file is missing, unreadable, truncated or contradicts itself.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as err:
+        raise MappingError(
+            f"cannot read the mapping {path}: {err.strerror}; is the server ready, and is its --logdir "
+            "visible on this host? (LOGDIR or BRIDGE_CONFIG name it)"
+        ) from err
+    return decode(data, origin=str(path))
+
+
+def write_atomically(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+    """Replace ``path`` by ``data`` so that a reader sees the old file or the new, never a part."""
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        os.fchmod(fd, mode)
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of the document, for docs and other readers."""
+    return msgspec.json.schema(Mapping)

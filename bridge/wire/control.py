@@ -1,0 +1,128 @@
+"""Control frames over Gloo, heartbeats both ways, and a name for whoever falls silent.
+
+One thread per peer waits for that peer's frames; a wait as long as the deadline means that not even a heartbeat
+came, so the peer is lost. A broken connection is noticed at once. What comes goes to one queue, which
+the owner of the round reads.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from bridge.errors import PeerLost, ProtocolError
+from bridge.protocol.messages import FRAME_BYTES, Frame, Opcode, decode, encode
+from bridge.wire.rendezvous import first_line
+
+logger = logging.getLogger(__name__)
+
+CONTROL_TAG = 7
+Event = tuple[int, Frame | PeerLost | ProtocolError]
+
+
+class ControlGroup:
+    """This process's end of the control group. ``peers`` maps control ranks to names for messages."""
+
+    def __init__(
+        self,
+        group: dist.ProcessGroupGloo,
+        peers: Mapping[int, str],
+        *,
+        epoch: int,
+        heartbeat_interval_s: float,
+        deadline_s: float,
+        events: queue.Queue[Event] | None = None,
+    ) -> None:
+        self._group = group
+        self._peers = dict(peers)
+        self._epoch = epoch
+        self._interval_s = heartbeat_interval_s
+        self._deadline = timedelta(seconds=deadline_s)
+        self.events: queue.Queue[Event] = events if events is not None else queue.Queue()
+        self._send_lock = threading.Lock()
+        self._closing = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._receive, args=(peer,), name=f"bridge-control-{peer}", daemon=True)
+            for peer in peers
+        ]
+        self._threads.append(threading.Thread(target=self._beat, name="bridge-heartbeat", daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    def send(self, peers: Iterable[int], frame: Frame) -> None:
+        """Send one frame to each of ``peers``.
+
+        Raises:
+            PeerLost: names the first peer that could not be reached; the others are still tried.
+        """
+        data = encode(frame)
+        lost: PeerLost | None = None
+        for peer in peers:
+            try:
+                self._send_one(peer, data)
+            except PeerLost as err:
+                lost = lost or err
+        if lost:
+            raise lost
+
+    def _send_one(self, peer: int, data: bytes) -> None:
+        buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        try:
+            with self._send_lock:
+                self._group.send([buffer], peer, CONTROL_TAG).wait(self._deadline)
+        except RuntimeError as err:
+            raise self._lost(peer, err) from err
+
+    def _lost(self, peer: int, err: Exception) -> PeerLost:
+        return PeerLost(
+            f"{self._peers[peer]} is gone or was silent for {self._deadline.total_seconds():g} s "
+            f"(epoch {self._epoch}): {first_line(err)}"
+        )
+
+    def _receive(self, peer: int) -> None:
+        buffer = torch.empty(FRAME_BYTES, dtype=torch.uint8)
+        while True:
+            try:
+                self._group.recv([buffer], peer, CONTROL_TAG).wait(self._deadline)
+                frame = decode(buffer.numpy().tobytes())
+            except RuntimeError as err:
+                if not self._closing.is_set():
+                    self.events.put((peer, self._lost(peer, err)))
+                return
+            except ProtocolError as err:
+                self.events.put((peer, err))
+                return
+            if frame.opcode is not Opcode.HEARTBEAT:
+                self.events.put((peer, frame))
+            if frame.opcode is Opcode.SHUTDOWN:
+                return
+
+    def beat(self) -> None:
+        """Send one heartbeat to every peer now."""
+        self.send(self._peers, Frame(opcode=Opcode.HEARTBEAT, epoch=self._epoch))
+
+    def _beat(self) -> None:
+        while not self._closing.wait(self._interval_s):
+            try:
+                self.beat()
+            except PeerLost as err:
+                # The peer's own receiver thread reports the loss; here it only ends the beating.
+                logger.debug("heartbeats end: %s", err)
+                return
+
+    def close(self, *, timeout_s: float) -> bool:
+        """Stop beating and wait for the receivers, which end with the peers' SHUTDOWN or their death.
+
+        Returns whether all ended; Gloo has no way to interrupt the others, which end at their deadline.
+        """
+        self._closing.set()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(timeout_s / len(self._threads))
+        return not any(thread.is_alive() for thread in self._threads)

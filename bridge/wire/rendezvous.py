@@ -1,0 +1,207 @@
+"""How trainers and daemons find and admit each other, and how their groups come to be.
+
+The daemon keeps a TCPStore open. A trainer's rank 0 draws a ticket and leaves a signed request; the daemon
+answers with an epoch, or with a refusal that says why. The answer's epoch prefixes every later key, so no
+message of an earlier incarnation can be taken for a new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import socket
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import torch.distributed as dist
+
+from bridge.errors import RendezvousError, RendezvousRefused
+
+POLL_S = 1.0
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """What trainer rank 0 says of itself."""
+
+    session: str
+    protocol_version: int
+    world_size: int
+    mapping_digest: str
+    host: str
+    pid: int
+    torch_version: str
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """What the daemon replies. ``refusal`` is empty when the trainer is admitted."""
+
+    session: str
+    refusal: str = ""
+    epoch: int = 0
+    weight_version: int = 0
+    num_daemons: int = 1
+    num_inference_ranks: int = 0
+    daemon_pid: int = 0
+    heartbeat_interval_s: float = 2.0
+    deadline_s: float = 15.0
+    bucket_bytes: int = 0
+
+
+class _Signed(msgspec.Struct, frozen=True):
+    body: bytes
+    mac: bytes
+
+
+T = TypeVar("T")
+
+
+def seal(message: msgspec.Struct, secret: str) -> bytes:
+    """Encode and sign with the job's secret (HMAC-SHA256)."""
+    body = msgspec.msgpack.encode(message)
+    return msgspec.msgpack.encode(_Signed(body, hmac.digest(secret.encode(), body, hashlib.sha256)))
+
+
+def unseal(data: bytes, secret: str, kind: type[T]) -> T:
+    """Check the signature and decode.
+
+    Raises:
+        RendezvousRefused: signed with another secret, or not a message at all.
+    """
+    try:
+        signed = msgspec.msgpack.decode(data, type=_Signed)
+    except msgspec.DecodeError as err:
+        raise RendezvousRefused(f"a rendezvous message of {len(data)} bytes is not ours: {err}") from err
+    if not hmac.compare_digest(signed.mac, hmac.digest(secret.encode(), signed.body, hashlib.sha256)):
+        raise RendezvousRefused(
+            "a rendezvous message was signed with another job's secret; is the mapping file that of this "
+            "server's present run?"
+        )
+    return msgspec.msgpack.decode(signed.body, type=kind)
+
+
+def serve_store(host: str, port: int) -> dist.TCPStore:
+    """Open the store that trainers will look for; port 0 takes any.
+
+    Raises:
+        RendezvousError: the port is in use or the address is not ours.
+    """
+    try:
+        return dist.TCPStore(
+            host, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30)
+        )
+    except (RuntimeError, ValueError) as err:
+        raise RendezvousError(
+            f"cannot open the rendezvous at {host}:{port}: {first_line(err)}; choose another "
+            "--rendezvous-port or --rendezvous-host"
+        ) from err
+
+
+def reach_store(host: str, port: int, *, timeout_s: float) -> dist.TCPStore:
+    """Connect to a daemon's store.
+
+    Raises:
+        RendezvousError: nobody answers there within ``timeout_s`` seconds.
+    """
+    try:
+        # The store's own connect retries for long after its timeout; a plain connect answers at once.
+        socket.create_connection((host, port), timeout=timeout_s).close()
+        return dist.TCPStore(
+            host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+        )
+    except (OSError, RuntimeError) as err:
+        raise RendezvousError(
+            f"no weight-updater daemon answers at {host}:{port} within {timeout_s:g} s: {first_line(err)}; is "
+            "the server up, and is this its present mapping file?"
+        ) from err
+
+
+def first_line(err: BaseException) -> str:
+    """A C++ error without its backtrace."""
+    return str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
+
+
+def ask(store: dist.Store, request: Request, secret: str, *, timeout_s: float) -> None:
+    """Leave a request for the daemon (trainer rank 0)."""
+    ticket = store.add("ticket", 1)
+    store.set_timeout(timedelta(seconds=timeout_s))
+    store.set(f"ticket/{ticket}", seal(request, secret))
+
+
+def await_answer(store: dist.Store, session: str, secret: str, *, timeout_s: float) -> Answer:
+    """Wait for the daemon's answer to ``session``.
+
+    Raises:
+        RendezvousError: no answer in time.
+        RendezvousRefused: the daemon said no; carries its reason.
+    """
+    data = fetch(store, f"answer/{session}", timeout_s=timeout_s, what="the daemon's answer")
+    answer = unseal(data, secret, Answer)
+    if answer.refusal:
+        raise RendezvousRefused(f"the daemon refused this trainer: {answer.refusal}")
+    return answer
+
+
+def fetch(store: dist.Store, key: str, *, timeout_s: float, what: str) -> bytes:
+    """Wait for a key and read it.
+
+    Raises:
+        RendezvousError: it was not set within ``timeout_s`` seconds, or the store is gone.
+    """
+    try:
+        store.wait([key], timedelta(seconds=timeout_s))
+        return bytes(store.get(key))
+    except (RuntimeError, dist.DistError) as err:
+        raise RendezvousError(f"waited {timeout_s:g} s for {what}: {first_line(err)}") from err
+
+
+def next_request(store: dist.Store, ticket: int, *, secret: str) -> Request | None:
+    """The daemon's poll: the request with this ticket, or None if nobody came within ``POLL_S`` seconds.
+
+    Raises:
+        RendezvousRefused: the request was not signed with our secret.
+    """
+    try:
+        store.wait([f"ticket/{ticket}"], timedelta(seconds=POLL_S))
+    except dist.DistStoreError:
+        return None
+    return unseal(bytes(store.get(f"ticket/{ticket}")), secret, Request)
+
+
+def local_address(host: str, port: int) -> str:
+    """The address of this host's interface that leads to ``host``."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port or 9))
+        return str(probe.getsockname()[0])
+
+
+def make_group(
+    store: dist.Store, prefix: str, *, rank: int, size: int, address: str, timeout_s: float
+) -> dist.ProcessGroupGloo:
+    """Build a Gloo group of our own beside whatever default group the process has.
+
+    Raises:
+        RendezvousError: not all ``size`` ranks came within ``timeout_s`` seconds.
+    """
+    options = dist.ProcessGroupGloo._Options()
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+    options._timeout = timedelta(seconds=timeout_s)
+    try:
+        return dist.ProcessGroupGloo(dist.PrefixStore(prefix, store), rank, size, options)
+    except RuntimeError as err:
+        raise RendezvousError(
+            f"group {prefix!r} of {size} ranks did not form within {timeout_s:g} s (rank {rank} on "
+            f"{socket.gethostname()}): {first_line(err)}"
+        ) from err
+
+
+def boot_id() -> str:
+    """Names this boot of this kernel: equal for all processes and containers of one host."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def describe_process() -> str:
+    """Host and pid, for messages."""
+    return f"pid {os.getpid()} on {socket.gethostname()}"

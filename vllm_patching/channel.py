@@ -1,0 +1,161 @@
+"""The node's own socket: how workers, engine, updaters and the launcher talk to the daemon.
+
+A Unix stream socket, mode 0600 in a directory of mode 0700; both ends compare the other's SO_PEERCRED
+with their own uid. A message is a four-byte length and JSON; file descriptors ride on its first byte
+(SCM_RIGHTS). No pickle: what a message may be is written down here. No torch either, so that the
+launcher can ask for the status in milliseconds.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+import struct
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from bridge.errors import BridgeError, ProtocolError
+
+SOCKET_NAME = "daemon.sock"
+MAX_MESSAGE_BYTES = 1 << 30  # a mapping of a 10,000-tensor model is some tens of MB
+MAX_FDS = 8
+_LENGTH = struct.Struct("!I")
+_UCRED = struct.Struct("iII")
+
+
+class PeerRefused(BridgeError):
+    """The process at the other end of the socket belongs to another user."""
+
+
+class ChannelClosed(BridgeError):
+    """The other end is gone."""
+
+
+def socket_path(run_dir: Path) -> Path:
+    """The daemon's socket below a run directory."""
+    return run_dir / SOCKET_NAME
+
+
+class Channel:
+    """One connection. Not thread-safe for sending; one reader and one writer thread are fine."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.pid, uid, _ = _UCRED.unpack(
+            sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        )
+        if uid != os.geteuid():
+            sock.close()
+            raise PeerRefused(
+                f"pid {self.pid} of uid {uid} is at the other end of the bridge's socket, which belongs "
+                f"to uid {os.geteuid()}; refused"
+            )
+
+    @classmethod
+    def connect(cls, run_dir: Path, *, timeout_s: float) -> Channel:
+        """Connect to the daemon of ``run_dir``.
+
+        Raises:
+            OSError: there is no daemon, or it does not answer within ``timeout_s`` seconds.
+            PeerRefused: another user owns the socket.
+        """
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(timeout_s)
+        try:
+            sock.connect(str(socket_path(run_dir)))
+        except OSError:
+            sock.close()
+            raise
+        return cls(sock)
+
+    def send(self, message: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
+        """Send one message, with file descriptors if any.
+
+        Raises:
+            ChannelClosed: the other end is gone.
+        """
+        body = msgspec.json.encode(message)
+        data = _LENGTH.pack(len(body)) + body
+        try:
+            sent = socket.send_fds(self.sock, [data], list(fds)) if fds else 0
+            self.sock.sendall(data[sent:])
+        except OSError as err:
+            raise ChannelClosed(f"the bridge's socket to pid {self.pid} broke: {err}") from err
+
+    def receive(self) -> tuple[dict[str, Any], tuple[int, ...]]:
+        """Wait for one message; the socket's own timeout applies.
+
+        Raises:
+            ChannelClosed: the other end is gone.
+            TimeoutError: nothing came in time.
+            ProtocolError: what came is not a message.
+        """
+        head, fds = self._receive_head()
+        (length,) = _LENGTH.unpack(head)
+        if length > MAX_MESSAGE_BYTES:
+            raise ProtocolError(f"pid {self.pid} announced a message of {length} bytes")
+        body = self._receive_exactly(length)
+        try:
+            message = msgspec.json.decode(body, type=dict[str, Any])
+        except msgspec.DecodeError as err:
+            raise ProtocolError(f"pid {self.pid} sent something that is not a message: {err}") from err
+        return message, fds
+
+    def _receive_head(self) -> tuple[bytes, tuple[int, ...]]:
+        fds: array.array[int] = array.array("i")
+        try:
+            data, received, _, _ = socket.recv_fds(
+                self.sock, _LENGTH.size, MAX_FDS, socket.MSG_CMSG_CLOEXEC
+            )
+        except TimeoutError:
+            raise
+        except OSError as err:
+            raise ChannelClosed(f"the bridge's socket to pid {self.pid} broke: {err}") from err
+        fds.extend(received)
+        if not data:
+            raise ChannelClosed(f"pid {self.pid} closed the bridge's socket")
+        if len(data) < _LENGTH.size:
+            data += self._receive_exactly(_LENGTH.size - len(data))
+        return data, tuple(fds)
+
+    def _receive_exactly(self, count: int) -> bytes:
+        buffer = bytearray(count)
+        view = memoryview(buffer)
+        done = 0
+        while done < count:
+            try:
+                received = self.sock.recv_into(view[done:])
+            except TimeoutError:
+                raise
+            except OSError as err:
+                raise ChannelClosed(f"the bridge's socket to pid {self.pid} broke: {err}") from err
+            if received == 0:
+                raise ChannelClosed(f"pid {self.pid} closed the bridge's socket in the middle of a message")
+            done += received
+        return bytes(buffer)
+
+    def close(self) -> None:
+        """Close this end; the other sees the end of the stream."""
+        try:
+            self.sock.shutdown(socket.SHUT_RDWR)  # wakes a reader in another thread
+        except OSError:
+            pass  # the peer was faster
+        self.sock.close()
+
+
+def listen(run_dir: Path) -> socket.socket:
+    """Open the daemon's listening socket, mode 0600, below ``run_dir`` (created 0700)."""
+    run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = socket_path(run_dir)
+    path.unlink(missing_ok=True)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    previous = os.umask(0o177)
+    try:
+        sock.bind(str(path))
+    finally:
+        os.umask(previous)
+    sock.listen(64)
+    return sock

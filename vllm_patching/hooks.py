@@ -1,0 +1,106 @@
+"""Where the bridge enters vLLM's processes: which call is wrapped, and what it does then.
+
+========================  =============================  ================================================
+process                   vLLM call                      what the bridge does
+========================  =============================  ================================================
+worker                    BaseModelLoader.load_model     remembers the loader (whose checkpoint this is)
+worker                    process_weights_after_loading  before it: traces ``model.load_weights``
+worker                    Worker.load_model              after it: moves the weights into the arena, publishes
+worker                    Worker.execute_model           before it: flips if this batch carries a stamp
+engine core               EngineCoreProc.run_busy_loop   stamps batches, labels outputs, salts the prefix cache
+API server                RequestState                   keeps each request's version spans
+========================  =============================  ================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from vllm_patching import compat
+
+Wrapped = Callable[..., Any]
+
+
+def install() -> None:
+    """Wrap everything above in this process, each right after its module is first imported."""
+    compat.when_imported(compat.LINEAR_MODULE, compat.keep_linear_weights_live)
+    compat.when_imported(compat.CPU_PLATFORM_MODULE, compat.prefer_unpacked_mla)
+    compat.when_imported(compat.LOADER_MODULE, _hook_loader)
+    compat.when_imported(compat.WORKER_MODULE, _hook_worker)
+    compat.when_imported(compat.ENGINE_MODULE, _hook_engine)
+    compat.when_imported(compat.OUTPUT_MODULE, _hook_outputs)
+
+
+def _hook_loader(module: ModuleType) -> None:
+    from vllm_patching import loading
+
+    def make_load(original: Wrapped) -> Wrapped:
+        def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with loading.remembering(self):
+                return original(self, *args, **kwargs)
+
+        return load_model
+
+    def make_process(original: Wrapped) -> Wrapped:
+        def process_weights_after_loading(model: Any, model_config: Any, *args: Any, **kwargs: Any) -> Any:
+            loading.before_processing(model, model_config)
+            return original(model, model_config, *args, **kwargs)
+
+        return process_weights_after_loading
+
+    compat.wrap(module.BaseModelLoader, "load_model", make_load)
+    compat.wrap(module, "process_weights_after_loading", make_process)
+
+
+def _hook_worker(module: ModuleType) -> None:
+    from vllm_patching import worker
+
+    def make_load(original: Wrapped) -> Wrapped:
+        def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+            result = original(self, *args, **kwargs)
+            worker.publish(self)
+            return result
+
+        return load_model
+
+    def make_execute(original: Wrapped) -> Wrapped:
+        def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            self.bridge.before_batch(getattr(scheduler_output, "bridge_commit", 0))
+            return original(self, scheduler_output, *args, **kwargs)
+
+        return execute_model
+
+    compat.wrap(module.Worker, "load_model", make_load)
+    compat.wrap(module.Worker, "execute_model", make_execute)
+    module.Worker.bridge_commit = worker.commit_while_idle
+    module.Worker.bridge = worker.Unpublished()
+
+
+def _hook_engine(module: ModuleType) -> None:
+    from vllm_patching import engine
+
+    def make_loop(original: Wrapped) -> Wrapped:
+        def run_busy_loop(self: Any, *args: Any, **kwargs: Any) -> Any:
+            engine.attach(self)
+            return original(self, *args, **kwargs)
+
+        return run_busy_loop
+
+    compat.wrap(module.EngineCoreProc, "run_busy_loop", make_loop)
+
+
+def _hook_outputs(module: ModuleType) -> None:
+    from vllm_patching import spans
+
+    def make_spans(original: Wrapped) -> Wrapped:
+        def weight_version_spans(self: Any) -> Any:
+            found = original(self)
+            spans.remember(self.external_req_id, found)
+            return found
+
+        return weight_version_spans
+
+    if hasattr(module.RequestState, "_weight_version_spans"):  # 0.32 and later label tokens
+        compat.wrap(module.RequestState, "_weight_version_spans", make_spans)

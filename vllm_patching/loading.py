@@ -1,0 +1,353 @@
+"""From a freshly loaded model to published memory: trace, compare, move into the arena, verify.
+
+Between vLLM's own ``load_weights`` and its post-processing the model's loader is run once more under a
+recorder (``before_processing``). After post-processing every traced tensor is found again (``finish``): still
+where it was, in another layout that has a named transform, or not at all, which is an error. Then storages move
+into the arena (``rehome``), and the checkpoint is applied through the mapping to the second half and compared
+with what vLLM serves, bit by bit: the mapping proves itself before the first update.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import blake3
+import msgspec
+import torch
+from torch import nn
+
+from bridge.errors import BridgeError, ConfigError, MappingError
+from bridge.protocol.mapping import RankMap, Source, Target, Vocabulary, Write
+from vllm_patching import compat, coverage, sources, tracing
+from vllm_patching.arena import SEGMENT_ALIGNMENT, CpuArena
+from vllm_patching.staging import Staging, writes_by_source
+
+logger = logging.getLogger(__name__)
+
+_loaders: list[Any] = []
+_pending: list[Loaded] = []
+
+
+@dataclass
+class Place:
+    """A traced tensor before post-processing; ``tensor`` keeps its storage alive and its address taken."""
+
+    tensor: torch.Tensor
+    digest: bytes
+
+
+@dataclass
+class Loaded:
+    """One model between its load and its publication."""
+
+    model: nn.Module
+    model_config: Any
+    loader: Any
+    vocabularies: dict[str, list[Source]] = field(default_factory=dict)
+    traces: dict[str, tracing.Trace] = field(default_factory=dict)
+    omitted: dict[str, str] = field(default_factory=dict)
+    places: dict[str, Place] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where a traced tensor lives after post-processing, and the transform that leads there, if any."""
+
+    name: str
+    live: torch.Tensor
+    raw: torch.Tensor
+    transform: str
+
+
+@contextmanager
+def remembering(loader: Any) -> Iterator[None]:
+    """Note which loader is at work, for ``before_processing``."""
+    _loaders.append(loader)
+    try:
+        yield
+    finally:
+        _loaders.pop()
+
+
+def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All parameters and buffers by name, aliases under each of their names."""
+    found: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    found.update(model.named_buffers(remove_duplicate=False))
+    return found
+
+
+def before_processing(model: nn.Module, model_config: Any) -> None:
+    """Trace the model's loader under each vocabulary; called before vLLM's post-processing.
+
+    Raises:
+        MappingError: no vocabulary could be traced, or one covers the model only in part.
+    """
+    loaded = Loaded(model=model, model_config=model_config, loader=_loaders[-1] if _loaders else None)
+    start = time.perf_counter()
+    lists = {
+        "checkpoint": lambda: sources.checkpoint_sources(loaded.loader, model_config, model),
+        "transformers": lambda: sources.transformers_sources(model_config),
+    }
+    for name, list_sources in lists.items():
+        try:
+            listed = list_sources()
+            trace = tracing.trace(model, listed)
+            if gaps := coverage.find_gaps(model, trace):
+                raise MappingError("\n  ".join([f"{len(gaps)} gap(s):", *gaps]))
+        except (BridgeError, OSError, ImportError, ValueError, AttributeError) as err:
+            loaded.omitted[name] = f"{type(err).__name__}: {err}"
+            continue
+        loaded.vocabularies[name], loaded.traces[name] = listed, trace
+    if not loaded.traces:
+        listing = "\n  ".join(f"{name}: {why}" for name, why in loaded.omitted.items())
+        raise MappingError(f"no set of parameter names of {model_config.model} could be traced:\n  {listing}")
+    tensors = named_tensors(model)
+    for trace in loaded.traces.values():
+        for name in {write.tensor for write in trace.writes} - loaded.places.keys():
+            loaded.places[name] = Place(tensors[name].detach(), _digest(tensors[name]))
+    _pending.append(loaded)
+    logger.info(
+        "traced %s in %.2f s: %s",
+        model_config.model,
+        time.perf_counter() - start,
+        ", ".join(f"{len(t.writes)} writes by {n} names" for n, t in loaded.traces.items()),
+    )
+
+
+def _digest(tensor: torch.Tensor) -> bytes:
+    data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+    return blake3.blake3(memoryview(data)).digest()
+
+
+def finish(model: nn.Module) -> Loaded:
+    """The load record of the worker's own model.
+
+    Raises:
+        ConfigError: the model was loaded by a path that the bridge has not seen.
+    """
+    records = [record for record in _pending if record.model is model]
+    _pending.clear()
+    if not records:
+        raise ConfigError(
+            "this model was loaded without BaseModelLoader.load_model, so its loader could not be traced; "
+            "use --load-format auto, safetensors or dummy"
+        )
+    return records[-1]
+
+
+def _storage_key(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def find_homes(loaded: Loaded) -> list[Home]:
+    """Find every traced tensor again after post-processing.
+
+    Raises:
+        MappingError: lists every tensor that was repacked, freed or changed in a way nobody can repeat, and
+            every new parameter that was derived from weights.
+    """
+    tensors = named_tensors(loaded.model)
+    alive = {_storage_key(t): t for t in tensors.values() if t.numel()}
+    homes, faults = [], []
+    for name, place in loaded.places.items():
+        home = _find_home(loaded.model, name, place, tensors.get(name), alive)
+        if isinstance(home, Home):
+            homes.append(home)
+        else:
+            faults.append(home)
+    kept = {_storage_key(home.live) for home in homes}
+    traced = {_storage_key(place.tensor) for place in loaded.places.values()}
+    for name, tensor in loaded.model.named_parameters():
+        if tensor.numel() > 1 and _storage_key(tensor) not in kept | traced and name in _new_names(loaded):
+            faults.append(f"{name} {tuple(tensor.shape)} was derived from weights after loading")
+    if faults:
+        listing = "\n  ".join(faults)
+        raise MappingError(
+            f"vLLM's post-processing of {loaded.model_config.model} cannot be followed "
+            f"({len(faults)} tensor(s)):\n  {listing}"
+        )
+    return homes
+
+
+def _new_names(loaded: Loaded) -> set[str]:
+    known = next(iter(loaded.traces.values())).tensor_names
+    return {name for name, _ in loaded.model.named_parameters()} - set(known)
+
+
+def _find_home(
+    model: nn.Module, name: str, place: Place, now: torch.Tensor | None, alive: dict[int, torch.Tensor]
+) -> Home | str:
+    old = place.tensor
+    if _storage_key(old) in alive:
+        if _digest(old) != place.digest:
+            return f"{name} {tuple(old.shape)} was changed in place after loading"
+        return Home(name, old, old, "")
+    if now is None or not now.numel():
+        return f"{name} {tuple(old.shape)} was freed after loading; its kernel reads a private copy"
+    owner, _, leaf = name.rpartition(".")
+    if transform := compat.moe_transform(model.get_submodule(owner), leaf):
+        packed = torch.empty_like(now).flatten()
+        compat.run_transform(transform, old, packed)
+        if torch.equal(packed.view(torch.uint8), now.detach().contiguous().flatten().view(torch.uint8)):
+            return Home(name, now.detach(), old, transform)
+        return f"{name}: transform {transform} does not reproduce what vLLM made of it"
+    if now.shape == old.shape and now.dtype == old.dtype and torch.equal(now, old):
+        return Home(name, now.detach(), now.detach(), "")
+    return f"{name} {tuple(old.shape)} {old.dtype} was repacked to {tuple(now.shape)} {now.dtype}"
+
+
+def rehome(loaded: Loaded, *, rank: int) -> tuple[CpuArena, dict[str, Any]]:
+    """Move the model's storages into a new arena, verify the mapping, and describe both.
+
+    Returns:
+        The arena, and the ``rank_map``, ``vocabularies`` and ``omitted_vocabularies`` as plain data.
+
+    Raises:
+        MappingError: see ``find_homes``; or the checkpoint applied through the mapping differs from
+            what vLLM loaded.
+    """
+    homes = find_homes(loaded)
+    offsets, nbytes = _lay_out(homes)
+    arena = CpuArena(nbytes)
+    targets = [_target(home, offsets) for home in homes]
+    _move(homes, offsets, arena)
+    names = {home.name: index for index, home in enumerate(homes)}
+    rank_map = RankMap(
+        rank=rank,
+        arena_bytes=nbytes,
+        targets=tuple(targets),
+        writes={v: _writes(trace, names) for v, trace in loaded.traces.items()},
+    )
+    loaded.places.clear()
+    _verify(loaded, rank_map, arena)
+    seconds = arena.warm()
+    logger.info("rank %d: both halves warm in %.1f s", rank, seconds)
+    vocabularies = [
+        Vocabulary(name=n, sources=tuple(s), unused=tuple(loaded.traces[n].unused))
+        for n, s in loaded.vocabularies.items()
+    ]
+    return arena, {
+        "rank_map": msgspec.to_builtins(rank_map),
+        "vocabularies": msgspec.to_builtins(vocabularies),
+        "omitted_vocabularies": loaded.omitted,
+    }
+
+
+def _lay_out(homes: list[Home]) -> tuple[dict[int, int], int]:
+    offsets: dict[int, int] = {}
+    end = 0
+    for home in homes:
+        key = _storage_key(home.live)
+        if key not in offsets:
+            offsets[key] = end
+            size = home.live.untyped_storage().nbytes()
+            end += -(-size // SEGMENT_ALIGNMENT) * SEGMENT_ALIGNMENT
+    return offsets, end
+
+
+def _target(home: Home, offsets: dict[int, int]) -> Target:
+    live, raw = home.live, home.raw
+    start = offsets[_storage_key(live)] + live.data_ptr() - _storage_key(live)
+    return Target(
+        name=home.name,
+        shape=tuple(raw.shape),
+        stride=tuple(raw.stride()),
+        dtype=str(raw.dtype).removeprefix("torch."),
+        offset=start,
+        nbytes=live.numel() * live.element_size(),
+        transform=home.transform,
+    )
+
+
+def _writes(trace: tracing.Trace, names: dict[str, int]) -> tuple[Write, ...]:
+    return tuple(
+        Write(
+            source=w.source,
+            target=names[w.tensor],
+            size=w.size,
+            src_offset=w.src_offset,
+            src_stride=w.src_stride,
+            dst_offset=w.dst_offset,
+            dst_stride=w.dst_stride,
+        )
+        for w in trace.writes
+    )
+
+
+def _move(homes: list[Home], offsets: dict[int, int], arena: CpuArena) -> None:
+    """Point every tensor over a moved storage at the arena, whoever holds it."""
+    segments: dict[int, torch.UntypedStorage] = {}
+    for home in homes:
+        storage = home.live.untyped_storage()
+        key = storage.data_ptr()
+        if key in segments:
+            continue
+        segment = arena.live(offsets[key], storage.nbytes())
+        segment.copy_(torch.empty(0, dtype=torch.uint8).set_(storage))
+        segments[key] = segment.untyped_storage()
+    # Parameters, buffers, plain attributes and views alike: whatever Python can still reach. Two passes,
+    # as the storages must not be freed (and their addresses reused) while others still point at them.
+    found = [obj for obj in gc.get_objects() if issubclass(type(obj), torch.Tensor) and _is_plain(obj)]
+    moved = [(t, segments[key]) for t in found if (key := _storage_key(t)) in segments and t.numel()]
+    for tensor, segment_storage in moved:
+        tensor.data = torch.empty(0, dtype=tensor.dtype).set_(
+            segment_storage, tensor.storage_offset(), tensor.size(), tensor.stride()
+        )
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.layout is torch.strided and type(tensor).__name__ != "FakeTensor"
+
+
+def _verify(loaded: Loaded, rank_map: RankMap, arena: CpuArena) -> None:
+    """Apply the checkpoint through the mapping to the second half; it must equal the live one."""
+    if "checkpoint" not in loaded.traces or os.environ.get("BRIDGE_VERIFY_MAPPING", "1") == "0":
+        logger.warning("the mapping was not compared with a checkpoint")
+        return
+    start = time.perf_counter()
+    other = arena.half(1 - arena.active)
+    other.copy_(arena.half(arena.active))
+    for target in rank_map.targets:  # what the mapping does not write must not pass by being equal
+        other[target.offset : target.offset + target.nbytes] = 0xA5
+    staging = Staging(other, rank_map.targets)
+    listed = {s.name: i for i, s in enumerate(loaded.vocabularies["checkpoint"])}
+    grouped = writes_by_source(rank_map.writes["checkpoint"])
+    with torch.no_grad():
+        for name, tensor in compat.loader_weights(loaded.loader, loaded.model_config, loaded.model):
+            staging.apply(grouped.pop(listed[name], ()), tensor)
+    staging.finish()
+    _restore_fills(loaded, rank_map, arena, other)
+    live = arena.half(arena.active)
+    differing = [
+        target.name
+        for target in rank_map.targets
+        if not torch.equal(
+            live[(span := slice(target.offset, target.offset + target.nbytes))], other[span]
+        )
+    ]
+    if differing:
+        listing = "\n  ".join(differing)
+        raise MappingError(
+            f"the checkpoint of {loaded.model_config.model}, applied through the traced mapping, differs from what "
+            f"vLLM loaded, in {len(differing)} tensor(s); the loader does arithmetic the trace cannot see:\n  {listing}"
+        )
+    logger.info("mapping verified bitwise against the checkpoint in %.1f s", time.perf_counter() - start)
+
+
+def _restore_fills(loaded: Loaded, rank_map: RankMap, arena: CpuArena, other: torch.Tensor) -> None:
+    """Pads come from no checkpoint: take them from the live half, at the places the loader filled."""
+    live = arena.half(arena.active)
+    names = {t.name: i for i, t in enumerate(rank_map.targets)}
+    to, since = Staging(other, rank_map.targets), Staging(live, rank_map.targets)
+    for fill in loaded.traces["checkpoint"].fills:
+        if (index := names.get(fill.tensor)) is None or not to.is_direct(index):
+            continue
+        where = (index, fill.size, fill.dst_offset, fill.dst_stride)
+        to.view(*where).copy_(since.view(*where))

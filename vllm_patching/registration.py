@@ -1,0 +1,109 @@
+"""How a vLLM process introduces itself to the node's daemon, and does so again when that restarts.
+
+The connection doubles as a lifeline: its end tells the daemon that the process died, and the daemon's messages
+on it wake an idle engine. The control page outlives the daemon, because every process that maps it hands
+it to the next one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bridge.errors import BridgeError
+from vllm_patching.arena import ControlPage
+from vllm_patching.channel import Channel, ChannelClosed
+
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 30.0
+RETRY_S = 0.5
+
+
+class Registration:
+    """One process's standing introduction: a message, the descriptors that go with it, and a thread."""
+
+    def __init__(self, hello: dict[str, Any], *, fds: tuple[int, ...] = (), who: str) -> None:
+        self._hello = {**hello, "pid": os.getpid(), "host": socket.gethostname()}
+        self._fds = fds
+        self._who = who
+        self._run_dir = Path(os.environ["BRIDGE_RUN_DIR"])
+        self._channel: Channel | None = None
+        self._control: ControlPage | None = None
+        self.on_wake: Callable[[], None] | None = None
+        self.exit_with_parent = False
+
+    def connect(self) -> ControlPage:
+        """Introduce this process to the daemon; returns the node's control page.
+
+        Raises:
+            BridgeError: the daemon cannot be reached, refuses, or answers something else.
+        """
+        try:
+            channel = Channel.connect(self._run_dir, timeout_s=CONNECT_TIMEOUT_S)
+            known = (self._control.fd,) if self._control else ()
+            channel.send({**self._hello, "has_control": bool(known)}, self._fds + known)
+            answer, fds = channel.receive()
+        except (OSError, ChannelClosed) as err:
+            raise BridgeError(
+                f"{self._who} (pid {os.getpid()}) cannot reach the weight-updater daemon at "
+                f"{self._run_dir}: {err}; see daemon.log in the log directory"
+            ) from err
+        if answer.get("type") != "welcome":
+            raise BridgeError(f"the daemon refused {self._who}: {answer.get('error', answer)}")
+        channel.sock.settimeout(None)
+        self._channel = channel
+        if self._control is None:
+            if len(fds) != 1:
+                raise BridgeError(f"the daemon sent {self._who} {len(fds)} descriptors instead of the control page")
+            self._control = ControlPage(fds[0])
+        return self._control
+
+    def watch(self) -> None:
+        """Keep the connection in a daemon thread: wake on request, come back when the daemon does."""
+        threading.Thread(target=self._watch, name="bridge-registration", daemon=True).start()
+
+    def _watch(self) -> None:
+        parent = os.pidfd_open(os.getppid())
+        while True:
+            assert self._channel is not None
+            readable, _, _ = select.select([self._channel.sock, parent], [], [])
+            if parent in readable:
+                self._parent_died()
+                return
+            try:
+                self._channel.receive()
+            except (BridgeError, TimeoutError) as err:
+                self._channel.close()
+                logger.warning("%s lost the daemon (%s); serving on, waiting for the next one", self._who, err)
+                if not self._reconnect(parent):
+                    return
+                continue
+            if self.on_wake is not None:
+                self.on_wake()
+
+    def _reconnect(self, parent: int) -> bool:
+        while True:
+            # The parent's end is the only deadline: a server without a daemon still serves.
+            if select.select([parent], [], [], RETRY_S)[0]:
+                self._parent_died()
+                return False
+            try:
+                self.connect()
+            except BridgeError:
+                continue
+            logger.info("%s is registered with the restarted daemon", self._who)
+            return True
+
+    def _parent_died(self) -> None:
+        if self.exit_with_parent:
+            # vLLM's engine core does not notice that its API server was killed; nobody could reach it.
+            logger.error("%s: the parent process died; ending", self._who)
+            os.kill(os.getpid(), signal.SIGTERM)

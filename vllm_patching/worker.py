@@ -1,0 +1,112 @@
+"""One vLLM worker's side: it alone changes what its forward pass reads.
+
+A commit is a flip of the arena at the entry of ``execute_model``, before the batch that carries the stamp.
+Nothing here may raise inside a worker RPC: vLLM reads the replies of all ranks in order, and one
+exception would leave its response queues off by one. A flip that fails is recorded in the control page and
+the daemon ends the server rather than let ranks serve different versions.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from vllm_patching import compat, loading
+from vllm_patching.arena import CpuArena, RankSlot
+from vllm_patching.registration import Registration
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerBridge:
+    """The state of one worker: its arena, what it has committed, and how many batches it has run."""
+
+    def __init__(self, *, rank: int, arena: CpuArena, log_path: Path) -> None:
+        self.rank = rank
+        self.arena = arena
+        self.batch = 0
+        self.version = 0
+        self.slot: RankSlot | None = None
+        self._log = log_path.open("a", buffering=1)
+
+    def before_batch(self, stamp: int) -> None:
+        """Called at the entry of ``execute_model``; flips when the batch is stamped with a new version."""
+        self.batch += 1
+        if stamp > self.version:
+            self.commit(stamp)
+
+    def commit(self, version: int) -> None:
+        """Make the staged half live. Never raises: failures go to the control page and the log."""
+        assert self.slot is not None, "no commit can be requested before the daemon has answered"
+        start = time.perf_counter_ns()
+        try:
+            self.arena.flip(1 - self.arena.active)
+        except OSError:
+            logger.exception("rank %d: version %d could not be flipped in", self.rank, version)
+            self.slot.fail()
+            return
+        flip_ns = time.perf_counter_ns() - start
+        self.version = version
+        self.slot.record(version=version, batch=self.batch, flip_ns=flip_ns, active=self.arena.active)
+        self._log.write(
+            json.dumps({"rank": self.rank, "batch": self.batch, "version": version, "flip_ns": flip_ns}) + "\n"
+        )
+
+
+class Unpublished:
+    """Stands in until ``publish``: vLLM runs no batch that early; if it does, say so once."""
+
+    def before_batch(self, stamp: int) -> None:
+        if stamp:
+            raise AssertionError("a stamped batch reached a worker that has published no memory")
+
+
+def commit_while_idle(self: Any, version: int) -> int:
+    """``collective_rpc`` target on every worker, for engines that run no batches; returns the version."""
+    bridge: WorkerBridge = self.bridge
+    if version > bridge.version:
+        bridge.commit(version)
+    return bridge.version
+
+
+def publish(worker: Any) -> None:
+    """Move a freshly loaded worker's weights into an arena and hand it to the daemon.
+
+    Raises:
+        MappingError: the loaded model cannot be kept in step; lists everything found.
+        ConfigError: a feature is on that the bridge cannot follow, or the hooks are not in place.
+        BridgeError: the daemon could not be reached.
+    """
+    compat.refuse_unsupported_config(worker.vllm_config)
+    model = worker.model_runner.get_model()
+    loaded = loading.finish(model)
+    arena, description = loading.rehome(loaded, rank=worker.rank)
+    logdir = Path(os.environ["BRIDGE_LOGDIR"])
+    worker.bridge = WorkerBridge(
+        rank=worker.rank, arena=arena, log_path=logdir / f"flips-rank{worker.rank}.jsonl"
+    )
+    parallel = worker.vllm_config.parallel_config
+    hello = {
+        "type": "worker",
+        "rank": worker.rank,
+        "world_size": parallel.world_size,
+        "tp_degree": parallel.tensor_parallel_size,
+        "model": worker.vllm_config.model_config.model,
+        "dtype": str(worker.vllm_config.model_config.dtype).removeprefix("torch."),
+        "vllm_version": compat.installed_version(),
+        "hooks": {
+            "load_model": compat.is_wrapped(type(worker).load_model),
+            "execute_model": compat.is_wrapped(type(worker).execute_model),
+        },
+        **description,
+    }
+    registration = Registration(hello, fds=arena.export(), who=f"vLLM worker rank {worker.rank}")
+    worker.bridge.slot = registration.connect().slot(worker.rank)
+    registration.watch()
+    logger.info(
+        "rank %d published %d MiB in two halves", worker.rank, arena.nbytes >> 20
+    )
