@@ -21,7 +21,7 @@ from collections.abc import Iterable
 import msgspec
 
 from bridge.errors import ProtocolError
-from bridge.protocol.messages import DIGEST_BYTES, Frame, Opcode
+from bridge.protocol.messages import Frame, Opcode
 
 
 class State(enum.Enum):
@@ -93,8 +93,9 @@ class _Machine:
         self.story: list[str] = []
 
     def _frame(self, opcode: Opcode, **fields: object) -> Frame:
-        values = {"epoch": self.epoch, "version": self.version, **fields}
-        return msgspec.convert({"opcode": opcode, **values}, Frame)
+        return msgspec.structs.replace(
+            Frame(opcode=opcode, epoch=self.epoch, version=self.version), **fields
+        )
 
     def _note(self, what: str) -> None:
         self.story.append(f"{self.state.value}: {what}")
@@ -200,15 +201,19 @@ class Coordinator(_Machine):
         self._others = tuple(range(1, trainers))
         self._daemons = tuple(range(trainers, trainers + daemons))
         self._waiting: set[int] = set()
+        self._call = 0
         self.layouts: dict[int, bytes] = {}
         self.measurements: list[str] = []
 
-    def begin(self, version: int, layout_digest: bytes) -> list[Action]:
-        """Our own weights are stable; wait for the other trainer ranks to say so too."""
+    def begin(self, version: int, layout_digest: bytes, call: int) -> list[Action]:
+        """Our own weights are stable; wait for the other trainer ranks to say so too.
+
+        ``call`` counts this rank's broadcasts: weights of different steps must never meet in one version.
+        """
         self._note(f"begin {version}")
         if self.state is not State.IDLE or version <= self.version:
             raise self._impossible(f"begin of version {version}")
-        self.version, self.state = version, State.GATHERING
+        self.version, self.state, self._call = version, State.GATHERING, call
         self.layouts = {0: layout_digest}
         self.measurements = []
         self._waiting = set(self._others)
@@ -236,6 +241,11 @@ class Coordinator(_Machine):
         if frame.opcode is Opcode.READY and self.state is State.GATHERING:
             if frame.version != self.version:
                 return self.abort(f"trainer rank {peer} offers version {frame.version}, rank 0 {self.version}")
+            if frame.index != self._call:
+                return self.abort(
+                    f"trainer rank {peer} makes its broadcast number {frame.index}, rank 0 number {self._call}; "
+                    "all ranks must call broadcast_weights equally often, or steps would be mixed"
+                )
             self.layouts[peer] = frame.digest
             self._waiting.discard(peer)
             return self._move_if_ready()
@@ -288,13 +298,13 @@ class Coordinator(_Machine):
 class Member(_Machine):
     """The side of a trainer rank other than 0: ready, move, released, done."""
 
-    def begin(self, version: int, layout_digest: bytes) -> list[Action]:
-        """Tell the coordinator that our weights are stable."""
+    def begin(self, version: int, layout_digest: bytes, call: int) -> list[Action]:
+        """Tell the coordinator that our weights are stable; ``call`` counts this rank's broadcasts."""
         self._note(f"begin {version}")
-        if self.state is not State.IDLE:
+        if self.state is not State.IDLE or version <= self.version:
             raise self._impossible(f"begin of version {version}")
         self.version, self.state = version, State.GATHERING
-        return [Send((0,), self._frame(Opcode.READY, digest=layout_digest))]
+        return [Send((0,), self._frame(Opcode.READY, digest=layout_digest, index=call))]
 
     def on_frame(self, frame: Frame) -> list[Action]:
         """A frame from the coordinator."""
@@ -328,5 +338,3 @@ class Member(_Machine):
         self.state = State.CLOSED
         return [Send((0,), self._frame(Opcode.SHUTDOWN)), Close(reason)]
 
-
-NO_DIGEST = b"\0" * DIGEST_BYTES

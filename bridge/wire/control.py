@@ -1,16 +1,15 @@
 """Control frames over Gloo, heartbeats both ways, and a name for whoever falls silent.
 
 One thread per peer waits for that peer's frames; a wait as long as the deadline means that not even a heartbeat
-came, so the peer is lost. A broken connection is noticed at once. What comes goes to one queue, which
-the owner of the round reads.
+came, so the peer is lost. A broken connection is noticed at once. What comes is handed to ``deliver``, from
+that peer's thread; owners put it into a queue of theirs.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 
 import torch
@@ -23,7 +22,7 @@ from bridge.wire.rendezvous import first_line
 logger = logging.getLogger(__name__)
 
 CONTROL_TAG = 7
-Event = tuple[int, Frame | PeerLost | ProtocolError]
+Event = Frame | PeerLost | ProtocolError
 
 
 class ControlGroup:
@@ -37,14 +36,14 @@ class ControlGroup:
         epoch: int,
         heartbeat_interval_s: float,
         deadline_s: float,
-        events: queue.Queue[Event] | None = None,
+        deliver: Callable[[int, Event], None],
     ) -> None:
         self._group = group
         self._peers = dict(peers)
         self._epoch = epoch
         self._interval_s = heartbeat_interval_s
         self._deadline = timedelta(seconds=deadline_s)
-        self.events: queue.Queue[Event] = events if events is not None else queue.Queue()
+        self._deliver = deliver
         self._send_lock = threading.Lock()
         self._closing = threading.Event()
         self._threads = [
@@ -93,13 +92,13 @@ class ControlGroup:
                 frame = decode(buffer.numpy().tobytes())
             except RuntimeError as err:
                 if not self._closing.is_set():
-                    self.events.put((peer, self._lost(peer, err)))
+                    self._deliver(peer, self._lost(peer, err))
                 return
             except ProtocolError as err:
-                self.events.put((peer, err))
+                self._deliver(peer, err)
                 return
             if frame.opcode is not Opcode.HEARTBEAT:
-                self.events.put((peer, frame))
+                self._deliver(peer, frame)
             if frame.opcode is Opcode.SHUTDOWN:
                 return
 

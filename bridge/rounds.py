@@ -1,0 +1,471 @@
+"""A trainer rank's session: its groups, its one background thread, and the rounds it takes part in."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from bridge.config import BridgeConfig
+from bridge.environment import Ranks
+from bridge.errors import (
+    BridgeError,
+    MappingError,
+    PeerLost,
+    ProtocolError,
+    RendezvousError,
+    RoundAborted,
+    TransferError,
+)
+from bridge.protocol.mapping import Mapping, Rendezvous
+from bridge.protocol.messages import PROTOCOL_VERSION, Frame, Opcode
+from bridge.protocol.plan import Lane
+from bridge.protocol.session import (
+    Action,
+    Close,
+    Coordinator,
+    Finished,
+    Member,
+    Move,
+    Released,
+    Send,
+    Stage,
+)
+from bridge.sharding import LocalShards
+from bridge.wire import peer_memory, rendezvous
+from bridge.wire.control import ControlGroup, Event
+from bridge.wire.meeting import Meeting
+from bridge.wire.transport import DataLink, GlooSource, PullSource, Source
+
+logger = logging.getLogger(__name__)
+
+SLOWEST_BYTES_PER_S = 50e6  # a transfer slower than this is taken for dead
+ROOT_CAUSE_TIMEOUT_S = 3.0
+CLOSE_TIMEOUT_S = 3.0
+
+
+class Receipt(msgspec.Struct, frozen=True, kw_only=True):
+    """What one broadcast did. Seconds are wall-clock; ``flip_s`` is the longest stand-still of a rank.
+
+    ``bytes`` counts what reached the inference ranks; ``transfer_s`` moving it, ``stage_s`` from the start
+    of the round to every rank holding it, ``total_s`` the whole broadcast as this rank saw it.
+    """
+
+    version: int
+    bytes: int
+    transfer_s: float
+    stage_s: float
+    flip_s: float
+    transport: str
+    total_s: float = 0.0
+
+
+class Job:
+    """One broadcast, between the caller and the background thread."""
+
+    def __init__(self, shards: LocalShards, *, version: int, call: int, partial: bool) -> None:
+        self.shards = shards
+        self.version = version
+        self.call = call
+        self.partial = partial
+        self.started = time.monotonic()
+        self.released = threading.Event()
+        self.finished = threading.Event()
+        self.receipt: Receipt | None = None
+        self.error: BridgeError | None = None
+
+    def finish(self, receipt: Receipt | None, error: BridgeError | None) -> None:
+        """Record the outcome; the weights are free either way."""
+        self.receipt, self.error = receipt, error
+        self.released.set()
+        self.finished.set()
+
+    # Both waits end by the deadlines of the background thread, which always calls finish().
+
+    def wait_released(self) -> None:
+        """Wait until the weights may change; raises the round's error if it failed before."""
+        self.released.wait()
+        if self.error is not None and self.receipt is None:
+            raise self.error
+
+    def wait(self) -> Receipt:
+        """Wait for the outcome."""
+        self.finished.wait()
+        if self.error is not None:
+            raise self.error
+        assert self.receipt is not None
+        return self.receipt
+
+
+@dataclass(frozen=True)
+class _Stop:
+    pass
+
+
+_Inbox = queue.Queue[Job | tuple[int, Event] | _Stop]
+
+
+class Session:
+    """One epoch, seen from one trainer rank. Made by ``open``; ``closed`` says why it is over."""
+
+    def __init__(
+        self,
+        config: BridgeConfig,
+        mapping: Mapping,
+        ranks: Ranks,
+        answer: rendezvous.Answer,
+        store: dist.Store,
+    ) -> None:
+        self.config = config
+        self.mapping = mapping
+        self.rank, self.world_size = ranks.rank, ranks.world_size
+        self.version = answer.weight_version
+        self.closed = ""
+        self.stale = False
+        self._answer = answer
+        self._inbox: _Inbox = queue.Queue()
+        self._nonce = peer_memory.Nonce()
+        self._calls = 0
+        self._meeting = Meeting(store, mapping, epoch=answer.epoch, timeout_s=answer.deadline_s * 2)
+        machine = {"epoch": answer.epoch, "version": answer.weight_version}
+        self._coordinator = Coordinator(
+            **machine, trainers=self.world_size, daemons=answer.num_daemons
+        )
+        self._member = Member(**machine)
+        self._meet(store)
+        self._thread = threading.Thread(target=self._run, name="bridge-session", daemon=True)
+        self._thread.start()
+
+    # --- opening ---------------------------------------------------------------------------------
+
+    @classmethod
+    def open(cls, config: BridgeConfig, mapping: Mapping, ranks: Ranks) -> Self:
+        """Meet the inference side; called by every trainer rank.
+
+        Raises:
+            MappingError: the mapping was exported without a rendezvous.
+            RendezvousError: the daemon cannot be reached in time, or refuses.
+        """
+        place = mapping.rendezvous
+        if place is None:
+            raise MappingError(
+                f"{config.mapping_path()} names no rendezvous: it is an exported copy; use the one in the "
+                "server's log directory"
+            )
+        timeout_s = config.connect_timeout_s
+        session, failure = "", None
+        if ranks.rank == 0:
+            try:
+                store = rendezvous.reach_store(place.host, place.port, timeout_s=timeout_s)
+                session, answer = _ask(store, place, mapping, ranks, timeout_s)
+            except BridgeError as err:
+                failure = err
+        session = _agree(session, ranks)
+        if failure is not None:
+            raise failure
+        if not session:
+            raise RendezvousError("trainer rank 0 could not join the inference side; its error says why")
+        if ranks.rank != 0:
+            store = rendezvous.reach_store(place.host, place.port, timeout_s=timeout_s)
+            answer = rendezvous.await_answer(store, session, place.secret, timeout_s=timeout_s)
+        return cls(config, mapping, ranks, answer, store)
+
+    def _meet(self, store: dist.Store) -> None:
+        answer, place = self._answer, self.mapping.rendezvous
+        assert place is not None
+        peer_memory.allow_reader(answer.daemon_pid)
+        self._meeting.publish_whereabouts(self.rank, self._nonce.whereabouts(socket.gethostname()))
+        address = rendezvous.local_address(place.host, place.port)
+        limits = {"address": address, "timeout_s": answer.deadline_s * 2}
+        prefix, size = f"e{answer.epoch}", self.world_size
+        control = rendezvous.make_group(
+            store, f"{prefix}/control", rank=self.rank, size=size + answer.num_daemons, **limits
+        )
+        self._data = rendezvous.make_group(
+            store, f"{prefix}/data", rank=self.rank, size=size + answer.num_inference_ranks, **limits
+        )
+        self._links = [self._meeting.links(k)[self.rank] for k in range(answer.num_inference_ranks)]
+        self._control = ControlGroup(
+            control,
+            self._peers(place),
+            epoch=answer.epoch,
+            heartbeat_interval_s=answer.heartbeat_interval_s,
+            deadline_s=answer.deadline_s,
+            deliver=lambda peer, event: self._inbox.put((peer, event)),
+        )
+        logger.info(
+            "trainer rank %d of %d joined epoch %d at version %d; updaters take its buckets by %s",
+            self.rank,
+            self.world_size,
+            answer.epoch,
+            answer.weight_version,
+            ", ".join(self._links),
+        )
+
+    def _peers(self, place: Rendezvous) -> dict[int, str]:
+        if self.rank != 0:
+            return {0: "trainer rank 0"}
+        names = {}
+        for rank in range(1, self.world_size):
+            where = self._meeting.whereabouts(rank)
+            names[rank] = f"trainer rank {rank} (pid {where.pid} on {where.host})"
+        for index in range(self._answer.num_daemons):
+            pid = self._answer.daemon_pid
+            names[self.world_size + index] = f"the weight-updater daemon (pid {pid} at {place.host})"
+        return names
+
+    # --- the caller's side -------------------------------------------------------------------------
+
+    def submit(self, shards: LocalShards, *, version: int | None, partial: bool) -> Job:
+        """Hand a broadcast to the background thread."""
+        self._calls += 1
+        wanted = self.version + 1 if version is None else version
+        job = Job(shards, version=wanted, call=self._calls, partial=partial)
+        self._inbox.put(job)
+        return job
+
+    def refuse_round(self, reason: str) -> None:
+        """This rank cannot take part: end the epoch for everyone, so that nobody waits for it."""
+        reason = f"trainer rank {self.rank}: {reason}"
+        self._perform_safely(
+            self._coordinator.abort(reason) if self.rank == 0 else self._member.on_failure(reason)
+        )
+        self.closed = reason
+
+    def beat(self) -> None:
+        """Send a heartbeat now.
+
+        Raises:
+            PeerLost: a peer cannot be reached, or the epoch is over.
+        """
+        if self.closed:
+            raise PeerLost(self.closed)
+        self._control.beat()
+
+    def close(self) -> None:
+        """Leave: in order if the epoch is alive. Idempotent."""
+        self._inbox.put(_Stop())
+        self._thread.join(CLOSE_TIMEOUT_S)
+        if not self.closed:
+            self.closed = "closed by this trainer"
+            actions = self._coordinator.shutdown() if self.rank == 0 else []
+            self._perform_safely(actions)
+        if not self._control.close(timeout_s=CLOSE_TIMEOUT_S):
+            logger.debug("a control thread of epoch %d still waits for its deadline", self._answer.epoch)
+
+    # --- the background thread ---------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            item = self._inbox.get()
+            if isinstance(item, _Stop):
+                return
+            if isinstance(item, Job):
+                self._run_job(item)
+            elif not self.closed:
+                self._idle_event(*item)
+
+    def _idle_event(self, peer: int, event: Event) -> None:
+        """Between rounds only ends are expected; the next broadcast will connect anew."""
+        if isinstance(event, Frame) and event.opcode not in (Opcode.ABORT, Opcode.SHUTDOWN, Opcode.FAILED):
+            if event.opcode is Opcode.READY:
+                self._inbox.put((peer, event))  # another rank is ahead: keep it for our own call
+                threading.Event().wait(0.001)
+            return
+        reason = event.text or "it shut down" if isinstance(event, Frame) else str(event)
+        logger.warning("epoch %d is over: %s; the next broadcast connects anew", self._answer.epoch, reason)
+        self._perform_safely(self._coordinator.abort(reason) if self.rank == 0 else [])
+        self.closed = reason
+
+    def _run_job(self, job: Job) -> None:
+        if self.closed:
+            job.finish(None, RoundAborted(f"version {job.version} was not sent: {self.closed}"))
+            return
+        try:
+            receipt = self._lead(job) if self.rank == 0 else self._follow(job)
+        except BridgeError as err:
+            error = self._root_cause(err)
+            reason = f"trainer rank {self.rank}: {error}" if error is err else str(error)
+            self._perform_safely(
+                self._coordinator.abort(reason) if self.rank == 0 else self._member.on_failure(reason)
+            )
+            self.closed = str(error)
+            job.finish(None, error)
+        except Exception as err:  # noqa: BLE001 - the thread's edge: the caller gets it, typed
+            logger.exception("version %d: a defect of the bridge", job.version)
+            self.refuse_round(f"{type(err).__name__}: {err}")
+            job.finish(None, ProtocolError(f"version {job.version}: {type(err).__name__}: {err}"))
+        else:
+            self.version = job.version
+            job.finish(receipt, None)
+
+    def _root_cause(self, err: BridgeError) -> BridgeError:
+        """A broken transfer is often only how another process's failure looks from here."""
+        if not isinstance(err, PeerLost):
+            return err
+        deadline = time.monotonic() + ROOT_CAUSE_TIMEOUT_S
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                item = self._inbox.get(timeout=left)
+            except queue.Empty:
+                break
+            if isinstance(item, tuple) and isinstance(item[1], Frame) and item[1].text:
+                if item[1].opcode in (Opcode.FAILED, Opcode.ABORT):
+                    return RoundAborted(item[1].text)
+            elif isinstance(item, tuple) and isinstance(item[1], PeerLost):
+                return item[1]
+        return err
+
+    def _lead(self, job: Job) -> Receipt:
+        digest = self._meeting.publish_layout(job.shards.layout)
+        actions = self._coordinator.begin(job.version, digest, job.call)
+        return self._drive(job, actions)
+
+    def _follow(self, job: Job) -> Receipt:
+        digest = self._meeting.publish_layout(job.shards.layout)
+        return self._drive(job, self._member.begin(job.version, digest, job.call))
+
+    def _drive(self, job: Job, actions: Sequence[Action]) -> Receipt:
+        while True:
+            for action in actions:
+                if (receipt := self._perform(job, action)) is not None:
+                    return receipt
+            actions = self._next_actions(job)
+
+    def _next_actions(self, job: Job) -> list[Action]:
+        nbytes = sum(t.numel() * t.element_size() for t in job.shards.tensors)
+        limit_s = self.config.commit_timeout_s + nbytes * self.world_size / SLOWEST_BYTES_PER_S
+        machine = self._coordinator if self.rank == 0 else self._member
+        try:
+            item = self._inbox.get(timeout=max(0.0, job.started + limit_s - time.monotonic()))
+        except queue.Empty:
+            raise TransferError(
+                f"version {job.version} did not become live within {limit_s:g} s (waiting while "
+                f"{machine.state.value})"
+            ) from None
+        if isinstance(item, _Stop):
+            self._inbox.put(item)
+            raise RoundAborted(f"version {job.version}: the bridge was closed in the middle of the round")
+        if isinstance(item, Job):
+            raise ProtocolError("a second broadcast was submitted in the middle of a round")
+        peer, event = item
+        if not isinstance(event, Frame):
+            raise event
+        if self.rank == 0:
+            return self._coordinator.on_frame(peer, event)
+        self.stale = event.opcode in (Opcode.ABORT, Opcode.SHUTDOWN) and event.version < job.version
+        return self._member.on_frame(event)
+
+    def _perform(self, job: Job, action: Action) -> Receipt | None:
+        if isinstance(action, Send):
+            self._control.send(action.peers, action.frame)
+        elif isinstance(action, Move):
+            self._start_moving(job)
+        elif isinstance(action, Stage):
+            self._move(job, action.joint, action.plan_digest)
+        elif isinstance(action, Released):
+            job.released.set()
+        elif isinstance(action, Finished):
+            receipt = msgspec.json.decode(action.text, type=Receipt)
+            return msgspec.structs.replace(receipt, total_s=time.monotonic() - job.started)
+        elif isinstance(action, Close):
+            raise RoundAborted(f"version {job.version} was not committed: {action.reason}")
+        return None
+
+    def _perform_safely(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Send):
+                try:
+                    self._control.send(action.peers, action.frame)
+                except PeerLost as err:
+                    logger.debug("%s not delivered: %s", action.frame.opcode.name, err)
+
+    # --- moving bytes ------------------------------------------------------------------------------
+
+    def _start_moving(self, job: Job) -> None:
+        layouts = [self._coordinator.layouts[rank] for rank in range(self.world_size)]
+        joint = self._meeting.publish_round(
+            layouts, partial=job.partial, bucket_bytes=self._answer.bucket_bytes
+        )
+        plan, _, _ = self._meeting.plan(joint)
+        for action in self._coordinator.announce(plan.digest, joint):
+            self._perform(job, action)
+        self._move(job, joint, plan.digest)
+
+    def _move(self, job: Job, joint: str, plan_digest: bytes) -> None:
+        plan, _, _ = self._meeting.plan(joint)
+        if plan.digest != plan_digest:
+            raise TransferError(
+                f"plan digests differ: trainer rank 0 has {plan_digest.hex()}, trainer rank {self.rank} has "
+                f"{plan.digest.hex()}; all ranks must read the same mapping file"
+            )
+        lanes = [lane for lane in plan.lanes if lane.trainer == self.rank]
+        sources = [self._source(lane, job.shards.tensors, plan.total_bytes) for lane in lanes]
+        digests: list[list[bytes]] = [[] for _ in lanes]
+        for source in sources:
+            source.open()
+        daemons = range(self.world_size, self.world_size + self._answer.num_daemons)
+        for index in range(plan.num_buckets):
+            if self.rank == 0:
+                frame = Frame(
+                    opcode=Opcode.BUCKET, epoch=self._answer.epoch, version=job.version, index=index
+                )
+                self._control.send(daemons, frame)
+            for lane, source, sent in zip(lanes, sources, digests, strict=True):
+                if index < len(lane.buckets):
+                    sent.append(source.move(lane.buckets[index]))
+        for source, sent in zip(sources, digests, strict=True):
+            source.close(sent)
+
+    def _source(self, lane: Lane, tensors: Sequence[torch.Tensor], total_bytes: int) -> Source:
+        link = DataLink(
+            self._data,
+            self.world_size + lane.inference,
+            who=f"the updater of inference rank {lane.inference}",
+            timeout_s=self._answer.deadline_s + total_bytes / SLOWEST_BYTES_PER_S,
+        )
+        if self._links[lane.inference] == "pull":
+            return PullSource(link, tensors)
+        targets = self.mapping.ranks[lane.inference].targets
+        return GlooSource(link, tensors, [getattr(torch, target.dtype) for target in targets])
+
+
+def _ask(
+    store: dist.Store, place: Rendezvous, mapping: Mapping, ranks: Ranks, timeout_s: float
+) -> tuple[str, rendezvous.Answer]:
+    session = secrets.token_hex(16)
+    request = rendezvous.Request(
+        session=session,
+        protocol_version=PROTOCOL_VERSION,
+        world_size=ranks.world_size,
+        mapping_digest=mapping.digest,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        torch_version=torch.__version__,
+    )
+    rendezvous.ask(store, request, place.secret, timeout_s=timeout_s)
+    return session, rendezvous.await_answer(store, session, place.secret, timeout_s=timeout_s)
+
+
+def _agree(session: str, ranks: Ranks) -> str:
+    """Give every trainer rank rank 0's session id, over the trainer's own default group; "" is a failure."""
+    if ranks.world_size == 1:
+        return session
+    backend = str(dist.get_backend())
+    device = torch.device("cpu") if "gloo" in backend or "cpu" in backend else torch.device("cuda")
+    data = bytes.fromhex(session).ljust(16, b"\0")
+    wire = torch.tensor(list(data), dtype=torch.uint8, device=device)
+    dist.broadcast(wire, src=0)
+    agreed = bytes(wire.cpu().tolist())
+    return agreed.hex() if any(agreed) else ""

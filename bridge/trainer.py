@@ -1,0 +1,278 @@
+"""The trainer's side: connect, broadcast, close.
+
+::
+
+    import bridge
+    ...
+    optimizer.step()
+    receipt = bridge.broadcast_weights(model)      # every trainer rank calls it
+
+Every rank sends its own shards; nothing is gathered. All talking happens in one background thread per process, so
+a blocking call and a handle from ``blocking=False`` take the same path.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from typing import Self
+
+import torch
+from torch import nn
+
+from bridge import environment
+from bridge.config import BridgeConfig
+from bridge.errors import BridgeError
+from bridge.guard import StepGuard
+from bridge.protocol import mapping as mapping_file
+from bridge.rounds import Job, Receipt, Session
+from bridge.sharding import LocalShards, collect, collect_single
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["Bridge", "PendingBroadcast", "Receipt"]
+
+
+class PendingBroadcast:
+    """A broadcast under way. The weights are protected until every byte has been read."""
+
+    def __init__(self, job: Job, guard: StepGuard) -> None:
+        self._job = job
+        self._guard = guard
+
+    @property
+    def done(self) -> bool:
+        """Whether the version is live, or the round has failed."""
+        return self._job.finished.is_set()
+
+    def wait_released(self) -> None:
+        """Wait until the weights may be changed; the next optimizer step does this by itself.
+
+        Raises:
+            BridgeError: the round failed before that.
+        """
+        self._job.wait_released()
+
+    def wait(self) -> Receipt:
+        """Wait until the version is live.
+
+        Returns:
+            What was sent, and how long it took.
+
+        Raises:
+            BridgeError: the round failed; the old version is still served.
+        """
+        try:
+            return self._job.wait()
+        finally:
+            self._guard.remove()
+
+
+class Bridge:
+    """One trainer rank's connection to the inference side. Not thread-safe; a context manager.
+
+    The connection is made by the first broadcast, or by ``connect``. A round that fails ends it, and the next
+    broadcast makes a new one under a new epoch, so a restarted server or trainer needs no further call.
+    """
+
+    def __init__(self, config: BridgeConfig) -> None:
+        self.config = config
+        self._session: Session | None = None
+        self._pending: PendingBroadcast | None = None
+        self._lock = threading.Lock()
+
+    @classmethod
+    def connect(cls, config: BridgeConfig | None = None) -> Self:
+        """Meet the inference side now; every trainer rank must call it.
+
+        Args:
+            config: default is what the environment says (``BRIDGE_CONFIG``, ``BRIDGE_LOGDIR``, ``LOGDIR``).
+
+        Raises:
+            ConfigError: no mapping can be found, or it is damaged.
+            RendezvousError: the daemon cannot be reached, or refuses.
+        """
+        bridge = cls(config or environment.bridge_config())
+        bridge._ensure_session()
+        return bridge
+
+    def _ensure_session(self) -> Session:
+        if self._session is not None and self._session.closed:
+            self._session.close()
+            self._session = None
+        if self._session is None:
+            mapping = mapping_file.load(self.config.mapping_path())
+            self._session = Session.open(self.config, mapping, environment.ranks())
+        return self._session
+
+    @property
+    def weight_version(self) -> int:
+        """The newest version this rank knows to be live; 0 before the first broadcast."""
+        return self._session.version if self._session else 0
+
+    def broadcast_weights(
+        self, model: nn.Module, *, blocking: bool = True, version: int | None = None
+    ) -> Receipt | PendingBroadcast:
+        """Send the model's weights and make them live; every trainer rank calls it.
+
+        Args:
+            model: a plain module, DDP, or FSDP2 (DTensor parameters). Each rank sends the shards it holds.
+                float32 master weights are cast to the server's dtype on the way.
+            blocking: wait until the version is live. With False the call returns at once; the next step of an
+                optimizer over these parameters waits by itself until the weights have been read.
+            version: the weight version; default is the served one plus one. Equal on all ranks.
+
+        Returns:
+            A ``Receipt``, or with ``blocking=False`` a ``PendingBroadcast``.
+
+        Raises:
+            MappingError: the model does not fit the server's; lists every fault. The others' rounds are aborted.
+            TransferError: the round failed on the way. The old version is still served, whole.
+        """
+        parameters = list(model.parameters())
+        return self._broadcast(
+            lambda session: collect(model, session.mapping, rank=session.rank),
+            parameters,
+            blocking=blocking,
+            version=version,
+            partial=False,
+        )
+
+    def broadcast_single_param(
+        self, name: str, tensor: torch.Tensor, *, blocking: bool = True, version: int | None = None
+    ) -> Receipt | PendingBroadcast:
+        """Send one parameter under its own version; the others stay as they are. Every rank calls it.
+
+        Args:
+            name: the parameter's name in the mapping.
+            tensor: the whole tensor or a DTensor, of the mapping's global shape.
+            blocking: as in ``broadcast_weights``.
+            version: as in ``broadcast_weights``.
+
+        Raises:
+            MappingError: no such parameter, or of another shape or dtype.
+            TransferError: the round failed on the way.
+        """
+        return self._broadcast(
+            lambda session: collect_single(name, tensor, session.mapping, rank=session.rank),
+            [tensor],
+            blocking=blocking,
+            version=version,
+            partial=True,
+        )
+
+    def _broadcast(
+        self,
+        gather: Callable[[Session], LocalShards],
+        parameters: Iterable[torch.Tensor],
+        *,
+        blocking: bool,
+        version: int | None,
+        partial: bool,
+    ) -> Receipt | PendingBroadcast:
+        environment.check_enabled()
+        if self._pending is not None:
+            self._pending._job.finished.wait()  # its own deadlines end it; its error was its caller's
+            self._pending._guard.remove()
+            self._pending = None
+        session = self._ensure_session()
+        try:
+            shards = gather(session)
+        except BridgeError as err:
+            session.refuse_round(str(err))
+            raise
+        job = session.submit(shards, version=version, partial=partial)
+        pending = PendingBroadcast(job, StepGuard(parameters, job.wait_released))
+        self._pending = pending
+        return pending.wait() if blocking else pending
+
+    def send_heartbeat(self) -> None:
+        """Send one heartbeat now. Heartbeats are sent by themselves; this one raises if the peer is gone.
+
+        Raises:
+            PeerLost: the daemon (or on other ranks trainer rank 0) cannot be reached.
+        """
+        self._ensure_session().beat()
+
+    def notify_update(
+        self, model: nn.Module | dict[str, torch.Tensor], *, version: int | None = None
+    ) -> Receipt:
+        """The HTTP fallback: write safetensors to the shared path and announce them; no group is needed.
+
+        Every rank calls it, as full tensors are gathered one at a time; rank 0 writes and posts.
+
+        Raises:
+            ConfigError: no ``http_url`` or ``update_dir`` is configured.
+            RoundAborted: the server refused the update; carries its reason.
+        """
+        from bridge.fallback import notify_update
+
+        return notify_update(self.config, model, environment.ranks(), version=version)
+
+    def close(self) -> None:
+        """Leave in order; the server goes on serving. Idempotent."""
+        if self._pending is not None and not self._pending.done:
+            try:
+                self._pending.wait()
+            except BridgeError as err:
+                logger.error("the last broadcast failed: %s", err)
+        self._pending = None
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+_default: Bridge | None = None
+
+
+def connect(config: BridgeConfig | None = None) -> Bridge:
+    """``Bridge.connect``."""
+    return Bridge.connect(config)
+
+
+def _default_bridge() -> Bridge:
+    global _default  # noqa: PLW0603 - the one connection behind the module-level functions
+    if _default is None:
+        _default = Bridge(environment.bridge_config())
+        atexit.register(close)
+    return _default
+
+
+def broadcast_weights(
+    model: nn.Module, *, blocking: bool = True, version: int | None = None
+) -> Receipt | PendingBroadcast:
+    """``Bridge.broadcast_weights`` on a connection made by the first call, from the environment."""
+    return _default_bridge().broadcast_weights(model, blocking=blocking, version=version)
+
+
+def broadcast_single_param(
+    name: str, tensor: torch.Tensor, *, blocking: bool = True, version: int | None = None
+) -> Receipt | PendingBroadcast:
+    """``Bridge.broadcast_single_param`` on the default connection."""
+    return _default_bridge().broadcast_single_param(name, tensor, blocking=blocking, version=version)
+
+
+def send_heartbeat() -> None:
+    """``Bridge.send_heartbeat`` on the default connection."""
+    _default_bridge().send_heartbeat()
+
+
+def notify_update(model: nn.Module | dict[str, torch.Tensor], *, version: int | None = None) -> Receipt:
+    """``Bridge.notify_update`` on the default connection."""
+    return _default_bridge().notify_update(model, version=version)
+
+
+def close() -> None:
+    """Close the default connection, if there is one."""
+    global _default  # noqa: PLW0603 - see _default_bridge
+    if _default is not None:
+        bridge, _default = _default, None
+        bridge.close()

@@ -1,0 +1,111 @@
+"""What the ranks of one epoch tell each other through the store: layouts, plans and how to reach memory.
+
+Keys live below ``e<epoch>/``. A layout is stored once per digest, so a round of the same model costs no
+more than naming the joint layout it uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import blake3
+import msgspec
+import torch.distributed as dist
+
+from bridge.errors import PeerLost, RendezvousError, TransferError
+from bridge.protocol.mapping import Mapping
+from bridge.protocol.messages import DIGEST_BYTES
+from bridge.protocol.plan import Layout, Plan, build_plan
+from bridge.wire.peer_memory import Whereabouts
+from bridge.wire.rendezvous import fetch
+
+
+class Round(msgspec.Struct, frozen=True, kw_only=True):
+    """What BEGIN refers to: whose layouts are in force, and whether the round carries every source."""
+
+    layouts: tuple[bytes, ...]
+    partial: bool
+    bucket_bytes: int
+
+
+class Meeting:
+    """One process's view of an epoch's shared keys."""
+
+    def __init__(self, store: dist.Store, mapping: Mapping, *, epoch: int, timeout_s: float) -> None:
+        self._store = store
+        self._mapping = mapping
+        self._epoch = epoch
+        self._timeout_s = timeout_s
+        self._plans: dict[str, tuple[Plan, tuple[Layout, ...], Round]] = {}
+        self._published: set[bytes] = set()
+
+    def _key(self, *parts: object) -> str:
+        return "/".join([f"e{self._epoch}", *map(str, parts)])
+
+    def _set(self, key: str, value: bytes) -> None:
+        try:
+            self._store.set(key, value)
+        except (RuntimeError, dist.DistError) as err:
+            raise PeerLost(f"the daemon's store is gone (setting {key}): {err}") from err
+
+    def _get(self, key: str, what: str) -> bytes:
+        try:
+            return fetch(self._store, key, timeout_s=self._timeout_s, what=what)
+        except RendezvousError as err:
+            raise TransferError(str(err)) from err
+
+    def publish_layout(self, layout: Layout) -> bytes:
+        """Store a trainer rank's layout; returns its digest."""
+        data = msgspec.msgpack.encode(layout)
+        digest = blake3.blake3(data).digest(DIGEST_BYTES)
+        if digest not in self._published:
+            self._set(self._key("layout", digest.hex()), data)
+            self._published.add(digest)
+        return digest
+
+    def publish_round(self, layouts: Sequence[bytes], *, partial: bool, bucket_bytes: int) -> str:
+        """Store the joint layout (trainer rank 0); returns the key that BEGIN carries."""
+        data = msgspec.msgpack.encode(
+            Round(layouts=tuple(layouts), partial=partial, bucket_bytes=bucket_bytes)
+        )
+        joint = blake3.blake3(data).hexdigest(DIGEST_BYTES)
+        if joint not in self._plans:
+            self._set(self._key("round", joint), data)
+        return joint
+
+    def plan(self, joint: str) -> tuple[Plan, tuple[Layout, ...], Round]:
+        """The plan of a joint layout, computed here and kept; every rank gets the same."""
+        if joint not in self._plans:
+            data = self._get(self._key("round", joint), "trainer rank 0's joint layout")
+            description = msgspec.msgpack.decode(data, type=Round)
+            layouts = tuple(
+                msgspec.msgpack.decode(
+                    self._get(self._key("layout", digest.hex()), f"trainer rank {rank}'s layout"),
+                    type=Layout,
+                )
+                for rank, digest in enumerate(description.layouts)
+            )
+            only = frozenset(s.source for lay in layouts for s in lay.shards) if description.partial else None
+            plan = build_plan(
+                self._mapping, layouts, bucket_bytes=description.bucket_bytes, only=only
+            )
+            self._plans[joint] = (plan, layouts, description)
+        return self._plans[joint]
+
+    def publish_whereabouts(self, trainer: int, whereabouts: Whereabouts) -> None:
+        """A trainer rank says where its memory is."""
+        self._set(self._key("where", trainer), msgspec.msgpack.encode(whereabouts))
+
+    def whereabouts(self, trainer: int) -> Whereabouts:
+        """Wait for a trainer rank's whereabouts."""
+        data = self._get(self._key("where", trainer), f"trainer rank {trainer} to say where it is")
+        return msgspec.msgpack.decode(data, type=Whereabouts)
+
+    def publish_links(self, inference: int, links: Sequence[str]) -> None:
+        """An updater says by which transport it takes each trainer rank's buckets."""
+        self._set(self._key("links", inference), msgspec.msgpack.encode(list(links)))
+
+    def links(self, inference: int) -> list[str]:
+        """Wait for an updater's choice of transports, by trainer rank."""
+        data = self._get(self._key("links", inference), f"updater {inference} to choose transports")
+        return msgspec.msgpack.decode(data, type=list[str])

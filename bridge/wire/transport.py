@@ -1,0 +1,322 @@
+"""Moving bucket ``i`` of one lane: the small interface behind which every transport stands.
+
+A lane joins one trainer rank (the ``Source``) to one inference rank (the ``Sink``). Both walk the same buckets in
+the same order. Two transports so far:
+
+========  ==========================================================================================
+pull      one host: the sink reads slices straight from the trainer's memory into their final place
+gloo      anywhere: the source packs the slices the sink needs (cast to the target's dtype) and sends
+========  ==========================================================================================
+
+After the last bucket the source sends one blake3 digest per bucket, over the bytes as they travel, and the
+sink compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Protocol
+
+import blake3
+import torch
+import torch.distributed as dist
+
+from bridge.errors import ChecksumMismatch, PeerLost
+from bridge.protocol.messages import DIGEST_BYTES
+from bridge.protocol.plan import Bucket, Copy, Lane, Layout
+from bridge.wire import peer_memory
+from bridge.wire.rendezvous import first_line
+
+ADDRESS_TAG, DIGEST_TAG, BUCKET_TAG = 11, 12, 100
+DIRECT_RUN_BYTES = 512  # shorter runs cost more as iovecs than reading the span and picking from it
+
+
+class Landing(Protocol):
+    """Where a sink puts elements: one inference rank's staging area."""
+
+    def view(
+        self, target: int, size: tuple[int, ...], offset: int, stride: tuple[int, ...]
+    ) -> torch.Tensor:
+        """The elements of one copy in their final place."""
+
+    def landed(self, target: int, count: int) -> None:
+        """``count`` elements of ``target`` have been written."""
+
+
+class DataLink:
+    """One end of a lane on the data group, with the deadline of every wait on it."""
+
+    def __init__(self, group: dist.ProcessGroupGloo, peer: int, *, who: str, timeout_s: float) -> None:
+        self._group = group
+        self._peer = peer
+        self.who = who
+        self._timeout = timedelta(seconds=timeout_s)
+
+    def post_send(self, tensor: torch.Tensor, tag: int) -> dist.Work:
+        """Start sending; the tensor must stay untouched until ``finish``."""
+        return self._group.send([tensor], self._peer, tag)
+
+    def post_receive(self, tensor: torch.Tensor, tag: int) -> dist.Work:
+        """Start receiving into ``tensor``."""
+        return self._group.recv([tensor], self._peer, tag)
+
+    def finish(self, work: dist.Work, what: str) -> None:
+        """Wait for a posted transfer.
+
+        Raises:
+            PeerLost: the peer is gone, or nothing came within the deadline.
+        """
+        try:
+            work.wait(self._timeout)
+        except RuntimeError as err:
+            raise PeerLost(
+                f"lost {self.who} while moving {what} (waited up to {self._timeout.total_seconds():g} s): "
+                f"{first_line(err)}"
+            ) from err
+
+    def send(self, tensor: torch.Tensor, tag: int, what: str) -> None:
+        """Send and wait."""
+        self.finish(self.post_send(tensor, tag), what)
+
+    def receive(self, tensor: torch.Tensor, tag: int, what: str) -> torch.Tensor:
+        """Receive and wait; returns ``tensor``."""
+        self.finish(self.post_receive(tensor, tag), what)
+        return tensor
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor's memory as uint8 [nbytes]."""
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def hash_into(hasher: blake3.blake3, tensor: torch.Tensor) -> None:
+    """Add a tensor's elements in row-major order."""
+    hasher.update(memoryview(as_bytes(tensor.contiguous()).numpy()))
+
+
+def pick(tensor: torch.Tensor, copy: Copy) -> torch.Tensor:
+    """The source view of one copy in a trainer's local shard."""
+    return tensor.as_strided(copy.size, copy.src_stride, tensor.storage_offset() + copy.src_offset)
+
+
+# --- sources: the trainer's end ----------------------------------------------------------------------
+
+
+class Source(Protocol):
+    """The trainer's end of one lane."""
+
+    def open(self) -> None:
+        """Before the first bucket of a round."""
+
+    def move(self, bucket: Bucket) -> bytes:
+        """Let one bucket travel; returns its digest, 16 bytes."""
+
+    def close(self, digests: Sequence[bytes]) -> None:
+        """After the last bucket: flush, and send the digests."""
+
+
+class PullSource:
+    """Says where its shards are; only hashing costs the trainer anything."""
+
+    def __init__(self, link: DataLink, tensors: Sequence[torch.Tensor]) -> None:
+        self._link = link
+        self._tensors = tensors
+
+    def open(self) -> None:
+        addresses = torch.tensor([t.data_ptr() for t in self._tensors], dtype=torch.int64)
+        self._link.send(addresses, ADDRESS_TAG, "shard addresses")
+
+    def move(self, bucket: Bucket) -> bytes:
+        hasher = blake3.blake3()
+        for copy in bucket.copies:
+            hash_into(hasher, pick(self._tensors[copy.shard], copy))
+        return hasher.digest(DIGEST_BYTES)
+
+    def close(self, digests: Sequence[bytes]) -> None:
+        _send_digests(self._link, digests)
+
+
+class GlooSource:
+    """Packs into one of two buffers while the other travels: two buckets of memory, no more."""
+
+    def __init__(self, link: DataLink, tensors: Sequence[torch.Tensor], wire_dtypes: Sequence[torch.dtype]) -> None:
+        """``wire_dtypes`` are the inference rank's target dtypes, by target index."""
+        self._link = link
+        self._tensors = tensors
+        self._wire_dtypes = wire_dtypes
+        self._slots: list[tuple[torch.Tensor, dist.Work] | None] = [None, None]
+
+    def open(self) -> None:
+        self._slots = [None, None]
+
+    def move(self, bucket: Bucket) -> bytes:
+        slot = bucket.index % 2
+        self._flush(slot)
+        buffer = torch.empty(packed_bytes(bucket, self._wire_dtypes), dtype=torch.uint8)
+        offset = 0
+        for copy in bucket.copies:
+            picked = pick(self._tensors[copy.shard], copy)
+            dtype = self._wire_dtypes[copy.target]
+            nbytes = picked.numel() * dtype.itemsize
+            # Offsets in a packed bucket are not aligned to the dtype; a byte view of the cast is.
+            cast = picked.to(dtype).contiguous()
+            buffer[offset : offset + nbytes] = as_bytes(cast)
+            offset += nbytes
+        work = self._link.post_send(buffer, BUCKET_TAG + bucket.index)
+        self._slots[slot] = (buffer, work)
+        return blake3.blake3(memoryview(buffer.numpy())).digest(DIGEST_BYTES)
+
+    def _flush(self, slot: int) -> None:
+        if (pending := self._slots[slot]) is not None:
+            self._link.finish(pending[1], "a bucket")
+            self._slots[slot] = None
+
+    def close(self, digests: Sequence[bytes]) -> None:
+        self._flush(0)
+        self._flush(1)
+        _send_digests(self._link, digests)
+
+
+def _send_digests(link: DataLink, digests: Sequence[bytes]) -> None:
+    data = torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8)
+    link.send(data, DIGEST_TAG, "checksums")
+
+
+def packed_bytes(bucket: Bucket, wire_dtypes: Sequence[torch.dtype]) -> int:
+    """Bytes of a bucket as Gloo carries it."""
+    return sum(torch.Size(c.size).numel() * wire_dtypes[c.target].itemsize for c in bucket.copies)
+
+
+# --- sinks: the updater's end ------------------------------------------------------------------------
+
+
+class Sink(Protocol):
+    """The updater's end of one lane."""
+
+    def open(self) -> None:
+        """Before the first bucket of a round."""
+
+    def move(self, bucket: Bucket, landing: Landing) -> bytes:
+        """Receive one bucket into place; returns the digest of what came, 16 bytes."""
+
+    def close(self, digests: Sequence[bytes]) -> None:
+        """Compare with the source's digests."""
+
+
+class PullSink:
+    """Reads slices from the trainer's memory into their final place, or casts them on the way."""
+
+    def __init__(self, link: DataLink, pid: int, layout: Layout) -> None:
+        self._link = link
+        self._pid = pid
+        self._dtypes = [getattr(torch, shard.dtype) for shard in layout.shards]
+        self._addresses: list[int] = []
+
+    def open(self) -> None:
+        buffer = torch.empty(len(self._dtypes), dtype=torch.int64)
+        self._addresses = self._link.receive(buffer, ADDRESS_TAG, "shard addresses").tolist()
+
+    def move(self, bucket: Bucket, landing: Landing) -> bytes:
+        hasher = blake3.blake3()
+        for copy in bucket.copies:
+            place = landing.view(copy.target, copy.size, copy.dst_offset, copy.dst_stride)
+            hash_into(hasher, self._pull_into(copy, place))
+            landing.landed(copy.target, place.numel())
+        return hasher.digest(DIGEST_BYTES)
+
+    def _pull_into(self, copy: Copy, place: torch.Tensor) -> torch.Tensor:
+        """Fill ``place``; returns the elements as the trainer holds them, for the checksum."""
+        base = self._addresses[copy.shard]
+        if place.dtype == self._dtypes[copy.shard] and (runs := direct_runs(copy, base, place)) is not None:
+            peer_memory.pull(self._pid, runs, who=self._link.who)
+            return place
+        return self._fetch(copy, place)
+
+    def _fetch(self, copy: Copy, place: torch.Tensor) -> torch.Tensor:
+        """Read the span that a copy's elements lie in, pick them, and write them to their place."""
+        dtype = self._dtypes[copy.shard]
+        span = 1 + sum((n - 1) * s for n, s in zip(copy.size, copy.src_stride, strict=True))
+        scratch = torch.empty(span, dtype=dtype)
+        start = self._addresses[copy.shard] + copy.src_offset * dtype.itemsize
+        peer_memory.pull(self._pid, [(start, scratch.data_ptr(), span * dtype.itemsize)], who=self._link.who)
+        picked = scratch.as_strided(copy.size, copy.src_stride)
+        place.copy_(picked)
+        return picked
+
+    def close(self, digests: Sequence[bytes]) -> None:
+        _compare_digests(self._link, digests)
+
+
+def direct_runs(copy: Copy, base: int, place: torch.Tensor) -> list[peer_memory.Run] | None:
+    """The copy as runs of bytes contiguous on both sides, or None if they are too short to be worth it."""
+    itemsize = place.element_size()
+    run, split = 1, len(copy.size)
+    for n, src, dst in zip(
+        reversed(copy.size), reversed(copy.src_stride), reversed(copy.dst_stride), strict=True
+    ):
+        if n != 1 and not src == dst == run:
+            break
+        run *= n
+        split -= 1
+    nbytes = run * itemsize
+    if nbytes < DIRECT_RUN_BYTES and split:
+        return None
+    outer = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    for n, src, dst in zip(copy.size[:split], copy.src_stride[:split], copy.dst_stride[:split], strict=True):
+        steps = torch.arange(n, dtype=torch.int64)
+        outer = tuple((o[:, None] + steps * s).flatten() for o, s in zip(outer, (src, dst), strict=True))  # type: ignore[assignment]
+    remote = (base + (outer[0] + copy.src_offset) * itemsize).tolist()
+    local = (place.data_ptr() + outer[1] * itemsize).tolist()
+    return [(r, w, nbytes) for r, w in zip(remote, local, strict=True)]
+
+
+class GlooSink:
+    """Receives packed buckets and puts their elements in place; the next one arrives meanwhile."""
+
+    def __init__(self, link: DataLink, lane: Lane, wire_dtypes: Sequence[torch.dtype]) -> None:
+        self._link = link
+        self._lane = lane
+        self._wire_dtypes = wire_dtypes
+        self._posted: dict[int, tuple[torch.Tensor, dist.Work]] = {}
+
+    def open(self) -> None:
+        self._posted.clear()
+        for bucket in self._lane.buckets[:2]:
+            self._post(bucket)
+
+    def _post(self, bucket: Bucket) -> None:
+        buffer = torch.empty(packed_bytes(bucket, self._wire_dtypes), dtype=torch.uint8)
+        self._posted[bucket.index] = (buffer, self._link.post_receive(buffer, BUCKET_TAG + bucket.index))
+
+    def move(self, bucket: Bucket, landing: Landing) -> bytes:
+        buffer, work = self._posted.pop(bucket.index)
+        self._link.finish(work, f"bucket {bucket.index}")
+        offset = 0
+        for copy in bucket.copies:
+            place = landing.view(copy.target, copy.size, copy.dst_offset, copy.dst_stride)
+            nbytes = place.numel() * place.element_size()
+            arrived = buffer[offset : offset + nbytes]
+            if arrived.data_ptr() % place.element_size():
+                arrived = arrived.clone()
+            place.copy_(arrived.view(place.dtype).view(place.shape))
+            landing.landed(copy.target, place.numel())
+            offset += nbytes
+        if bucket.index + 2 < len(self._lane.buckets):
+            self._post(self._lane.buckets[bucket.index + 2])
+        return blake3.blake3(memoryview(buffer.numpy())).digest(DIGEST_BYTES)
+
+    def close(self, digests: Sequence[bytes]) -> None:
+        _compare_digests(self._link, digests)
+
+
+def _compare_digests(link: DataLink, digests: Sequence[bytes]) -> None:
+    buffer = torch.empty(len(digests) * DIGEST_BYTES, dtype=torch.uint8)
+    sent = link.receive(buffer, DIGEST_TAG, "checksums").numpy().tobytes()
+    for index, digest in enumerate(digests):
+        expected = sent[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]
+        if digest != expected:
+            raise ChecksumMismatch(
+                f"bucket {index} from {link.who}: sent {expected.hex()}, arrived {digest.hex()}; nothing of "
+                "this version is used"
+            )

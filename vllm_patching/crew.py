@@ -1,0 +1,108 @@
+"""The daemon's updaters: one process per inference rank, started, ordered about and ended here."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bridge.errors import TransferError
+from vllm_patching.channel import Channel, ChannelClosed
+
+logger = logging.getLogger(__name__)
+
+END_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an updater answered; ``message`` is None when it died."""
+
+    crew: Crew
+    rank: int
+    message: dict[str, Any] | None
+
+
+class Crew:
+    """All updaters of one epoch. A crew is never reused: a fresh one has no half-finished transfer."""
+
+    def __init__(self, num_ranks: int, run_dir: Path, reports: queue.Queue[Any]) -> None:
+        self.num_ranks = num_ranks
+        self._reports = reports
+        self._channels: dict[int, Channel] = {}
+        self._here = threading.Condition()
+        self._ending = False
+        self.processes = {
+            rank: subprocess.Popen(
+                [sys.executable, "-m", "vllm_patching.updater", "--run-dir", str(run_dir), "--rank", str(rank)]
+            )
+            for rank in range(num_ranks)
+        }
+
+    def adopt(self, rank: int, channel: Channel) -> None:
+        """An updater has introduced itself and been answered."""
+        channel.sock.settimeout(None)
+        with self._here:
+            self._channels[rank] = channel
+            self._here.notify_all()
+        name = f"bridge-updater-{rank}"
+        threading.Thread(target=self._read, args=(rank, channel), name=name, daemon=True).start()
+
+    def _read(self, rank: int, channel: Channel) -> None:
+        while True:
+            try:
+                message, _ = channel.receive()
+            except ChannelClosed:
+                if not self._ending:
+                    self._reports.put(Report(self, rank, None))
+                return
+            self._reports.put(Report(self, rank, message))
+
+    def wait_all(self, timeout_s: float) -> None:
+        """Wait until every updater is here.
+
+        Raises:
+            TransferError: names those that are not.
+        """
+        with self._here:
+            if not self._here.wait_for(lambda: len(self._channels) == self.num_ranks, timeout_s):
+                absent = sorted(set(range(self.num_ranks)) - self._channels.keys())
+                raise TransferError(f"updaters of ranks {absent} did not start within {timeout_s:g} s")
+
+    def order(self, message: dict[str, Any], ranks: dict[int, dict[str, Any]] | None = None) -> None:
+        """Send an order to all updaters; ``ranks`` adds fields per rank.
+
+        Raises:
+            TransferError: an updater is gone.
+        """
+        for rank, channel in self._channels.items():
+            try:
+                channel.send({**message, **(ranks or {}).get(rank, {})})
+            except ChannelClosed as err:
+                raise TransferError(f"{self.describe(rank)} is gone: {err}") from err
+
+    def describe(self, rank: int) -> str:
+        """Name one updater, with its exit code if it ended."""
+        process = self.processes[rank]
+        code = process.poll()
+        ended = f", ended with {code}" if code is not None else ""
+        return f"updater of rank {rank} (pid {process.pid}{ended})"
+
+    def pids(self) -> list[int]:
+        """Process ids by rank."""
+        return [self.processes[rank].pid for rank in sorted(self.processes)]
+
+    def end(self) -> None:
+        """Kill every updater: they hold nothing that must be saved, and a transfer cannot be interrupted."""
+        self._ending = True
+        for process in self.processes.values():
+            process.kill()
+        for process in self.processes.values():
+            process.wait(END_TIMEOUT_S)
+        for channel in self._channels.values():
+            channel.close()

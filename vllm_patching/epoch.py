@@ -1,0 +1,234 @@
+"""One epoch of the daemon: a trainer that was admitted, the groups it joined, and its rounds."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+
+from bridge.errors import BridgeError, PeerLost, TransferError
+from bridge.protocol.messages import Frame
+from bridge.protocol.session import Action, Close, Commit, InferenceSession, Send, Stage, State
+from bridge.wire import rendezvous
+from bridge.wire.control import ControlGroup, Event
+from vllm_patching.arena import ControlPage
+from vllm_patching.crew import Crew, Report
+
+logger = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Every wait of an epoch, in seconds."""
+
+    heartbeat_interval_s: float
+    deadline_s: float
+    commit_timeout_s: float
+
+
+@dataclass
+class RoundRecord:
+    """What is known of the newest round, for receipts and status."""
+
+    version: int = 0
+    started: float = 0.0
+    reports: dict[int, dict[str, Any]] = field(default_factory=dict)
+    staged_s: float = 0.0
+    joint: str = ""
+
+
+class Epoch:
+    """Drives one InferenceSession with real frames, updaters and commits."""
+
+    def __init__(
+        self,
+        request: rendezvous.Request,
+        *,
+        epoch: int,
+        version: int,
+        crew: Crew,
+        control: ControlPage,
+        limits: Limits,
+    ) -> None:
+        self.request = request
+        self.epoch = epoch
+        self.crew = crew
+        self.limits = limits
+        self.round = RoundRecord(version=version)
+        self.closed: str | None = None
+        self._page = control
+        self._control: ControlGroup | None = None
+        self._joined: set[int] = set()
+        self.machine = InferenceSession(epoch=epoch, version=version, ranks=range(crew.num_ranks))
+
+    @property
+    def trainer(self) -> str:
+        """Who is at the other end."""
+        request = self.request
+        return f"trainer of {request.world_size} rank(s), rank 0 pid {request.pid} on {request.host}"
+
+    def open(
+        self,
+        store: dist.Store,
+        *,
+        address: tuple[str, int],
+        transport: str,
+        deliver: Callable[[Event], None],
+    ) -> None:
+        """Send the updaters to the data group, and join the control group.
+
+        Raises:
+            BridgeError: not everyone came within the deadline.
+        """
+        trainers = self.request.world_size
+        host, port = address
+        own = rendezvous.local_address(host, port)
+        self.crew.wait_all(self.limits.deadline_s * 2)
+        order = {
+            "type": "join",
+            "epoch": self.epoch,
+            "host": host,
+            "port": port,
+            "address": own,
+            "num_trainers": trainers,
+            "group_size": trainers + self.crew.num_ranks,
+            "transport": transport,
+            "deadline_s": self.limits.deadline_s,
+        }
+        self.crew.order(order, {r: {"group_rank": trainers + r} for r in range(self.crew.num_ranks)})
+        group = rendezvous.make_group(
+            store,
+            f"e{self.epoch}/control",
+            rank=trainers,
+            size=trainers + 1,
+            address=own,
+            timeout_s=self.limits.deadline_s,
+        )
+        self._control = ControlGroup(
+            group,
+            {0: f"trainer rank 0 (pid {self.request.pid} on {self.request.host})"},
+            epoch=self.epoch,
+            heartbeat_interval_s=self.limits.heartbeat_interval_s,
+            deadline_s=self.limits.deadline_s,
+            deliver=lambda _peer, event: deliver(event),
+        )
+
+    # --- events ---------------------------------------------------------------------------------
+
+    def on_control(self, event: Event) -> None:
+        """A frame from trainer rank 0, or the loss of it."""
+        if isinstance(event, Frame):
+            self._guarded(lambda: self.machine.on_frame(event))
+        else:
+            self._perform(self.machine.on_peer_lost(str(event)))
+
+    def on_report(self, report: Report) -> None:
+        """An updater's answer, or its death."""
+        message = report.message
+        if message is None:
+            self.fail(f"{self.crew.describe(report.rank)} died")
+        elif message["type"] == "failed":
+            self.fail(f"updater of rank {report.rank}: {message['error']}")
+        elif message["type"] == "joined":
+            logger.info("epoch %d: rank %d receives by %s", self.epoch, report.rank, ", ".join(message["links"]))
+        else:
+            self.round.reports[report.rank] = message
+            self._guarded(lambda: self.machine.on_staged(report.rank))
+
+    def on_committed(self, result: str | None, error: str) -> None:
+        """The commit that ``Commit`` asked for has ended."""
+        if result is None:
+            self.fail(error)
+        elif self.machine.state is State.COMMITTING:
+            self._guarded(lambda: self.machine.on_committed(result))
+
+    def fail(self, reason: str) -> None:
+        """Something on this side broke."""
+        self._perform(self.machine.on_failure(reason))
+
+    def shut_down(self, reason: str) -> None:
+        """The daemon ends, or vLLM did."""
+        self._perform(self.machine.on_failure(reason))
+
+    def _guarded(self, step: Any) -> None:
+        try:
+            self._perform(step())
+        except BridgeError as err:
+            logger.exception("epoch %d: %s", self.epoch, type(err).__name__)
+            self.fail(str(err))
+
+    # --- actions ---------------------------------------------------------------------------------
+
+    def _perform(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Send):
+                self._send(action)
+            elif isinstance(action, Stage):
+                self._stage(action)
+            elif isinstance(action, Commit):
+                self.round.staged_s = time.monotonic() - self.round.started
+                self.pending_commit = action.version
+            elif isinstance(action, Close):
+                self.closed = action.reason
+
+    pending_commit: int | None = None
+
+    def _send(self, action: Send) -> None:
+        if self._control is None:
+            return
+        try:
+            self._control.send(action.peers, action.frame)
+        except PeerLost as err:
+            # Its receiver thread reports the loss as an event of its own.
+            logger.warning("epoch %d: %s not delivered: %s", self.epoch, action.frame.opcode.name, err)
+
+    def _stage(self, action: Stage) -> None:
+        self.round = RoundRecord(version=action.version, started=time.monotonic(), joint=action.joint)
+        self.crew.order(
+            {"type": "stage", "joint": action.joint, "plan_digest": action.plan_digest.hex()},
+            {r: {"half": inactive_half(self._page, r)} for r in range(self.crew.num_ranks)},
+        )
+
+    def receipt(self, flips_ns: Sequence[int]) -> str:
+        """JSON of what was measured in the round, for the trainer's receipt."""
+        reports = self.round.reports.values()
+        return json.dumps(
+            {
+                "version": self.round.version,
+                "bytes": sum(r["bytes"] for r in reports),
+                "transfer_s": round(max((r["seconds"] for r in reports), default=0.0), 6),
+                "stage_s": round(self.round.staged_s, 6),
+                "flip_s": round(max(flips_ns) / 1e9, 9),
+                "transport": "+".join(sorted({r["transport"] for r in reports})),
+            }
+        )
+
+    def close(self) -> None:
+        """Leave the groups and end the crew."""
+        self.crew.end()
+        if self._control is not None:
+            self._control.close(timeout_s=CLOSE_TIMEOUT_S)
+
+
+def inactive_half(page: ControlPage, rank: int) -> int:
+    """The half that nobody reads.
+
+    Raises:
+        TransferError: the last commit has not reached this rank, so both halves are in use.
+    """
+    slot = page.slot(rank)
+    if slot.version != page.requested:
+        raise TransferError(
+            f"rank {rank} still serves version {slot.version} while version {page.requested} waits to be "
+            "committed; is the engine stuck in a batch?"
+        )
+    return 1 - slot.active
+
+

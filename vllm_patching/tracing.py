@@ -1,0 +1,227 @@
+"""Run a model's own ``load_weights`` under a recorder and keep what it would have copied where.
+
+Call ``trace`` between vLLM's ``load_weights`` and its ``process_weights_after_loading``: later, parameters may
+have been freed (MLA) or repacked. The loader is given meta tensors, and every write to a live parameter or buffer is
+recorded and not executed, so live weights stay as they are, bit for bit. The mapping therefore comes from
+vLLM itself, for every architecture it can load; no table of names exists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from bridge.errors import MappingError
+from bridge.protocol.mapping import Source
+from vllm_patching.affine import extent
+
+
+@dataclasses.dataclass(frozen=True)
+class LiveTensor:
+    """A parameter or buffer of the model, and its place in its storage (all in elements).
+
+    ``storage`` numbers the storages of one model; ``aliases`` are further names of the very same view.
+    """
+
+    name: str
+    is_parameter: bool
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str
+    storage: int
+    offset: int
+    aliases: tuple[str, ...] = ()
+
+    def contains(self, first: int, end: int) -> bool:
+        """Whether elements [first, end) of the storage lie within this tensor's extent."""
+        begin, stop = extent(self.shape, self.stride, self.offset)
+        return begin <= first and end <= stop
+
+
+@dataclasses.dataclass(frozen=True)
+class TracedWrite:
+    """One copy of the loader: views of equal ``size`` into a flat source and into a live tensor.
+
+    ``source`` indexes the traced sources; ``dst_offset`` counts from ``target``'s first element. ``order``
+    numbers all writes and fills of a trace in the loader's order. Dimensions are coalesced.
+    """
+
+    source: int
+    target: str
+    size: tuple[int, ...]
+    src_offset: int
+    src_stride: tuple[int, ...]
+    dst_offset: int
+    dst_stride: tuple[int, ...]
+    order: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TracedFill:
+    """A region that the loader filled with constants (padding); it keeps the value it already has."""
+
+    target: str
+    size: tuple[int, ...]
+    dst_offset: int
+    dst_stride: tuple[int, ...]
+    order: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """A value that reached ``target`` by more than movement and a plain cast: ``op`` says how."""
+
+    op: str
+    sources: tuple[str, ...]
+    target: str
+    reason: str
+
+    def __str__(self) -> str:
+        origin = ", ".join(self.sources) or "no source"
+        return f"{self.target} <- {self.op}({origin}): {self.reason}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """What one run of ``load_weights`` would have done. ``unused`` sources produced no write."""
+
+    sources: tuple[Source, ...]
+    writes: tuple[TracedWrite, ...]
+    fills: tuple[TracedFill, ...]
+    refused: tuple[Refusal, ...]
+    unused: tuple[str, ...]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch's name without its prefix: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        yield name, parameter, True
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        yield name, buffer, False
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """The identity of the storage under a tensor, valid while that storage lives."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def live_tensors(model: nn.Module) -> list[LiveTensor]:
+    """All parameters and buffers, one entry per distinct view; equal views become ``aliases``."""
+    numbers: dict[int, int] = {}
+    found: dict[tuple[Any, ...], LiveTensor] = {}
+    for name, tensor, is_parameter in _named_tensors(model):
+        number = numbers.setdefault(storage_key(tensor), len(numbers))
+        shape, stride = tuple(tensor.shape), tensor.stride()
+        view = (number, tensor.storage_offset(), shape, stride, tensor.dtype)
+        if view in found:
+            known = found[view]
+            found[view] = dataclasses.replace(known, aliases=(*known.aliases, name))
+        else:
+            dtype = dtype_name(tensor.dtype)
+            offset = tensor.storage_offset()
+            found[view] = LiveTensor(name, is_parameter, shape, stride, dtype, number, offset)
+    return list(found.values())
+
+
+def storage_numbers(model: nn.Module) -> dict[int, int]:
+    """``storage_key`` -> ``LiveTensor.storage`` for the storages the model holds now."""
+    numbers: dict[int, int] = {}
+    for _, tensor, _ in _named_tensors(model):
+        numbers.setdefault(storage_key(tensor), len(numbers))
+    return numbers
+
+
+def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
+    view = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+    return (id(tensor), storage_key(tensor), *view)
+
+
+@contextlib.contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Put every parameter and buffer back as it was, and say so if the body had replaced any.
+
+    Raises:
+        MappingError: names each parameter or buffer that was added, removed, replaced or re-pointed.
+    """
+    modules = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
+    tensors = {name: tensor for name, tensor, _ in _named_tensors(model)}
+    before = {name: _identity(tensor) for name, tensor in tensors.items()}
+    data = {id(tensor): (tensor, tensor.data) for tensor in tensors.values()}
+    try:
+        yield
+        after = {name: _identity(tensor) for name, tensor, _ in _named_tensors(model)}
+        names = before.keys() | after.keys()
+        if changed := sorted(name for name in names if before.get(name) != after.get(name)):
+            raise MappingError(
+                f"{type(model).__name__}.load_weights replaces {len(changed)} tensor(s) instead of copying "
+                f"into them: {', '.join(changed)}; such a load cannot be expressed as copies"
+            )
+    finally:
+        for module, parameters, buffers in modules:
+            module._parameters.clear()
+            module._parameters.update(parameters)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        for tensor, alias in data.values():
+            if _identity(tensor)[1:] != _identity(alias)[1:]:
+                tensor.data = alias
+
+
+def trace(model: nn.Module, sources: Sequence[Source]) -> Trace:
+    """Record what ``model.load_weights`` does with ``sources``; the model is left exactly as it was.
+
+    Args:
+        model: a loaded vLLM model (any module with ``load_weights(iterable of (name, tensor))``), before
+            ``process_weights_after_loading``.
+        sources: names must be unique; the loader sees them in this order.
+
+    Returns:
+        The trace. ``refused`` is not empty if the loader computes with a source (exp, scaling,
+        quantisation): such a destination cannot be kept in step, and ``coverage.find_gaps`` reports it.
+
+    Raises:
+        MappingError: the loader reads values of a source, replaces parameters, or fails on these names.
+    """
+    from vllm_patching.recorder import Recorder, ValueGuard
+
+    duplicates = {s.name for s in sources} if len({s.name for s in sources}) != len(sources) else set()
+    if duplicates:
+        names = sorted(n for n in duplicates if sum(s.name == n for s in sources) > 1)
+        raise MappingError(f"{len(names)} source name(s) occur twice: {', '.join(names)}")
+    recorder = Recorder(live_tensors(model), storage_numbers(model), sources)
+    guard = ValueGuard(recorder)
+    # inference_mode would hide composite operations (reshape) from the recorder
+    with _unchanged(model), torch.inference_mode(False), torch.no_grad():
+        try:
+            with guard, recorder:
+                model.load_weights(recorder.feed())  # type: ignore[operator]
+        except MappingError:
+            raise
+        except Exception as err:
+            if recorder.error is not None:
+                raise recorder.error from err
+            raise MappingError(
+                f"{type(model).__name__}.load_weights fails on these names, at source "
+                f"{recorder.current!r}: {type(err).__name__}: {err}"
+            ) from err
+    if recorder.error is not None:  # a loader may swallow what its copies raise
+        raise recorder.error
+    written = {write.source for write in recorder.writes.values()}
+    refused = {name for refusal in recorder.refused for name in refusal.sources}
+    unused = tuple(s.name for i, s in enumerate(sources) if i not in written and s.name not in refused)
+    return Trace(
+        sources=tuple(sources),
+        writes=tuple(recorder.writes.values()),
+        fills=tuple(recorder.fills.values()),
+        refused=tuple(recorder.refused),
+        unused=unused,
+    )

@@ -1,0 +1,253 @@
+"""One inference rank's updater: receives a version into the inactive half, and never touches the live one.
+
+A child of the daemon, in a process of its own, so that a transfer that hangs can be ended without a trace:
+the daemon kills it and starts another. It takes orders over the node's socket and meets the trainer ranks
+in the data group.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors import safe_open
+
+from bridge import telemetry
+from bridge.errors import BridgeError, MappingError, ProtocolError, TransferError
+from bridge.protocol.mapping import Mapping, RankMap
+from bridge.protocol.plan import Lane, Plan
+from bridge.wire import peer_memory, rendezvous
+from bridge.wire.meeting import Meeting
+from bridge.wire.transport import DataLink, GlooSink, PullSink, Sink
+from vllm_patching.arena import ImportedHalves
+from vllm_patching.channel import Channel, ChannelClosed
+from vllm_patching.staging import Staging, torch_dtype, writes_by_source
+
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 30.0
+SLOWEST_BYTES_PER_S = 50e6  # a transfer slower than this is taken for dead
+
+
+class Join(msgspec.Struct, kw_only=True):
+    """The daemon's order to meet the trainers of a new epoch."""
+
+    epoch: int
+    host: str
+    port: int
+    address: str
+    num_trainers: int
+    group_rank: int
+    group_size: int
+    transport: str
+    deadline_s: float
+
+
+class Updater:
+    """State of one updater process."""
+
+    def __init__(self, rank: int, mapping: Mapping, halves: ImportedHalves) -> None:
+        self.rank = rank
+        self.mapping = mapping
+        self.rank_map: RankMap = mapping.ranks[rank]
+        self.halves = halves
+        self.meeting: Meeting | None = None
+        self._links: list[str] = []
+        self._group: Any = None
+        self._join: Join | None = None
+        self._where: list[peer_memory.Whereabouts] = []
+
+    def join(self, order: Join) -> dict[str, Any]:
+        """Meet the trainers: choose a transport for each, then form the data group."""
+        store = rendezvous.reach_store(order.host, order.port, timeout_s=order.deadline_s)
+        self.meeting = Meeting(store, self.mapping, epoch=order.epoch, timeout_s=order.deadline_s)
+        self._join = order
+        self._where = [self.meeting.whereabouts(t) for t in range(order.num_trainers)]
+        self._links = [self._choose(t, order.transport) for t in range(order.num_trainers)]
+        self.meeting.publish_links(self.rank, self._links)
+        self._group = rendezvous.make_group(
+            store,
+            f"e{order.epoch}/data",
+            rank=order.group_rank,
+            size=order.group_size,
+            address=order.address,
+            timeout_s=order.deadline_s,
+        )
+        return {"type": "joined", "links": self._links}
+
+    def _choose(self, trainer: int, transport: str) -> str:
+        if transport == "gloo":
+            return "gloo"
+        why_not = peer_memory.can_pull(self._where[trainer])
+        if not why_not:
+            return "pull"
+        if transport == "pull":
+            raise TransferError(
+                f"--transport pull was asked for, but updater {self.rank} cannot pull from trainer rank "
+                f"{trainer}: {why_not}"
+            )
+        logger.info("rank %d takes trainer rank %d's buckets by gloo: %s", self.rank, trainer, why_not)
+        return "gloo"
+
+    def stage(self, *, joint: str, plan_digest: str, half: int) -> dict[str, Any]:
+        """Receive one whole version into half ``half``.
+
+        Raises:
+            TransferError: plan digests differ, a peer was lost, or a checksum does not match.
+        """
+        assert self.meeting is not None
+        plan, _, description = self.meeting.plan(joint)
+        if plan.digest.hex() != plan_digest:
+            raise TransferError(
+                f"plan digests differ: trainer rank 0 has {plan_digest}, updater {self.rank} has "
+                f"{plan.digest.hex()}; both sides must read the same mapping file"
+            )
+        start = time.perf_counter()
+        staging = self._staging(half, partial=description.partial)
+        lanes = [lane for lane in plan.lanes if lane.inference == self.rank]
+        self._receive(plan, lanes, joint, staging)
+        staging.finish()
+        seconds = time.perf_counter() - start
+        nbytes = sum(bucket.nbytes for lane in lanes for bucket in lane.buckets)
+        return {"bytes": nbytes, "seconds": seconds, "transport": "+".join(sorted(set(self._links)))}
+
+    def _staging(self, half: int, *, partial: bool) -> Staging:
+        if partial:
+            # The inactive half is a version old: bring it up to date before changing a part of it.
+            self.halves.halves[half].copy_(self.halves.halves[1 - half])
+        return Staging(self.halves.halves[half], self.rank_map.targets)
+
+    def _receive(self, plan: Plan, lanes: Sequence[Lane], joint: str, staging: Staging) -> None:
+        sinks = [self._sink(lane, joint, plan) for lane in lanes]
+        digests: list[list[bytes]] = [[] for _ in lanes]
+        for sink in sinks:
+            sink.open()
+        for index in range(plan.num_buckets):
+            for lane, sink, found in zip(lanes, sinks, digests, strict=True):
+                if index < len(lane.buckets):
+                    found.append(sink.move(lane.buckets[index], staging))
+        for sink, found in zip(sinks, digests, strict=True):
+            sink.close(found)
+
+    def _sink(self, lane: Lane, joint: str, plan: Plan) -> Sink:
+        assert self.meeting is not None and self._join is not None
+        where = self._where[lane.trainer]
+        link = DataLink(
+            self._group,
+            lane.trainer,
+            who=f"trainer rank {lane.trainer} (pid {where.pid} on {where.host})",
+            timeout_s=self._join.deadline_s + plan.total_bytes / SLOWEST_BYTES_PER_S,
+        )
+        if self._links[lane.trainer] == "pull":
+            _, layouts, _ = self.meeting.plan(joint)
+            return PullSink(link, where.pid, layouts[lane.trainer])
+        return GlooSink(link, lane, [torch_dtype(t.dtype) for t in self.rank_map.targets])
+
+    def stage_file(self, *, path: str, half: int) -> dict[str, Any]:
+        """Stage a whole version from safetensors files (a file, or a folder of them).
+
+        Raises:
+            MappingError: lists every tensor missing, extra, or of another shape.
+        """
+        start = time.perf_counter()
+        files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [Path(path)]
+        found = {name: file for file in files for name in _names(file)}
+        name = _match_vocabulary(self.mapping, found, files)
+        listed = self.mapping.vocabulary(name).sources
+        grouped = writes_by_source(self.rank_map.writes[name])
+        staging = Staging(self.halves.halves[half], self.rank_map.targets)
+        nbytes = 0
+        with torch.no_grad():
+            for index, source in enumerate(listed):
+                if index not in grouped:
+                    continue
+                with safe_open(found[source.name], framework="pt") as file:
+                    tensor = file.get_tensor(source.name)
+                staging.apply(grouped[index], tensor)
+                nbytes += tensor.numel() * tensor.element_size()
+        staging.finish()
+        return {"bytes": nbytes, "seconds": time.perf_counter() - start, "transport": "file"}
+
+
+def _names(file: Path) -> list[str]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return list(opened.keys())
+    except Exception as err:  # noqa: BLE001 - safetensors raises its own type from Rust, and OSError
+        raise MappingError(f"{file} is not a whole safetensors file: {err}") from err
+
+
+def _match_vocabulary(mapping: Mapping, found: dict[str, Path], files: list[Path]) -> str:
+    """The vocabulary whose needed sources are all in the files, with their shapes checked."""
+    best = max(mapping.vocabularies, key=lambda v: len({s.name for s in v.sources} & found.keys()))
+    known = {source.name: source for source in best.sources}
+    unused = set(best.unused)
+    faults = [f"{name}: missing" for name in known.keys() - found.keys() - unused]
+    faults += [f"{name}: not a parameter of this model" for name in found.keys() - known.keys() - unused]
+    for name in sorted(known.keys() & found.keys()):
+        with safe_open(found[name], framework="pt") as file:
+            shape = tuple(file.get_slice(name).get_shape())
+        if shape != known[name].shape:
+            faults.append(f"{name}: shape {shape}, expected {known[name].shape}")
+    if faults or not files:
+        listing = "\n  ".join(sorted(faults)) or "no safetensors file there"
+        raise MappingError(f"{len(faults)} fault(s) in the update for {mapping.model}:\n  {listing}")
+    return best.name
+
+
+def _serve(channel: Channel, updater: Updater) -> None:
+    while True:
+        message, _ = channel.receive()
+        kind = message.pop("type")
+        try:
+            if kind == "join":
+                answer = updater.join(msgspec.convert(message, Join))
+            elif kind == "stage":
+                answer = {"type": "staged", **updater.stage(**message)}
+            elif kind == "stage_file":
+                answer = {"type": "staged", **updater.stage_file(**message)}
+            else:
+                raise ProtocolError(f"updater {updater.rank} does not know the order {kind!r}")
+        except BridgeError as err:
+            logger.error("rank %d: %s failed: %s", updater.rank, kind, err)
+            answer = {"type": "failed", "error": str(err)}
+        channel.send(answer)
+
+
+def main() -> int:
+    """Entry point: ``python -m vllm_patching.updater --run-dir D --rank R``."""
+    parser = argparse.ArgumentParser(prog="vllm_patching.updater")
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--rank", type=int, required=True)
+    args = parser.parse_args()
+    telemetry.configure(role="updater", rank=args.rank)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the daemon decides when updaters end
+    torch.set_num_threads(1)  # the cores belong to the decode
+    channel = Channel.connect(args.run_dir, timeout_s=CONNECT_TIMEOUT_S)
+    hello = {"type": "updater", "rank": args.rank, "pid": os.getpid(), "host": socket.gethostname()}
+    channel.send(hello)
+    welcome, fds = channel.receive()
+    if welcome.get("type") != "welcome":
+        logger.error("the daemon refused updater %d: %s", args.rank, welcome)
+        return 1
+    mapping = msgspec.convert(welcome["mapping"], Mapping)
+    halves = ImportedHalves(fds, mapping.ranks[args.rank].arena_bytes)
+    channel.sock.settimeout(None)
+    try:
+        _serve(channel, Updater(args.rank, mapping, halves))
+    except ChannelClosed:
+        return 0  # the daemon is gone, or done with this updater
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
