@@ -136,7 +136,7 @@ class Session:
         self._answer = answer
         self._inbox: _Inbox = queue.Queue()
         self._nonce = peer_memory.Nonce()
-        self._calls = 0
+        self._early: list[tuple[int, Event]] = []
         self._meeting = Meeting(store, mapping, epoch=answer.epoch, timeout_s=answer.deadline_s * 2)
         machine = {"epoch": answer.epoch, "version": answer.weight_version}
         self._coordinator = Coordinator(
@@ -227,11 +227,10 @@ class Session:
 
     # --- the caller's side -------------------------------------------------------------------------
 
-    def submit(self, shards: LocalShards, *, version: int | None, partial: bool) -> Job:
-        """Hand a broadcast to the background thread."""
-        self._calls += 1
+    def submit(self, shards: LocalShards, *, call: int, version: int | None, partial: bool) -> Job:
+        """Hand a broadcast to the background thread; ``call`` counts this process's broadcasts."""
         wanted = self.version + 1 if version is None else version
-        job = Job(shards, version=wanted, call=self._calls, partial=partial)
+        job = Job(shards, version=wanted, call=call, partial=partial)
         self._inbox.put(job)
         return job
 
@@ -279,9 +278,8 @@ class Session:
     def _idle_event(self, peer: int, event: Event) -> None:
         """Between rounds only ends are expected; the next broadcast will connect anew."""
         if isinstance(event, Frame) and event.opcode not in (Opcode.ABORT, Opcode.SHUTDOWN, Opcode.FAILED):
-            if event.opcode is Opcode.READY:
-                self._inbox.put((peer, event))  # another rank is ahead: keep it for our own call
-                threading.Event().wait(0.001)
+            if event.opcode is not Opcode.BUCKET:
+                self._early.append((peer, event))  # another rank is ahead of ours: kept for our own call
             return
         reason = event.text or "it shut down" if isinstance(event, Frame) else str(event)
         logger.warning("epoch %d is over: %s; the next broadcast connects anew", self._answer.epoch, reason)
@@ -347,6 +345,8 @@ class Session:
         nbytes = sum(t.numel() * t.element_size() for t in job.shards.tensors)
         limit_s = self.config.commit_timeout_s + nbytes * self.world_size / SLOWEST_BYTES_PER_S
         machine = self._coordinator if self.rank == 0 else self._member
+        if self._early:
+            return self._on_event(job, *self._early.pop(0))
         try:
             item = self._inbox.get(timeout=max(0.0, job.started + limit_s - time.monotonic()))
         except queue.Empty:
@@ -359,7 +359,9 @@ class Session:
             raise RoundAborted(f"version {job.version}: the bridge was closed in the middle of the round")
         if isinstance(item, Job):
             raise ProtocolError("a second broadcast was submitted in the middle of a round")
-        peer, event = item
+        return self._on_event(job, *item)
+
+    def _on_event(self, job: Job, peer: int, event: Event) -> list[Action]:
         if not isinstance(event, Frame):
             raise event
         if self.rank == 0:
@@ -452,7 +454,7 @@ def _ask(
         mapping_digest=mapping.digest,
         host=socket.gethostname(),
         pid=os.getpid(),
-        torch_version=torch.__version__,
+        torch_version=str(torch.__version__),
     )
     rendezvous.ask(store, request, place.secret, timeout_s=timeout_s)
     return session, rendezvous.await_answer(store, session, place.secret, timeout_s=timeout_s)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import threading
 from collections.abc import Callable, Iterable
 from typing import Self
 
@@ -81,7 +80,7 @@ class Bridge:
         self.config = config
         self._session: Session | None = None
         self._pending: PendingBroadcast | None = None
-        self._lock = threading.Lock()
+        self._calls = 0
 
     @classmethod
     def connect(cls, config: BridgeConfig | None = None) -> Self:
@@ -177,16 +176,26 @@ class Bridge:
             self._pending._job.finished.wait()  # its own deadlines end it; its error was its caller's
             self._pending._guard.remove()
             self._pending = None
-        session = self._ensure_session()
-        try:
-            shards = gather(session)
-        except BridgeError as err:
-            session.refuse_round(str(err))
-            raise
-        job = session.submit(shards, version=version, partial=partial)
-        pending = PendingBroadcast(job, StepGuard(parameters, job.wait_released))
-        self._pending = pending
-        return pending.wait() if blocking else pending
+        self._calls += 1
+        for attempt in range(2):
+            session = self._ensure_session()
+            try:
+                shards = gather(session)
+            except BridgeError as err:
+                session.refuse_round(str(err))
+                raise
+            job = session.submit(shards, call=self._calls, version=version, partial=partial)
+            self._pending = PendingBroadcast(job, StepGuard(parameters, job.wait_released))
+            if not blocking:
+                return self._pending
+            try:
+                return self._pending.wait()
+            except BridgeError:
+                # The epoch had ended between two rounds, and the news reached this rank during its own
+                # call: rank 0 has not begun this round, and waits for us in a new epoch.
+                if attempt or not session.stale:
+                    raise
+        raise AssertionError("unreachable: the second attempt returns or raises")
 
     def send_heartbeat(self) -> None:
         """Send one heartbeat now. Heartbeats are sent by themselves; this one raises if the peer is gone.

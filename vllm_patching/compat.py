@@ -158,21 +158,21 @@ def keep_linear_weights_live(module: ModuleType) -> None:
 def prefer_unpacked_mla(module: ModuleType) -> None:
     """Keep MLA off the AMX implementation, which packs private copies and frees kv_b_proj."""
 
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def get_attn_backend_cls(cls: Any, selected: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
-            if selected is None and getattr(config, "use_mla", False):
-                from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-                selected = getattr(AttentionBackendEnum, "CPU_MLA", None)
-            return original(selected, config, *args, **kwargs)
-
-        bound = classmethod(get_attn_backend_cls)
-        bound.__func__._bridge_original = original  # type: ignore[attr-defined]
-        return bound  # type: ignore[return-value]
-
     original = module.CpuPlatform.get_attn_backend_cls
-    if not is_wrapped(original):
-        module.CpuPlatform.get_attn_backend_cls = make(original)
+    if is_wrapped(original):
+        return
+
+    def get_attn_backend_cls(
+        cls: Any, selected_backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if selected_backend is None and attn_selector_config.use_mla:
+            from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+            selected_backend = getattr(AttentionBackendEnum, "CPU_MLA", None)
+        return original(selected_backend, attn_selector_config, *args, **kwargs)
+
+    get_attn_backend_cls._bridge_original = original  # type: ignore[attr-defined]
+    module.CpuPlatform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
 
 
 def moe_transform(module: nn.Module, name: str) -> str:

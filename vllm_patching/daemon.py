@@ -35,13 +35,15 @@ from vllm_patching.crew import Crew, Report
 from vllm_patching.epoch import Epoch, Limits, inactive_half
 from vllm_patching.registry import Member, Registry
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm_patching.daemon")  # __name__ is __main__ here
 
 WAKE_INTERVAL_S = 0.05
 COMMIT_POLL_S = 0.0005
+DOORMAN_POLL_S = 0.05
 HELLO_TIMEOUT_S = 30.0
 STAGE_FILE_TIMEOUT_S = 600.0
 VLLM_EXIT_TIMEOUT_S = 20.0
+MAX_IDLE_DEATHS = 5
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,14 @@ class Daemon:
         self.epochs = 0
         self.committed = 0
         self.aborted = 0
+        self.idle_deaths = 0
         self.failed = ""
         self.last_error: str | None = None
         self.last_round: dict[str, Any] | None = None
         self._vllm_pids: set[int] = set()
         self._shm: set[Path] = set()
+        self._stopping = threading.Event()
+        self._doorman_thread: threading.Thread | None = None
 
     # --- the one loop ----------------------------------------------------------------------------
 
@@ -138,8 +143,7 @@ class Daemon:
             if self.epoch is not None and event.crew is self.epoch.crew:
                 self.epoch.on_report(event)
             elif event.crew is self.crew and event.message is None:
-                logger.error("%s died while idle; starting another crew", self.crew.describe(event.rank))
-                self._new_crew()
+                self._replace_idle_crew(self.crew.describe(event.rank))
         elif isinstance(event, Heard) and event.epoch is self.epoch:
             event.epoch.on_control(event.event)
         if self.mapping is None and self.registry.complete:
@@ -204,7 +208,7 @@ class Daemon:
             meeting.port,
         )
         self._new_crew()
-        self._thread("bridge-doorman", self._doorman)
+        self._doorman_thread = self._thread("bridge-doorman", self._doorman)
         self._shm = residue.snapshot(self._vllm_pids)
 
     def _new_crew(self) -> None:
@@ -212,6 +216,13 @@ class Daemon:
             self.crew.end()
         assert self.mapping is not None
         self.crew = Crew(self.mapping.num_inference_ranks, self.args.run_dir, self.events)
+
+    def _replace_idle_crew(self, who: str) -> None:
+        self.idle_deaths += 1
+        if self.idle_deaths > MAX_IDLE_DEATHS:
+            raise TransferError(f"{who} died without a round under way, like {MAX_IDLE_DEATHS} before it; giving up")
+        logger.error("%s died while idle; starting another crew", who)
+        self._new_crew()
 
     def _vllm_lost(self, who: str) -> None:
         self.last_error = f"{who} is gone"
@@ -222,14 +233,11 @@ class Daemon:
     # --- rounds ------------------------------------------------------------------------------------
 
     def _doorman(self) -> None:
-        """Answer trainers that knock while another is inside; pass the others on."""
-        store = rendezvous.reach_store(
-            self.args.rendezvous_host, self.store.port, timeout_s=self.limits.deadline_s
-        )
+        """Look for trainers that knock; ``_admit`` lets them in or sends them away."""
         ticket = 1
-        while True:
+        while not self._stopping.wait(DOORMAN_POLL_S):
             try:
-                request = rendezvous.next_request(store, ticket, secret=self.secret)
+                request = rendezvous.next_request(self.store, ticket, secret=self.secret)
             except RendezvousRefused as err:
                 logger.warning("ignored a stranger at the rendezvous: %s", err)
                 ticket += 1
@@ -266,6 +274,7 @@ class Daemon:
             )
         )
         self.epoch = epoch
+        self.idle_deaths = 0
         address = (self.args.rendezvous_host, self.store.port)
         try:
             epoch.open(
@@ -414,8 +423,10 @@ class Daemon:
 
     # --- the node's socket ---------------------------------------------------------------------------
 
-    def _thread(self, name: str, target: Any, *args: Any) -> None:
-        threading.Thread(target=target, args=args, name=name, daemon=True).start()
+    def _thread(self, name: str, target: Any, *args: Any) -> threading.Thread:
+        thread = threading.Thread(target=target, args=args, name=name, daemon=True)
+        thread.start()
+        return thread
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
@@ -537,6 +548,9 @@ class Daemon:
     # --- the end -----------------------------------------------------------------------------------
 
     def _end(self, listener: socket.socket) -> None:
+        self._stopping.set()
+        if self._doorman_thread is not None:
+            self._doorman_thread.join()  # it holds the store, which must not be used while it is torn down
         if self.epoch is not None:
             self.epoch.shut_down("the weight-updater daemon ends")
             self.epoch.close()

@@ -54,6 +54,7 @@ class Loaded:
     traces: dict[str, tracing.Trace] = field(default_factory=dict)
     omitted: dict[str, str] = field(default_factory=dict)
     places: dict[str, Place] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,13 @@ def before_processing(model: nn.Module, model_config: Any) -> None:
         "checkpoint": lambda: sources.checkpoint_sources(loaded.loader, model_config, model),
         "transformers": lambda: sources.transformers_sources(model_config),
     }
+    own_load: tracing.Trace | None = None
     for name, list_sources in lists.items():
         try:
             listed = list_sources()
             trace = tracing.trace(model, listed)
-            if gaps := coverage.find_gaps(model, trace):
-                raise MappingError("\n  ".join([f"{len(gaps)} gap(s):", *gaps]))
+            own_load = trace if name == "checkpoint" else own_load
+            coverage.find_gaps(trace, tracing.live_tensors(model), own_load=own_load).check(name)
         except (BridgeError, OSError, ImportError, ValueError, AttributeError) as err:
             loaded.omitted[name] = f"{type(err).__name__}: {err}"
             continue
@@ -109,8 +111,9 @@ def before_processing(model: nn.Module, model_config: Any) -> None:
         listing = "\n  ".join(f"{name}: {why}" for name, why in loaded.omitted.items())
         raise MappingError(f"no set of parameter names of {model_config.model} could be traced:\n  {listing}")
     tensors = named_tensors(model)
+    loaded.names = set(tensors)
     for trace in loaded.traces.values():
-        for name in {write.tensor for write in trace.writes} - loaded.places.keys():
+        for name in {write.target for write in trace.writes} - loaded.places.keys():
             loaded.places[name] = Place(tensors[name].detach(), _digest(tensors[name]))
     _pending.append(loaded)
     logger.info(
@@ -165,7 +168,7 @@ def find_homes(loaded: Loaded) -> list[Home]:
     kept = {_storage_key(home.live) for home in homes}
     traced = {_storage_key(place.tensor) for place in loaded.places.values()}
     for name, tensor in loaded.model.named_parameters():
-        if tensor.numel() > 1 and _storage_key(tensor) not in kept | traced and name in _new_names(loaded):
+        if tensor.numel() > 1 and _storage_key(tensor) not in kept | traced and name not in loaded.names:
             faults.append(f"{name} {tuple(tensor.shape)} was derived from weights after loading")
     if faults:
         listing = "\n  ".join(faults)
@@ -174,11 +177,6 @@ def find_homes(loaded: Loaded) -> list[Home]:
             f"({len(faults)} tensor(s)):\n  {listing}"
         )
     return homes
-
-
-def _new_names(loaded: Loaded) -> set[str]:
-    known = next(iter(loaded.traces.values())).tensor_names
-    return {name for name, _ in loaded.model.named_parameters()} - set(known)
 
 
 def _find_home(
@@ -270,7 +268,7 @@ def _writes(trace: tracing.Trace, names: dict[str, int]) -> tuple[Write, ...]:
     return tuple(
         Write(
             source=w.source,
-            target=names[w.tensor],
+            target=names[w.target],
             size=w.size,
             src_offset=w.src_offset,
             src_stride=w.src_stride,
@@ -347,7 +345,7 @@ def _restore_fills(loaded: Loaded, rank_map: RankMap, arena: CpuArena, other: to
     names = {t.name: i for i, t in enumerate(rank_map.targets)}
     to, since = Staging(other, rank_map.targets), Staging(live, rank_map.targets)
     for fill in loaded.traces["checkpoint"].fills:
-        if (index := names.get(fill.tensor)) is None or not to.is_direct(index):
+        if (index := names.get(fill.target)) is None or not to.is_direct(index):
             continue
         where = (index, fill.size, fill.dst_offset, fill.dst_stride)
         to.view(*where).copy_(since.view(*where))

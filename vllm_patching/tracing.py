@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from torch import nn
 from bridge.errors import MappingError
 from bridge.protocol.mapping import Source
 from vllm_patching.affine import extent
+
+Prepare = Callable[[Iterable[tuple[str, torch.Tensor]]], Iterator[tuple[str, torch.Tensor]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,13 +178,15 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
                 tensor.data = alias
 
 
-def trace(model: nn.Module, sources: Sequence[Source]) -> Trace:
+def trace(model: nn.Module, sources: Sequence[Source], *, prepare: Prepare | None = None) -> Trace:
     """Record what ``model.load_weights`` does with ``sources``; the model is left exactly as it was.
 
     Args:
         model: a loaded vLLM model (any module with ``load_weights(iterable of (name, tensor))``), before
             ``process_weights_after_loading``.
         sources: names must be unique; the loader sees them in this order.
+        prepare: turns the named sources into the named tensors that the loader reads, itself followed by the
+            recorder (see ``sources.InMemory.as_saved``); None if the loader reads the sources as they are.
 
     Returns:
         The trace. ``refused`` is not empty if the loader computes with a source (exp, scaling,
@@ -203,7 +207,10 @@ def trace(model: nn.Module, sources: Sequence[Source]) -> Trace:
     with _unchanged(model), torch.inference_mode(False), torch.no_grad():
         try:
             with guard, recorder:
-                model.load_weights(recorder.feed())  # type: ignore[operator]
+                weights = recorder.feed()
+                if prepare is not None:
+                    weights = recorder.announce(prepare(weights))
+                model.load_weights(weights)  # type: ignore[operator]
         except MappingError:
             raise
         except Exception as err:

@@ -32,7 +32,7 @@ from vllm_patching.arena import ImportedHalves
 from vllm_patching.channel import Channel, ChannelClosed
 from vllm_patching.staging import Staging, torch_dtype, writes_by_source
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm_patching.updater")  # __name__ is __main__ here
 
 CONNECT_TIMEOUT_S = 30.0
 SLOWEST_BYTES_PER_S = 50e6  # a transfer slower than this is taken for dead

@@ -6,7 +6,19 @@ computes it alone; they compare digests before the first byte.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
+
+import blake3
 import msgspec
+
+from bridge.errors import ConfigError, MappingError, TopologyError
+from bridge.protocol.holders import CASTS, Faults, Held, find_held, name_ranks
+from bridge.protocol.mapping import ITEMSIZE, Mapping, Source, Target, Write, compute_digest
+from bridge.protocol.messages import DIGEST_BYTES
+from bridge.protocol.region import Piece, box_write, intersect, row_major
+
+SHOWN_BOXES = 8  # in one fault; hundreds of ranks may hold a part each
 
 
 class Shard(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,3 +80,247 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     num_buckets: int
     total_bytes: int
     digest: bytes
+
+
+# --- lanes -------------------------------------------------------------------------------------------
+
+
+class _Filling:
+    """Buckets of one lane, filled in order."""
+
+    def __init__(self, bucket_bytes: int) -> None:
+        self._limit = bucket_bytes
+        self._copies: list[Copy] = []
+        self._nbytes = 0
+        self._buckets: list[Bucket] = []
+
+    def add(self, piece: Piece, shard: int, target: int, itemsize: int) -> None:
+        for part in _fit(piece, self._limit // itemsize):
+            size, src_offset, src_stride, dst_offset, dst_stride = part
+            nbytes = math.prod(size) * itemsize
+            if self._copies and self._nbytes + nbytes > self._limit:
+                self._flush()
+            self._copies.append(
+                Copy(
+                    shard=shard,
+                    target=target,
+                    size=size,
+                    src_offset=src_offset,
+                    src_stride=src_stride,
+                    dst_offset=dst_offset,
+                    dst_stride=dst_stride,
+                )
+            )
+            self._nbytes += nbytes
+
+    def _flush(self) -> None:
+        bucket = Bucket(index=len(self._buckets), nbytes=self._nbytes, copies=tuple(self._copies))
+        self._buckets.append(bucket)
+        self._copies, self._nbytes = [], 0
+
+    def finish(self) -> tuple[Bucket, ...]:
+        if self._copies:
+            self._flush()
+        return tuple(self._buckets)
+
+
+def _fit(piece: Piece, limit: int) -> Iterator[Piece]:
+    """Cut a piece into parts of at most ``limit`` elements (or 1), along its longest outer dim."""
+    if piece.numel <= max(limit, 1):
+        yield piece
+        return
+    outer = range(len(piece.size) - 1)
+    j = max(outer, key=lambda i: (piece.size[i], -i), default=0)
+    if piece.size[j] == 1:
+        j = len(piece.size) - 1
+    count = piece.size[j]
+    chunk = max(1, limit // (piece.numel // count))
+    for first in range(0, count, chunk):
+        part = piece._replace(
+            size=(*piece.size[:j], min(chunk, count - first), *piece.size[j + 1 :]),
+            src_offset=piece.src_offset + first * piece.src_stride[j],
+            dst_offset=piece.dst_offset + first * piece.dst_stride[j],
+        )
+        yield from _fit(part, limit)
+
+
+def _span(source: Source, held: Held) -> tuple[int, int]:
+    """First element of a box in the flat source, and the one after its last."""
+    strides = row_major(source.shape)
+    first = sum(lo * stride for lo, stride in zip(held.offset, strides, strict=True))
+    return first, first + 1 + sum((n - 1) * s for n, s in zip(held.shape, strides, strict=True))
+
+
+class _Builder:
+    """Routes writes to trainer ranks. Every choice follows from the arguments alone, so all ranks agree."""
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        held: dict[int, tuple[Held, ...]],
+        faults: Faults,
+        bucket_bytes: int,
+        trainers: Sequence[int],
+    ) -> None:
+        self._sources, self._held, self._faults = sources, held, faults
+        self._bucket_bytes = bucket_bytes
+        self._load = dict.fromkeys(trainers, 0)
+        self._fillings: dict[tuple[int, int], _Filling] = {}
+        # Layers repeat: the same write of a source cut the same way need be worked out only once.
+        self._pieces: dict[tuple[object, ...], list[tuple[int, list[Piece], int]]] = {}
+        self._geometry: dict[int, tuple[int, list[tuple[int, int]]]] = {}
+        self._geometries: dict[tuple[object, ...], tuple[int, list[tuple[int, int]]]] = {}
+        self._gaps: dict[int, set[int]] = {}
+
+    def add(self, inference: int, write: Write, target: Target) -> None:
+        """Route one write of one inference rank."""
+        source, boxes = write.source, self._held.get(write.source, ())
+        if write.numel == 0:
+            return
+        if not boxes:
+            if source not in self._faults.sources:
+                self._faults.add(source, "held by none of them", self._load)
+            return
+        dtype = boxes[0].dtype
+        if dtype != target.dtype and (dtype, target.dtype) not in CASTS:
+            text = f"held as {dtype}, which is not cast to {target.dtype} (of {target.name})"
+            self._faults.add(source, text, [t for held in boxes for t in held.trainers])
+            return
+        try:
+            routes = self._route(write, target, boxes)
+        except MappingError as err:
+            self._faults.add(source, f"cannot serve inference rank {inference}: {err}", self._load)
+            return
+        if sum(numel for _, _, numel in routes) != write.numel:
+            self._gaps.setdefault(source, set()).add(inference)
+            return
+        itemsize = ITEMSIZE[dtype]
+        for index, pieces, numel in routes:
+            trainer, shard = self._least_loaded(boxes[index])
+            self._load[trainer] += numel * itemsize
+            filling = self._fillings.get((inference, trainer))
+            if filling is None:
+                filling = self._fillings[inference, trainer] = _Filling(self._bucket_bytes)
+            for piece in pieces:
+                filling.add(piece, shard, write.target, itemsize)
+
+    def _least_loaded(self, held: Held) -> tuple[int, int]:
+        if len(held.holders) == 1:
+            return held.holders[0]
+        return min(held.holders, key=lambda holder: (self._load[holder[0]], holder[0]))
+
+    def _route(
+        self, write: Write, target: Target, boxes: Sequence[Held]
+    ) -> list[tuple[int, list[Piece], int]]:
+        """Per box that serves a part of the write: its index, the pieces and their elements."""
+        source = write.source
+        if source not in self._geometry:
+            shapes = (self._sources[source].shape, *((held.offset, held.shape) for held in boxes))
+            if shapes not in self._geometries:
+                spans = [_span(self._sources[source], held) for held in boxes]
+                self._geometries[shapes] = (len(self._geometries), spans)
+            self._geometry[source] = self._geometries[shapes]
+        geometry, spans = self._geometry[source]
+        key = (
+            geometry,
+            write.size,
+            write.src_offset,
+            write.src_stride,
+            write.dst_offset,
+            write.dst_stride,
+        )
+        if (routes := self._pieces.get(key)) is None:
+            boxed = box_write(write, self._sources[source], target=target.name)
+            last = sum((n - 1) * stride for n, stride in zip(write.size, write.src_stride, strict=True))
+            cut = [
+                (i, intersect(boxed, held.offset, held.shape))
+                for i, (held, (start, end)) in enumerate(zip(boxes, spans, strict=True))
+                if start <= write.src_offset + last and write.src_offset < end
+            ]
+            routes = [(i, pieces, sum(p.numel for p in pieces)) for i, pieces in cut if pieces]
+            self._pieces[key] = routes
+        return routes
+
+    def lanes(self) -> tuple[Lane, ...]:
+        """Everything routed so far."""
+        for source, ranks in self._gaps.items():
+            boxes = self._held[source]
+            shown = ", ".join(map(str, boxes[:SHOWN_BOXES])) + (", .." if len(boxes) > SHOWN_BOXES else "")
+            shape = self._sources[source].shape
+            text = f"held only in {shown} of its shape {shape}, too little for inference {name_ranks(ranks)}"
+            self._faults.add(source, text, [t for held in boxes for t in held.trainers])
+        return tuple(
+            Lane(trainer=trainer, inference=inference, buckets=filling.finish())
+            for (inference, trainer), filling in sorted(self._fillings.items(), key=lambda item: item[0])
+        )
+
+
+def build_plan(
+    mapping: Mapping, layouts: Sequence[Layout], *, bucket_bytes: int, only: frozenset[int] | None = None
+) -> Plan:
+    """Decide which trainer rank sends which of its elements where, in which bucket.
+
+    Where several trainer ranks hold the same box, the one with the fewest bytes so far sends it.
+
+    Args:
+        mapping: what the inference ranks need.
+        layouts: what each trainer rank holds, in any order.
+        bucket_bytes: the most bytes in a bucket, in the trainer's dtypes; larger copies are cut.
+        only: the sources (indices) of a partial round; None for all.
+
+    Raises:
+        ConfigError: ``bucket_bytes`` is not positive.
+        TopologyError: there are no layouts, two of one rank, or different vocabularies.
+        MappingError: an element that is needed is held by nobody, or boxes overlap without being equal, or
+            shapes or dtypes do not fit; lists every fault found.
+    """
+    if bucket_bytes <= 0:
+        raise ConfigError(f"bucket_bytes is {bucket_bytes}; a bucket must hold at least one byte")
+    ordered = sorted(layouts, key=lambda layout: layout.rank)
+    vocabulary = mapping.vocabulary(_common_vocabulary(ordered))
+    sources = vocabulary.sources
+    faults = Faults(sources)
+    held = find_held(ordered, sources, only, faults)
+    builder = _Builder(sources, held, faults, bucket_bytes, [layout.rank for layout in ordered])
+    for rank_map in sorted(mapping.ranks, key=lambda r: r.rank):
+        if vocabulary.name not in rank_map.writes:
+            raise MappingError(
+                f"inference rank {rank_map.rank} of {mapping.model!r} knows no vocabulary "
+                f"{vocabulary.name!r}, so nothing sent under it would reach that rank"
+            )
+        for write in rank_map.writes[vocabulary.name]:
+            if only is None or write.source in only:
+                builder.add(rank_map.rank, write, rank_map.targets[write.target])
+    lanes = builder.lanes()
+    faults.check(mapping.model)
+    agreed = (
+        mapping.digest or compute_digest(mapping),
+        ordered,
+        bucket_bytes,
+        None if only is None else sorted(only),
+        lanes,
+    )
+    return Plan(
+        lanes=lanes,
+        num_buckets=max((len(lane.buckets) for lane in lanes), default=0),
+        total_bytes=sum(bucket.nbytes for lane in lanes for bucket in lane.buckets),
+        digest=blake3.blake3(msgspec.msgpack.encode(agreed)).digest(DIGEST_BYTES),
+    )
+
+
+def _common_vocabulary(layouts: Sequence[Layout]) -> str:
+    if not layouts:
+        raise TopologyError("no trainer rank has said what it holds, so there is nothing to plan")
+    ranks = [layout.rank for layout in layouts]
+    if len(set(ranks)) != len(ranks):
+        twice = sorted({rank for rank in ranks if ranks.count(rank) > 1})
+        raise TopologyError(
+            f"trainer {name_ranks(twice)} sent more than one layout; each rank sends exactly one"
+        )
+    names: dict[str, list[int]] = {}
+    for layout in layouts:
+        names.setdefault(layout.vocabulary, []).append(layout.rank)
+    if len(names) > 1:
+        listing = "; ".join(f"{name!r} on {name_ranks(found)}" for name, found in names.items())
+        raise TopologyError(f"trainer ranks name their weights by different vocabularies: {listing}")
+    return layouts[0].vocabulary

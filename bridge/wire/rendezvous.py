@@ -20,7 +20,6 @@ import torch.distributed as dist
 
 from bridge.errors import RendezvousError, RendezvousRefused
 
-POLL_S = 1.0
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -158,14 +157,12 @@ def fetch(store: dist.Store, key: str, *, timeout_s: float, what: str) -> bytes:
 
 
 def next_request(store: dist.Store, ticket: int, *, secret: str) -> Request | None:
-    """The daemon's poll: the request with this ticket, or None if nobody came within ``POLL_S`` seconds.
+    """The request with this ticket, or None if nobody came yet; does not wait.
 
     Raises:
         RendezvousRefused: the request was not signed with our secret.
     """
-    try:
-        store.wait([f"ticket/{ticket}"], timedelta(seconds=POLL_S))
-    except dist.DistStoreError:
+    if not store.check([f"ticket/{ticket}"]):
         return None
     return unseal(bytes(store.get(f"ticket/{ticket}")), secret, Request)
 

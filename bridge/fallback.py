@@ -1,0 +1,110 @@
+"""The HTTP fallback's trainer side: safetensors on a shared path, announced to ``/bridge/notify_update``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from bridge.config import BridgeConfig
+from bridge.environment import Ranks
+from bridge.errors import ConfigError, RendezvousError, RoundAborted
+from bridge.protocol import mapping as mapping_file
+from bridge.rounds import Receipt
+from bridge.sharding import canonical_names
+
+logger = logging.getLogger(__name__)
+
+HTTP_TIMEOUT_S = 900.0
+
+
+def notify_update(
+    config: BridgeConfig, model: nn.Module | dict[str, torch.Tensor], ranks: Ranks, *, version: int | None
+) -> Receipt:
+    """Write the whole model below ``config.update_dir`` and let the server stage it from there.
+
+    See ``Bridge.notify_update``.
+    """
+    url, directory = config.http_url, config.update_path()
+    if not url:
+        raise ConfigError("notify_update needs http_url (BRIDGE_HTTP_URL), such as http://host:8000")
+    start = time.monotonic()
+    tensors = gather_full(model, keep=ranks.rank == 0)
+    if ranks.rank != 0:
+        # Rank 0 posts; the others have nothing to wait for, as their tensors were copied already.
+        return Receipt(version=version or 0, bytes=0, transfer_s=0, stage_s=0, flip_s=0, transport="file")
+    folder = directory / f"update-{os.getpid()}-{time.monotonic_ns()}"
+    nbytes = _write(folder, tensors)
+    try:
+        answer = post(url, config, {"path": str(folder), "version": version})
+    finally:
+        shutil.rmtree(folder)
+    seconds = time.monotonic() - start
+    return Receipt(
+        version=answer["version"],
+        bytes=nbytes,
+        transfer_s=seconds,
+        stage_s=seconds,
+        flip_s=0.0,
+        transport="file",
+        total_s=seconds,
+    )
+
+
+def gather_full(model: nn.Module | dict[str, torch.Tensor], *, keep: bool) -> dict[str, torch.Tensor]:
+    """Full tensors by checkpoint name, one gathered at a time; kept (copied) on one rank only."""
+    named = canonical_names(model) if isinstance(model, nn.Module) else model
+    kept = {}
+    for name, tensor in named.items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            kept[name] = full.detach().cpu().clone().contiguous()
+    return kept
+
+
+def _write(folder: Path, tensors: dict[str, torch.Tensor]) -> int:
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors")
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def post(url: str, config: BridgeConfig, body: dict[str, Any]) -> dict[str, Any]:
+    """POST to the server's ``/bridge/notify_update``.
+
+    Raises:
+        RendezvousError: nobody answers at ``url``.
+        RoundAborted: the server refused; carries its reason.
+    """
+    token = config.api_key or _secret(config)
+    request = urllib.request.Request(
+        f"{url.rstrip('/')}/bridge/notify_update",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json", "Authorization": f"Bearer {token}"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=HTTP_TIMEOUT_S) as response:
+            answer: dict[str, Any] = json.load(response)
+    except urllib.error.HTTPError as err:
+        raise RoundAborted(f"{url} refused the update ({err.code}): {err.read().decode()}") from err
+    except OSError as err:
+        raise RendezvousError(f"no server answers at {url}: {err}") from err
+    return answer
+
+
+def _secret(config: BridgeConfig) -> str:
+    place = mapping_file.load(config.mapping_path()).rendezvous
+    if place is None:
+        raise ConfigError("no api_key is configured, and the mapping file carries no secret")
+    return place.secret

@@ -1,0 +1,123 @@
+"""What the command line shows: tables on a terminal (by rich, imported only there), plain lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from launch.commands import Command
+from launch.options import ServeOptions, ServerView
+
+if TYPE_CHECKING:
+    from launch.preflight import Finding
+
+MIB = 1 << 20
+
+
+def say(text: str, output: TextIO | None = None) -> None:
+    """Write one line, or several, to standard output; a reader who has left is no error."""
+    output = output if output is not None else sys.stdout
+    try:
+        print(text, file=output, flush=True)
+    except BrokenPipeError:
+        sys.stderr.close()  # keeps Python's exit from complaining about the same pipe
+
+
+def show_findings(findings: Sequence[Finding]) -> None:
+    """The report of ``check``: all findings, faults marked."""
+    if sys.stdout.isatty():
+        styles = {"ok": "green", "note": "yellow", "fault": "bold red"}
+        rows = [(f"[{styles[f.level]}]{f.level}[/]", f.topic, f.text) for f in findings]
+        _table("preflight", ("", "what", "found"), rows)
+    else:
+        for finding in findings:
+            say(f"{finding.level:<5} {finding.topic}: {finding.text}")
+    faults = sum(f.level == "fault" for f in findings)
+    say(f"{faults} fault(s)" if faults else "no fault found")
+
+
+def show_dry_run(
+    options: ServeOptions, server: ServerView, run_dir: Path, commands: Sequence[Command]
+) -> None:
+    """Topology and command lines of a launch that does not happen."""
+    ranks = range(server.world_size)
+    lines = [
+        f"model          {options.model}",
+        f"server         {server.url}",
+        f"inference      {server.world_size} rank(s) on this node: tensor {server.tensor_parallel_size} "
+        f"x pipeline {server.pipeline_parallel_size} x data {server.data_parallel_size}",
+        f"daemon         1, with updaters for ranks {', '.join(map(str, ranks))}",
+        f"rendezvous     {options.rendezvous_host}:{options.rendezvous_port or 'any free port'}",
+        f"transport      {options.transport}, buckets of {options.bucket_bytes / MIB:g} MiB",
+        f"run directory  {run_dir}",
+        f"log directory  {options.logdir.absolute()}",
+    ]
+    for command in commands:
+        lines += ["", f"{command.name}:"]
+        lines += [f"  {key}={shlex.quote(value)} \\" for key, value in command.env.items()]
+        lines += [f"  {command.shown_argv()}"]
+    say("\n".join(lines))
+
+
+def show_status(status: dict[str, Any], *, as_json: bool) -> None:
+    """The daemon's status: a table on a terminal, one fact per line elsewhere."""
+    if as_json:
+        say(json.dumps(status, indent=2))
+        return
+    facts = _facts(status)
+    ranks = [
+        tuple(str(rank[key]) for key in ("rank", "version", "batch", "active_half"))
+        for rank in status["ranks"]
+    ]
+    header = ("rank", "version", "batch", "active half")
+    if sys.stdout.isatty():
+        _table("bridge", ("", ""), facts)
+        if ranks:
+            _table("", header, ranks)
+        return
+    lines = [f"{name}: {value}" for name, value in facts]
+    lines += [", ".join(f"{name} {value}" for name, value in zip(header, row, strict=True)) for row in ranks]
+    say("\n".join(lines))
+
+
+def _facts(status: dict[str, Any]) -> list[tuple[str, str]]:
+    pids, rounds, last = status["pids"], status["rounds"], status["last_round"]
+    facts = [
+        ("state", f"{status['state']} ({status['detail']})"),
+        ("model", f"{status['model'] or '-'} on {status['world_size'] or '?'} rank(s)"),
+        ("weight version", str(status["weight_version"])),
+        ("epoch", f"{status['epoch']}, trainer {status['trainer'] or 'none'}"),
+        ("rounds", f"{rounds['committed']} committed, {rounds['aborted']} aborted"),
+        ("rendezvous", status["rendezvous"] or "-"),
+        (
+            "pids",
+            f"daemon {pids['daemon']}, engine {pids.get('engine')}, workers {pids.get('workers')}, "
+            f"updaters {pids.get('updaters')}",
+        ),
+    ]
+    if last:
+        facts.append(("last round", ", ".join(f"{key} {_number(value)}" for key, value in last.items())))
+    if status["last_error"]:
+        facts.append(("last error", status["last_error"]))
+    return facts
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        say("\n".join("  ".join(row) for row in rows))
+        return
+    table = Table(*header, title=title or None, title_justify="left", show_header=any(header))
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

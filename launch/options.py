@@ -1,0 +1,209 @@
+"""What ``serve`` was asked for: the bridge's own options, and a read-only view of vLLM's.
+
+vLLM's arguments are passed on untouched. A few are read here, so that the launcher knows where the server
+will answer and how large it is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bridge.errors import ConfigError
+
+TRANSPORTS = ("auto", "pull", "gloo")
+PREFIX_CACHE = ("salt", "keep")
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+# vLLM's spellings; the last one given wins, as in argparse.
+_TENSOR = ("--tensor-parallel-size", "-tp")
+_PIPELINE = ("--pipeline-parallel-size", "-pp")
+_DATA = ("--data-parallel-size", "-dp")
+_NODES = ("--nnodes", "-n")
+_ANOTHER_NODE = {
+    "--node-rank": "-r",
+    "--headless": "",
+    "--data-parallel-size-local": "-dpl",
+    "--data-parallel-start-rank": "-dpr",
+    "--data-parallel-address": "-dpa",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """Everything ``serve`` needs to know; times in seconds, sizes in bytes."""
+
+    model: str
+    vllm_args: tuple[str, ...] = ()
+    trainer: tuple[str, ...] = ()
+    logdir: Path = Path("logs")
+    run_dir: Path | None = None  # None: a fresh one per launch
+    rendezvous_host: str = "127.0.0.1"
+    rendezvous_port: int = 0
+    heartbeat_interval_s: float = 2.0
+    deadline_s: float = 15.0
+    commit_timeout_s: float = 120.0
+    bucket_bytes: int = 64 << 20
+    transport: str = "auto"
+    prefix_cache: str = "salt"
+    update_dir: Path | None = None  # None: <logdir>/updates
+    http: bool = False
+    start_timeout_s: float = 1800.0
+    shutdown_timeout_s: float = 30.0
+    max_daemon_restarts: int = 3
+    log_level: str = "INFO"
+
+    @property
+    def updates(self) -> Path:
+        """Where update files must lie for the HTTP fallback."""
+        return self.update_dir or self.logdir / "updates"
+
+    def faults(self) -> list[str]:
+        """Values that cannot work, each as a sentence."""
+        faults = [
+            f"{_flag(name)} is {getattr(self, name):g}, it must be above 0 seconds"
+            for name in ("heartbeat_interval_s", "deadline_s", "commit_timeout_s", "start_timeout_s")
+            if getattr(self, name) <= 0
+        ]
+        if self.shutdown_timeout_s < 0:
+            faults.append(f"--shutdown-timeout is {self.shutdown_timeout_s:g}, it cannot be negative")
+        if self.deadline_s < 2 * self.heartbeat_interval_s:
+            faults.append(
+                f"--deadline {self.deadline_s:g} leaves no room for two heartbeats of "
+                f"--heartbeat-interval {self.heartbeat_interval_s:g}; one late heartbeat would end a round"
+            )
+        if self.bucket_bytes < 4096:
+            faults.append(f"--bucket-bytes is {self.bucket_bytes}, the least is 4096")
+        if not 0 <= self.rendezvous_port < 65536:
+            faults.append(f"--rendezvous-port is {self.rendezvous_port}, ports end at 65535")
+        if self.max_daemon_restarts < 0:
+            faults.append(f"--max-daemon-restarts is {self.max_daemon_restarts}, the least is 0")
+        return faults
+
+
+def _flag(name: str) -> str:
+    return "--" + name.removesuffix("_s").replace("_", "-")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerView:
+    """Where vLLM's HTTP server answers, and what it will hold, as far as its arguments say."""
+
+    bind_host: str
+    connect_host: str
+    port: int
+    uds: Path | None = None
+    tls: bool = False
+    api_key: str = ""
+    dtype: str = "auto"
+    load_format: str = "auto"
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
+
+    @property
+    def url(self) -> str:
+        """What a client on this host uses."""
+        if self.uds is not None:
+            return f"unix:{self.uds}"
+        host = f"[{self.connect_host}]" if ":" in self.connect_host else self.connect_host
+        return f"{'https' if self.tls else 'http'}://{host}:{self.port}"
+
+
+def read_server_args(args: Sequence[str], environ: Mapping[str, str] = os.environ) -> ServerView:
+    """Read, without changing anything, what vLLM will make of its own arguments.
+
+    Raises:
+        ConfigError: a number is none, or the config file cannot be read.
+    """
+    args = [*_config_file(args), *args]
+    bind = _value(args, "--host") or ""
+    uds = _value(args, "--uds")
+    return ServerView(
+        bind_host=bind or "0.0.0.0",  # noqa: S104 - vLLM's default, told rather than chosen
+        connect_host={"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(bind, bind),  # noqa: S104
+        port=_number(args, 8000, "--port"),
+        uds=Path(uds) if uds else None,
+        tls=_value(args, "--ssl-certfile") is not None,
+        api_key=_value(args, "--api-key") or environ.get("VLLM_API_KEY", ""),
+        dtype=_value(args, "--dtype") or "auto",
+        load_format=_value(args, "--load-format") or "auto",
+        tensor_parallel_size=_number(args, 1, *_TENSOR),
+        pipeline_parallel_size=_number(args, 1, *_PIPELINE),
+        data_parallel_size=_number(args, 1, *_DATA),
+    )
+
+
+def node_faults(args: Sequence[str], environ: Mapping[str, str] = os.environ) -> list[str]:
+    """What asks for more than this version can do, or for nothing at all, each as a sentence."""
+    faults = []
+    only_one = "this version of the bridge serves from one node; start one server per node instead"
+    nodes = environ.get("NUM_INFERENCE_NODES", "")
+    if nodes and not nodes.isdecimal():
+        faults.append(f"NUM_INFERENCE_NODES is {nodes!r}, not a number")
+    elif nodes and int(nodes) > 1:
+        faults.append(f"NUM_INFERENCE_NODES is {nodes}, but several nodes are not supported yet: {only_one}")
+    if _number(args, 1, *_NODES) > 1:
+        faults.append(
+            f"--nnodes {_value(args, *_NODES)} is given, but several nodes are not supported yet: {only_one}"
+        )
+    for flag, short in _ANOTHER_NODE.items():
+        if _is_given(args, flag, short):
+            faults.append(f"{flag} is given, but several nodes are not supported yet: {only_one}")
+    if environ.get("VLLM_ENABLE_SHARED_WEIGHTS") == "0":
+        faults.append(
+            "VLLM_ENABLE_SHARED_WEIGHTS is 0, which asks for a server without live weights; unset it, or "
+            "start vLLM itself: python -m vllm.entrypoints.openai.api_server"
+        )
+    if _is_given(args, "--model"):
+        faults.append("--model is among vLLM's flags; name the model once, right after --")
+    return faults
+
+
+def _config_file(args: Sequence[str]) -> list[str]:
+    """vLLM's own --config file as arguments; those on the command line come later and win."""
+    path = _value(args, "--config")
+    if path is None:
+        return []
+    import yaml  # vLLM's own dependency; only needed with --config
+
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as err:
+        raise ConfigError(f"cannot read vLLM's --config {path}: {err}") from err
+    return [f"--{key}={value}" for key, value in (content or {}).items()]
+
+
+def _split(arg: str) -> tuple[str, str | None]:
+    name, equals, value = arg.partition("=")
+    if name.startswith("--"):
+        name = "--" + name[2:].replace("_", "-")  # vLLM takes both
+    return name, value if equals else None
+
+
+def _value(args: Sequence[str], *names: str) -> str | None:
+    found = None
+    for index, arg in enumerate(args):
+        name, value = _split(arg)
+        if name in names:
+            found = value if value is not None else "".join(args[index + 1 : index + 2])
+    return found
+
+
+def _number(args: Sequence[str], default: int, *names: str) -> int:
+    text = _value(args, *names)
+    if text is None:
+        return default
+    if not text.isdecimal():
+        raise ConfigError(f"{names[0]} {text!r} among vLLM's flags is not a number")
+    return int(text)
+
+
+def _is_given(args: Sequence[str], *names: str) -> bool:
+    return any(_split(arg)[0] in names for arg in args if arg.startswith("-"))

@@ -1,0 +1,372 @@
+"""One node's processes: started in order, watched by one loop, ended together, nothing left behind.
+
+The launcher is single-threaded. It waits in ``select`` on a pipe that SIGCHLD, SIGTERM and SIGINT write to,
+and wakes a few times a second to repeat the children's logs. Who may die: the daemon,
+``max_daemon_restarts`` times. vLLM may not, and the trainer's end is the end.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bridge.errors import BridgeError, ConfigError, PeerLost, RendezvousError
+from bridge.protocol.mapping import CONFIG_NAME
+from launch import probe, process
+from launch.commands import PLUGIN_GROUP, PLUGIN_NAME, Command
+from launch.options import ServerView
+from launch.output import Relay
+from launch.process import EXIT_SIGNAL_BASE, Child
+from vllm_patching import residue
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 0.2  # how late a child's log line may be repeated
+OBSERVE_INTERVAL_S = 2.0
+# vLLM answers /health only after its workers have loaded, which is when they publish.
+PUBLISH_GRACE_S = 30.0
+ORPHAN_GRACE_S = 5.0
+KILL_TIMEOUT_S = 10.0
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How long things may take, in seconds, and how often the daemon may die."""
+
+    start_timeout_s: float
+    shutdown_timeout_s: float
+    max_daemon_restarts: int
+    publish_grace_s: float = PUBLISH_GRACE_S
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """All that one launch consists of."""
+
+    vllm: Command
+    daemon: Command
+    trainer: Command | None
+    server: ServerView
+    run_dir: Path
+    logdir: Path
+    limits: Limits
+
+
+class StopRequested(Exception):  # noqa: N818 - not an error: somebody asked
+    """A signal asked the launcher to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class Supervisor:
+    """Runs one ``Launch``; use it once, from the main thread of a process that does nothing else."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+        self.limits = launch.limits
+        self.children: dict[str, Child] = {}
+        self._relay = Relay()
+        self._selector = selectors.DefaultSelector()
+        self._stop_signals: list[int] = []
+        self._ready = False
+        self._restarts = 0
+        self._daemon_due: float | None = None  # when a restarted daemon must answer again
+        self._strangers = frozenset(residue.descendants(os.getpid()))  # inherited by exec, not ours to end
+        self._shm_before = frozenset(residue.SHM_DIR.iterdir()) if residue.SHM_DIR.is_dir() else frozenset()
+        self._shm: set[Path] = set()
+        self._observed_at = 0.0
+
+    def run(self, on_ready: Callable[[], int] | None = None) -> int:
+        """Start everything, stay until the end, leave nothing; returns the exit code.
+
+        Args:
+            on_ready: called once the server is ready; its result is the exit code, and the end.
+        """
+        process.become_subreaper()
+        with self._signals():
+            try:
+                return self._live(on_ready)
+            except StopRequested as stop:
+                logger.info("%s: shutting down", stop)
+                # A server that was asked to stop has done its work; a trainer that was has not.
+                unfinished = "trainer" in self.children or not self._ready
+                return EXIT_SIGNAL_BASE + stop.number if unfinished else 0
+            except BridgeError as err:
+                logger.error("%s", err)
+                return err.exit_code
+            finally:
+                self._shut_down()
+
+    def _live(self, on_ready: Callable[[], int] | None) -> int:
+        self._start(self.launch.daemon)
+        self._start(self.launch.vllm)
+        self._await_ready()
+        if on_ready is not None:
+            return on_ready()
+        if self.launch.trainer is not None:
+            self._start(self.launch.trainer)
+        while True:
+            self._step()
+            self._observe(every_s=OBSERVE_INTERVAL_S)
+            trainer = self.children.get("trainer")
+            if trainer is not None and not trainer.alive:
+                logger.info("%s: shutting down", trainer.describe())
+                return trainer.exit_code
+
+    def _start(self, command: Command) -> None:
+        log = self.launch.logdir / f"{command.name}.log"
+        self._relay.follow(command.name, log)
+        child = process.start(command, log)
+        self.children[command.name] = child
+        logger.info("started %s, log %s: %s", child.describe(), log, command.pasteable())
+
+    # --- waiting ---------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Turn signals into bytes in a pipe, so that ``select`` is the only place where we wait."""
+        reader, writer = socket.socketpair()
+        reader.setblocking(False)
+        writer.setblocking(False)
+        self._selector.register(reader, selectors.EVENT_READ)
+        previous_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        handlers = {s: signal.signal(s, lambda n, _: self._stop_signals.append(n)) for s in STOP_SIGNALS}
+        handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(previous_fd)
+            self._selector.close()
+            reader.close()
+            writer.close()
+
+    def _wait(self, timeout_s: float) -> None:
+        """Wait for a signal or the timeout, reap whoever ended, repeat what the children wrote."""
+        for key, _ in self._selector.select(timeout_s):
+            assert isinstance(key.fileobj, socket.socket)
+            key.fileobj.recv(4096)
+        by_pid = {child.pid: child for child in self.children.values()}
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                break
+            if pid == 0:
+                break
+            if pid in by_pid:  # else an orphan that we adopted
+                by_pid[pid].end(status)
+        self._relay.pump()
+
+    def _step(self) -> None:
+        """One turn of the loop while everything is supposed to live.
+
+        Raises:
+            StopRequested: a signal came.
+            PeerLost: vLLM is gone, or the daemon once too often.
+            ConfigError: the daemon refuses its configuration.
+        """
+        self._wait(TICK_S)
+        if self._stop_signals:
+            raise StopRequested(self._stop_signals[0])
+        if not self.children["vllm"].alive:
+            self._vllm_died(self.children["vllm"])
+        if not self.children["daemon"].alive:
+            self._daemon_died(self.children["daemon"])
+        if self._daemon_due is not None:
+            self._welcome_back(self._daemon_due)
+
+    def _vllm_died(self, child: Child) -> None:
+        log = self.launch.logdir / "vllm.log"
+        if not self._ready:
+            raise BridgeError(f"{child.describe()} before the server was ready; see the end of {log}")
+        status = probe.daemon_status(self.launch.run_dir)  # a worker may have died first
+        first = f"; the daemon last saw: {status['last_error']}" if status and status["last_error"] else ""
+        raise PeerLost(f"{child.describe()}{first}; ending everything with it; see the end of {log}")
+
+    def _daemon_died(self, child: Child) -> None:
+        log = self.launch.logdir / "daemon.log"
+        if child.exit_code == ConfigError.exit_code:
+            raise ConfigError(f"{child.describe()}: it refuses its configuration; see the end of {log}")
+        if self._restarts >= self.limits.max_daemon_restarts:
+            raise PeerLost(
+                f"{child.describe()}, after {self._restarts} restart(s), as many as --max-daemon-restarts "
+                f"allows; ending vLLM with it; see the end of {log}"
+            )
+        self._restarts += 1
+        logger.warning(
+            "%s; restarting it (%d of %d); vLLM serves on with the weights it has",
+            child.describe(),
+            self._restarts,
+            self.limits.max_daemon_restarts,
+        )
+        self._start(self.launch.daemon)
+        if self._ready:
+            self._daemon_due = time.monotonic() + self.limits.start_timeout_s
+
+    def _welcome_back(self, due: float) -> None:
+        status = probe.daemon_status(self.launch.run_dir)
+        if status is not None and status["state"] in ("ready", "round"):
+            self._daemon_due = None
+            logger.info(
+                "the daemon is back (pid %d), rendezvous %s", status["pids"]["daemon"], status["rendezvous"]
+            )
+        elif time.monotonic() > due:
+            raise PeerLost(
+                f"the restarted {self.children['daemon'].describe()}, but the workers did not hand their "
+                f"memory over again within {self.limits.start_timeout_s:g} s: {_say(status)}"
+            )
+
+    # --- getting ready ---------------------------------------------------------------------------------
+
+    def _await_ready(self) -> None:
+        """Wait until vLLM answers /health and every worker has published to the daemon.
+
+        Raises:
+            ConfigError: the server is up, but the plugin is not in it; or the daemon refused a worker.
+            RendezvousError: not within ``start_timeout_s``.
+        """
+        began = time.monotonic()
+        healthy_since: float | None = None
+        while True:
+            self._step()
+            self._observe(every_s=OBSERVE_INTERVAL_S)
+            now = time.monotonic()
+            status = probe.daemon_status(self.launch.run_dir)
+            if status is not None and status["state"] == "failed":
+                raise ConfigError(f"the daemon cannot serve this model: {status['detail']}")
+            if healthy_since is None and probe.is_healthy(self.launch.server):
+                healthy_since = now
+            if healthy_since is not None:
+                if status is not None and status["state"] in ("ready", "round"):
+                    self._announce(status, now - began)
+                    return
+                self._refuse_missing_plugin(status, now - healthy_since)
+            if now - began > self.limits.start_timeout_s:
+                health = "answers" if healthy_since is not None else "does not answer"
+                raise RendezvousError(
+                    f"not ready within --start-timeout {self.limits.start_timeout_s:g} s: vLLM "
+                    f"{health} at {self.launch.server.url}/health; {_say(status)}"
+                )
+
+    def _refuse_missing_plugin(self, status: dict[str, Any] | None, healthy_s: float) -> None:
+        if status is None or healthy_s < self.limits.publish_grace_s:
+            return
+        pids = status["pids"]
+        if pids.get("workers") or pids.get("engine"):
+            return  # the plugin is there; publishing a large model may take its time
+        plugins = self.launch.vllm.environment().get("VLLM_PLUGINS")
+        raise ConfigError(
+            f"vLLM has answered /health for {healthy_s:.0f} s, but none of its workers has published to the "
+            f"daemon ({_say(status)}): the bridge's plugin did not load. VLLM_PLUGINS is "
+            f"{'not set' if plugins is None else repr(plugins)}; the entry point is {PLUGIN_NAME} in group "
+            f'{PLUGIN_GROUP}. Run "python -m bridge.launch check", and look for "{PLUGIN_NAME}" in '
+            f"{self.launch.logdir / 'vllm.log'}"
+        )
+
+    def _announce(self, status: dict[str, Any], took_s: float) -> None:
+        self._ready = True
+        self._observe(every_s=0.0)
+        logger.info(
+            "ready after %.1f s: %s serves %s on %s rank(s); mapping %s, rendezvous %s",
+            took_s,
+            self.launch.server.url,
+            status["model"],
+            status["world_size"],
+            self.launch.logdir / CONFIG_NAME,
+            status["rendezvous"],
+        )
+
+    # --- the end ---------------------------------------------------------------------------------------
+
+    def _tree(self) -> list[int]:
+        """Everything alive below the launcher, adopted orphans included, without what it found there."""
+        return [pid for pid in residue.descendants(os.getpid()) if pid not in self._strangers]
+
+    def _observe(self, *, every_s: float) -> None:
+        """Take note of the shared memory our tree maps; once a process is dead it cannot be asked."""
+        now = time.monotonic()
+        if now - self._observed_at >= every_s:
+            self._observed_at = now
+            self._shm |= residue.snapshot(self._tree()) - self._shm_before
+
+    def _shut_down(self) -> None:
+        """End the whole tree within the shutdown timeout, by force if need be, and remove what it leaves."""
+        began = time.monotonic()
+        self._observe(every_s=0.0)
+        already_asked = len(self._stop_signals)
+        self._ask_to_end()
+        patience = self.limits.shutdown_timeout_s
+        self._wait_until(lambda: self._all_ended(), patience, hurry_after=already_asked)
+        for pid in self._tree():  # orphans of the dead, or the stubborn
+            _kill(pid, signal.SIGTERM)
+        left = patience - (time.monotonic() - began)
+        self._wait_until(lambda: not self._tree(), min(left, ORPHAN_GRACE_S), hurry_after=already_asked)
+        self._observe(every_s=0.0)
+        if stubborn := self._tree():
+            logger.warning("pids %s did not end in time; killing them", stubborn)
+        deadline = time.monotonic() + KILL_TIMEOUT_S
+        while (tree := self._tree()) and time.monotonic() < deadline:
+            for pid in tree:  # again each turn: a dying parent may have started another
+                _kill(pid, signal.SIGKILL)
+            self._wait(TICK_S)
+        if tree:
+            logger.error("pids %s do not end, not even by SIGKILL", tree)
+        self._wait(0)
+        for path in residue.sweep(self._shm):
+            logger.info("removed %s, left behind by vLLM", path)
+        residue.remove_run_dir(self.launch.run_dir)
+        self._relay.close()
+        logger.info("shut down in %.1f s", time.monotonic() - began)
+
+    def _ask_to_end(self) -> None:
+        for name in ("trainer", "vllm"):
+            if (child := self.children.get(name)) is not None:
+                child.signal(signal.SIGTERM)
+        daemon = self.children.get("daemon")
+        if daemon is None or not daemon.alive:
+            return
+        try:
+            probe.ask(self.launch.run_dir, {"type": "shutdown"})  # lets it tell the trainer why
+        except RendezvousError:
+            daemon.signal(signal.SIGTERM)  # not listening yet, or stuck
+
+    def _all_ended(self) -> bool:
+        return not any(child.alive for child in self.children.values())
+
+    def _wait_until(self, done: Callable[[], bool], timeout_s: float, *, hurry_after: int) -> None:
+        """Wait until ``done``, the timeout, or a further signal from somebody who has lost patience."""
+        deadline = time.monotonic() + timeout_s
+        while not done() and (left := deadline - time.monotonic()) > 0:
+            if len(self._stop_signals) > hurry_after:
+                logger.warning("asked again: not waiting any longer")
+                return
+            self._wait(min(TICK_S, left))
+
+
+def _say(status: dict[str, Any] | None) -> str:
+    return (
+        "the daemon does not answer"
+        if status is None
+        else f"the daemon is {status['state']}: {status['detail']}"
+    )
+
+
+def _kill(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass  # it was faster

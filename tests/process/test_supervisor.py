@@ -1,0 +1,189 @@
+"""The supervisor over real processes and real signals: who dies, what happens to the rest, what is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STAND_INS = ROOT / "tests" / "support" / "stand_ins.py"
+END_TIMEOUT_S = 20.0
+
+pytestmark = pytest.mark.processes
+
+
+def poll_until(what: str, predicate: Callable[[], object], timeout_s: float = END_TIMEOUT_S) -> None:
+    """Wait for a condition of another process; fail naming it."""
+    pause, deadline = threading.Event(), time.monotonic() + timeout_s
+    while not predicate():
+        assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
+        pause.wait(0.05)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+class Launched:
+    """A launcher with stand-ins, and everything it could leave behind."""
+
+    def __init__(self, tmp_path: Path, *flags: str) -> None:
+        self.logdir = tmp_path
+        self.run_dir = Path(f"/tmp/bridge-test-{uuid.uuid4().hex[:8]}")  # short, as socket paths must be
+        self.shm_file = Path(f"/dev/shm/bridge-test-{uuid.uuid4().hex[:8]}")
+        self.output = tmp_path / "launcher.out"
+        self.pids = tmp_path / "pids"
+        argv = [sys.executable, str(STAND_INS), "launch", "--run-dir", str(self.run_dir)]
+        argv += ["--logdir", str(tmp_path), "--shm-file", str(self.shm_file), "--pids", str(self.pids)]
+        argv += ["--port", str(free_port()), *flags]
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        with self.output.open("wb") as out:
+            self.process = subprocess.Popen(argv, stdout=out, stderr=subprocess.STDOUT, env=env)
+        self.tree: list[psutil.Process] = []
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text()
+
+    def see_tree(self) -> dict[str, psutil.Process]:
+        """Remember every process below the launcher, and name those we know."""
+        below = psutil.Process(self.process.pid).children(recursive=True)
+        self.tree += [p for p in below if p not in self.tree]
+        return {p.cmdline()[2]: p for p in below if len(p.cmdline()) > 2 and str(STAND_INS) in p.cmdline()}
+
+    def wait_ready(self) -> dict[str, psutil.Process]:
+        poll_until(
+            f"ready\n{self.text}", lambda: "ready after" in self.text or self.process.poll() is not None
+        )
+        assert self.process.poll() is None, self.text
+        assert self.shm_file.exists()
+        return self.see_tree()
+
+    def wait_end(self) -> int:
+        code = self.process.wait(END_TIMEOUT_S)
+        self.assert_nothing_left()
+        return code
+
+    def assert_nothing_left(self) -> None:
+        poll_until("all processes end", lambda: not any(p.is_running() for p in self.tree))
+        poll_until(f"{self.shm_file} is removed", lambda: not self.shm_file.exists())
+        poll_until(f"{self.run_dir} is removed", lambda: not self.run_dir.exists())
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
+    started: list[Launched] = []
+
+    def start(*flags: str) -> Launched:
+        started.append(Launched(tmp_path, *flags))
+        return started[-1]
+
+    yield start
+    for launched in started:  # only after a failed assertion is anything left here
+        if launched.process.poll() is None:
+            launched.see_tree()
+            launched.process.kill()
+            launched.process.wait()
+        for process in launched.tree:
+            if process.is_running():
+                process.kill()
+        launched.shm_file.unlink(missing_ok=True)
+
+
+def test_sigterm_ends_everything_in_order(launch):
+    launched = launch()
+    roles = launched.wait_ready()
+    assert set(roles) == {"vllm", "engine", "daemon"}
+    # Siblings, each the leader of a session of its own: a terminal's Ctrl-C must reach the launcher alone.
+    assert roles["vllm"].ppid() == roles["daemon"].ppid() == launched.process.pid
+    assert os.getsid(roles["vllm"].pid) == roles["vllm"].pid
+    launched.process.send_signal(signal.SIGTERM)
+    assert launched.wait_end() == 0, launched.text
+    assert f"[vllm] stand-in vLLM pid {roles['vllm'].pid}" in launched.text
+    assert f"[daemon] stand-in daemon pid {roles['daemon'].pid}" in launched.text
+    assert f"stand-in vLLM pid {roles['vllm'].pid}" in (launched.logdir / "vllm.log").read_text()
+
+
+def test_sigkill_of_the_launcher_leaves_nothing(launch):
+    launched = launch()
+    launched.wait_ready()
+    launched.process.kill()
+    assert launched.wait_end() == -signal.SIGKILL
+
+
+def test_sigkill_of_vllm_ends_the_rest_and_names_it(launch):
+    launched = launch()
+    roles = launched.wait_ready()
+    roles["vllm"].kill()  # its engine is an orphan now
+    assert launched.wait_end() == 75, launched.text
+    assert f"vllm (pid {roles['vllm'].pid}) was killed by SIGKILL" in launched.text
+    assert f"removed {launched.shm_file}" in launched.text
+
+
+def test_daemon_is_restarted_until_it_dies_too_often(launch):
+    launched = launch()
+    first = launched.wait_ready()["daemon"]
+    argv = first.cmdline()
+    first.kill()
+    poll_until("the daemon is back", lambda: "the daemon is back" in launched.text)
+    roles = launched.see_tree()
+    assert f"daemon (pid {first.pid}) was killed by SIGKILL; restarting it (1 of 1)" in launched.text
+    assert roles["daemon"].pid != first.pid
+    assert roles["daemon"].cmdline() == argv
+    assert roles["vllm"].is_running()
+    roles["daemon"].kill()
+    assert launched.wait_end() == 75, launched.text
+    assert f"daemon (pid {roles['daemon'].pid}) was killed by SIGKILL, after 1 restart(s)" in launched.text
+
+
+def test_trainer_starts_when_ready_and_gives_the_exit_code(launch):
+    launched = launch("--trainer", "import sys; print('training'); sys.exit(7)")
+    assert launched.process.wait(END_TIMEOUT_S) == 7, launched.text
+    launched.assert_nothing_left()
+    assert launched.text.index("ready after") < launched.text.index("[trainer] training")
+
+
+def test_interrupted_trainer_did_not_succeed(launch):
+    launched = launch("--trainer", "import signal; print('training', flush=True); signal.pause()")
+    launched.wait_ready()
+    poll_until("the trainer runs", lambda: "[trainer] training" in launched.text)
+    launched.see_tree()
+    launched.process.send_signal(signal.SIGINT)
+    assert launched.wait_end() == 128 + signal.SIGINT, launched.text
+
+
+def test_stubborn_vllm_is_killed_after_the_shutdown_timeout(launch):
+    launched = launch("--vllm-mode", "stubborn", "--shutdown-timeout", "1")
+    launched.wait_ready()
+    launched.process.send_signal(signal.SIGTERM)
+    assert launched.wait_end() == 0, launched.text
+    assert "did not end in time; killing them" in launched.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        (("--vllm-mode", "die"), 1, "ended with exit code 9 before the server was ready"),
+        (("--vllm-mode", "sick", "--start-timeout", "3"), 75, "vLLM does not answer at http://127.0.0.1:"),
+        (("--daemon-mode", "refuse"), 2, "ended with exit code 2: it refuses its configuration"),
+        (("--daemon-mode", "wait"), 2, "the bridge's plugin did not load. VLLM_PLUGINS is not set"),
+    ],
+)
+def test_failed_start_says_why(launch, monkeypatch, flags, code, said):
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    launched = launch(*flags)
+    assert launched.wait_end() == code, launched.text
+    assert said in launched.text

@@ -1,0 +1,256 @@
+"""Real servers and real trainers for tests and benchmarks: started, talked to and ended with deadlines."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parents[2]
+START_TIMEOUT_S = 240.0
+ANSWER_TIMEOUT_S = 180.0
+FLAGS = ("--max-model-len=512", "--enforce-eager", "--disable-uvicorn-access-log", "--max-num-seqs=32")
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """What every child of a test needs."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("BRIDGE_") and k != "LOGDIR"}
+    path = os.pathsep.join([str(REPO), str(REPO / "tests"), env.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    defaults = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": path}
+    return {**env, **defaults, **extra}
+
+
+def free_port() -> int:
+    """A port that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until(what: str, check: Callable[[], bool], *, timeout_s: float, interval_s: float = 0.05) -> None:
+    """Wait for a condition outside of our control; fails with its name."""
+    deadline = time.monotonic() + timeout_s
+    while not check():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {timeout_s:g} s for {what}")
+        select.select([], [], [], interval_s)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+class Api:
+    """A server's OpenAI API and the bridge's endpoints."""
+
+    def __init__(self, port: int, model: str) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.model = model
+
+    def open(self, path: str, body: Any = None, headers: dict[str, str] | None = None, timeout_s: float = 120.0) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            self.url + path, data=data, headers={"Content-Type": "application/json", **(headers or {})}
+        )
+        return urllib.request.urlopen(request, timeout=timeout_s)
+
+    def healthy(self) -> bool:
+        try:
+            self.open("/health", timeout_s=5).close()
+        except OSError:
+            return False
+        return True
+
+    def complete(self, prompt: Any, *, headers: dict[str, str] | None = None, **sampling: Any) -> list[dict[str, Any]]:
+        body = {"model": self.model, "prompt": prompt, "return_token_ids": True, **sampling}
+        with self.open("/v1/completions", body, headers) as response:
+            choices: list[dict[str, Any]] = json.load(response)["choices"]
+        return sorted(choices, key=lambda c: int(c["index"]))
+
+    def stream(self, prompt: list[int], *, headers: dict[str, str] | None = None, **sampling: Any) -> Iterator[tuple[float, dict[str, Any]]]:
+        body = {"model": self.model, "prompt": prompt, "stream": True, "return_token_ids": True, **sampling}
+        with self.open("/v1/completions", body, headers) as response:
+            for line in response:
+                if line.startswith(b"data: ") and not line.startswith(b"data: [DONE]"):
+                    chunk = json.loads(line[6:])
+                    if "error" in chunk:
+                        raise OSError(str(chunk))
+                    yield time.monotonic(), chunk["choices"][0] if chunk["choices"] else {}
+
+    def greedy(self, num_prompts: int = 8, tokens: int = 64) -> list[dict[str, Any]]:
+        """Greedy tokens and logprobs of fixed prompts, one request at a time so that batches are alike."""
+        answers = []
+        for seed in range(num_prompts):
+            prompt = [1] + [3 + (seed * 29 + i * 11) % 90 for i in range(20)]
+            (choice,) = self.complete(prompt, max_tokens=tokens, temperature=0.0, logprobs=0, ignore_eos=True)
+            answers.append({"tokens": choice["token_ids"], "logprobs": choice["logprobs"]["token_logprobs"]})
+        return answers
+
+
+class Server:
+    """``python -m bridge.launch serve`` (or a plain vLLM), in a process of its own."""
+
+    def __init__(self, model: Path, logdir: Path, *, flags: Sequence[str] = (), bridge: bool = True,
+                 bridge_flags: Sequence[str] = (), env: dict[str, str] | None = None) -> None:  # fmt: skip
+        self.model, self.logdir = model, logdir
+        logdir.mkdir(parents=True, exist_ok=True)
+        self.port = free_port()
+        self.api = Api(self.port, str(model))
+        common = [f"--port={self.port}", *FLAGS, *flags]
+        if bridge:
+            command = [sys.executable, "-m", "bridge.launch", "serve", "--logdir", str(logdir), *bridge_flags,
+                       "--", str(model), *common]  # fmt: skip
+        else:
+            command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *common]
+        self.command = command
+        self.log = logdir / "console.log"
+        with self.log.open("wb") as file:
+            self.process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment(**(env or {})), cwd=logdir
+            )
+
+    @property
+    def config(self) -> Path:
+        return self.logdir / "vllm_bridge_config.json"
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait_ready(self, *, bridge: bool = True, timeout_s: float = START_TIMEOUT_S) -> None:
+        def ready() -> bool:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the server ended with {self.process.returncode}:\n{self.text()[-6000:]}")
+            return self.api.healthy() and (not bridge or self.status()["state"] == "ready")
+
+        wait_until(f"the server of {self.model} (log {self.log})", ready, timeout_s=timeout_s, interval_s=0.3)
+
+    def status(self) -> dict[str, Any]:
+        """The daemon's status over its socket; {"state": "absent"} when there is none."""
+        from bridge.errors import BridgeError
+        from vllm_patching.channel import Channel
+
+        try:
+            run_dir = json.loads(self.config.read_text())["run_dir"]
+            channel = Channel.connect(Path(run_dir), timeout_s=5)
+        except (OSError, ValueError):
+            return {"state": "absent", "pids": {}}
+        try:
+            channel.send({"type": "status"})
+            return channel.receive()[0]
+        except (BridgeError, TimeoutError):
+            return {"state": "absent", "pids": {}}
+        finally:
+            channel.close()
+
+    def pids(self) -> list[int]:
+        import psutil
+
+        return [p.pid for p in psutil.Process(self.process.pid).children(recursive=True)]
+
+    def stop(self, *, timeout_s: float = 60.0) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise
+
+
+@contextmanager
+def serving(model: Path, logdir: Path, *, bridge: bool = True, **options: Any) -> Iterator[Server]:
+    """A server that is ready, and ended afterwards."""
+    server = Server(model, logdir, bridge=bridge, **options)
+    try:
+        server.wait_ready(bridge=bridge)
+        yield server
+    finally:
+        server.stop()
+
+
+class Trainers:
+    """Trainer ranks (``support.trainer``), all given the same commands."""
+
+    def __init__(self, kind: str, checkpoint: Path, *, logdir: Path, dtype: str = "bfloat16", ranks: int = 1,
+                 env: dict[str, str] | None = None) -> None:  # fmt: skip
+        self.logdir = logdir
+        port = free_port()
+        self.processes = []
+        for rank in range(ranks):
+            extra = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank),
+                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOGDIR": str(logdir), **(env or {})}  # fmt: skip
+            log = (logdir / f"trainer{rank}-{port}.log").open("wb")
+            command = [sys.executable, "-m", "support.trainer", kind, str(checkpoint), dtype]
+            self.processes.append(
+                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment(**extra))
+            )
+            log.close()
+        self.ready = self.answers()
+
+    def send(self, op: str, **fields: Any) -> None:
+        line = json.dumps({"op": op, **fields}).encode() + b"\n"
+        for process in self.processes:
+            assert process.stdin is not None
+            process.stdin.write(line)
+            process.stdin.flush()
+
+    def answers(self, *, timeout_s: float = ANSWER_TIMEOUT_S) -> list[dict[str, Any]]:
+        """One answer per living rank; a dead rank answers {"died": exit code}."""
+        return [self._answer(process, timeout_s) for process in self.processes]
+
+    def _answer(self, process: subprocess.Popen[bytes], timeout_s: float) -> dict[str, Any]:
+        assert process.stdout is not None
+        readable, _, _ = select.select([process.stdout], [], [], timeout_s)
+        if not readable:
+            raise TimeoutError(f"trainer pid {process.pid} did not answer within {timeout_s:g} s")
+        line = process.stdout.readline()
+        return json.loads(line) if line else {"died": process.wait(10)}
+
+    def command(self, op: str, *, timeout_s: float = ANSWER_TIMEOUT_S, **fields: Any) -> list[dict[str, Any]]:
+        self.send(op, **fields)
+        return self.answers(timeout_s=timeout_s)
+
+    def must(self, op: str, **fields: Any) -> list[dict[str, Any]]:
+        """A command that has to succeed on every rank."""
+        answers = self.command(op, **fields)
+        assert not any("error" in a or "died" in a for a in answers), answers
+        return answers
+
+    def stop(self) -> None:
+        for process in self.processes:
+            if process.poll() is None and process.stdin is not None:
+                process.stdin.close()
+        for process in self.processes:
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+
+
+@contextmanager
+def training(kind: str, checkpoint: Path, **options: Any) -> Iterator[Trainers]:
+    """Trainer ranks that are ready, and ended afterwards."""
+    trainers = Trainers(kind, checkpoint, **options)
+    try:
+        yield trainers
+    finally:
+        trainers.stop()

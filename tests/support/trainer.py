@@ -1,0 +1,155 @@
+"""A trainer rank for tests: takes JSON commands on stdin, answers in JSON lines on stdout.
+
+    python -m support.trainer KIND CHECKPOINT DTYPE      (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, LOGDIR set)
+
+KIND is plain, ddp or fsdp2. Commands: load, broadcast, wait, step, single, notify, heartbeat, close, memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def build(kind: str, checkpoint: Path, dtype: torch.dtype) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+    if kind == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    if kind == "fsdp2":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    return model
+
+
+class Trainer:
+    def __init__(self, kind: str, checkpoint: Path, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.model = build(kind, checkpoint, dtype)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0)
+        self.pending: Any = None
+
+    def load(self, path: str) -> dict[str, Any]:
+        """Take over another checkpoint's weights, in place."""
+        from transformers import AutoModelForCausalLM
+
+        other = dict(AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype).named_parameters())
+        with torch.no_grad():
+            for name, mine in self.model.named_parameters():
+                full = other[name.removeprefix("module.")]
+                if isinstance(mine, DTensor):
+                    full = distribute_tensor(full, mine.device_mesh, mine.placements)
+                mine.copy_(full)
+        return {}
+
+    def perturb(self, seed: int) -> dict[str, Any]:
+        """Change every weight by a seeded amount (cheap, for large models; plain models only)."""
+        with torch.no_grad():
+            for index, mine in enumerate(self.model.parameters()):
+                generator = torch.Generator().manual_seed(seed * 100003 + index)
+                mine.flatten()[:64].add_(torch.rand(min(64, mine.numel()), generator=generator) * 1e-3)
+        return {}
+
+    def broadcast(self, blocking: bool = True, version: int | None = None) -> dict[str, Any]:
+        import bridge
+
+        start = time.perf_counter()
+        result = bridge.broadcast_weights(self.model, blocking=blocking, version=version)
+        seconds = time.perf_counter() - start
+        if not blocking:
+            self.pending = result
+            return {"seconds": seconds}
+        import msgspec
+
+        return {"seconds": seconds, **msgspec.to_builtins(result)}
+
+    def wait(self) -> dict[str, Any]:
+        import msgspec
+
+        return dict(msgspec.to_builtins(self.pending.wait()))
+
+    def step(self, fill: float | None = None) -> dict[str, Any]:
+        """One optimizer step, which must wait for a broadcast under way; then overwrite the weights."""
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        start = time.perf_counter()
+        self.optimizer.step()
+        seconds = time.perf_counter() - start
+        if fill is not None:
+            with torch.no_grad():
+                for parameter in self.model.parameters():
+                    parameter.fill_(fill)
+        return {"seconds": seconds}
+
+    def single(self, name: str, value: float) -> dict[str, Any]:
+        import msgspec
+
+        import bridge
+
+        parameter = dict(self.model.named_parameters())[name]
+        with torch.no_grad():
+            parameter.fill_(value)
+        return dict(msgspec.to_builtins(bridge.broadcast_single_param(name, parameter)))
+
+    def notify(self) -> dict[str, Any]:
+        import msgspec
+
+        import bridge
+
+        return dict(msgspec.to_builtins(bridge.notify_update(self.model)))
+
+    def heartbeat(self) -> dict[str, Any]:
+        import bridge
+
+        bridge.send_heartbeat()
+        return {}
+
+    def close(self) -> dict[str, Any]:
+        import bridge
+
+        bridge.close()
+        return {}
+
+    def memory(self) -> dict[str, Any]:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {"peak_bytes": peak}
+
+
+def main() -> None:
+    kind, checkpoint, dtype = sys.argv[1], Path(sys.argv[2]), getattr(torch, sys.argv[3])
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever libraries print must not look like an answer
+    torch.set_num_threads(1)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("gloo")
+    trainer = Trainer(kind, checkpoint, dtype)
+    answers.write(json.dumps({"ready": True, "pid": os.getpid()}) + "\n")
+    for line in sys.stdin:
+        command = json.loads(line)
+        try:
+            answer = getattr(trainer, command.pop("op"))(**command)
+        except Exception as err:  # noqa: BLE001 - the test decides what an error means
+            answer = {"error": str(err), "type": type(err).__name__}
+        answers.write(json.dumps(answer) + "\n")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

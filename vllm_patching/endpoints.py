@@ -1,0 +1,99 @@
+"""``/bridge/*`` on vLLM's own API server: status, metrics, request versions, and the file fallback.
+
+An endpoint plugin of vLLM (group ``vllm.endpoint_plugins``), off unless ``serve --http`` names it in
+``VLLM_PLUGINS``. vLLM's API-key middleware guards a fixed list of prefixes that ours is not among, so the key is
+checked here: vLLM's own keys where there are any, else the job's secret from the mapping file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
+
+from bridge.errors import BridgeError
+from bridge.protocol import mapping as mapping_file
+from bridge.protocol.mapping import CONFIG_NAME
+from vllm_patching import metrics, spans
+from vllm_patching.channel import Channel
+
+STATUS_TIMEOUT_S = 10.0
+UPDATE_TIMEOUT_S = 900.0
+
+
+class WeightBridgeEndpoints:
+    """What vLLM loads; ``vllm.plugins.endpoint_plugins.interface.EndpointPlugin``."""
+
+    name = "weight_bridge"
+    required_tasks = None
+
+    def __init__(self) -> None:
+        self._keys: list[str] = []
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Register the routes, each behind the key."""
+        guard = [Depends(self._authorize)]
+        app.get("/bridge/status", dependencies=guard)(self._status)
+        app.get("/bridge/metrics", dependencies=guard)(self._metrics)
+        app.get("/bridge/requests/{request_id}", dependencies=guard)(self._request)
+        app.post("/bridge/notify_update", dependencies=guard)(self._notify_update)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Take over vLLM's API keys."""
+        given = args.api_key or os.environ.get("VLLM_API_KEY") or []
+        self._keys = [given] if isinstance(given, str) else list(given)
+
+    def _authorize(self, request: Request) -> None:
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        keys = self._keys or [_job_secret()]
+        if scheme.lower() != "bearer" or not any(hmac.compare_digest(token.encode(), k.encode()) for k in keys):
+            raise HTTPException(401, "Unauthorized: /bridge needs vLLM's API key, or the job's secret if there is none")
+
+    async def _status(self) -> dict[str, Any]:
+        return await asyncio.to_thread(_ask_daemon, {"type": "status"}, STATUS_TIMEOUT_S)
+
+    async def _metrics(self) -> Response:
+        text = metrics.render(await self._status())
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def _request(self, request_id: str) -> dict[str, Any]:
+        found = spans.find(request_id)
+        if not found:
+            raise HTTPException(404, f"no finished request {request_id!r} among the last {spans.LIMIT}")
+        return {"weight_versions": found}
+
+    async def _notify_update(self, request: Request) -> dict[str, Any]:
+        body = await request.json()
+        path, version = body.get("path"), body.get("version")
+        if not isinstance(path, str) or not (version is None or isinstance(version, int)):
+            raise HTTPException(400, 'expected {"path": str, "version": int or absent}')
+        order = {"type": "notify_update", "path": path, "version": version}
+        result = await asyncio.to_thread(_ask_daemon, order, UPDATE_TIMEOUT_S)
+        if not result.get("ok"):
+            raise HTTPException(409, result.get("error", "the daemon did not say why"))
+        return result
+
+
+def _job_secret() -> str:
+    mapping = mapping_file.load(Path(os.environ["BRIDGE_LOGDIR"]) / CONFIG_NAME)
+    if mapping.rendezvous is None:
+        raise HTTPException(503, "the server has published no secret yet")
+    return mapping.rendezvous.secret
+
+
+def _ask_daemon(message: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+    try:
+        channel = Channel.connect(Path(os.environ["BRIDGE_RUN_DIR"]), timeout_s=timeout_s)
+        try:
+            channel.send(message)
+            answer, _ = channel.receive()
+        finally:
+            channel.close()
+    except (OSError, BridgeError) as err:
+        raise HTTPException(503, f"the weight-updater daemon does not answer: {err}") from err
+    return answer

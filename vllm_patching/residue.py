@@ -1,0 +1,173 @@
+"""What a vLLM that died leaves behind, and how it is taken away: processes, /dev/shm files, sockets.
+
+vLLM's message queues are named files in ``/dev/shm``, and its ZeroMQ sockets are files too; after SIGKILL
+nobody removes them. Other jobs keep theirs in the same place, so nothing is ever found by a name's pattern:
+only what our own processes were seen to map is touched, and only when no living process maps it any more.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import stat
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import psutil
+
+logger = logging.getLogger(__name__)
+
+SHM_DIR = Path("/dev/shm")
+KILL_TIMEOUT_S = 5.0
+_GONE = (psutil.NoSuchProcess, psutil.ZombieProcess)
+
+
+def descendants(pid: int) -> list[int]:
+    """All living processes below ``pid``, children first; empty when it is gone."""
+    try:
+        return [p.pid for p in psutil.Process(pid).children(recursive=True) if p.status() != "zombie"]
+    except _GONE:
+        return []
+
+
+def snapshot(pids: Iterable[int], *, shm_dir: Path = SHM_DIR) -> set[Path]:
+    """The files below ``shm_dir`` that these processes map now; those that are gone map nothing."""
+    return {path for pid in pids for path in _mapped(pid, shm_dir)}
+
+
+def _mapped(pid: int, shm_dir: Path) -> set[Path]:
+    """Files of ``shm_dir`` in one process's address space; none where we may not look."""
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape").splitlines()
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return set()
+    # address perms offset dev inode path; a deleted file's path ends in " (deleted)" and needs no removal.
+    paths = (line.split(maxsplit=5)[5] for line in lines if f" {shm_dir}/" in line)
+    return {Path(path) for path in paths if not path.endswith(" (deleted)")}
+
+
+def sweep(paths: Iterable[Path], *, shm_dir: Path = SHM_DIR) -> list[Path]:
+    """Unlink those of ``paths`` that are still there, are ours, and that no living process maps.
+
+    Returns:
+        What was removed.
+    """
+    candidates = {path for path in paths if _is_ours(path)}
+    if not candidates:
+        return []
+    removed = []
+    for path in sorted(candidates - snapshot(psutil.pids(), shm_dir=shm_dir)):
+        try:
+            path.unlink()
+        except FileNotFoundError:
+            continue  # a resource tracker was faster
+        removed.append(path)
+    return removed
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return path.lstat().st_uid == os.geteuid()
+    except FileNotFoundError:
+        return False
+
+
+def end_processes(pids: Iterable[int], *, timeout_s: float) -> list[int]:
+    """End these processes, whatever runs below them, and the rest of their sessions; SIGTERM, then SIGKILL.
+
+    The launcher starts vLLM as a session of its own, so the session finds what a dead parent left. The
+    caller's own session is spared.
+
+    Args:
+        pids: processes of the tree; those that are gone are skipped.
+        timeout_s: how long they may take to follow SIGTERM.
+
+    Returns:
+        The pids that had to be killed.
+    """
+    procs = _tree(set(pids))
+    for proc in procs:
+        _signal(proc, kill=False)
+    alive = _wait(procs, timeout_s)
+    alive += [proc for proc in _tree({p.pid for p in procs}) if proc not in alive]  # started meanwhile
+    for proc in alive:
+        _signal(proc, kill=True)
+    for proc in _wait(alive, KILL_TIMEOUT_S):
+        logger.error("pid %d does not end, not even by SIGKILL; see its kernel stack", proc.pid)
+    return [proc.pid for proc in alive]
+
+
+def _wait(procs: list[psutil.Process], timeout_s: float) -> list[psutil.Process]:
+    """Wait until these processes have ended, reaped or not; returns those that have not."""
+    poller, alive = select.poll(), {}
+    deadline = time.monotonic() + timeout_s
+    try:
+        for proc in procs:
+            try:
+                fd = os.pidfd_open(proc.pid)
+            except ProcessLookupError:
+                continue
+            alive[fd] = proc
+            poller.register(fd, select.POLLIN)
+        while alive and (left_s := deadline - time.monotonic()) > 0:
+            for fd, _ in poller.poll(left_s * 1000):
+                poller.unregister(fd)
+                os.close(fd)
+                del alive[fd]
+        return list(alive.values())
+    finally:
+        for fd in alive:
+            os.close(fd)
+
+
+def _signal(proc: psutil.Process, *, kill: bool) -> None:
+    try:
+        if kill:
+            proc.kill()
+        else:
+            proc.terminate()
+    except _GONE:
+        pass  # which is what was wanted
+
+
+def _tree(pids: set[int]) -> list[psutil.Process]:
+    """The living processes of these trees and sessions, without the caller's own."""
+    own = os.getsid(0)
+    wanted = set(pids)
+    sessions = {sid for pid in pids if (sid := _session(pid)) is not None} - {own}
+    for pid in psutil.pids():
+        if _session(pid) in sessions:
+            wanted.add(pid)
+    for pid in tuple(wanted):
+        wanted.update(descendants(pid))
+    procs = []
+    for pid in wanted - {os.getpid(), *descendants(os.getpid())}:
+        try:
+            proc = psutil.Process(pid)
+            if proc.status() != "zombie":
+                procs.append(proc)
+        except _GONE:
+            continue
+    return procs
+
+
+def _session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except (ProcessLookupError, PermissionError):
+        return None
+
+
+def remove_run_dir(run_dir: Path) -> None:
+    """Remove the sockets in a run directory, and the directory if nothing else is in it."""
+    try:
+        for path in run_dir.iterdir():
+            if stat.S_ISSOCK(path.lstat().st_mode):
+                path.unlink(missing_ok=True)
+        run_dir.rmdir()
+    except FileNotFoundError:
+        return  # somebody else has cleaned up already
+    except OSError as err:
+        logger.warning("the run directory %s stays behind: %s", run_dir, err.strerror)
