@@ -202,7 +202,7 @@ def _memory_finding(size: footprint.Footprint, around: Surroundings) -> Finding:
         return Finding(
             "memory", "note", f"{one}; the GPUs must hold them twice, which vLLM's start will tell"
         )
-    kv_gib = around.environ.get("VLLM_CPU_KVCACHE_SPACE", "0")
+    kv_gib = around.environ.get("VLLM_CPU_KVCACHE_SPACE", "")
     kv_bytes = int(kv_gib) << 30 if kv_gib.isdecimal() else 0
     need = 2 * size.weight_bytes + kv_bytes
     available, limit = footprint.available_memory(around.cgroup_root)
@@ -215,6 +215,12 @@ def _memory_finding(size: footprint.Footprint, around: Surroundings) -> Finding:
             "; the live weights and the arriving ones need a copy each: take a smaller model or more memory"
         )
         return Finding("memory", "fault", text)
+    if not kv_gib:
+        text += (
+            "; VLLM_CPU_KVCACHE_SPACE is not set, so vLLM's KV cache takes all that --gpu-memory-utilization "
+            "allows, and does not know of the second copy: set it (GiB), or lower --gpu-memory-utilization"
+        )
+        return Finding("memory", "note", text)
     return Finding("memory", "ok", text)
 
 

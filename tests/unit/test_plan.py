@@ -60,7 +60,7 @@ def make_write(index: int, view: torch.Tensor) -> Write:
         source=index,
         target=index,
         size=tuple(view.shape),
-        src_offset=view.storage_offset(),
+        src_offset=int(view.storage_offset()),
         src_stride=view.stride(),
         dst_offset=0,
         dst_stride=stride,
@@ -223,7 +223,7 @@ def _place(
 
 
 @given(st.data(), st.integers(4, 400))
-@settings(deadline=None, max_examples=250)
+@settings(deadline=None, max_examples=150)
 def test_plan_moves_what_the_writes_say(data: st.DataObject, bucket_bytes: int) -> None:
     mapping = data.draw(models())
     layouts = data.draw(meshes(mapping))
@@ -296,7 +296,8 @@ def test_nothing_to_send_is_an_empty_plan() -> None:
     plan = build_plan(mapping, layouts_of([]), bucket_bytes=64, only=frozenset())
     assert (plan.lanes, plan.num_buckets, plan.total_bytes) == ((), 0, 0)
     empty = build_plan(mapping, layouts_of([]), bucket_bytes=64, only=frozenset([1]))
-    assert empty.lanes == () and empty.digest != plan.digest
+    assert empty.lanes == ()
+    assert empty.digest != plan.digest
 
 
 # --- the digest --------------------------------------------------------------------------------------
@@ -375,7 +376,8 @@ def test_all_faults_are_listed_by_source_and_trainer_ranks() -> None:
     )
     assert lines == [
         "w0 (trainer ranks 0-2): held by none of them",
-        "w1 (trainer rank 0): held only in [0:2, 0:2] of its shape (4, 2), too little for inference ranks 0-1",
+        "w1 (trainer rank 0): held only in [0:2, 0:2] of its shape (4, 2), too little for inference "
+        "ranks 0-1",
         "w2 (trainer ranks 0-1): [0:3, 0:2] and [2:4, 0:2] of its shape (4, 2) overlap without being equal",
         "w3 (trainer rank 0): held as int32, which is not cast to float32 (of t3)",
         "w4 (trainer ranks 0-1): a shard of shape (4, 2) at (2, 0) lies outside its shape (4, 2)",
@@ -479,8 +481,8 @@ def test_layouts_must_fit_together() -> None:
 
 
 def test_a_large_model_repeats_its_layers_and_is_planned_quickly() -> None:
-    """2,000 sources over 8 trainers and 8 inference ranks: guards against anything quadratic."""
-    shape, ranks, sources = (512, 256), 8, 2000
+    """1,000 sources over 8 trainers and 8 inference ranks: guards against anything quadratic."""
+    shape, ranks, sources = (512, 256), 8, 1000
     full = torch.empty(shape, device="meta")
     writes = [
         [make_write(i, (_rows, _columns)[i % 2](full, r, ranks)) for i in range(sources)]

@@ -1,0 +1,104 @@
+"""Keeps the next optimizer step from changing weights that are still being read."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+from bridge.sharding import local_tensor
+
+# torch walks its table of hooks while it calls them, so a hook cannot take itself out. One hook therefore stays
+# for the life of the process, and the guards come and go in a tuple of ours that is replaced, never changed.
+_lock = threading.Lock()
+_active: tuple[StepGuard, ...] = ()
+_installed = False
+
+
+def _before_step(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+    for guard in _active:
+        guard.before_step(optimizer)
+
+
+class StepGuard:
+    """While in force, an optimizer over any of the parameters waits before it steps.
+
+    An optimizer is recognised by the parameter objects it holds, or by their memory: FSDP2 swaps the objects
+    between forward and backward, and flattening optimizers hold views.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[torch.Tensor],
+        wait: Callable[[], None],
+        *,
+        module: nn.Module | None = None,
+    ) -> None:
+        """Start guarding.
+
+        Args:
+            parameters: the weights that are being read.
+            wait: returns when they have been; what it raises comes out of ``optimizer.step()``.
+            module: its ``load_state_dict`` waits too.
+        """
+        global _active, _installed
+        self._parameters = tuple(parameters)  # held, so that no other object can get one of their ids
+        self._ids = frozenset(map(id, self._parameters))
+        self._storages = frozenset(filter(None, map(_address, self._parameters)))
+        self._wait = wait
+        self._module_hook = (
+            None if module is None else module.register_load_state_dict_pre_hook(self._before_load)  # type: ignore[no-untyped-call]
+        )
+        with _lock:
+            if not _installed:
+                register_optimizer_step_pre_hook(_before_step)
+                _installed = True
+            _active = (*_active, self)
+
+    @property
+    def active(self) -> bool:
+        """Whether a step would still wait."""
+        return self in _active
+
+    def guards(self, optimizer: Optimizer) -> bool:
+        """Whether ``optimizer`` would change one of the weights."""
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        return any(id(p) in self._ids for p in held) or any(_address(p) in self._storages for p in held)
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Wait if ``optimizer`` is concerned; the guard is spent then, even if the wait raises."""
+        if self.active and self.guards(optimizer):
+            self._finish()
+
+    def _before_load(self, *_: Any) -> None:
+        if self.active:
+            self._finish()
+
+    def _finish(self) -> None:
+        try:
+            self._wait()
+        finally:
+            self._deactivate()
+
+    def _deactivate(self) -> None:
+        global _active
+        with _lock:
+            _active = tuple(guard for guard in _active if guard is not self)
+        self._parameters = ()
+
+    def remove(self) -> None:
+        """End the protection without waiting. Idempotent; not from inside a hook."""
+        self._deactivate()
+        if self._module_hook is not None:
+            self._module_hook.remove()
+            self._module_hook = None
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """Where the tensor's memory starts in this process; 0 if it has none."""
+    local = local_tensor(tensor)
+    return 0 if local.is_meta else local.untyped_storage().data_ptr()

@@ -1,0 +1,326 @@
+"""What this trainer rank holds of each tensor the server wants: model in, boxes out. Nothing is gathered.
+
+A box is (offset, shape) in the whole tensor. Plain tensors are whole; a DTensor (FSDP2, HSDP, tensor parallel,
+any mesh) is the box its placements give. What cannot be said as one box is refused by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.distributed.tensor.placement_types import Shard as ShardPlacement
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type
+
+from bridge.errors import MappingError
+from bridge.protocol.holders import CASTS
+from bridge.protocol.mapping import Mapping as MappingDocument
+from bridge.protocol.mapping import Source, Vocabulary
+from bridge.protocol.plan import Layout, Shard
+
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_WRAPPED_ANYWHERE = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join(_WRAPPED)})\.")
+# Wrappers whose child is called "module", a name that a model's own part may have too.
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine")
+_EXAMPLES = 3
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+Named = nn.Module | Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class LocalShards:
+    """This rank's part of one broadcast.
+
+    ``tensors`` are detached, contiguous and aligned with ``layout.shards``. They share the parameters'
+    memory, except where ``contiguous`` is False: there the parameter was not contiguous, and the tensor is a
+    copy taken when the shards were collected.
+    """
+
+    layout: Layout
+    tensors: list[torch.Tensor] = field(repr=False)
+    contiguous: tuple[bool, ...] = field(repr=False)
+
+    def fingerprint(self) -> list[tuple[int, int]]:
+        """Address and bytes of each tensor; it changes when a shard has moved."""
+        return [(t.data_ptr(), t.numel() * t.element_size()) for t in self.tensors]
+
+
+# --- names -------------------------------------------------------------------------------------------------
+
+
+def canonical_names(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers by the name they have without wrappers; tied ones under each name.
+
+    FSDP2 modules that are still unsharded from a forward pass are resharded first, as ``state_dict`` does.
+
+    Raises:
+        MappingError: part of the model is wrapped by FSDP1.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, FullyShardedDataParallel):
+            raise MappingError(
+                f"{name or 'the model'} is wrapped by FullyShardedDataParallel (FSDP1), whose flat parameters "
+                "do not show which rank holds what; use FSDP2 (torch.distributed.fsdp.fully_shard)"
+            )
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return dict(_walk(model, ""))
+
+
+def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield prefix + name, parameter
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            yield prefix + name, buffer
+    is_wrapper = any(base.__name__ in _WRAPPERS for base in type(module).__mro__)
+    for name, child in module._modules.items():
+        if child is not None:
+            wrapped = name in _WRAPPED or (is_wrapper and name == "module")
+            yield from _walk(child, prefix if wrapped else f"{prefix}{name}.")
+
+
+def _by_name(named: Named) -> dict[str, torch.Tensor]:
+    if isinstance(named, nn.Module):
+        return canonical_names(named)
+    items = list(named.items() if isinstance(named, Mapping) else named)
+    stripped = [(_WRAPPED_ANYWHERE.sub("", name), tensor) for name, tensor in items]
+    while stripped and all(name.startswith("module.") for name, _ in stripped):
+        stripped = [(name.removeprefix("module."), tensor) for name, tensor in stripped]
+    return dict(stripped)
+
+
+# --- boxes -------------------------------------------------------------------------------------------------
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part: the shard of a DTensor, else the tensor itself."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with torch.no_grad():  # else to_local would record a redistribution of gradients
+        return tensor.to_local()
+
+
+class _Boxes:
+    """Boxes of DTensors by their geometry: layers repeat, so few are ever worked out."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], Box | str | None] = {}
+
+    def of(self, tensor: torch.Tensor, local: torch.Tensor) -> Box | str | None:
+        """The box that ``local`` is; None if this rank holds nothing; a string is why it is not one box."""
+        if not isinstance(tensor, DTensor):
+            return (0,) * tensor.ndim, tuple(tensor.shape)
+        key = (tuple(tensor.shape), id(tensor.device_mesh), tensor.placements)
+        if key not in self._known:
+            coordinate = tensor.device_mesh.get_coordinate()
+            sizes = tuple(tensor.device_mesh.shape)
+            self._known[key] = _box(tuple(tensor.shape), tensor.placements, sizes, coordinate)
+        box = self._known[key]
+        if isinstance(box, tuple) and box[1] != tuple(local.shape):
+            return f"holds a local shard of shape {tuple(local.shape)}, but its placements give {box[1]}"
+        if box is None and local.numel():
+            return f"holds {local.numel()} elements, although its placements give this rank none"
+        return box
+
+
+def _box(
+    shape: tuple[int, ...],
+    placements: Sequence[Placement],
+    mesh_sizes: Sequence[int],
+    coordinate: Sequence[int] | None,
+) -> Box | str | None:
+    """Cut index ranges by torch's own rules and see what is left at ``coordinate``."""
+    if coordinate is None:  # this rank is not in the mesh
+        return None
+    ranges: dict[int, torch.Tensor] = {}
+    for mesh_dim, placement in enumerate(placements):
+        if placement.is_replicate():
+            continue
+        if not isinstance(placement, (ShardPlacement, _StridedShard)):
+            return f"is placed as {placement}, which leaves no rank with its values; redistribute it first"
+        dim = placement.dim
+        whole = ranges.get(dim, torch.arange(shape[dim]).reshape([1] * dim + [-1]))
+        parts, _ = placement._split_tensor(whole, mesh_sizes[mesh_dim], with_padding=False, contiguous=False)
+        ranges[dim] = parts[coordinate[mesh_dim]]
+    offset, extent = [0] * len(shape), list(shape)
+    for dim, kept in ranges.items():
+        extent[dim] = kept.numel()
+        if kept.numel() == 0:
+            return None
+        offset[dim] = int(kept.flatten()[0])
+        if int(kept.flatten()[-1]) - offset[dim] + 1 != extent[dim]:
+            return (
+                f"is placed as {tuple(placements)}, which on this rank is not one box along dimension {dim}"
+            )
+    return tuple(offset), tuple(extent)
+
+
+def _tensor_fault(tensor: torch.Tensor, local: torch.Tensor) -> str:
+    """Why the memory of a tensor is not that of its values, or ""."""
+    if hasattr(tensor, "ds_id") and tensor.numel() != getattr(tensor, "ds_numel", -1):
+        return (
+            "is partitioned by DeepSpeed ZeRO-3; use FSDP2 or ZeRO-2, or broadcast inside "
+            "deepspeed.zero.GatheredParameters"
+        )
+    if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
+        return "is not initialised yet; run a forward pass first"
+    kind: type = type(local)
+    if is_traceable_wrapper_subclass_type(kind):
+        return f"is a {kind.__name__}, which wraps other tensors; dequantise or wait for it first"
+    if local.is_meta:
+        return "is on the meta device and has no values; materialise the model first"
+    if local.layout is not torch.strided:
+        return f"is stored as {local.layout}; make it dense first"
+    if local.device.type != "cpu":
+        return f"is on {local.device}; this version of the bridge sends from host memory only"
+    return ""
+
+
+# --- collecting --------------------------------------------------------------------------------------------
+
+
+def collect(named: Named, mapping: MappingDocument, *, rank: int) -> LocalShards:
+    """Find this rank's shard of every tensor the server wants.
+
+    Args:
+        named: the model, or its tensors by name (whole ones or DTensors).
+        mapping: what the server wants.
+        rank: this trainer rank.
+
+    Returns:
+        The shards under the vocabulary that knows most of the model's names; sources of which this rank holds
+        nothing are left out.
+
+    Raises:
+        MappingError: the model does not fit; lists every fault found on this rank.
+    """
+    try:
+        tensors = _by_name(named)
+    except MappingError as err:
+        raise _faulty([str(err)], mapping, rank) from err
+    vocabulary = max(mapping.vocabularies, key=lambda v: sum(s.name in tensors for s in v.sources))
+    known = {source.name for source in vocabulary.sources}
+    if not known & tensors.keys():
+        raise _faulty([_strangers(tensors, vocabulary)], mapping, rank)
+    unused = frozenset(vocabulary.unused)
+    wanted = [(i, s) for i, s in enumerate(vocabulary.sources) if s.name not in unused]
+    faults = [
+        f"{s.name}: the server needs it, the model has no such parameter"
+        for _, s in wanted
+        if s.name not in tensors
+    ]
+    # A tied parameter's other name (a tied lm_head is in no checkpoint) is no stranger.
+    sent = {id(tensors[s.name]) for _, s in wanted if s.name in tensors}
+    faults += [
+        f"{name}: the model has it, the server knows no such parameter"
+        for name, tensor in tensors.items()
+        if name not in known and name not in unused and id(tensor) not in sent
+    ]
+    present = [(i, s, tensors[s.name]) for i, s in wanted if s.name in tensors]
+    return _shards(present, mapping, vocabulary, rank, faults)
+
+
+def collect_single(name: str, tensor: torch.Tensor, mapping: MappingDocument, *, rank: int) -> LocalShards:
+    """As ``collect``, for one tensor by its name in the mapping.
+
+    Raises:
+        MappingError: no vocabulary knows the name, or the tensor does not fit.
+    """
+    ((name, tensor),) = _by_name({name: tensor}).items()
+    homes = [(v, i, s) for v in mapping.vocabularies for i, s in enumerate(v.sources) if s.name == name]
+    if not homes:
+        sizes = ", ".join(f"{len(v.sources)} {v.name} names" for v in mapping.vocabularies)
+        raise _faulty([f"{name}: the server knows no such parameter among {sizes}"], mapping, rank)
+    # Both vocabularies may know the name, but for tensors of different shape.
+    vocabulary, index, source = next((h for h in homes if h[2].shape == tuple(tensor.shape)), homes[0])
+    faults = [f"{name}: the server's loader drops it, so sending it changes nothing"]
+    dropped = name in vocabulary.unused
+    return _shards([(index, source, tensor)], mapping, vocabulary, rank, faults if dropped else [])
+
+
+def _shards(
+    present: Sequence[tuple[int, Source, torch.Tensor]],
+    mapping: MappingDocument,
+    vocabulary: Vocabulary,
+    rank: int,
+    faults: list[str],
+) -> LocalShards:
+    targets = _target_dtypes(mapping, vocabulary.name)
+    boxes, shards, locals_, contiguous = _Boxes(), [], [], []
+    for index, source, tensor in present:
+        local = local_tensor(tensor)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        fault = _tensor_fault(tensor, local) or _fit_fault(source, tensor, dtype, targets.get(index, {}))
+        box = fault or boxes.of(tensor, local)
+        if isinstance(box, str):
+            faults.append(f"{source.name}: {box}")
+        elif box is not None and 0 not in box[1]:
+            shards.append(Shard(source=index, offset=box[0], shape=box[1], dtype=dtype))
+            contiguous.append(local.is_contiguous())
+            locals_.append(local.detach().contiguous())
+    if faults:
+        raise _faulty(faults, mapping, rank, vocabulary)
+    layout = Layout(rank=rank, vocabulary=vocabulary.name, shards=tuple(shards))
+    return LocalShards(layout, locals_, tuple(contiguous))
+
+
+def _fit_fault(source: Source, tensor: torch.Tensor, dtype: str, targets: Mapping[str, str]) -> str:
+    """How a tensor differs from its source in shape, or from its targets in dtype; or ""."""
+    if tuple(tensor.shape) != source.shape:
+        return f"the model's has shape {tuple(tensor.shape)}, the server's {source.shape}"
+    for target, name in targets.items():
+        if target != dtype and (dtype, target) not in CASTS:
+            return f"the model's is {dtype}, which is not cast to the server's {target} ({name})"
+    return ""
+
+
+def _target_dtypes(mapping: MappingDocument, vocabulary: str) -> dict[int, dict[str, str]]:
+    """Per source the dtypes it is written to, each with the name of a target that has it."""
+    key = (mapping.digest, vocabulary)
+    if mapping.digest and key in _dtypes_of:
+        return _dtypes_of[key]
+    found: dict[int, dict[str, str]] = {}
+    for rank_map in mapping.ranks:
+        for write in rank_map.writes.get(vocabulary, ()):
+            target = rank_map.targets[write.target]
+            found.setdefault(write.source, {}).setdefault(target.dtype, target.name)
+    if mapping.digest:
+        _dtypes_of.clear()  # one server at a time
+        _dtypes_of[key] = found
+    return found
+
+
+_dtypes_of: dict[tuple[str, str], dict[int, dict[str, str]]] = {}
+
+
+def _strangers(tensors: Mapping[str, torch.Tensor], vocabulary: Vocabulary) -> str:
+    theirs = ", ".join(source.name for source in vocabulary.sources[:_EXAMPLES])
+    ours = ", ".join(list(tensors)[:_EXAMPLES]) or "none at all"
+    return f"no parameter of the model has a name the server knows: it has {ours}, .. and not {theirs}, .."
+
+
+def _faulty(
+    faults: Sequence[str], mapping: MappingDocument, rank: int, vocabulary: Vocabulary | None = None
+) -> MappingError:
+    names = "" if vocabulary is None else f" by its {vocabulary.name} names"
+    omitted = "".join(
+        f"\n  (the {name} names are not available: {reason})"
+        for name, reason in mapping.omitted_vocabularies.items()
+    )
+    listing = "\n  ".join(faults)
+    return MappingError(
+        f"{len(faults)} fault(s) between trainer rank {rank}'s model and the server's {mapping.model!r}"
+        f"{names}:\n  {listing}{omitted}\nNothing was sent, and the server keeps its weights. Train the model "
+        "that is served (same architecture, sizes and tied embeddings), and pass the whole of it and no more, "
+        "such as the policy without a value head."
+    )
