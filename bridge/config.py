@@ -54,8 +54,8 @@ def _unknown(name: str, known: tuple[str, ...]) -> str:
     if name == "checksums":
         return "BridgeConfig has no checksums: every bucket is always compared"
     close = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    return f"BridgeConfig has no {name}{hint} It has: {', '.join(known)}"
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return f"BridgeConfig has no {name}{hint}; it has: {', '.join(known)}"
 
 
 class BridgeConfig(
@@ -90,8 +90,13 @@ class BridgeConfig(
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
             if (fault := _fault(name, getattr(self, name))) is not None:
-                shown = "of a wrong type" if name == "api_key" else repr(getattr(self, name))
-                raise ConfigError(f"BridgeConfig.{name} is {shown}; it must be {fault}")
+                shown = "not" if name == "api_key" else f"{getattr(self, name)!r}; it must be"
+                raise ConfigError(f"BridgeConfig.{name} is {shown} {fault}")
+
+    def __repr__(self) -> str:
+        shown = {name: getattr(self, name) for name in self.__struct_fields__}
+        shown["api_key"] = None if self.api_key is None else "..."  # configurations end up in logs
+        return f"BridgeConfig({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     def mapping_path(self) -> Path:
         """Where the server's mapping is.
@@ -133,7 +138,7 @@ class BridgeConfig(
         return made
 
 
-def _fault(name: str, value: object) -> str | None:
+def _fault(name: str, value: Any) -> str | None:
     """What ``value`` should have been, or None if it is fine."""
     if name in _TIMEOUTS:
         number = isinstance(value, int | float) and not isinstance(value, bool)

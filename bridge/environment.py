@@ -109,7 +109,8 @@ def ranks() -> Ranks:
     if declared.world_size > 1:
         raise TopologyError(
             f"this is rank {declared.rank} of {declared.world_size} by its environment, but "
-            "torch.distributed is not initialised; call torch.distributed.init_process_group before the first broadcast"
+            "torch.distributed is not initialised; call torch.distributed.init_process_group before the "
+            "first broadcast"
         )
     return declared
 

@@ -12,8 +12,8 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from bridge.sharding import local_tensor
 
-# torch walks its table of hooks while it calls them, so a hook cannot take itself out. One hook therefore stays
-# for the life of the process, and the guards come and go in a tuple of ours that is replaced, never changed.
+# torch walks its table of hooks while it calls them, so a hook cannot take itself out. One hook therefore
+# stays for the life of the process; the guards come and go in a tuple of ours, replaced and never changed.
 _lock = threading.Lock()
 _active: tuple[StepGuard, ...] = ()
 _installed = False

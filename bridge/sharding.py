@@ -1,7 +1,7 @@
 """What this trainer rank holds of each tensor the server wants: model in, boxes out. Nothing is gathered.
 
-A box is (offset, shape) in the whole tensor. Plain tensors are whole; a DTensor (FSDP2, HSDP, tensor parallel,
-any mesh) is the box its placements give. What cannot be said as one box is refused by name.
+A box is (offset, shape) in the whole tensor. Plain tensors are whole; a DTensor (FSDP2, HSDP, tensor
+parallel, any mesh) is the box its placements give. What cannot be said as one box is refused by name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.distributed.tensor.placement_types import Shard as ShardPlacement
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type
 
 from bridge.errors import MappingError
 from bridge.protocol.holders import CASTS
@@ -67,8 +66,8 @@ def canonical_names(model: nn.Module) -> dict[str, torch.Tensor]:
     for name, module in model.named_modules():
         if isinstance(module, FullyShardedDataParallel):
             raise MappingError(
-                f"{name or 'the model'} is wrapped by FullyShardedDataParallel (FSDP1), whose flat parameters "
-                "do not show which rank holds what; use FSDP2 (torch.distributed.fsdp.fully_shard)"
+                f"{name or 'the model'} is wrapped by FullyShardedDataParallel (FSDP1), whose flat "
+                "parameters do not show which rank holds what; use FSDP2 (torch.distributed.fsdp.fully_shard)"
             )
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -174,9 +173,8 @@ def _tensor_fault(tensor: torch.Tensor, local: torch.Tensor) -> str:
         )
     if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
         return "is not initialised yet; run a forward pass first"
-    kind: type = type(local)
-    if is_traceable_wrapper_subclass_type(kind):
-        return f"is a {kind.__name__}, which wraps other tensors; dequantise or wait for it first"
+    if hasattr(local, "__tensor_flatten__"):
+        return f"is a {type(local).__name__}, which wraps other tensors; dequantise or wait for it first"
     if local.is_meta:
         return "is on the meta device and has no values; materialise the model first"
     if local.layout is not torch.strided:
@@ -320,7 +318,7 @@ def _faulty(
     listing = "\n  ".join(faults)
     return MappingError(
         f"{len(faults)} fault(s) between trainer rank {rank}'s model and the server's {mapping.model!r}"
-        f"{names}:\n  {listing}{omitted}\nNothing was sent, and the server keeps its weights. Train the model "
-        "that is served (same architecture, sizes and tied embeddings), and pass the whole of it and no more, "
-        "such as the policy without a value head."
+        f"{names}:\n  {listing}{omitted}\nNothing was sent, and the server keeps its weights. Train the "
+        "model that is served (same architecture, sizes and tied embeddings), and pass the whole of it and "
+        "no more, such as the policy without a value head."
     )

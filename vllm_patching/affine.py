@@ -43,9 +43,7 @@ def last_index(size: Sequence[int], stride: Sequence[int]) -> int:
 
 def coalesce(piece: Piece) -> Piece:
     """The same copy with its dimensions in destination order and mergeable ones merged: a normal form."""
-    rows = [
-        row for row in zip(piece.size, piece.src_stride, piece.dst_stride, strict=True) if row[0] != 1
-    ]
+    rows = [row for row in zip(piece.size, piece.src_stride, piece.dst_stride, strict=True) if row[0] != 1]
     rows.sort(key=lambda row: (row[2], row[1]), reverse=True)
     merged: list[tuple[int, int, int]] = []
     for size, src, dst in rows:
@@ -124,7 +122,7 @@ class Layout:
 
     def pieces(self, view: torch.Tensor, dst: torch.Tensor) -> list[Piece] | None:
         """The copy of ``view`` (of this storage) to ``dst`` of equal shape; None if it is not affine."""
-        found = self.resolve(view.shape, view.stride(), view.storage_offset())
+        found = self.resolve(view.shape, view.stride(), int(view.storage_offset()))
         if found is None:
             return None
         address, parts = found
@@ -133,14 +131,14 @@ class Layout:
                 tuple(count for _, count, _, _ in parts),
                 address,
                 tuple(step for *_, step in parts),
-                dst.storage_offset(),
+                int(dst.storage_offset()),
                 tuple(multiplier * dst.stride(dim) for dim, _, multiplier, _ in parts),
             )
         ]
 
     def copied(self, view: torch.Tensor, copy: torch.Tensor) -> Layout | None:
         """The layout of ``copy``'s new storage after ``copy = view.clone()``; None if there is none."""
-        found = self.resolve(view.shape, view.stride(), view.storage_offset())
+        found = self.resolve(view.shape, view.stride(), int(view.storage_offset()))
         if found is None or copy.storage_offset() != 0:
             return None
         base, parts = found
@@ -176,7 +174,9 @@ def table_pieces(addresses: torch.Tensor, dst: torch.Tensor) -> list[Piece]:
     Raises:
         MappingError: more than ``MAX_PIECES`` would be needed.
     """
-    found = list(itertools.islice(_decompose(addresses, dst.storage_offset(), dst.stride()), MAX_PIECES + 1))
+    found = list(
+        itertools.islice(_decompose(addresses, int(dst.storage_offset()), dst.stride()), MAX_PIECES + 1)
+    )
     if len(found) > MAX_PIECES:
         raise MappingError(
             f"the copy of {addresses.numel()} elements is not made of at most {MAX_PIECES} affine pieces"

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 
 from bridge.errors import MappingError
 from vllm_patching.affine import extent
-from vllm_patching.tracing import LiveTensor, Trace
+from vllm_patching.tracing import LiveTensor, Trace, TracedFill, TracedWrite
 
 
 class _Kind(enum.IntEnum):
@@ -115,14 +115,20 @@ def find_gaps(trace: Trace, tensors: Sequence[LiveTensor], *, own_load: Trace | 
     by_name = {tensor.name: tensor for tensor in tensors}
     regions: dict[str, list[_Region]] = defaultdict(list)
     orders: dict[str, list[tuple[int, _Region]]] = defaultdict(list)
-    for kind, records in ((_Kind.WRITTEN, trace.writes), (_Kind.FILLED, trace.fills)):
+    kinds: list[tuple[_Kind, Sequence[TracedWrite | TracedFill]]] = [
+        (_Kind.WRITTEN, trace.writes),
+        (_Kind.FILLED, trace.fills),
+    ]
+    for kind, records in kinds:
         for record in records:
             base = by_name[record.target].offset + record.dst_offset
             region = _region(kind, base, record.size, record.dst_stride)
             regions[record.target].append(region)
             orders[record.target].append((record.order, region))
-    touched_before = {r.target for r in (*own_load.writes, *own_load.fills)} if own_load else set()
-    touched_before |= {refusal.target for refusal in (own_load.refused if own_load else ())}
+    touched_before: set[str] = set()
+    if own_load is not None:
+        for touched in (own_load.writes, own_load.fills, own_load.refused):
+            touched_before |= {record.target for record in touched}
     refused = {refusal.target for refusal in trace.refused}
     gaps: list[Gap] = []
     derived: list[str] = []
@@ -135,6 +141,8 @@ def find_gaps(trace: Trace, tensors: Sequence[LiveTensor], *, own_load: Trace | 
         if not found and not required and refused.isdisjoint(t.name for t in group):
             derived += names
             continue
+        if not refused.isdisjoint(t.name for t in group) and not found:
+            continue  # the refusal says more than that nothing was written
         ordered = [item for tensor in group for item in orders[tensor.name]]
         if gap := _gap(group, names, found, ordered):
             gaps.append(gap)

@@ -13,7 +13,7 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,21 +92,23 @@ def before_processing(model: nn.Module, model_config: Any) -> None:
     """
     loaded = Loaded(model=model, model_config=model_config, loader=_loaders[-1] if _loaders else None)
     start = time.perf_counter()
-    lists = {
-        "checkpoint": lambda: sources.checkpoint_sources(loaded.loader, model_config, model),
-        "transformers": lambda: sources.transformers_sources(model_config),
+    lists: dict[str, Callable[[], sources.InMemory]] = {
+        "checkpoint": lambda: sources.InMemory(
+            tuple(sources.checkpoint_sources(loaded.loader, model_config, model)), as_saved=iter
+        ),
+        "transformers": lambda: sources.transformers_names(model_config),
     }
     own_load: tracing.Trace | None = None
     for name, list_sources in lists.items():
         try:
             listed = list_sources()
-            trace = tracing.trace(model, listed)
+            trace = tracing.trace(model, listed.sources, prepare=listed.as_saved)
             own_load = trace if name == "checkpoint" else own_load
             coverage.find_gaps(trace, tracing.live_tensors(model), own_load=own_load).check(name)
         except (BridgeError, OSError, ImportError, ValueError, AttributeError) as err:
             loaded.omitted[name] = f"{type(err).__name__}: {err}"
             continue
-        loaded.vocabularies[name], loaded.traces[name] = listed, trace
+        loaded.vocabularies[name], loaded.traces[name] = list(listed.sources), trace
     if not loaded.traces:
         listing = "\n  ".join(f"{name}: {why}" for name, why in loaded.omitted.items())
         raise MappingError(f"no set of parameter names of {model_config.model} could be traced:\n  {listing}")

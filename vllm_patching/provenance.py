@@ -1,7 +1,7 @@
 """Which source elements a storage holds, followed through whatever a loader does outside the model.
 
-A view needs no bookkeeping: it shares its storage, so only operations that make or fill a storage appear here.
-Movements are followed exactly; anything that computes taints what it makes.
+A view needs no bookkeeping: it shares its storage, so only operations that make or fill a storage appear
+here. Movements are followed exactly; anything that computes taints what it makes.
 """
 
 from __future__ import annotations
@@ -119,7 +119,9 @@ def cast_fault(source: torch.dtype, casts: Iterable[torch.dtype], final: torch.d
         if _holds(step, values):
             continue
         if step != final:
-            return f"rounded to {dtype_name(step)} on the way from {dtype_name(source)} to {dtype_name(final)}"
+            return (
+                f"rounded to {dtype_name(step)} on the way from {dtype_name(source)} to {dtype_name(final)}"
+            )
         values = step
     return ""
 
@@ -199,7 +201,12 @@ class Provenance:
         return shadow.table().as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def derive(
-        self, func: Any, args: Any, kwargs: dict[str, Any], outputs: Sequence[torch.Tensor], taint: Taint | None
+        self,
+        func: Any,
+        args: Any,
+        kwargs: dict[str, Any],
+        outputs: Sequence[torch.Tensor],
+        taint: Taint | None,
     ) -> None:
         """Describe the new storages that ``func`` made from tracked arguments."""
         inputs = list(tensors_in(args, kwargs))

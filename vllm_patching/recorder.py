@@ -52,7 +52,7 @@ def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _constant(dst: torch.Tensor) -> Piece:
-    return Piece(tuple(dst.shape), CONSTANT, (0,) * dst.ndim, dst.storage_offset(), dst.stride())
+    return Piece(tuple(dst.shape), CONSTANT, (0,) * dst.ndim, int(dst.storage_offset()), dst.stride())
 
 
 class Recorder(TorchDispatchMode):
@@ -94,9 +94,7 @@ class Recorder(TorchDispatchMode):
             self.known.learn(tensor, Layout.identity(self.known.bases[index], max(source.numel, 1)))
             yield source.name, tensor
 
-    def announce(
-        self, weights: Iterable[tuple[str, torch.Tensor]]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+    def announce(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Pass on what was made of the sources, noting where in it the loader is."""
         for index, (name, tensor) in enumerate(weights):
             self.known.forget_dead(everything=index % 256 == 0)
@@ -111,7 +109,9 @@ class Recorder(TorchDispatchMode):
         """A name for an error message."""
         if self.is_live(tensor):
             return self._live[storage_key(tensor)][0].name
-        return f"a tensor of shape {tuple(tensor.shape)}, {dtype_name(tensor.dtype)}, outside the model's state"
+        return (
+            f"a tensor of shape {tuple(tensor.shape)}, {dtype_name(tensor.dtype)}, outside the model's state"
+        )
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -189,7 +189,7 @@ class Recorder(TorchDispatchMode):
         inputs = list(tensors_in(args, kwargs))
         for dst in written:
             if storage_key(dst) not in self._own and not self.known.shadow(dst):
-                self._refuse(func, inputs, self.describe(dst), "it is neither parameter nor buffer")
+                self._refuse(func, inputs, self.describe(dst), "nobody would keep it in step")
             elif dst is not args[0]:
                 reason = "the loader computes with the source instead of copying it"
                 self.known.learn(dst, Taint(str(func), self.known.names(*inputs), reason))
@@ -197,9 +197,7 @@ class Recorder(TorchDispatchMode):
                 self.known.overwrite(func, args, kwargs, dst)
         return kwargs["out"] if "out" in kwargs else args[0] if func._schema.returns else None
 
-    def _write_live(
-        self, func: Any, args: Any, kwargs: dict[str, Any], written: list[torch.Tensor]
-    ) -> Any:
+    def _write_live(self, func: Any, args: Any, kwargs: dict[str, Any], written: list[torch.Tensor]) -> Any:
         """A write to a parameter or buffer: recorded, never executed."""
         packet = func.overloadpacket
         others = [tensor for tensor in tensors_in(args, kwargs) if all(tensor is not w for w in written)]
@@ -222,7 +220,9 @@ class Recorder(TorchDispatchMode):
         name = self.describe(dst)
         for tensor in inputs:
             if self.is_live(tensor):
-                self._refuse(func, [tensor], name, f"copied from the live {self.describe(tensor)}, not a source")
+                self._refuse(
+                    func, [tensor], name, f"copied from the live {self.describe(tensor)}, not a source"
+                )
                 return True
         if taint := self.known.taint_of(func, inputs):
             self._add_refusal(Refusal(taint.op, taint.sources, name, taint.reason))
@@ -241,6 +241,13 @@ class Recorder(TorchDispatchMode):
         if pieces is None:
             pieces = affine.table_pieces(self.known.addresses(src), dst)
         self._emit(func, dst, pieces, [src])
+
+    def assign(self, name: str, old: torch.Tensor, new: torch.Tensor) -> None:
+        """Account for a parameter that the loader replaced by another tensor, as if it had been copied."""
+        if self.is_live(new):
+            self._refuse("assignment", [], name, f"it becomes {self.describe(new)}")
+        else:
+            self._copy_live("assignment", old, new)
 
     def _scatter_live(
         self, func: Any, args: Any, kwargs: dict[str, Any], others: Sequence[torch.Tensor]
@@ -297,7 +304,7 @@ class Recorder(TorchDispatchMode):
 
     def _target(self, func: Any, dst: torch.Tensor, inputs: Sequence[torch.Tensor]) -> LiveTensor | None:
         """The live tensor that holds all of ``dst``, or None after recording why there is none."""
-        first, end = affine.extent(dst.shape, dst.stride(), dst.storage_offset())
+        first, end = affine.extent(dst.shape, dst.stride(), int(dst.storage_offset()))
         candidates, dtype = self._live[storage_key(dst)], dtype_name(dst.dtype)
         for tensor in candidates:
             if tensor.dtype == dtype and tensor.contains(first, end):

@@ -1,8 +1,8 @@
 """The names a trainer may send: those of the checkpoint's files, and those of the model in memory.
 
 Only shapes and dtypes are read, never a weight. Loader and model come in as parameters: what is touched of
-them is ``get_all_weights``, ``_get_weights_iterator`` and ``_prepare_weights`` of vLLM's ``DefaultModelLoader``,
-whose names and roles are the same in 0.26 to 0.33.
+them is ``get_all_weights``, ``_get_weights_iterator`` and ``_prepare_weights`` of vLLM's
+``DefaultModelLoader``, whose names and roles are the same in 0.26 and 0.32.
 """
 
 from __future__ import annotations
@@ -48,9 +48,8 @@ def checkpoint_sources(loader: Any, model_config: Any, model: nn.Module) -> list
     """
     if not hasattr(loader, "get_all_weights"):
         raise MappingError(
-            f"{type(loader).__name__} (load format {getattr(loader.load_config, 'load_format', '?')!r}) reads "
-            "no checkpoint tensors by name, so the checkpoint's names are unknown; use --load-format auto "
-            "or safetensors, or send the names of the model in memory"
+            f"{type(loader).__name__} reads no checkpoint tensors by name, so the checkpoint's names are "
+            "unknown; use --load-format auto or safetensors, or send the names of the model in memory"
         )
     found: dict[str, Source] = {}
     for source in _loader_tensors(loader, model_config, model):
@@ -126,7 +125,7 @@ def _headers(files: Iterable[str], prefix: str, is_unused: Any) -> Iterator[Sour
                 kind = tensor.get_dtype()
                 if kind not in _SAFETENSORS_DTYPES:
                     raise MappingError(
-                        f"{file}: {name} has the dtype {kind}, whose elements have no addresses of their own; "
+                        f"{file}: {name} has the dtype {kind}, whose elements share bytes; "
                         "quantized checkpoints are not supported"
                     )
                 yield Source(
@@ -154,9 +153,9 @@ def transformers_sources(model_config: Any) -> list[Source]:
 def transformers_names(model_config: Any) -> InMemory:
     """The model as transformers holds it in memory: what a trainer would send.
 
-    Its names are its parameters and persistent buffers, tied names included, dtypes those of the served model.
-    No memory is allocated. transformers fuses some tensors (experts, since version 5), and few of vLLM's
-    loaders take the fused names; but transformers itself can undo the fusion, which is how it saves.
+    Its names are its parameters and persistent buffers, tied names included; its dtypes are those of the
+    served model. No memory is allocated. transformers fuses some tensors (experts, since version 5), and few
+    of vLLM's loaders take the fused names; but transformers itself can undo the fusion: that is how it saves.
 
     Args:
         model_config: vLLM's ``ModelConfig``; its ``trust_remote_code`` decides whether code that comes with

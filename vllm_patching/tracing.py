@@ -1,17 +1,16 @@
 """Run a model's own ``load_weights`` under a recorder and keep what it would have copied where.
 
-Call ``trace`` between vLLM's ``load_weights`` and its ``process_weights_after_loading``: later, parameters may
-have been freed (MLA) or repacked. The loader is given meta tensors, and every write to a live parameter or buffer is
-recorded and not executed, so live weights stay as they are, bit for bit. The mapping therefore comes from
-vLLM itself, for every architecture it can load; no table of names exists.
+Call ``trace`` between vLLM's ``load_weights`` and its ``process_weights_after_loading``: later, parameters
+may have been freed (MLA) or repacked. The loader is given meta tensors, and every write to a live parameter
+or buffer is recorded and not executed, so live weights stay as they are, bit for bit. The mapping therefore
+comes from vLLM itself, for every architecture it can load; no table of names exists.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,6 +18,9 @@ from torch import nn
 from bridge.errors import MappingError
 from bridge.protocol.mapping import Source
 from vllm_patching.affine import extent
+
+if TYPE_CHECKING:
+    from vllm_patching.recorder import Recorder
 
 Prepare = Callable[[Iterable[tuple[str, torch.Tensor]]], Iterator[tuple[str, torch.Tensor]]]
 
@@ -129,7 +131,7 @@ def live_tensors(model: nn.Module) -> list[LiveTensor]:
             found[view] = dataclasses.replace(known, aliases=(*known.aliases, name))
         else:
             dtype = dtype_name(tensor.dtype)
-            offset = tensor.storage_offset()
+            offset = int(tensor.storage_offset())
             found[view] = LiveTensor(name, is_parameter, shape, stride, dtype, number, offset)
     return list(found.values())
 
@@ -142,39 +144,54 @@ def storage_numbers(model: nn.Module) -> dict[int, int]:
     return numbers
 
 
-def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
-    view = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-    return (id(tensor), storage_key(tensor), *view)
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return (storage_key(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
 
 
-@contextlib.contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Put every parameter and buffer back as it was, and say so if the body had replaced any.
+class _Snapshot:
+    """Every parameter and buffer of a model as it is now: to see what a loader replaced, and to undo it."""
 
-    Raises:
-        MappingError: names each parameter or buffer that was added, removed, replaced or re-pointed.
-    """
-    modules = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
-    tensors = {name: tensor for name, tensor, _ in _named_tensors(model)}
-    before = {name: _identity(tensor) for name, tensor in tensors.items()}
-    data = {id(tensor): (tensor, tensor.data) for tensor in tensors.values()}
-    try:
-        yield
-        after = {name: _identity(tensor) for name, tensor, _ in _named_tensors(model)}
-        names = before.keys() | after.keys()
-        if changed := sorted(name for name in names if before.get(name) != after.get(name)):
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._modules: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = [
+            (m, dict(m._parameters), dict(m._buffers)) for m in model.modules()
+        ]
+        named = {name: tensor for name, tensor, _ in _named_tensors(model)}
+        self._aliases = {id(tensor): (tensor, tensor.data) for tensor in named.values()}
+        self._before = {name: self._aliases[id(tensor)][1] for name, tensor in named.items()}
+
+    def replaced(self) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+        """(name, tensor before, tensor now) for everything that lies in other memory than before.
+
+        Raises:
+            MappingError: names each parameter or buffer that was added, removed or changed in shape.
+        """
+        now = {name: tensor for name, tensor, _ in _named_tensors(self._model)}
+        odd = {*now.keys() ^ self._before.keys()}
+        found = []
+        for name in sorted(now.keys() & self._before.keys()):
+            old, new = self._before[name], now[name]
+            if old.shape != new.shape or old.dtype != new.dtype:
+                odd.add(name)
+            elif _place(old) != _place(new):
+                found.append((name, old, new))
+        if odd:
             raise MappingError(
-                f"{type(model).__name__}.load_weights replaces {len(changed)} tensor(s) instead of copying "
-                f"into them: {', '.join(changed)}; such a load cannot be expressed as copies"
+                f"{type(self._model).__name__}.load_weights adds, removes or reshapes {len(odd)} tensor(s): "
+                f"{', '.join(sorted(odd))}; such a load cannot be expressed as copies"
             )
-    finally:
-        for module, parameters, buffers in modules:
-            module._parameters.clear()
-            module._parameters.update(parameters)
-            module._buffers.clear()
-            module._buffers.update(buffers)
-        for tensor, alias in data.values():
-            if _identity(tensor)[1:] != _identity(alias)[1:]:
+        return found
+
+    def restore(self) -> None:
+        """Put every tensor back in its module, and every tensor back on its memory."""
+        for module, parameters, buffers in self._modules:
+            current: dict[str, Any]
+            for current, saved in ((module._parameters, parameters), (module._buffers, buffers)):
+                if [(n, id(t)) for n, t in current.items()] != [(n, id(t)) for n, t in saved.items()]:
+                    current.clear()
+                    current.update(saved)
+        for tensor, alias in self._aliases.values():
+            if _place(tensor) != _place(alias):
                 tensor.data = alias
 
 
@@ -193,35 +210,25 @@ def trace(model: nn.Module, sources: Sequence[Source], *, prepare: Prepare | Non
         quantisation): such a destination cannot be kept in step, and ``coverage.find_gaps`` reports it.
 
     Raises:
-        MappingError: the loader reads values of a source, replaces parameters, or fails on these names.
+        MappingError: the loader reads values of a source, adds or reshapes parameters, or fails on these
+            names.
     """
-    from vllm_patching.recorder import Recorder, ValueGuard
+    from vllm_patching.recorder import Recorder
 
     duplicates = {s.name for s in sources} if len({s.name for s in sources}) != len(sources) else set()
     if duplicates:
         names = sorted(n for n in duplicates if sum(s.name == n for s in sources) > 1)
         raise MappingError(f"{len(names)} source name(s) occur twice: {', '.join(names)}")
     recorder = Recorder(live_tensors(model), storage_numbers(model), sources)
-    guard = ValueGuard(recorder)
-    # inference_mode would hide composite operations (reshape) from the recorder
-    with _unchanged(model), torch.inference_mode(False), torch.no_grad():
-        try:
-            with guard, recorder:
-                weights = recorder.feed()
-                if prepare is not None:
-                    weights = recorder.announce(prepare(weights))
-                model.load_weights(weights)  # type: ignore[operator]
-        except MappingError:
-            raise
-        except Exception as err:
-            if recorder.error is not None:
-                raise recorder.error from err
-            raise MappingError(
-                f"{type(model).__name__}.load_weights fails on these names, at source "
-                f"{recorder.current!r}: {type(err).__name__}: {err}"
-            ) from err
-    if recorder.error is not None:  # a loader may swallow what its copies raise
-        raise recorder.error
+    snapshot = _Snapshot(model)
+    try:
+        # inference_mode would hide composite operations (reshape) from the recorder
+        with torch.inference_mode(False), torch.no_grad():
+            _load(model, recorder, prepare)
+            for name, old, new in snapshot.replaced():
+                recorder.assign(name, old, new)
+    finally:
+        snapshot.restore()
     written = {write.source for write in recorder.writes.values()}
     refused = {name for refusal in recorder.refused for name in refusal.sources}
     unused = tuple(s.name for i, s in enumerate(sources) if i not in written and s.name not in refused)
@@ -232,3 +239,25 @@ def trace(model: nn.Module, sources: Sequence[Source], *, prepare: Prepare | Non
         refused=tuple(recorder.refused),
         unused=unused,
     )
+
+
+def _load(model: nn.Module, recorder: Recorder, prepare: Prepare | None) -> None:
+    from vllm_patching.recorder import ValueGuard
+
+    try:
+        with ValueGuard(recorder), recorder:
+            weights = recorder.feed()
+            if prepare is not None:
+                weights = recorder.announce(prepare(weights))
+            model.load_weights(weights)  # type: ignore[operator]
+    except MappingError:
+        raise
+    except Exception as err:
+        if recorder.error is not None:
+            raise recorder.error from err
+        raise MappingError(
+            f"{type(model).__name__}.load_weights fails on these names, at source "
+            f"{recorder.current!r}: {type(err).__name__}: {err}"
+        ) from err
+    if recorder.error is not None:  # a loader may swallow what its copies raise
+        raise recorder.error

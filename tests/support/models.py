@@ -92,7 +92,6 @@ def build_checkpoint(
                 parameter.add_(noise)
         if config.tie_word_embeddings:  # else a token's best successor is always itself
             model.get_input_embeddings().weight.mul_(0.1)
-    model.generation_config.eos_token_id = None  # nothing ends a random model early
     model.to(getattr(torch, dtype)).save_pretrained(path)
     write_tokenizer(path, vocab_size=config.vocab_size)
     return path

@@ -14,7 +14,7 @@ import pytest
 
 from bridge.errors import ConfigError, MappingError
 from bridge.protocol import mapping
-from launch import cli, commands
+from launch import arguments, cli, commands
 from launch.options import ServeOptions, node_faults, read_server_args
 
 ROOT = Path(__file__).parents[2]
@@ -37,8 +37,8 @@ def run(*argv: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def parse(*argv: str) -> ServeOptions:
-    own, served, trainer = cli._split(list(argv))
-    return cli._options(cli.build_parser().parse_args(own), served, trainer)
+    own, served, trainer = arguments.split_words(list(argv))
+    return arguments.make_options(arguments.build_parser().parse_args(own), served, trainer)
 
 
 def test_help_answers_at_once():
@@ -74,7 +74,7 @@ def test_each_subcommand_has_an_example_and_exit_codes(command, capsys):
     with pytest.raises(SystemExit):
         cli.main([command, "--help"])
     text = capsys.readouterr().out
-    assert f"example:\n  {cli.PROGRAM} {command}" in text
+    assert f"example:\n  {arguments.PROGRAM} {command}" in text
     assert "exit codes:" in text
 
 

@@ -1,9 +1,9 @@
-"""The recorder against toy loaders: what it records, replayed, is what the loader does; the rest it refuses."""
+"""The recorder against toy loaders: its records, replayed, do what they do; the rest it refuses."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 import torch
@@ -404,24 +404,61 @@ def test_reading_values_names_the_source(load: Callable[[Toy, torch.Tensor], obj
     "load",
     [
         lambda m, w: setattr(m.p, "data", w),
-        lambda m, w: setattr(m.p, "data", torch.zeros(4, 4)),
-        lambda m, w: setattr(m, "p", nn.Parameter(w, requires_grad=False)),
-        lambda m, w: m.register_buffer("late", torch.zeros(3)),
-        lambda m, w: m.p.set_(torch.zeros(4, 4)),
-        lambda m, w: m.p.data.resize_(8, 8),
-        lambda m, w: m.p.t_(),
-        lambda m, w: delattr(m, "p"),
+        lambda m, _: setattr(m.p, "data", torch.zeros(4, 4)),
+        lambda m, w: setattr(m, "p", nn.Parameter(w[:2], requires_grad=False)),
+        lambda m, _: m.register_buffer("late", torch.zeros(3)),
+        lambda m, _: m.p.set_(torch.zeros(4, 4)),
+        lambda m, _: m.p.data.resize_(8, 8),
+        lambda m, _: m.p.t_(),
+        lambda m, _: delattr(m, "p"),
     ],
 )
 def test_replacing_a_parameter_is_refused_and_undone(load: Callable[[Toy, torch.Tensor], object]) -> None:
     model = Toy(ignoring_the_result(load), p=(4, 4))
     parameter, before, address = model.p, model.p.detach().clone(), model.p.data_ptr()
     with pytest.raises(MappingError):
-        trace(model, [Source(name="w", shape=(4, 4), dtype="float32")])
+        coverage(trace(model, [Source(name="w", shape=(4, 4), dtype="float32")]), model).check("checkpoint")
     assert model.p is parameter
     assert model.p.data_ptr() == address
     assert torch.equal(model.p, before)
     assert [name for name, _ in model.named_buffers()] == []
+
+
+def test_a_parameter_that_the_loader_makes_anew_is_followed() -> None:
+    def load(model: Toy, name: str, tensor: torch.Tensor) -> None:
+        fresh = nn.Parameter(torch.empty(4, 4), requires_grad=False)
+        model.register_parameter("p", fresh)
+        model.p.data.copy_(tensor.t())
+        model.q = nn.Parameter(tensor, requires_grad=False)
+        model.s = nn.Parameter(tensor.exp(), requires_grad=False)
+
+    model = Toy(load, p=(4, 4), q=(4, 4), s=(4, 4))
+    before = {name: (p, p.detach().clone()) for name, p in model.named_parameters()}
+    found = trace(model, [Source(name="w", shape=(4, 4), dtype="float32")])
+    for name, (parameter, values) in before.items():
+        assert getattr(model, name) is parameter
+        assert torch.equal(parameter, values)
+    assert {(w.target, w.src_stride) for w in found.writes} == {("p", (1, 4)), ("q", (1,))}
+    assert [(r.target, r.op) for r in found.refused] == [("s", "aten.exp.default")]
+
+
+def test_the_sources_may_be_prepared_before_they_are_loaded() -> None:
+    def prepare(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+        (fused,) = (tensor for _, tensor in weights)
+        for index, expert in enumerate(fused.chunk(2)):
+            yield f"p{index}", expert.squeeze(0).contiguous()
+
+    def load(model: Toy, name: str, tensor: torch.Tensor) -> None:
+        getattr(model, name).data.copy_(tensor)
+
+    found = trace(
+        Toy(load, p0=(3, 4), p1=(3, 4)),
+        [Source(name="fused", shape=(2, 3, 4), dtype="float32")],
+        prepare=prepare,
+    )
+    assert [(w.source, w.target, w.src_offset, w.size) for w in found.writes] == [
+        (0, "p0", 0, (12,)), (0, "p1", 12, (12,))
+    ]  # fmt: skip
 
 
 def test_a_failing_loader_becomes_a_mapping_error_with_the_source() -> None:
@@ -436,7 +473,7 @@ def test_an_error_that_the_loader_swallows_still_ends_the_trace() -> None:
     def load(model: Toy, name: str, tensor: torch.Tensor) -> None:
         try:
             tensor.max().item()
-        except Exception:
+        except Exception:  # noqa: BLE001 - what the test is about
             model.p.data.copy_(tensor)
 
     with pytest.raises(MappingError, match="reads values of w"):

@@ -1,0 +1,308 @@
+"""Real ranks over Gloo: the boxes of all ranks put together are the whole tensors, bit for bit."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from bridge.errors import MappingError
+from bridge.guard import StepGuard
+from bridge.param_mappings import export_param_mappings, load_param_mappings
+from bridge.protocol.plan import build_plan
+from bridge.sharding import LocalShards, canonical_names, collect, collect_single
+from tests.support.mappings import identity_mapping, shapes_of
+
+JOIN_TIMEOUT_S = 40
+
+# Forked from a process that has imported torch already and does nothing else: seconds cheaper than spawn.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch._dynamo"]
+)
+
+
+class Mlp(nn.Module):
+    """Sizes that 2 and 4 do not divide."""
+
+    def __init__(self, hidden: int = 7, inner: int = 5, vocab: int = 11, *, tie: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocab, hidden)
+        self.up = nn.Linear(hidden, inner)
+        self.down = nn.Linear(inner, hidden, bias=False)
+        self.lm_head = nn.Linear(hidden, vocab, bias=False)
+        self.register_buffer("scale", torch.tensor(0.5))
+        if tie:
+            self.lm_head.weight = self.embed.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = self.embed(tokens)
+        return self.lm_head(hidden + self.down(torch.relu(self.up(hidden)))) * self.scale
+
+
+def seeded(**arguments: object) -> Mlp:
+    torch.manual_seed(3)
+    return Mlp(**arguments)  # type: ignore[arg-type]
+
+
+def check_whole(model: nn.Module, reference: nn.Module, *, skip: tuple[str, ...] = ()) -> LocalShards:
+    """All ranks' boxes against the unsharded model and against what torch itself gathers."""
+    expected = {n: t.detach() for n, t in canonical_names(reference).items() if n not in skip}
+    mapping = identity_mapping(("checkpoint", shapes_of(expected)))
+    shards = collect(model, mapping, rank=dist.get_rank())
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (shards.layout, shards.tensors))
+    whole = {n: torch.full_like(t, float("nan")) for n, t in expected.items()}
+    names = [source.name for source in mapping.vocabularies[0].sources]
+    for layout, tensors in gathered:
+        for shard, tensor in zip(layout.shards, tensors, strict=True):
+            box = tuple(slice(lo, lo + n) for lo, n in zip(shard.offset, shard.shape, strict=True))
+            whole[names[shard.source]][box] = tensor
+    for name, tensor in expected.items():
+        assert torch.equal(whole[name], tensor), name
+    for name, tensor in canonical_names(model).items():
+        if isinstance(tensor, DTensor) and name in whole:
+            assert torch.equal(tensor.full_tensor(), whole[name]), name
+    plan = build_plan(mapping, [layout for layout, _ in gathered], bucket_bytes=64)
+    assert plan.total_bytes == sum(t.numel() * t.element_size() for t in expected.values())
+    return shards
+
+
+# --- scenarios, run by every rank -----------------------------------------------------------------------
+
+
+def fsdp_uneven(path: Path) -> None:
+    model = seeded()
+    fully_shard(model.up)
+    fully_shard(model)
+    shards = check_whole(model, seeded())
+    if dist.get_rank() == dist.get_world_size() - 1 == 3:
+        # 5 rows over 4 ranks are 2, 2, 1 and none: this rank holds nothing of "up".
+        up = list(canonical_names(seeded())).index("up.weight")
+        assert up not in {shard.source for shard in shards.layout.shards}
+    assert all(shards.contiguous)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    before = shards.fingerprint()
+    model(torch.arange(4)[None]).sum().backward()
+    optimizer.step()
+    after = check_whole(model, _unsharded(model))
+    assert after.fingerprint() == before, "a step changes values, not addresses"
+
+
+def _unsharded(model: nn.Module) -> nn.Module:
+    reference = seeded()
+    full = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in model.state_dict().items()}
+    reference.load_state_dict(full)
+    return reference
+
+
+def fsdp_mixed_precision(path: Path) -> None:
+    model = seeded()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    fully_shard(model.up, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    shards = check_whole(model, seeded())
+    # The root stays unsharded after a forward, as bfloat16 tensors; the float32 masters are what counts.
+    with torch.no_grad():
+        model(torch.arange(4)[None])
+    assert not isinstance(model.embed.weight, DTensor)
+    again = check_whole(model, seeded())
+    assert {s.dtype for s in again.layout.shards} == {"float32"}
+    assert again.fingerprint() == shards.fingerprint()
+
+
+def fsdp_tied(path: Path) -> None:
+    model = seeded(tie=True)
+    fully_shard(model)
+    shards = check_whole(model, seeded(tie=True), skip=("lm_head.weight",))
+    assert len(check_whole(model, seeded(tie=True)).tensors) == len(shards.tensors) + 1
+
+
+def fsdp_dim1(path: Path) -> None:
+    sizes = {"hidden": 8, "inner": 12, "vocab": 10}  # FSDP2 wants other dimensions than 0 to be divisible
+    model = seeded(**sizes)
+    fully_shard(model, shard_placement_fn=lambda p: Shard(1) if p.ndim == 2 else None)
+    shards = check_whole(model, seeded(**sizes))
+    assert {shard.offset for shard in shards.layout.shards} > {(0, 4 * dist.get_rank())}
+
+
+def hsdp(path: Path) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model = seeded()
+    fully_shard(model, mesh=mesh)
+    shards = check_whole(model, seeded())
+    assert any(any(shard.offset) for shard in shards.layout.shards) == bool(mesh.get_local_rank("shard"))
+
+
+def tensor_parallel(path: Path) -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    model = seeded()
+    parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    shards = check_whole(model, seeded())
+    assert not all(t.numel() == 0 for t in shards.tensors)
+    place = export_param_mappings(model, "tests/tiny", tp_degree=2, path=path / "layout.json")
+    dist.barrier()
+    rows = load_param_mappings(place).param_mappings
+    assert (rows["up.weight"].tp_shard_dim, rows["down.weight"].tp_shard_dim) == (0, 1)
+    assert rows["up.weight"].shape == (5, 7)
+    assert rows["up.weight"].local_shape == (3, 7)
+    assert rows["embed.weight"].tp_shard_dim is None
+
+
+def fsdp_and_tensor_parallel(path: Path) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = seeded(hidden=8, inner=12)
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    parallelize_module(model, mesh["tp"], plan)
+    fully_shard(model, mesh=mesh["dp"])
+    assert "StridedShard" in str(model.up.weight.placements)
+    check_whole(model, seeded(hidden=8, inner=12))
+
+
+def mesh_2d(path: Path) -> None:
+    mesh = init_device_mesh("cpu", (2, 2))
+    torch.manual_seed(1)
+    whole = torch.randn(5, 3)
+    for placements in (
+        (Shard(0), Shard(1)), (Shard(0), Shard(0)), (Shard(1), Replicate()), (Replicate(), Shard(0)),
+    ):  # fmt: skip
+        model = nn.Module()
+        model.weight = nn.Parameter(distribute_tensor(whole, mesh, placements))
+        reference = nn.Module()
+        reference.weight = nn.Parameter(whole)
+        check_whole(model, reference)
+
+
+def refusals(path: Path) -> None:
+    rank = dist.get_rank()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mapping = identity_mapping(("checkpoint", {"a": (4, 4), "b": (2,)}))
+    partial = DTensor.from_local(torch.ones(4, 4), mesh, [Partial()])
+    lying = DTensor.from_local(torch.ones(1), mesh, [Shard(0)], run_check=False, shape=(2,), stride=(1,))
+    lying._local_tensor = torch.ones(2)
+    with pytest.raises(MappingError, match=r"^2 fault\(s\)") as caught:
+        collect({"a": partial, "b": lying}, mapping, rank=rank)
+    assert "a: is placed as" in str(caught.value)
+    assert "b: holds a local shard of shape (2,), but its placements give (1,)" in str(caught.value)
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    wrapped = FullyShardedDataParallel(seeded(), device_id=torch.device("cpu"))
+    with pytest.raises(MappingError, match=r"^1 fault\(s\)[^\n]*'tests/tiny'.*\n.*FSDP1.*fully_shard"):
+        collect(wrapped, mapping, rank=rank)
+
+
+def data_parallel(path: Path) -> None:
+    from torch.nn.parallel import DistributedDataParallel
+
+    check_whole(DistributedDataParallel(seeded()), seeded())
+
+
+def single(path: Path) -> None:
+    model = seeded()
+    fully_shard(model)
+    mapping = identity_mapping(("checkpoint", shapes_of(canonical_names(seeded()))))
+    shards = collect_single("up.weight", model.up.weight, mapping, rank=dist.get_rank())
+    first = 3 * dist.get_rank()
+    assert torch.equal(shards.tensors[0], seeded().up.weight[first : first + 3])
+    assert shards.layout.shards[0].offset == (first, 0)
+
+
+def guarded_step(path: Path) -> None:
+    model = seeded()
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, foreach=True)
+    other = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    released, stepped = threading.Event(), threading.Event()
+    with torch.no_grad():
+        model(torch.arange(4)[None])  # leaves the root unsharded: other objects, and other memory
+    shards = collect(
+        model, identity_mapping(("checkpoint", shapes_of(canonical_names(seeded())))), rank=dist.get_rank()
+    )
+    guard = StepGuard(shards.tensors, lambda: assert_within(released))
+    model(torch.arange(4)[None]).sum().backward()
+    other.step()
+    before = [t.clone() for t in shards.tensors]
+
+    def step() -> None:
+        optimizer.step()
+        stepped.set()
+
+    thread = threading.Thread(target=step)
+    thread.start()
+    assert not stepped.wait(0.2)
+    assert all(torch.equal(a, b) for a, b in zip(before, shards.tensors, strict=True))
+    released.set()
+    thread.join(5)
+    assert stepped.is_set()
+    assert not guard.active
+    assert any(not torch.equal(a, b) for a, b in zip(before, shards.tensors, strict=True))
+
+
+def assert_within(event: threading.Event) -> None:
+    assert event.wait(5)
+
+
+# --- running them -------------------------------------------------------------------------------------------
+
+
+def _rank(scenario: str, rank: int, world_size: int, path: Path) -> None:
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=world_size
+        )
+        globals()[scenario](path)
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        (path / f"rank{rank}.txt").write_text(traceback.format_exc())
+        raise
+
+
+def run_ranks(scenario: Callable[[Path], None], world_size: int, path: Path) -> None:
+    """Run ``scenario`` in ``world_size`` processes; the first failure ends all of them."""
+    ranks = [
+        _context.Process(target=_rank, args=(scenario.__name__, rank, world_size, path), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    deadline = time.monotonic() + JOIN_TIMEOUT_S
+    while any(p.is_alive() for p in ranks) and time.monotonic() < deadline:
+        if any(p.exitcode for p in ranks):
+            break
+        multiprocessing.connection.wait([p.sentinel for p in ranks if p.is_alive()], timeout=1)
+    stuck = [i for i, p in enumerate(ranks) if p.is_alive()]
+    for process in ranks:
+        process.kill()
+        process.join()
+    failures = "\n".join(file.read_text() for file in sorted(path.glob("rank*.txt")))
+    assert not failures, failures
+    assert not stuck, f"ranks {stuck} did not end within {JOIN_TIMEOUT_S} s"
+    assert [p.exitcode for p in ranks] == [0] * world_size
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("scenario", "world_size"),
+    [
+        (fsdp_uneven, 2), (fsdp_uneven, 4), (fsdp_mixed_precision, 2), (fsdp_tied, 2), (fsdp_dim1, 2),
+        (hsdp, 4), (tensor_parallel, 2), (fsdp_and_tensor_parallel, 4), (mesh_2d, 4), (refusals, 2),
+        (data_parallel, 2), (single, 2), (guarded_step, 2),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else str(value),
+)  # fmt: skip
+def test_ranks(scenario: Callable[[Path], None], world_size: int, tmp_path: Path) -> None:
+    run_ranks(scenario, world_size, tmp_path)
