@@ -1,8 +1,8 @@
 """Does the live server answer as a fresh vLLM does, version after version?
 
-For each architecture, dtype and tensor-parallel degree: a few sets of random weights; what an unpatched vLLM, started from
-each set, answers greedily; then one live server that is given the sets in turn by ``bridge.broadcast_weights``, and
-must give the very same tokens and logprobs at every version.
+For each architecture, dtype and tensor-parallel degree: a few sets of random weights; what an unpatched vLLM,
+started from each set, answers greedily; then one live server that is given the sets in turn by
+``bridge.broadcast_weights``, and must give the very same tokens and logprobs at every version.
 
     PYTHONPATH=tests python benchmarks/equality.py --out benchmarks/results/equality.json
 """
@@ -28,7 +28,9 @@ LOGPROB_TOLERANCE = {"float32": 1e-5, "bfloat16": 0.0}
 def compare(live: list[dict[str, Any]], fresh: list[dict[str, Any]]) -> tuple[int, float]:
     """Prompts with identical tokens, and the largest difference of logprobs among those."""
     same = [(a, b) for a, b in zip(live, fresh, strict=True) if a["tokens"] == b["tokens"]]
-    worst = max((abs(x - y) for a, b in same for x, y in zip(a["logprobs"], b["logprobs"], strict=True)), default=0.0)
+    worst = max(
+        (abs(x - y) for a, b in same for x, y in zip(a["logprobs"], b["logprobs"], strict=True)), default=0.0
+    )
     return len(same), worst
 
 
@@ -36,7 +38,9 @@ def run_case(kind: str, dtype: str, tp: int, args: argparse.Namespace, root: Pat
     """One architecture, dtype and degree."""
     flags = [f"--dtype={dtype}", f"--tensor-parallel-size={tp}"]
     env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"} if tp > 1 else {}
-    sets = [build_checkpoint(kind, root / f"{kind}-{dtype}-{s}", dtype=dtype, seed=s) for s in range(args.sets)]
+    sets = [
+        build_checkpoint(kind, root / f"{kind}-{dtype}-{s}", dtype=dtype, seed=s) for s in range(args.sets)
+    ]
     fresh = []
     for index, path in enumerate(sets):
         logdir = root / f"fresh-{kind}-{dtype}-{tp}-{index}"
@@ -46,7 +50,9 @@ def run_case(kind: str, dtype: str, tp: int, args: argparse.Namespace, root: Pat
     rows = []
     with (
         serving(sets[0], logdir, flags=flags, env=env) as server,
-        training(args.trainer, sets[0], logdir=logdir, dtype=args.trainer_dtype or dtype, ranks=args.ranks) as trainers,
+        training(
+            args.trainer, sets[0], logdir=logdir, dtype=args.trainer_dtype or dtype, ranks=args.ranks
+        ) as trainers,
     ):
         same, worst = compare(server.api.greedy(args.prompts, args.tokens), fresh[0])
         rows.append({"version": 0, "set": 0, "same": same, "worst": worst})
@@ -94,7 +100,11 @@ def main() -> int:
                 sys.stdout.write(json.dumps({k: v for k, v in case.items() if k != "rows"}) + "\n")
                 sys.stdout.flush()
                 if args.out:
-                    document = {"machine": platform.processor() or platform.machine(), "command": sys.argv, "cases": results}
+                    document = {
+                        "machine": platform.processor() or platform.machine(),
+                        "command": sys.argv,
+                        "cases": results,
+                    }
                     args.out.parent.mkdir(parents=True, exist_ok=True)
                     args.out.write_text(json.dumps(document, indent=1))
     return 0 if all(case["ok"] for case in results) else 1

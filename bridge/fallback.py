@@ -18,10 +18,11 @@ from torch.distributed.tensor import DTensor
 
 from bridge.config import BridgeConfig
 from bridge.environment import Ranks
-from bridge.errors import ConfigError, RendezvousError, RoundAborted
+from bridge.errors import ConfigError, MappingError, RendezvousError, RoundAborted
 from bridge.protocol import mapping as mapping_file
+from bridge.protocol.mapping import Mapping
 from bridge.rounds import Receipt
-from bridge.sharding import canonical_names
+from bridge.sharding import canonical_names, local_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ def notify_update(
     if not url:
         raise ConfigError("notify_update needs http_url (BRIDGE_HTTP_URL), such as http://host:8000")
     start = time.monotonic()
-    tensors = gather_full(model, keep=ranks.rank == 0)
+    keep = ranks.rank == 0
+    tensors = gather_full(model, keep=keep, mapping=_reachable_mapping(config) if keep else None)
     if ranks.rank != 0:
         # Rank 0 posts; the others have nothing to wait for, as their tensors were copied already.
         return Receipt(version=version or 0, bytes=0, transfer_s=0, stage_s=0, flip_s=0, transport="file")
@@ -61,15 +63,59 @@ def notify_update(
     )
 
 
-def gather_full(model: nn.Module | dict[str, torch.Tensor], *, keep: bool) -> dict[str, torch.Tensor]:
-    """Full tensors by checkpoint name, one gathered at a time; kept (copied) on one rank only."""
+def _reachable_mapping(config: BridgeConfig) -> Mapping | None:
+    """The server's mapping, or None where this host cannot see it: with an API key nothing else needs it."""
+    try:
+        return mapping_file.load(config.mapping_path())
+    except (ConfigError, MappingError) as err:
+        logger.info("no mapping to choose by, so the update carries every tensor of the model: %s", err)
+        return None
+
+
+def gather_full(
+    model: nn.Module | dict[str, torch.Tensor], *, keep: bool, mapping: Mapping | None = None
+) -> dict[str, torch.Tensor]:
+    """Full tensors by checkpoint name, one gathered at a time; kept (copied) on one rank only.
+
+    Every rank gathers every tensor, since gathering is collective; what is kept is only what the server
+    loads. Without a ``mapping`` that is every tensor, tied ones under their first name.
+    """
     named = canonical_names(model) if isinstance(model, nn.Module) else model
+    chosen = _choose(named, mapping) if keep else frozenset()
     kept = {}
     for name, tensor in named.items():
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if keep:
+        if name in chosen:
             kept[name] = full.detach().cpu().clone().contiguous()
     return kept
+
+
+def _choose(named: dict[str, torch.Tensor], mapping: Mapping | None) -> frozenset[str]:
+    """The names to send: those of the vocabulary that knows most of them, each tied tensor once.
+
+    A tensor that the server knows by no name is sent under its first name, for the server to refuse by name.
+    """
+    ties: dict[object, list[str]] = {}
+    for name, tensor in named.items():
+        ties.setdefault(_memory(tensor), []).append(name)
+    if mapping is None:
+        return frozenset(names[0] for names in ties.values())
+    best = max(mapping.vocabularies, key=lambda v: sum(s.name in named for s in v.sources))
+    unused = frozenset(best.unused)
+    needed = {source.name for source in best.sources} - unused
+    chosen: set[str] = set()
+    for names in ties.values():
+        wanted = needed.intersection(names)
+        chosen |= wanted or ({names[0]} if unused.isdisjoint(names) else set())
+    return frozenset(chosen)
+
+
+def _memory(tensor: torch.Tensor) -> object:
+    """Equal for tied tensors: the object, or the memory where a state dict made objects of its own."""
+    local = local_tensor(tensor)
+    if local.numel() == 0 or local.is_meta:
+        return id(tensor)
+    return local.data_ptr(), tuple(tensor.shape), local.stride(), local.dtype
 
 
 def _write(folder: Path, tensors: dict[str, torch.Tensor]) -> int:

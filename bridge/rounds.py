@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import queue
-import secrets
-import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -14,23 +11,14 @@ from dataclasses import dataclass
 from typing import Self
 
 import msgspec
-import torch
-import torch.distributed as dist
 
 from bridge.config import BridgeConfig
 from bridge.environment import Ranks
-from bridge.errors import (
-    BridgeError,
-    MappingError,
-    PeerLost,
-    ProtocolError,
-    RendezvousError,
-    RoundAborted,
-    TransferError,
-)
-from bridge.protocol.mapping import Mapping, Rendezvous
-from bridge.protocol.messages import PROTOCOL_VERSION, Frame, Opcode
-from bridge.protocol.plan import Lane
+from bridge.errors import BridgeError, PeerLost, ProtocolError, RoundAborted, TransferError
+from bridge.joining import ask_admission, meet
+from bridge.moving import SLOWEST_BYTES_PER_S, Mover
+from bridge.protocol.mapping import Mapping
+from bridge.protocol.messages import Frame, Opcode
 from bridge.protocol.session import (
     Action,
     Close,
@@ -43,14 +31,12 @@ from bridge.protocol.session import (
     Stage,
 )
 from bridge.sharding import LocalShards
-from bridge.wire import peer_memory, rendezvous
+from bridge.wire import rendezvous
 from bridge.wire.control import ControlGroup, Event
 from bridge.wire.meeting import Meeting
-from bridge.wire.transport import DataLink, GlooSource, PullSource, Source
 
 logger = logging.getLogger(__name__)
 
-SLOWEST_BYTES_PER_S = 50e6  # a transfer slower than this is taken for dead
 ROOT_CAUSE_TIMEOUT_S = 3.0
 CLOSE_TIMEOUT_S = 3.0
 
@@ -125,7 +111,7 @@ class Session:
         mapping: Mapping,
         ranks: Ranks,
         answer: rendezvous.Answer,
-        store: dist.Store,
+        store: rendezvous.Store,
     ) -> None:
         self.config = config
         self.mapping = mapping
@@ -135,70 +121,23 @@ class Session:
         self.stale = False
         self._answer = answer
         self._inbox: _Inbox = queue.Queue()
-        self._nonce = peer_memory.Nonce()
         self._early: list[tuple[int, Event]] = []
         self._meeting = Meeting(store, mapping, epoch=answer.epoch, timeout_s=answer.deadline_s * 2)
         machine = {"epoch": answer.epoch, "version": answer.weight_version}
-        self._coordinator = Coordinator(
-            **machine, trainers=self.world_size, daemons=answer.num_daemons
-        )
+        self._coordinator = Coordinator(**machine, trainers=self.world_size, daemons=answer.num_daemons)
         self._member = Member(**machine)
-        self._meet(store)
-        self._thread = threading.Thread(target=self._run, name="bridge-session", daemon=True)
-        self._thread.start()
-
-    # --- opening ---------------------------------------------------------------------------------
-
-    @classmethod
-    def open(cls, config: BridgeConfig, mapping: Mapping, ranks: Ranks) -> Self:
-        """Meet the inference side; called by every trainer rank.
-
-        Raises:
-            MappingError: the mapping was exported without a rendezvous.
-            RendezvousError: the daemon cannot be reached in time, or refuses.
-        """
-        place = mapping.rendezvous
-        if place is None:
-            raise MappingError(
-                f"{config.mapping_path()} names no rendezvous: it is an exported copy; use the one in the "
-                "server's log directory"
-            )
-        timeout_s = config.connect_timeout_s
-        session, failure = "", None
-        if ranks.rank == 0:
-            try:
-                store = rendezvous.reach_store(place.host, place.port, timeout_s=timeout_s)
-                session, answer = _ask(store, place, mapping, ranks, timeout_s)
-            except BridgeError as err:
-                failure = err
-        session = _agree(session, ranks)
-        if failure is not None:
-            raise failure
-        if not session:
-            raise RendezvousError("trainer rank 0 could not join the inference side; its error says why")
-        if ranks.rank != 0:
-            store = rendezvous.reach_store(place.host, place.port, timeout_s=timeout_s)
-            answer = rendezvous.await_answer(store, session, place.secret, timeout_s=timeout_s)
-        return cls(config, mapping, ranks, answer, store)
-
-    def _meet(self, store: dist.Store) -> None:
-        answer, place = self._answer, self.mapping.rendezvous
-        assert place is not None
-        peer_memory.allow_reader(answer.daemon_pid)
-        self._meeting.publish_whereabouts(self.rank, self._nonce.whereabouts(socket.gethostname()))
-        address = rendezvous.local_address(place.host, place.port)
-        limits = {"address": address, "timeout_s": answer.deadline_s * 2}
-        prefix, size = f"e{answer.epoch}", self.world_size
-        control = rendezvous.make_group(
-            store, f"{prefix}/control", rank=self.rank, size=size + answer.num_daemons, **limits
+        self._joined = meet(self._meeting, mapping, ranks, answer, store)
+        self._mover = Mover(
+            self._joined.data,
+            self._joined.links,
+            mapping,
+            rank=self.rank,
+            world_size=self.world_size,
+            deadline_s=answer.deadline_s,
         )
-        self._data = rendezvous.make_group(
-            store, f"{prefix}/data", rank=self.rank, size=size + answer.num_inference_ranks, **limits
-        )
-        self._links = [self._meeting.links(k)[self.rank] for k in range(answer.num_inference_ranks)]
         self._control = ControlGroup(
-            control,
-            self._peers(place),
+            self._joined.control,
+            self._joined.peers,
             epoch=answer.epoch,
             heartbeat_interval_s=answer.heartbeat_interval_s,
             deadline_s=answer.deadline_s,
@@ -210,20 +149,21 @@ class Session:
             self.world_size,
             answer.epoch,
             answer.weight_version,
-            ", ".join(self._links),
+            ", ".join(self._joined.links),
         )
+        self._thread = threading.Thread(target=self._run, name="bridge-session", daemon=True)
+        self._thread.start()
 
-    def _peers(self, place: Rendezvous) -> dict[int, str]:
-        if self.rank != 0:
-            return {0: "trainer rank 0"}
-        names = {}
-        for rank in range(1, self.world_size):
-            where = self._meeting.whereabouts(rank)
-            names[rank] = f"trainer rank {rank} (pid {where.pid} on {where.host})"
-        for index in range(self._answer.num_daemons):
-            pid = self._answer.daemon_pid
-            names[self.world_size + index] = f"the weight-updater daemon (pid {pid} at {place.host})"
-        return names
+    @classmethod
+    def open(cls, config: BridgeConfig, mapping: Mapping, ranks: Ranks) -> Self:
+        """Meet the inference side; called by every trainer rank.
+
+        Raises:
+            MappingError: the mapping was exported without a rendezvous.
+            RendezvousError: the daemon cannot be reached in time, or refuses.
+        """
+        answer, store = ask_admission(config, mapping, ranks)
+        return cls(config, mapping, ranks, answer, store)
 
     # --- the caller's side -------------------------------------------------------------------------
 
@@ -258,7 +198,7 @@ class Session:
         self._thread.join(CLOSE_TIMEOUT_S)
         if not self.closed:
             self.closed = "closed by this trainer"
-            actions = self._coordinator.shutdown() if self.rank == 0 else []
+            actions = self._coordinator.shutdown() if self.rank == 0 else self._member.leave()
             self._perform_safely(actions)
         if not self._control.close(timeout_s=CLOSE_TIMEOUT_S):
             logger.debug("a control thread of epoch %d still waits for its deadline", self._answer.epoch)
@@ -275,15 +215,26 @@ class Session:
             elif not self.closed:
                 self._idle_event(*item)
 
+    def _who(self, peer: int) -> str:
+        return f"trainer rank {peer}" if peer < self.world_size else "the weight-updater daemon"
+
     def _idle_event(self, peer: int, event: Event) -> None:
         """Between rounds only ends are expected; the next broadcast will connect anew."""
         if isinstance(event, Frame) and event.opcode not in (Opcode.ABORT, Opcode.SHUTDOWN, Opcode.FAILED):
             if event.opcode is not Opcode.BUCKET:
                 self._early.append((peer, event))  # another rank is ahead of ours: kept for our own call
             return
-        reason = event.text or "it shut down" if isinstance(event, Frame) else str(event)
-        logger.warning("epoch %d is over: %s; the next broadcast connects anew", self._answer.epoch, reason)
-        self._perform_safely(self._coordinator.abort(reason) if self.rank == 0 else [])
+        in_order = isinstance(event, Frame) and event.opcode is Opcode.SHUTDOWN
+        reason = (
+            event.text if isinstance(event, Frame) else str(event)
+        ) or f"{self._who(peer)} left in order"
+        level = logging.INFO if in_order else logging.WARNING
+        logger.log(level, "epoch %d is over: %s; a broadcast would connect anew", self._answer.epoch, reason)
+        if self.rank == 0:
+            actions = self._coordinator.shutdown() if in_order else self._coordinator.abort(reason)
+        else:
+            actions = self._member.leave()
+        self._perform_safely(actions)
         self.closed = reason
 
     def _run_job(self, job: Job) -> None:
@@ -300,7 +251,7 @@ class Session:
             )
             self.closed = str(error)
             job.finish(None, error)
-        except Exception as err:  # noqa: BLE001 - the thread's edge: the caller gets it, typed
+        except Exception as err:  # the thread's edge: the caller gets it, typed
             logger.exception("version %d: a defect of the bridge", job.version)
             self.refuse_round(f"{type(err).__name__}: {err}")
             job.finish(None, ProtocolError(f"version {job.version}: {type(err).__name__}: {err}"))
@@ -412,62 +363,12 @@ class Session:
                 f"plan digests differ: trainer rank 0 has {plan_digest.hex()}, trainer rank {self.rank} has "
                 f"{plan.digest.hex()}; all ranks must read the same mapping file"
             )
-        lanes = [lane for lane in plan.lanes if lane.trainer == self.rank]
-        sources = [self._source(lane, job.shards.tensors, plan.total_bytes) for lane in lanes]
-        digests: list[list[bytes]] = [[] for _ in lanes]
-        for source in sources:
-            source.open()
+        self._mover.move(plan, job.shards.tensors, before=lambda index: self._announce(job.version, index))
+
+    def _announce(self, version: int, index: int) -> None:
+        """Rank 0 tells the daemons which bucket is next."""
+        if self.rank != 0:
+            return
         daemons = range(self.world_size, self.world_size + self._answer.num_daemons)
-        for index in range(plan.num_buckets):
-            if self.rank == 0:
-                frame = Frame(
-                    opcode=Opcode.BUCKET, epoch=self._answer.epoch, version=job.version, index=index
-                )
-                self._control.send(daemons, frame)
-            for lane, source, sent in zip(lanes, sources, digests, strict=True):
-                if index < len(lane.buckets):
-                    sent.append(source.move(lane.buckets[index]))
-        for source, sent in zip(sources, digests, strict=True):
-            source.close(sent)
-
-    def _source(self, lane: Lane, tensors: Sequence[torch.Tensor], total_bytes: int) -> Source:
-        link = DataLink(
-            self._data,
-            self.world_size + lane.inference,
-            who=f"the updater of inference rank {lane.inference}",
-            timeout_s=self._answer.deadline_s + total_bytes / SLOWEST_BYTES_PER_S,
-        )
-        if self._links[lane.inference] == "pull":
-            return PullSource(link, tensors)
-        targets = self.mapping.ranks[lane.inference].targets
-        return GlooSource(link, tensors, [getattr(torch, target.dtype) for target in targets])
-
-
-def _ask(
-    store: dist.Store, place: Rendezvous, mapping: Mapping, ranks: Ranks, timeout_s: float
-) -> tuple[str, rendezvous.Answer]:
-    session = secrets.token_hex(16)
-    request = rendezvous.Request(
-        session=session,
-        protocol_version=PROTOCOL_VERSION,
-        world_size=ranks.world_size,
-        mapping_digest=mapping.digest,
-        host=socket.gethostname(),
-        pid=os.getpid(),
-        torch_version=str(torch.__version__),
-    )
-    rendezvous.ask(store, request, place.secret, timeout_s=timeout_s)
-    return session, rendezvous.await_answer(store, session, place.secret, timeout_s=timeout_s)
-
-
-def _agree(session: str, ranks: Ranks) -> str:
-    """Give every trainer rank rank 0's session id, over the trainer's own default group; "" is a failure."""
-    if ranks.world_size == 1:
-        return session
-    backend = str(dist.get_backend())
-    device = torch.device("cpu") if "gloo" in backend or "cpu" in backend else torch.device("cuda")
-    data = bytes.fromhex(session).ljust(16, b"\0")
-    wire = torch.tensor(list(data), dtype=torch.uint8, device=device)
-    dist.broadcast(wire, src=0)
-    agreed = bytes(wire.cpu().tolist())
-    return agreed.hex() if any(agreed) else ""
+        frame = Frame(opcode=Opcode.BUCKET, epoch=self._answer.epoch, version=version, index=index)
+        self._control.send(daemons, frame)

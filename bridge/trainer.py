@@ -7,16 +7,16 @@
     optimizer.step()
     receipt = bridge.broadcast_weights(model)      # every trainer rank calls it
 
-Every rank sends its own shards; nothing is gathered. All talking happens in one background thread per process, so
-a blocking call and a handle from ``blocking=False`` take the same path.
+Every rank sends its own shards; nothing is gathered. All talking happens in one background thread per
+process, so a blocking call and a handle from ``blocking=False`` take the same path.
 """
 
 from __future__ import annotations
 
 import atexit
 import logging
-from collections.abc import Callable, Iterable
-from typing import Self
+from collections.abc import Callable, Sequence
+from typing import Literal, Self, overload
 
 import torch
 from torch import nn
@@ -111,6 +111,16 @@ class Bridge:
         """The newest version this rank knows to be live; 0 before the first broadcast."""
         return self._session.version if self._session else 0
 
+    @overload
+    def broadcast_weights(
+        self, model: nn.Module, *, blocking: Literal[True] = True, version: int | None = None
+    ) -> Receipt: ...
+
+    @overload
+    def broadcast_weights(
+        self, model: nn.Module, *, blocking: bool, version: int | None = None
+    ) -> Receipt | PendingBroadcast: ...
+
     def broadcast_weights(
         self, model: nn.Module, *, blocking: bool = True, version: int | None = None
     ) -> Receipt | PendingBroadcast:
@@ -127,17 +137,27 @@ class Bridge:
             A ``Receipt``, or with ``blocking=False`` a ``PendingBroadcast``.
 
         Raises:
-            MappingError: the model does not fit the server's; lists every fault. The others' rounds are aborted.
+            MappingError: the model does not fit the server's; lists every fault. All ranks' round is aborted.
             TransferError: the round failed on the way. The old version is still served, whole.
         """
-        parameters = list(model.parameters())
         return self._broadcast(
             lambda session: collect(model, session.mapping, rank=session.rank),
-            parameters,
+            list(model.parameters()),
+            module=model,
             blocking=blocking,
             version=version,
             partial=False,
         )
+
+    @overload
+    def broadcast_single_param(
+        self, name: str, tensor: torch.Tensor, *, blocking: Literal[True] = True, version: int | None = None
+    ) -> Receipt: ...
+
+    @overload
+    def broadcast_single_param(
+        self, name: str, tensor: torch.Tensor, *, blocking: bool, version: int | None = None
+    ) -> Receipt | PendingBroadcast: ...
 
     def broadcast_single_param(
         self, name: str, tensor: torch.Tensor, *, blocking: bool = True, version: int | None = None
@@ -165,8 +185,9 @@ class Bridge:
     def _broadcast(
         self,
         gather: Callable[[Session], LocalShards],
-        parameters: Iterable[torch.Tensor],
+        parameters: Sequence[torch.Tensor],
         *,
+        module: nn.Module | None = None,
         blocking: bool,
         version: int | None,
         partial: bool,
@@ -185,7 +206,9 @@ class Bridge:
                 session.refuse_round(str(err))
                 raise
             job = session.submit(shards, call=self._calls, version=version, partial=partial)
-            self._pending = PendingBroadcast(job, StepGuard(parameters, job.wait_released))
+            # The shards too: an optimizer may hold views of their memory, and not the parameters.
+            guard = StepGuard([*parameters, *shards.tensors], job.wait_released, module=module)
+            self._pending = PendingBroadcast(job, guard)
             if not blocking:
                 return self._pending
             try:
@@ -248,11 +271,23 @@ def connect(config: BridgeConfig | None = None) -> Bridge:
 
 
 def _default_bridge() -> Bridge:
-    global _default  # noqa: PLW0603 - the one connection behind the module-level functions
+    global _default  # the one connection behind the module-level functions
     if _default is None:
         _default = Bridge(environment.bridge_config())
         atexit.register(close)
     return _default
+
+
+@overload
+def broadcast_weights(
+    model: nn.Module, *, blocking: Literal[True] = True, version: int | None = None
+) -> Receipt: ...
+
+
+@overload
+def broadcast_weights(
+    model: nn.Module, *, blocking: bool, version: int | None = None
+) -> Receipt | PendingBroadcast: ...
 
 
 def broadcast_weights(
@@ -260,6 +295,18 @@ def broadcast_weights(
 ) -> Receipt | PendingBroadcast:
     """``Bridge.broadcast_weights`` on a connection made by the first call, from the environment."""
     return _default_bridge().broadcast_weights(model, blocking=blocking, version=version)
+
+
+@overload
+def broadcast_single_param(
+    name: str, tensor: torch.Tensor, *, blocking: Literal[True] = True, version: int | None = None
+) -> Receipt: ...
+
+
+@overload
+def broadcast_single_param(
+    name: str, tensor: torch.Tensor, *, blocking: bool, version: int | None = None
+) -> Receipt | PendingBroadcast: ...
 
 
 def broadcast_single_param(
@@ -281,7 +328,7 @@ def notify_update(model: nn.Module | dict[str, torch.Tensor], *, version: int | 
 
 def close() -> None:
     """Close the default connection, if there is one."""
-    global _default  # noqa: PLW0603 - see _default_bridge
+    global _default  # see _default_bridge
     if _default is not None:
         bridge, _default = _default, None
         bridge.close()

@@ -1,8 +1,9 @@
 """``python -m bridge.launch demo``: a reinforcement-learning loop on a laptop's CPU, with proof at the end.
 
-Builds a small random language model that babbles syllables, serves it with the real vLLM under the bridge, and
-trains it with two FSDP2 ranks on completions that vLLM generated: a syllable with the vowel "a" is worth one
-point. Streaming requests stay in flight across every swap. At the end a fresh, unpatched vLLM is started from
+Builds a small random language model that babbles syllables, serves it with the real vLLM under the bridge,
+and trains it with two FSDP2 ranks on completions that vLLM generated: a syllable with the vowel "a" is worth
+one point. Streaming
+requests stay in flight across every swap. At the end a fresh, unpatched vLLM is started from
 the trained checkpoint, and must give the very tokens and logprobs that the live server gave.
 """
 
@@ -33,7 +34,10 @@ SERVER_FLAGS = (
     "--dtype=bfloat16", "--max-model-len=512", "--max-num-seqs=48", "--enforce-eager", "--disable-log-stats",
     "--disable-uvicorn-access-log",
 )  # fmt: skip
-TABLE = "{step:>4}  {reward:>6}  {version:>7}  {mib:>7}  {transfer_ms:>11}  {flip_ms:>7}  {gap_ms:>10}  {tokens_per_s:>8}"
+TABLE = (
+    "{step:>4}  {reward:>6}  {version:>7}  {mib:>7}  {transfer_ms:>11}  {flip_ms:>7}  {gap_ms:>10}  "
+    "{tokens_per_s:>8}"
+)
 HEADER = {
     "step": "step", "reward": "reward", "version": "version", "mib": "MiB", "transfer_ms": "transfer ms",
     "flip_ms": "flip ms", "gap_ms": "max gap ms", "tokens_per_s": "tokens/s",
@@ -80,9 +84,18 @@ def build_model(path: Path) -> None:
     ).save_pretrained(path)
 
 
-def child_environment() -> dict[str, str]:
-    """What every process of the demo needs on a machine without a network."""
-    defaults = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+def child_environment(workdir: Path) -> dict[str, str]:
+    """What every process of the demo needs on a machine without a network.
+
+    The compiler's cache is the demo's own: a process that was killed while compiling (anybody's) leaves a
+    truncated file in the shared one, and every later server that wants that kernel dies of it (seen).
+    """
+    defaults = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TORCHINDUCTOR_CACHE_DIR": str(workdir / "inductor"),
+    }
     return {**defaults, **os.environ}
 
 
@@ -109,9 +122,10 @@ def follow(path: Path, process: subprocess.Popen[bytes], show: Callable[[dict[st
     while True:
         code = process.poll()
         if path.exists():
-            lines = path.read_text().splitlines()
-            complete = lines[position:] if code is not None else lines[position:]
-            for line in complete:
+            text = path.read_text()
+            # While the process lives, its last line may be half written.
+            lines = (text if code is not None else text[: text.rfind("\n") + 1]).splitlines()
+            for line in lines[position:]:
                 show(json.loads(line))
             position = len(lines)
         if code is not None:
@@ -140,7 +154,7 @@ def train(workdir: Path, steps: int) -> int:
         say(TABLE.format(**row))
 
     say(TABLE.format(**HEADER))
-    with running(command, workdir / "serve.log", child_environment()) as process:
+    with running(command, workdir / "serve.log", child_environment(workdir)) as process:
         return follow(workdir / "steps.jsonl", process, show)
 
 
@@ -151,7 +165,7 @@ def fresh_answers(workdir: Path) -> list[dict[str, Any]]:
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(workdir / "trained"),
         f"--port={port}", *SERVER_FLAGS,
     ]  # fmt: skip
-    env = {k: v for k, v in child_environment().items() if not k.startswith("BRIDGE_")}
+    env = {k: v for k, v in child_environment(workdir).items() if not k.startswith("BRIDGE_")}
     with running(command, workdir / "fresh.log", env) as process:
         client = Client(f"http://127.0.0.1:{port}", str(workdir / "trained"))
         client.wait_healthy(START_TIMEOUT_S, process)
@@ -180,7 +194,8 @@ def judge(workdir: Path, fresh: list[dict[str, Any]]) -> list[str]:
     say(f"reward             {first:.2f} -> {last:.2f} (mean of the first and last three steps)")
     say(f"streamed requests  {result['streams_finished']} finished, {result['streams_failed']} failed")
     say(
-        f"live against fresh {same} of {len(live)} prompts with identical tokens, logprobs differ by {worst:g}"
+        f"live against fresh {same} of {len(live)} prompts with identical tokens, logprobs differ by "
+        f"{worst:g}"
     )
     faults = []
     if last - first < REWARD_RISE:
@@ -206,7 +221,8 @@ def run(*, workdir: Path | None = None, steps: int = STEPS) -> int:
     say("starting the server (about half a minute) ...")
     if code := train(workdir, steps):
         log = (workdir / "serve.log").read_text(errors="replace").splitlines()
-        say("\n".join(log[-40:]))
+        told = [line for line in log if line.startswith("[trainer]") or "[bridge" in line]
+        say("\n".join(told[-40:] or log[-40:]))
         say(f"FAILED: training ended with exit code {code}; logs in {workdir}")
         return code
     say("starting a fresh vLLM from the trained checkpoint, to compare ...")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import subprocess
@@ -45,14 +46,18 @@ class Client:
             choices: list[dict[str, Any]] = json.load(response)["choices"]
         return sorted(choices, key=lambda choice: int(choice["index"]))
 
-    def stream(self, prompt: list[int], **sampling: Any) -> Iterator[float]:
-        """Yield the arrival time (monotonic seconds) of each chunk of one streamed completion."""
-        with self._post({"prompt": prompt, "stream": True, **sampling}) as response:
+    def stream(self, prompt: list[int], **sampling: Any) -> Iterator[tuple[float, int]]:
+        """Yield arrival time (monotonic seconds) and number of tokens of each chunk of one completion."""
+        body = {"prompt": prompt, "stream": True, "return_token_ids": True, **sampling}
+        with self._post(body) as response:
             for line in response:
-                if line.startswith(b"data: ") and not line.startswith(b"data: [DONE]"):
-                    if "error" in json.loads(line[6:]):
-                        raise OSError(line.decode())
-                    yield time.monotonic()
+                if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
+                    continue
+                chunk = json.loads(line[6:])
+                if "error" in chunk:
+                    raise OSError(line.decode())
+                for choice in chunk["choices"]:
+                    yield time.monotonic(), len(choice.get("token_ids") or ())
 
     def greedy_answers(self) -> list[dict[str, Any]]:
         """Tokens and logprobs for eight fixed prompts, 64 tokens each, one prompt at a time."""
@@ -94,7 +99,7 @@ class Streams:
         self._max_tokens = max_tokens
         self._stop = threading.Event()
         self._lock = threading.Lock()
-        self._times: list[list[float]] = [[] for _ in range(count)]
+        self._arrivals: list[list[tuple[float, int]]] = [[] for _ in range(count)]
         self.finished = 0
         self.failures: list[str] = []
         self._threads = [threading.Thread(target=self._run, args=(i,), daemon=True) for i in range(count)]
@@ -106,12 +111,12 @@ class Streams:
         while not self._stop.is_set():
             try:
                 received = 0
-                for at in self._client.stream(
+                for at, count in self._client.stream(
                     prompt, max_tokens=self._max_tokens, temperature=1.0, ignore_eos=True
                 ):
-                    received += 1
+                    received += count
                     with self._lock:
-                        self._times[index].append(at)
+                        self._arrivals[index].append((at, count))
                 if received < self._max_tokens:
                     raise OSError(f"a stream ended after {received} of {self._max_tokens} tokens")
             except (OSError, urllib.error.URLError) as err:
@@ -123,9 +128,9 @@ class Streams:
         """Tokens per second, and the longest gap of any stream in seconds, from ``since`` to now."""
         now = time.monotonic()
         with self._lock:
-            recent = [[t for t in times if t >= since] for times in self._times]
-        tokens = sum(map(len, recent))
-        gaps = [b - a for times in recent for a, b in zip(times, times[1:], strict=False)]
+            recent = [[item for item in arrivals if item[0] >= since] for arrivals in self._arrivals]
+        tokens = sum(count for arrivals in recent for _, count in arrivals)
+        gaps = [b[0] - a[0] for arrivals in recent for a, b in itertools.pairwise(arrivals)]
         return tokens / (now - since), max(gaps, default=0.0)
 
     def stop(self) -> None:

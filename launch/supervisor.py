@@ -62,7 +62,7 @@ class Launch:
     limits: Limits
 
 
-class StopRequested(Exception):  # noqa: N818 - not an error: somebody asked
+class StopRequested(Exception):  # not an error: somebody asked
     """A signal asked the launcher to end."""
 
     def __init__(self, number: int) -> None:

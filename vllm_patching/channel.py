@@ -44,9 +44,7 @@ class Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self.pid, uid, _ = _UCRED.unpack(
-            sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        )
+        self.pid, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
         if uid != os.geteuid():
             sock.close()
             raise PeerRefused(
@@ -107,9 +105,7 @@ class Channel:
     def _receive_head(self) -> tuple[bytes, tuple[int, ...]]:
         fds: array.array[int] = array.array("i")
         try:
-            data, received, _, _ = socket.recv_fds(
-                self.sock, _LENGTH.size, MAX_FDS, socket.MSG_CMSG_CLOEXEC
-            )
+            data, received, _, _ = socket.recv_fds(self.sock, _LENGTH.size, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
         except TimeoutError:
             raise
         except OSError as err:

@@ -1,7 +1,7 @@
 """Every private name of vLLM that the bridge touches, for every version it supports. No other file may.
 
-Names and signatures were compared in 0.26.0, 0.32.0 and 0.33.0. A version outside ``SUPPORTED`` is refused, and
-so is a supported one in which an expected name is missing: a hook that silently does not fire would mean
+Names and signatures were compared in 0.26.0, 0.32.0 and 0.33.0. A version outside ``SUPPORTED`` is refused,
+and so is a supported one in which an expected name is missing: a hook that silently does not fire would mean
 frozen weights.
 """
 
@@ -90,7 +90,7 @@ class _PatchingFinder(importlib.abc.MetaPathFinder):
     def __init__(self, name: str, patch: Callable[[ModuleType], None]) -> None:
         self._name, self._patch = name, patch
 
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:  # noqa: ARG002 - importlib's
         if fullname != self._name:
             return None
         sys.meta_path.remove(self)
@@ -163,7 +163,11 @@ def prefer_unpacked_mla(module: ModuleType) -> None:
         return
 
     def get_attn_backend_cls(
-        cls: Any, selected_backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any
+        cls: Any,  # noqa: ARG001 - becomes a classmethod; the original is bound already
+        selected_backend: Any,
+        attn_selector_config: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         if selected_backend is None and attn_selector_config.use_mla:
             from vllm.v1.attention.backends.registry import AttentionBackendEnum

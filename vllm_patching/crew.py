@@ -39,7 +39,15 @@ class Crew:
         self._ending = False
         self.processes = {
             rank: subprocess.Popen(
-                [sys.executable, "-m", "vllm_patching.updater", "--run-dir", str(run_dir), "--rank", str(rank)]
+                [
+                    sys.executable,
+                    "-m",
+                    "vllm_patching.updater",
+                    "--run-dir",
+                    str(run_dir),
+                    "--rank",
+                    str(rank),
+                ]
             )
             for rank in range(num_ranks)
         }

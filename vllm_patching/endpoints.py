@@ -1,8 +1,8 @@
 """``/bridge/*`` on vLLM's own API server: status, metrics, request versions, and the file fallback.
 
-An endpoint plugin of vLLM (group ``vllm.endpoint_plugins``), off unless ``serve --http`` names it in
-``VLLM_PLUGINS``. vLLM's API-key middleware guards a fixed list of prefixes that ours is not among, so the key is
-checked here: vLLM's own keys where there are any, else the job's secret from the mapping file.
+An endpoint plugin of vLLM (group ``vllm.endpoint_plugins``), off unless ``serve --http`` sets
+``BRIDGE_HTTP=1``. vLLM's API-key middleware guards a fixed list of prefixes that ours is not among, so the
+key is checked here: vLLM's own keys where there are any, else the job's secret from the mapping file.
 """
 
 from __future__ import annotations
@@ -36,14 +36,16 @@ class WeightBridgeEndpoints:
         self._keys: list[str] = []
 
     def attach_router(self, app: FastAPI) -> None:
-        """Register the routes, each behind the key."""
+        """Register the routes, each behind the key; none unless ``serve --http`` asked for them."""
+        if os.environ.get("BRIDGE_HTTP") != "1":
+            return
         guard = [Depends(self._authorize)]
         app.get("/bridge/status", dependencies=guard)(self._status)
         app.get("/bridge/metrics", dependencies=guard)(self._metrics)
         app.get("/bridge/requests/{request_id}", dependencies=guard)(self._request)
         app.post("/bridge/notify_update", dependencies=guard)(self._notify_update)
 
-    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:  # noqa: ARG002 - vLLM's
         """Take over vLLM's API keys."""
         given = args.api_key or os.environ.get("VLLM_API_KEY") or []
         self._keys = [given] if isinstance(given, str) else list(given)
@@ -51,8 +53,11 @@ class WeightBridgeEndpoints:
     def _authorize(self, request: Request) -> None:
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         keys = self._keys or [_job_secret()]
-        if scheme.lower() != "bearer" or not any(hmac.compare_digest(token.encode(), k.encode()) for k in keys):
-            raise HTTPException(401, "Unauthorized: /bridge needs vLLM's API key, or the job's secret if there is none")
+        known = any(hmac.compare_digest(token.encode(), key.encode()) for key in keys)
+        if scheme.lower() != "bearer" or not known:
+            raise HTTPException(
+                401, "Unauthorized: /bridge needs vLLM's API key, or the job's secret if there is none"
+            )
 
     async def _status(self) -> dict[str, Any]:
         return await asyncio.to_thread(_ask_daemon, {"type": "status"}, STATUS_TIMEOUT_S)

@@ -90,7 +90,9 @@ def attach(engine: Any) -> None:
     registration.exit_with_parent = True
     registration.on_wake = lambda: engine.input_queue.put_nowait(compat.wake_request())
     registration.watch()
-    logger.info("engine core hooked: %d rank(s), prefix cache %s", parallel.world_size, "salted" if salted else "kept")
+    logger.info(
+        "engine core hooked: %d rank(s), prefix cache %s", parallel.world_size, "salted" if salted else "kept"
+    )
 
 
 def _hook_scheduler(engine: Any, bridge: EngineBridge) -> None:

@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch.distributed as dist
-
 from bridge.errors import BridgeError, PeerLost, TransferError
 from bridge.protocol.messages import Frame
 from bridge.protocol.session import Action, Close, Commit, InferenceSession, Send, Stage, State
@@ -76,7 +74,7 @@ class Epoch:
 
     def open(
         self,
-        store: dist.Store,
+        store: rendezvous.Store,
         *,
         address: tuple[str, int],
         transport: str,
@@ -137,7 +135,8 @@ class Epoch:
         elif message["type"] == "failed":
             self.fail(f"updater of rank {report.rank}: {message['error']}")
         elif message["type"] == "joined":
-            logger.info("epoch %d: rank %d receives by %s", self.epoch, report.rank, ", ".join(message["links"]))
+            links = ", ".join(message["links"])
+            logger.info("epoch %d: rank %d receives by %s", self.epoch, report.rank, links)
         else:
             self.round.reports[report.rank] = message
             self._guarded(lambda: self.machine.on_staged(report.rank))
@@ -230,5 +229,3 @@ def inactive_half(page: ControlPage, rank: int) -> int:
             "committed; is the engine stuck in a batch?"
         )
     return 1 - slot.active
-
-

@@ -5,9 +5,9 @@ process                   vLLM call                      what the bridge does
 ========================  =============================  ================================================
 worker                    BaseModelLoader.load_model     remembers the loader (whose checkpoint this is)
 worker                    process_weights_after_loading  before it: traces ``model.load_weights``
-worker                    Worker.load_model              after it: moves the weights into the arena, publishes
+worker                    Worker.load_model              after it: moves weights into the arena, publishes
 worker                    Worker.execute_model           before it: flips if this batch carries a stamp
-engine core               EngineCoreProc.run_busy_loop   stamps batches, labels outputs, salts the prefix cache
+engine core               EngineCoreProc.run_busy_loop   stamps batches, labels outputs, salts prefix cache
 API server                RequestState                   keeps each request's version spans
 ========================  =============================  ================================================
 """

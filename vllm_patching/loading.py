@@ -2,9 +2,9 @@
 
 Between vLLM's own ``load_weights`` and its post-processing the model's loader is run once more under a
 recorder (``before_processing``). After post-processing every traced tensor is found again (``finish``): still
-where it was, in another layout that has a named transform, or not at all, which is an error. Then storages move
-into the arena (``rehome``), and the checkpoint is applied through the mapping to the second half and compared
-with what vLLM serves, bit by bit: the mapping proves itself before the first update.
+where it was, in another layout that has a named transform, or not at all, which is an error. Then storages
+move into the arena (``rehome``), and the checkpoint is applied through the mapping to the second half and
+compared with what vLLM serves, bit by bit: the mapping proves itself before the first update.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def before_processing(model: nn.Module, model_config: Any) -> None:
 
 def _digest(tensor: torch.Tensor) -> bytes:
     data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
-    return blake3.blake3(memoryview(data)).digest()
+    return blake3.blake3(data.data).digest()
 
 
 def finish(model: nn.Module) -> Loaded:
@@ -303,7 +303,11 @@ def _move(homes: list[Home], offsets: dict[int, int], arena: CpuArena) -> None:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.layout is torch.strided and type(tensor).__name__ != "FakeTensor"
+    return (
+        tensor.device.type == "cpu"
+        and tensor.layout is torch.strided
+        and type(tensor).__name__ != "FakeTensor"
+    )
 
 
 def _verify(loaded: Loaded, rank_map: RankMap, arena: CpuArena) -> None:
@@ -328,15 +332,14 @@ def _verify(loaded: Loaded, rank_map: RankMap, arena: CpuArena) -> None:
     differing = [
         target.name
         for target in rank_map.targets
-        if not torch.equal(
-            live[(span := slice(target.offset, target.offset + target.nbytes))], other[span]
-        )
+        if not torch.equal(live[(span := slice(target.offset, target.offset + target.nbytes))], other[span])
     ]
     if differing:
         listing = "\n  ".join(differing)
         raise MappingError(
-            f"the checkpoint of {loaded.model_config.model}, applied through the traced mapping, differs from what "
-            f"vLLM loaded, in {len(differing)} tensor(s); the loader does arithmetic the trace cannot see:\n  {listing}"
+            f"the checkpoint of {loaded.model_config.model}, applied through the traced mapping, differs "
+            f"from what vLLM loaded, in {len(differing)} tensor(s); the loader does arithmetic the trace "
+            f"cannot see:\n  {listing}"
         )
     logger.info("mapping verified bitwise against the checkpoint in %.1f s", time.perf_counter() - start)
 

@@ -22,10 +22,18 @@ class StatusCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         status = self._status
-        yield _gauge("bridge_weight_version", "Weight version that every rank serves.", status["weight_version"])
+        yield _gauge(
+            "bridge_weight_version", "Weight version that every rank serves.", status["weight_version"]
+        )
         yield _gauge("bridge_epoch", "Incarnations of the trainer group so far.", status["epoch"])
-        yield _gauge("bridge_trainer_connected", "1 while a trainer is connected.", int(bool(status["trainer"])))
-        yield _gauge("bridge_ready", "1 when every rank has published its memory.", int(status["state"] in ("ready", "round")))
+        yield _gauge(
+            "bridge_trainer_connected", "1 while a trainer is connected.", int(bool(status["trainer"]))
+        )
+        yield _gauge(
+            "bridge_ready",
+            "1 when every rank has published its memory.",
+            int(status["state"] in ("ready", "round")),
+        )
         rounds = CounterMetricFamily("bridge_rounds", "Rounds by outcome.", labels=["outcome"])
         for outcome, count in status["rounds"].items():
             rounds.add_metric([outcome], count)
@@ -50,4 +58,5 @@ def render(status: dict[str, Any]) -> bytes:
     """The exposition text of one status message."""
     registry = CollectorRegistry()
     registry.register(StatusCollector(status))
-    return generate_latest(registry)
+    text: bytes = generate_latest(registry)
+    return text

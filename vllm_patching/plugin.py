@@ -1,7 +1,7 @@
 """The door into vLLM's processes: ``vllm.general_plugins`` entry point ``weight_bridge``.
 
-vLLM calls ``register`` in the API server, the engine core and every worker, possibly more than once. vLLM logs
-and swallows errors raised while this module is *imported*, so nothing fallible is imported here; errors
+vLLM calls ``register`` in the API server, the engine core and every worker, possibly more than once. vLLM
+logs and swallows errors raised while this module is *imported*, so nothing fallible is imported here; errors
 raised by the call end the process, as they should.
 """
 
@@ -19,7 +19,7 @@ def register() -> None:
         UnsupportedVersion: this vLLM was never tested with the bridge.
         ConfigError: a vLLM name that the bridge hooks into is missing.
     """
-    global _registered  # noqa: PLW0603 - vLLM may call a plugin several times per process
+    global _registered  # vLLM may call a plugin several times per process
     if _registered:
         return
     from vllm_patching import compat

@@ -36,6 +36,7 @@ MOVEMENTS = {
 }  # fmt: skip
 FILLS = {_aten.fill_, _aten.zero_}
 MOVEMENTS_IN_PLACE = {_aten.copy_, _aten.index_put_, _aten.index_copy_, _aten._index_put_impl_}
+SWEEP_AFTER = 16  # storages learnt before dead ones are looked for
 _NOT_FOR_ADDRESSES = ("dtype", "device", "layout", "memory_format", "non_blocking", "pin_memory")
 
 
@@ -133,6 +134,7 @@ class Provenance:
         self._names = [source.name for source in sources]
         self.bases: list[int] = []
         self._shadows: dict[int, Shadow] = {}
+        self._unswept = 0
         base = 0
         for source in sources:
             self.bases.append(base)
@@ -148,11 +150,13 @@ class Provenance:
         storage = tensor.untyped_storage()
         # The weak reference keeps the storage's identity from being reused, not its memory.
         self._shadows[storage._cdata] = Shadow(StorageWeakRef(storage), tensor.dtype, content, casts)
+        self._unswept += 1 + (content.numel() >> 16 if isinstance(content, torch.Tensor) else 0)
 
-    def forget_dead(self, *, everything: bool) -> None:
-        """Drop what is known of freed storages: their tables, or all of it."""
-        for key, shadow in list(self._shadows.items()):
-            if (everything or isinstance(shadow.content, torch.Tensor)) and shadow.ref.expired():
+    def forget_dead(self) -> None:
+        """Drop what is known of freed storages: now and then, sooner if there are large tables."""
+        if self._unswept > SWEEP_AFTER + len(self._shadows) // 2:
+            self._unswept = 0
+            for key in [key for key, shadow in self._shadows.items() if shadow.ref.expired()]:
                 del self._shadows[key]
 
     def shadow(self, tensor: torch.Tensor) -> Shadow | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -33,7 +34,18 @@ _READERS = {
     _aten._local_scalar_dense, _aten.equal, _aten.is_nonzero, _aten.nonzero, _aten.masked_select,
     _aten.unique_dim, _aten._unique2,
 }  # fmt: skip
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _READING_METHODS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.item}
+
+
+@functools.cache
+def _is_view(func: Any) -> bool:
+    """Whether an operation only ever returns views; those written in terms of others may return copies."""
+    schema = func._schema
+    if schema.is_mutable or func.overloadpacket is _aten.lift_fresh or not schema.returns:
+        return False
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    return not composite and all(r.alias_info is not None for r in schema.returns)
 
 
 def _written_arguments(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
@@ -88,7 +100,7 @@ class Recorder(TorchDispatchMode):
     def feed(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The iterator that the loader consumes: meta tensors, each with a storage of its own."""
         for index, source in enumerate(self._sources):
-            self.known.forget_dead(everything=index % 256 == 0)
+            self.known.forget_dead()
             self.current = source.name
             tensor = torch.empty(source.shape, dtype=self._dtypes[index], device="meta")
             self.known.learn(tensor, Layout.identity(self.known.bases[index], max(source.numel, 1)))
@@ -96,8 +108,8 @@ class Recorder(TorchDispatchMode):
 
     def announce(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Pass on what was made of the sources, noting where in it the loader is."""
-        for index, (name, tensor) in enumerate(weights):
-            self.known.forget_dead(everything=index % 256 == 0)
+        for name, tensor in weights:
+            self.known.forget_dead()
             origin = ", ".join(self.known.names(tensor)) or "no source"
             self.current = name if origin == name else f"{name} (made of {origin})"
             yield name, tensor
@@ -123,6 +135,8 @@ class Recorder(TorchDispatchMode):
             raise
 
     def _handle(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if _is_view(func):  # its output shares the storage of its input, so there is nothing to learn
+            return func(*args, **kwargs)
         packet = func.overloadpacket
         inputs = list(tensors_in(args, kwargs))
         tracked = [tensor for tensor in inputs if self.known.shadow(tensor)]
@@ -331,7 +345,7 @@ class ValueGuard(TorchFunctionMode):
                 f"the loader reads values of {', '.join(names)} ({func.__name__}), so what it copies may "
                 "depend on them; such a load cannot be mapped"
             )
-        if func == torch.Tensor.data.__set__ and recorder.is_live(args[0]):  # type: ignore[attr-defined]
+        if func == _SET_DATA and recorder.is_live(args[0]):
             origin = ", ".join(recorder.known.names(args[1])) or "no source"
             self._fail(
                 f"the loader assigns the .data of {recorder.describe(args[0])} (from {origin}) instead of "

@@ -1,8 +1,8 @@
 """How a vLLM process introduces itself to the node's daemon, and does so again when that restarts.
 
-The connection doubles as a lifeline: its end tells the daemon that the process died, and the daemon's messages
-on it wake an idle engine. The control page outlives the daemon, because every process that maps it hands
-it to the next one.
+The connection doubles as a lifeline: its end tells the daemon that the process died, and the daemon's
+messages on it wake an idle engine. The control page outlives the daemon, because every process that maps
+it hands it to the next one.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ class Registration:
         self._channel = channel
         if self._control is None:
             if len(fds) != 1:
-                raise BridgeError(f"the daemon sent {self._who} {len(fds)} descriptors instead of the control page")
+                raise BridgeError(
+                    f"the daemon sent {self._who} {len(fds)} descriptors instead of the control page"
+                )
             self._control = ControlPage(fds[0])
         return self._control
 
@@ -74,7 +76,8 @@ class Registration:
         parent = os.pidfd_open(os.getppid())
         while True:
             assert self._channel is not None
-            readable, _, _ = select.select([self._channel.sock, parent], [], [])
+            watched: list[Any] = [self._channel.sock, parent]
+            readable, _, _ = select.select(watched, [], [])
             if parent in readable:
                 self._parent_died()
                 return
@@ -82,7 +85,9 @@ class Registration:
                 self._channel.receive()
             except (BridgeError, TimeoutError) as err:
                 self._channel.close()
-                logger.warning("%s lost the daemon (%s); serving on, waiting for the next one", self._who, err)
+                logger.warning(
+                    "%s lost the daemon (%s); serving on, waiting for the next one", self._who, err
+                )
                 if not self._reconnect(parent):
                     return
                 continue

@@ -72,7 +72,9 @@ class Registry:
     def _split(self, hello: dict[str, Any], fds: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
         expected = (2 if hello["type"] == "worker" else 0) + bool(hello["has_control"])
         if len(fds) != expected:
-            raise ConfigError(f"{hello['type']} pid {hello['pid']} sent {len(fds)} descriptors, not {expected}")
+            raise ConfigError(
+                f"{hello['type']} pid {hello['pid']} sent {len(fds)} descriptors, not {expected}"
+            )
         return (fds[:-1], fds[-1]) if hello["has_control"] else (fds, -1)
 
     def _check_worker(self, hello: dict[str, Any]) -> None:
@@ -126,7 +128,9 @@ class Registry:
         for hello in hellos[1:]:
             names = [[s["name"] for s in v["sources"]] for v in hello["vocabularies"]]
             if names != [[s["name"] for s in v["sources"]] for v in first["vocabularies"]]:
-                raise MappingError(f"worker ranks {first['rank']} and {hello['rank']} list different parameters")
+                raise MappingError(
+                    f"worker ranks {first['rank']} and {hello['rank']} list different parameters"
+                )
         ranks = tuple(msgspec.convert(hello["rank_map"], RankMap) for hello in hellos)
         vocabularies = tuple(
             msgspec.structs.replace(vocabulary, unused=_unused_everywhere(hellos, index))

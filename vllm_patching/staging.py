@@ -1,7 +1,7 @@
 """Where arriving elements land: the inactive half of one rank's arena, during one round.
 
-Knows places, not names. A target that vLLM keeps in another layout than the checkpoint's (fused experts on a CPU)
-is gathered in a scratch tensor and transformed into the half once its last element has arrived.
+Knows places, not names. A target that vLLM keeps in another layout than the checkpoint's (fused experts on a
+CPU) is gathered in a scratch tensor and transformed into the half once its last element has arrived.
 """
 
 from __future__ import annotations
@@ -41,9 +41,7 @@ class Staging:
         end = self._half.numel() - (self._half.numel() - target.offset) % dtype.itemsize
         return self._half[target.offset : end].view(dtype)
 
-    def view(
-        self, target: int, size: tuple[int, ...], offset: int, stride: tuple[int, ...]
-    ) -> torch.Tensor:
+    def view(self, target: int, size: tuple[int, ...], offset: int, stride: tuple[int, ...]) -> torch.Tensor:
         """The elements of one copy, to be written by the caller, who then reports ``landed``."""
         flat = self._flat[target]
         if flat is None:

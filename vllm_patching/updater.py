@@ -15,7 +15,7 @@ import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 import torch
@@ -139,7 +139,8 @@ class Updater:
             sink.close(found)
 
     def _sink(self, lane: Lane, joint: str, plan: Plan) -> Sink:
-        assert self.meeting is not None and self._join is not None
+        assert self.meeting is not None
+        assert self._join is not None
         where = self._where[lane.trainer]
         link = DataLink(
             self._group,
@@ -182,7 +183,7 @@ def _names(file: Path) -> list[str]:
     try:
         with safe_open(file, framework="pt") as opened:
             return list(opened.keys())
-    except Exception as err:  # noqa: BLE001 - safetensors raises its own type from Rust, and OSError
+    except Exception as err:  # safetensors raises its own type from Rust, and OSError
         raise MappingError(f"{file} is not a whole safetensors file: {err}") from err
 
 
@@ -204,7 +205,7 @@ def _match_vocabulary(mapping: Mapping, found: dict[str, Path], files: list[Path
     return best.name
 
 
-def _serve(channel: Channel, updater: Updater) -> None:
+def _serve(channel: Channel, updater: Updater) -> NoReturn:
     while True:
         message, _ = channel.receive()
         kind = message.pop("type")
@@ -232,21 +233,33 @@ def main() -> int:
     telemetry.configure(role="updater", rank=args.rank)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the daemon decides when updaters end
     torch.set_num_threads(1)  # the cores belong to the decode
-    channel = Channel.connect(args.run_dir, timeout_s=CONNECT_TIMEOUT_S)
-    hello = {"type": "updater", "rank": args.rank, "pid": os.getpid(), "host": socket.gethostname()}
+    try:
+        return _run(args.run_dir, args.rank)
+    except ChannelClosed as err:
+        logger.info("rank %d: the daemon is gone, or done with this updater: %s", args.rank, err)
+        return 0
+
+
+def _run(run_dir: Path, rank: int) -> int:
+    """Meet the daemon and follow its orders; returns the exit code.
+
+    Raises:
+        ChannelClosed: the daemon ended, which is how an updater's life ends too.
+    """
+    try:
+        channel = Channel.connect(run_dir, timeout_s=CONNECT_TIMEOUT_S)
+    except (FileNotFoundError, ConnectionRefusedError) as err:
+        raise ChannelClosed(f"nobody listens in {run_dir}: {err}") from err
+    hello = {"type": "updater", "rank": rank, "pid": os.getpid(), "host": socket.gethostname()}
     channel.send(hello)
     welcome, fds = channel.receive()
     if welcome.get("type") != "welcome":
-        logger.error("the daemon refused updater %d: %s", args.rank, welcome)
+        logger.error("the daemon refused updater %d: %s", rank, welcome)
         return 1
     mapping = msgspec.convert(welcome["mapping"], Mapping)
-    halves = ImportedHalves(fds, mapping.ranks[args.rank].arena_bytes)
+    halves = ImportedHalves(fds, mapping.ranks[rank].arena_bytes)
     channel.sock.settimeout(None)
-    try:
-        _serve(channel, Updater(args.rank, mapping, halves))
-    except ChannelClosed:
-        return 0  # the daemon is gone, or done with this updater
-    return 0
+    _serve(channel, Updater(rank, mapping, halves))
 
 
 if __name__ == "__main__":

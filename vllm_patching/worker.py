@@ -53,7 +53,8 @@ class WorkerBridge:
         self.version = version
         self.slot.record(version=version, batch=self.batch, flip_ns=flip_ns, active=self.arena.active)
         self._log.write(
-            json.dumps({"rank": self.rank, "batch": self.batch, "version": version, "flip_ns": flip_ns}) + "\n"
+            json.dumps({"rank": self.rank, "batch": self.batch, "version": version, "flip_ns": flip_ns})
+            + "\n"
         )
 
 
@@ -107,6 +108,4 @@ def publish(worker: Any) -> None:
     registration = Registration(hello, fds=arena.export(), who=f"vLLM worker rank {worker.rank}")
     worker.bridge.slot = registration.connect().slot(worker.rank)
     registration.watch()
-    logger.info(
-        "rank %d published %d MiB in two halves", worker.rank, arena.nbytes >> 20
-    )
+    logger.info("rank %d published %d MiB in two halves", worker.rank, arena.nbytes >> 20)

@@ -19,7 +19,9 @@ def param_mappings(vocabulary: Vocabulary, ranks: Sequence[RankMap]) -> dict[str
         if index not in writes:
             continue
         local = local_shape(source, writes[index])
-        sharded = [dim for dim, (whole, part) in enumerate(zip(source.shape, local, strict=True)) if part < whole]
+        sharded = [
+            dim for dim, (whole, part) in enumerate(zip(source.shape, local, strict=True)) if part < whole
+        ]
         rows[source.name] = ParamMapping(
             vllm_name=first.targets[writes[index][0].target].name,
             shape=source.shape,

@@ -87,6 +87,4 @@ def decode(data: bytes) -> Frame:
     except ValueError as err:
         raise ProtocolError(f"unknown opcode {opcode} in a control frame") from err
     text = data[_HEAD.size : _HEAD.size + length].decode(errors="replace")
-    return Frame(
-        opcode=code, epoch=epoch, version=weight_version, index=index, digest=digest, text=text
-    )
+    return Frame(opcode=code, epoch=epoch, version=weight_version, index=index, digest=digest, text=text)

@@ -9,8 +9,8 @@ Coordinator (trainer rank 0)::
     IDLE --begin--> GATHERING --all ready--> MOVING --all staged--> COMMITTING --all committed--> IDLE
 
 Any failure ends the epoch: the inference side drops what it staged and keeps serving the old version, and the
-two sides meet again under a new epoch. There is one exception to dropping: once COMMIT has been received every
-rank is known to hold the whole version, so the daemon finishes the commit even if the trainer dies.
+two sides meet again under a new epoch. There is one exception to dropping: once COMMIT has been received,
+every rank is known to hold the whole version, so the daemon finishes the commit even if the trainer dies.
 """
 
 from __future__ import annotations
@@ -93,9 +93,7 @@ class _Machine:
         self.story: list[str] = []
 
     def _frame(self, opcode: Opcode, **fields: object) -> Frame:
-        return msgspec.structs.replace(
-            Frame(opcode=opcode, epoch=self.epoch, version=self.version), **fields
-        )
+        return msgspec.structs.replace(Frame(opcode=opcode, epoch=self.epoch, version=self.version), **fields)
 
     def _note(self, what: str) -> None:
         self.story.append(f"{self.state.value}: {what}")
@@ -240,11 +238,14 @@ class Coordinator(_Machine):
         self._note(f"{frame.opcode.name} from {peer}")
         if frame.opcode is Opcode.READY and self.state is State.GATHERING:
             if frame.version != self.version:
-                return self.abort(f"trainer rank {peer} offers version {frame.version}, rank 0 {self.version}")
+                return self.abort(
+                    f"trainer rank {peer} offers version {frame.version}, rank 0 {self.version}"
+                )
             if frame.index != self._call:
                 return self.abort(
-                    f"trainer rank {peer} makes its broadcast number {frame.index}, rank 0 number {self._call}; "
-                    "all ranks must call broadcast_weights equally often, or steps would be mixed"
+                    f"trainer rank {peer} makes its broadcast number {frame.index}, rank 0 number "
+                    f"{self._call}; all ranks must call broadcast_weights equally often, or steps would be "
+                    "mixed"
                 )
             self.layouts[peer] = frame.digest
             self._waiting.discard(peer)
@@ -291,6 +292,8 @@ class Coordinator(_Machine):
 
     def shutdown(self) -> list[Action]:
         """Orderly end."""
+        if self.state is State.CLOSED:
+            return []
         self.state = State.CLOSED
         return [Send(self._others + self._daemons, self._frame(Opcode.SHUTDOWN)), Close("")]
 
@@ -327,6 +330,10 @@ class Member(_Machine):
             return self._close("" if self.state is State.IDLE else "trainer rank 0 shut down")
         raise self._impossible(f"{frame.opcode.name} from trainer rank 0")
 
+    def leave(self) -> list[Action]:
+        """Orderly end, ours or an answer to the coordinator's."""
+        return self._close("")
+
     def on_failure(self, reason: str) -> list[Action]:
         """Something of ours broke: tell the coordinator, who aborts the round for all."""
         failed = Send((0,), self._frame(Opcode.FAILED, text=reason))
@@ -337,4 +344,3 @@ class Member(_Machine):
             return []
         self.state = State.CLOSED
         return [Send((0,), self._frame(Opcode.SHUTDOWN)), Close(reason)]
-

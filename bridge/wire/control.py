@@ -1,23 +1,24 @@
 """Control frames over Gloo, heartbeats both ways, and a name for whoever falls silent.
 
-One thread per peer waits for that peer's frames; a wait as long as the deadline means that not even a heartbeat
-came, so the peer is lost. A broken connection is noticed at once. What comes is handed to ``deliver``, from
-that peer's thread; owners put it into a queue of theirs.
+One thread per peer waits for that peer's frames; a wait as long as the deadline means that not even a
+heartbeat came, so the peer is lost. A broken connection is noticed at once. What comes is handed to
+``deliver``, from that peer's thread; owners put it into a queue of theirs.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 
 from bridge.errors import PeerLost, ProtocolError
 from bridge.protocol.messages import FRAME_BYTES, Frame, Opcode, decode, encode
-from bridge.wire.rendezvous import first_line
+from bridge.wire.rendezvous import Group, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class ControlGroup:
 
     def __init__(
         self,
-        group: dist.ProcessGroupGloo,
+        group: Group,
         peers: Mapping[int, str],
         *,
         epoch: int,
@@ -121,7 +122,12 @@ class ControlGroup:
         Returns whether all ended; Gloo has no way to interrupt the others, which end at their deadline.
         """
         self._closing.set()
+        deadline = time.monotonic() + timeout_s
         for thread in self._threads:
             if thread is not threading.current_thread():
-                thread.join(timeout_s / len(self._threads))
-        return not any(thread.is_alive() for thread in self._threads)
+                thread.join(max(0.0, deadline - time.monotonic()))
+        ended = not any(thread.is_alive() for thread in self._threads)
+        if not ended:
+            # Torn down under a waiting thread, the group would take the whole process with it.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._group))
+        return ended

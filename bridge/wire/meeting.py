@@ -17,7 +17,7 @@ from bridge.protocol.mapping import Mapping
 from bridge.protocol.messages import DIGEST_BYTES
 from bridge.protocol.plan import Layout, Plan, build_plan
 from bridge.wire.peer_memory import Whereabouts
-from bridge.wire.rendezvous import fetch
+from bridge.wire.rendezvous import Store, fetch
 
 
 class Round(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,7 +31,7 @@ class Round(msgspec.Struct, frozen=True, kw_only=True):
 class Meeting:
     """One process's view of an epoch's shared keys."""
 
-    def __init__(self, store: dist.Store, mapping: Mapping, *, epoch: int, timeout_s: float) -> None:
+    def __init__(self, store: Store, mapping: Mapping, *, epoch: int, timeout_s: float) -> None:
         self._store = store
         self._mapping = mapping
         self._epoch = epoch
@@ -44,7 +44,7 @@ class Meeting:
 
     def _set(self, key: str, value: bytes) -> None:
         try:
-            self._store.set(key, value)
+            self._store.set(key, value)  # type: ignore[arg-type]  # bytes too, the stub says str
         except (RuntimeError, dist.DistError) as err:
             raise PeerLost(f"the daemon's store is gone (setting {key}): {err}") from err
 
@@ -86,9 +86,7 @@ class Meeting:
                 for rank, digest in enumerate(description.layouts)
             )
             only = frozenset(s.source for lay in layouts for s in lay.shards) if description.partial else None
-            plan = build_plan(
-                self._mapping, layouts, bucket_bytes=description.bucket_bytes, only=only
-            )
+            plan = build_plan(self._mapping, layouts, bucket_bytes=description.bucket_bytes, only=only)
             self._plans[joint] = (plan, layouts, description)
         return self._plans[joint]
 

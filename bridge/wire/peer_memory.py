@@ -1,9 +1,9 @@
 """Pulling from another process's memory on the same host: one copy, made by the kernel.
 
-The CPU's counterpart of a GPU's copy engine. The puller reads straight from the trainer's tensors into the
-inactive half (process_vm_readv(2)): the trainer packs nothing, sends nothing and needs no memory. Linux allows
-it between processes of one user, unless a security module or a container forbids it; whether it works is
-tried with a nonce when two ranks meet, never guessed.
+The CPU's counterpart of a GPU's copy engine. The puller reads straight from the trainer's tensors into
+the inactive half (process_vm_readv(2)): the trainer packs nothing, sends nothing and needs no memory. Linux
+allows it between processes of one user, unless a security module or a container forbids it; whether it
+works is tried with a nonce when two ranks meet, never guessed.
 """
 
 from __future__ import annotations
@@ -104,8 +104,9 @@ def pull(pid: int, runs: Sequence[Run], *, who: str) -> None:
 
 def _pull_batch(pid: int, runs: Sequence[Run], who: str) -> None:
     count = len(runs)
-    remote = (_IoVec * count)(*((r[0], r[2]) for r in runs))
-    local = (_IoVec * count)(*((r[1], r[2]) for r in runs))
+    # ctypes makes structures of tuples, which typeshed does not know.
+    remote = (_IoVec * count)(*((r[0], r[2]) for r in runs))  # type: ignore[misc]
+    local = (_IoVec * count)(*((r[1], r[2]) for r in runs))  # type: ignore[misc]
     wanted = sum(r[2] for r in runs)
     got = _libc.process_vm_readv(pid, local, count, remote, count, 0)
     if got == wanted:

@@ -13,13 +13,17 @@ import os
 import socket
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
+import torch
 import torch.distributed as dist
 
-from bridge.errors import RendezvousError, RendezvousRefused
+# torch.distributed exports the stores, but does not say so to type checkers.
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import Store as Store  # type: ignore[attr-defined]
 
+from bridge.errors import RendezvousError, RendezvousRefused
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,6 +61,14 @@ class _Signed(msgspec.Struct, frozen=True):
 T = TypeVar("T")
 
 
+class Group(Protocol):
+    """What we use of a ``ProcessGroupGloo``; torch's stub of it lacks both."""
+
+    def send(self, tensors: list[torch.Tensor], peer: int, tag: int, /) -> dist.Work: ...
+
+    def recv(self, tensors: list[torch.Tensor], peer: int, tag: int, /) -> dist.Work: ...
+
+
 def seal(message: msgspec.Struct, secret: str) -> bytes:
     """Encode and sign with the job's secret (HMAC-SHA256)."""
     body = msgspec.msgpack.encode(message)
@@ -81,16 +93,14 @@ def unseal(data: bytes, secret: str, kind: type[T]) -> T:
     return msgspec.msgpack.decode(signed.body, type=kind)
 
 
-def serve_store(host: str, port: int) -> dist.TCPStore:
+def serve_store(host: str, port: int) -> TCPStore:
     """Open the store that trainers will look for; port 0 takes any.
 
     Raises:
         RendezvousError: the port is in use or the address is not ours.
     """
     try:
-        return dist.TCPStore(
-            host, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30)
-        )
+        return TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
     except (RuntimeError, ValueError) as err:
         raise RendezvousError(
             f"cannot open the rendezvous at {host}:{port}: {first_line(err)}; choose another "
@@ -98,7 +108,7 @@ def serve_store(host: str, port: int) -> dist.TCPStore:
         ) from err
 
 
-def reach_store(host: str, port: int, *, timeout_s: float) -> dist.TCPStore:
+def reach_store(host: str, port: int, *, timeout_s: float) -> TCPStore:
     """Connect to a daemon's store.
 
     Raises:
@@ -107,13 +117,13 @@ def reach_store(host: str, port: int, *, timeout_s: float) -> dist.TCPStore:
     try:
         # The store's own connect retries for long after its timeout; a plain connect answers at once.
         socket.create_connection((host, port), timeout=timeout_s).close()
-        return dist.TCPStore(
+        return TCPStore(
             host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
         )
     except (OSError, RuntimeError) as err:
         raise RendezvousError(
-            f"no weight-updater daemon answers at {host}:{port} within {timeout_s:g} s: {first_line(err)}; is "
-            "the server up, and is this its present mapping file?"
+            f"no weight-updater daemon answers at {host}:{port} within {timeout_s:g} s: {first_line(err)}; "
+            "is the server up, and is this its present mapping file?"
         ) from err
 
 
@@ -122,14 +132,15 @@ def first_line(err: BaseException) -> str:
     return str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
 
 
-def ask(store: dist.Store, request: Request, secret: str, *, timeout_s: float) -> None:
+def ask(store: Store, request: Request, secret: str, *, timeout_s: float) -> None:
     """Leave a request for the daemon (trainer rank 0)."""
     ticket = store.add("ticket", 1)
     store.set_timeout(timedelta(seconds=timeout_s))
-    store.set(f"ticket/{ticket}", seal(request, secret))
+    sealed = seal(request, secret)
+    store.set(f"ticket/{ticket}", sealed)  # type: ignore[arg-type]  # bytes too, the stub says str
 
 
-def await_answer(store: dist.Store, session: str, secret: str, *, timeout_s: float) -> Answer:
+def await_answer(store: Store, session: str, secret: str, *, timeout_s: float) -> Answer:
     """Wait for the daemon's answer to ``session``.
 
     Raises:
@@ -143,7 +154,7 @@ def await_answer(store: dist.Store, session: str, secret: str, *, timeout_s: flo
     return answer
 
 
-def fetch(store: dist.Store, key: str, *, timeout_s: float, what: str) -> bytes:
+def fetch(store: Store, key: str, *, timeout_s: float, what: str) -> bytes:
     """Wait for a key and read it.
 
     Raises:
@@ -156,7 +167,7 @@ def fetch(store: dist.Store, key: str, *, timeout_s: float, what: str) -> bytes:
         raise RendezvousError(f"waited {timeout_s:g} s for {what}: {first_line(err)}") from err
 
 
-def next_request(store: dist.Store, ticket: int, *, secret: str) -> Request | None:
+def next_request(store: Store, ticket: int, *, secret: str) -> Request | None:
     """The request with this ticket, or None if nobody came yet; does not wait.
 
     Raises:
@@ -174,24 +185,24 @@ def local_address(host: str, port: int) -> str:
         return str(probe.getsockname()[0])
 
 
-def make_group(
-    store: dist.Store, prefix: str, *, rank: int, size: int, address: str, timeout_s: float
-) -> dist.ProcessGroupGloo:
+def make_group(store: Store, prefix: str, *, rank: int, size: int, address: str, timeout_s: float) -> Group:
     """Build a Gloo group of our own beside whatever default group the process has.
 
     Raises:
         RendezvousError: not all ``size`` ranks came within ``timeout_s`` seconds.
     """
-    options = dist.ProcessGroupGloo._Options()
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+    gloo: Any = dist.ProcessGroupGloo  # its stub lacks _Options
+    options = gloo._Options()
+    options._devices = [gloo.create_device(hostname=address)]
     options._timeout = timedelta(seconds=timeout_s)
     try:
-        return dist.ProcessGroupGloo(dist.PrefixStore(prefix, store), rank, size, options)
+        group: Group = gloo(PrefixStore(prefix, store), rank, size, options)
     except RuntimeError as err:
         raise RendezvousError(
             f"group {prefix!r} of {size} ranks did not form within {timeout_s:g} s (rank {rank} on "
             f"{socket.gethostname()}): {first_line(err)}"
         ) from err
+    return group
 
 
 def boot_id() -> str:

@@ -1,7 +1,7 @@
 """Moving bucket ``i`` of one lane: the small interface behind which every transport stands.
 
-A lane joins one trainer rank (the ``Source``) to one inference rank (the ``Sink``). Both walk the same buckets in
-the same order. Two transports so far:
+A lane joins one trainer rank (the ``Source``) to one inference rank (the ``Sink``). Both walk the same
+buckets in the same order. Two transports so far:
 
 ========  ==========================================================================================
 pull      one host: the sink reads slices straight from the trainer's memory into their final place
@@ -26,7 +26,7 @@ from bridge.errors import ChecksumMismatch, PeerLost
 from bridge.protocol.messages import DIGEST_BYTES
 from bridge.protocol.plan import Bucket, Copy, Lane, Layout
 from bridge.wire import peer_memory
-from bridge.wire.rendezvous import first_line
+from bridge.wire.rendezvous import Group, first_line
 
 ADDRESS_TAG, DIGEST_TAG, BUCKET_TAG = 11, 12, 100
 DIRECT_RUN_BYTES = 512  # shorter runs cost more as iovecs than reading the span and picking from it
@@ -35,9 +35,7 @@ DIRECT_RUN_BYTES = 512  # shorter runs cost more as iovecs than reading the span
 class Landing(Protocol):
     """Where a sink puts elements: one inference rank's staging area."""
 
-    def view(
-        self, target: int, size: tuple[int, ...], offset: int, stride: tuple[int, ...]
-    ) -> torch.Tensor:
+    def view(self, target: int, size: tuple[int, ...], offset: int, stride: tuple[int, ...]) -> torch.Tensor:
         """The elements of one copy in their final place."""
 
     def landed(self, target: int, count: int) -> None:
@@ -47,7 +45,7 @@ class Landing(Protocol):
 class DataLink:
     """One end of a lane on the data group, with the deadline of every wait on it."""
 
-    def __init__(self, group: dist.ProcessGroupGloo, peer: int, *, who: str, timeout_s: float) -> None:
+    def __init__(self, group: Group, peer: int, *, who: str, timeout_s: float) -> None:
         self._group = group
         self._peer = peer
         self.who = who
@@ -92,7 +90,7 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 def hash_into(hasher: blake3.blake3, tensor: torch.Tensor) -> None:
     """Add a tensor's elements in row-major order."""
-    hasher.update(memoryview(as_bytes(tensor.contiguous()).numpy()))
+    hasher.update(as_bytes(tensor.contiguous()).numpy().data)
 
 
 def pick(tensor: torch.Tensor, copy: Copy) -> torch.Tensor:
@@ -140,7 +138,9 @@ class PullSource:
 class GlooSource:
     """Packs into one of two buffers while the other travels: two buckets of memory, no more."""
 
-    def __init__(self, link: DataLink, tensors: Sequence[torch.Tensor], wire_dtypes: Sequence[torch.dtype]) -> None:
+    def __init__(
+        self, link: DataLink, tensors: Sequence[torch.Tensor], wire_dtypes: Sequence[torch.dtype]
+    ) -> None:
         """``wire_dtypes`` are the inference rank's target dtypes, by target index."""
         self._link = link
         self._tensors = tensors
@@ -165,7 +165,7 @@ class GlooSource:
             offset += nbytes
         work = self._link.post_send(buffer, BUCKET_TAG + bucket.index)
         self._slots[slot] = (buffer, work)
-        return blake3.blake3(memoryview(buffer.numpy())).digest(DIGEST_BYTES)
+        return blake3.blake3(buffer.numpy().data).digest(DIGEST_BYTES)
 
     def _flush(self, slot: int) -> None:
         if (pending := self._slots[slot]) is not None:
@@ -304,7 +304,7 @@ class GlooSink:
             offset += nbytes
         if bucket.index + 2 < len(self._lane.buckets):
             self._post(self._lane.buckets[bucket.index + 2])
-        return blake3.blake3(memoryview(buffer.numpy())).digest(DIGEST_BYTES)
+        return blake3.blake3(buffer.numpy().data).digest(DIGEST_BYTES)
 
     def close(self, digests: Sequence[bytes]) -> None:
         _compare_digests(self._link, digests)

@@ -62,7 +62,9 @@ class Api:
         self.url = f"http://127.0.0.1:{port}"
         self.model = model
 
-    def open(self, path: str, body: Any = None, headers: dict[str, str] | None = None, timeout_s: float = 120.0) -> Any:
+    def open(
+        self, path: str, body: Any = None, headers: dict[str, str] | None = None, timeout_s: float = 120.0
+    ) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(
             self.url + path, data=data, headers={"Content-Type": "application/json", **(headers or {})}
@@ -76,13 +78,17 @@ class Api:
             return False
         return True
 
-    def complete(self, prompt: Any, *, headers: dict[str, str] | None = None, **sampling: Any) -> list[dict[str, Any]]:
+    def complete(
+        self, prompt: Any, *, headers: dict[str, str] | None = None, **sampling: Any
+    ) -> list[dict[str, Any]]:
         body = {"model": self.model, "prompt": prompt, "return_token_ids": True, **sampling}
         with self.open("/v1/completions", body, headers) as response:
             choices: list[dict[str, Any]] = json.load(response)["choices"]
         return sorted(choices, key=lambda c: int(c["index"]))
 
-    def stream(self, prompt: list[int], *, headers: dict[str, str] | None = None, **sampling: Any) -> Iterator[tuple[float, dict[str, Any]]]:
+    def stream(
+        self, prompt: list[int], *, headers: dict[str, str] | None = None, **sampling: Any
+    ) -> Iterator[tuple[float, dict[str, Any]]]:
         body = {"model": self.model, "prompt": prompt, "stream": True, "return_token_ids": True, **sampling}
         with self.open("/v1/completions", body, headers) as response:
             for line in response:
@@ -116,7 +122,14 @@ class Server:
             command = [sys.executable, "-m", "bridge.launch", "serve", "--logdir", str(logdir), *bridge_flags,
                        "--", str(model), *common]  # fmt: skip
         else:
-            command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *common]
+            command = [
+                sys.executable,
+                "-m",
+                "vllm.entrypoints.openai.api_server",
+                "--model",
+                str(model),
+                *common,
+            ]
         self.command = command
         self.log = logdir / "console.log"
         with self.log.open("wb") as file:
@@ -130,6 +143,22 @@ class Server:
 
     def text(self) -> str:
         return self.log.read_text(errors="replace")
+
+    @property
+    def secret(self) -> str:
+        """What opens ``/bridge/*`` on a server without API keys."""
+        return str(json.loads(self.config.read_text())["rendezvous"]["secret"])
+
+    def call(self, path: str, body: Any = None, *, key: str | None = None) -> tuple[int, str]:
+        """Status code and text of ``path``, with the job's secret unless ``key`` is given ("" for none)."""
+        key = self.secret if key is None else key
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        try:
+            with self.api.open(path, body, headers) as response:
+                return int(response.status), response.read().decode()
+        except urllib.error.HTTPError as err:
+            with err:
+                return err.code, err.read().decode()
 
     def wait_ready(self, *, bridge: bool = True, timeout_s: float = START_TIMEOUT_S) -> None:
         def ready() -> bool:
@@ -174,6 +203,28 @@ class Server:
 
 
 @contextmanager
+def serving_together(*wanted: tuple[Path, Path, dict[str, Any]]) -> Iterator[list[Server]]:
+    """Several servers, started side by side because a start is mostly one thread importing Python.
+
+    Args:
+        wanted: (model, logdir, options of ``Server``) of each.
+    """
+    servers: list[Server] = []
+    try:
+        for model, logdir, options in wanted:
+            servers.append(Server(model, logdir, **options))
+        for server, (_, _, options) in zip(servers, wanted, strict=True):
+            server.wait_ready(bridge=options.get("bridge", True))
+        yield servers
+    finally:
+        for server in servers:
+            if server.process.poll() is None:
+                server.process.send_signal(signal.SIGTERM)
+        for server in servers:
+            server.stop()
+
+
+@contextmanager
 def serving(model: Path, logdir: Path, *, bridge: bool = True, **options: Any) -> Iterator[Server]:
     """A server that is ready, and ended afterwards."""
     server = Server(model, logdir, bridge=bridge, **options)
@@ -194,14 +245,25 @@ class Trainers:
         self.processes = []
         for rank in range(ranks):
             extra = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank),
-                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOGDIR": str(logdir), **(env or {})}  # fmt: skip
+                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOGDIR": str(logdir),
+                     **(env or {})}  # fmt: skip
             log = (logdir / f"trainer{rank}-{port}.log").open("wb")
             command = [sys.executable, "-m", "support.trainer", kind, str(checkpoint), dtype]
             self.processes.append(
-                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment(**extra))
+                subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    env=environment(**extra),
+                )
             )
             log.close()
-        self.ready = self.answers()
+        try:
+            self.ready = self.answers()
+        except BaseException:
+            self.stop()
+            raise
 
     def send(self, op: str, **fields: Any) -> None:
         line = json.dumps({"op": op, **fields}).encode() + b"\n"
@@ -232,10 +294,17 @@ class Trainers:
         assert not any("error" in a or "died" in a for a in answers), answers
         return answers
 
+    def pids(self) -> list[int]:
+        """By rank."""
+        return [process.pid for process in self.processes]
+
     def stop(self) -> None:
         for process in self.processes:
-            if process.poll() is None and process.stdin is not None:
+            assert process.stdin is not None
+            try:
                 process.stdin.close()
+            except BrokenPipeError:
+                pass  # it was killed with a command unread
         for process in self.processes:
             try:
                 process.wait(20)

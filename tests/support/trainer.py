@@ -1,6 +1,6 @@
 """A trainer rank for tests: takes JSON commands on stdin, answers in JSON lines on stdout.
 
-    python -m support.trainer KIND CHECKPOINT DTYPE      (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, LOGDIR set)
+    python -m support.trainer KIND CHECKPOINT DTYPE      (RANK, WORLD_SIZE, MASTER_*, LOGDIR are set)
 
 KIND is plain, ddp or fsdp2. Commands: load, broadcast, wait, step, single, notify, heartbeat, close, memory.
 """

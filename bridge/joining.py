@@ -1,0 +1,154 @@
+"""How a trainer rank comes into an epoch: it is admitted, says where its memory is, and joins the groups."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from bridge.config import BridgeConfig
+from bridge.environment import Ranks
+from bridge.errors import BridgeError, MappingError, RendezvousError
+from bridge.protocol.mapping import Mapping, Rendezvous
+from bridge.protocol.messages import PROTOCOL_VERSION
+from bridge.wire import peer_memory, rendezvous
+from bridge.wire.meeting import Meeting
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What a trainer rank has once it has met the others.
+
+    ``peers`` names the control ranks this one talks to; ``links`` has the transport of each inference rank.
+    ``nonce`` is only kept alive: updaters may probe for it as long as the epoch lasts.
+    """
+
+    control: rendezvous.Group
+    data: rendezvous.Group
+    peers: dict[int, str]
+    links: list[str]
+    nonce: peer_memory.Nonce
+
+
+def ask_admission(
+    config: BridgeConfig, mapping: Mapping, ranks: Ranks
+) -> tuple[rendezvous.Answer, rendezvous.Store]:
+    """Rank 0 asks the daemon, the others read its answer; called by every trainer rank.
+
+    Returns:
+        The answer, and a connection to the daemon's store.
+
+    Raises:
+        MappingError: the mapping was exported without a rendezvous.
+        RendezvousError: the daemon cannot be reached in time, or refuses.
+    """
+    place = mapping.rendezvous
+    if place is None:
+        raise MappingError(
+            f"{config.mapping_path()} names no rendezvous: it is an exported copy; use the one in the "
+            "server's log directory"
+        )
+    timeout_s = config.connect_timeout_s
+    session, failure = "", None
+    if ranks.rank == 0:
+        try:
+            store = rendezvous.reach_store(place.host, place.port, timeout_s=timeout_s)
+            session, answer = _ask(store, place, mapping, ranks, timeout_s)
+        except BridgeError as err:
+            failure = err
+    session = _agree(session, ranks)
+    if failure is not None:
+        raise failure
+    if not session:
+        raise RendezvousError("trainer rank 0 could not join the inference side; its error says why")
+    if ranks.rank != 0:
+        store = rendezvous.reach_store(place.host, place.port, timeout_s=timeout_s)
+        answer = rendezvous.await_answer(store, session, place.secret, timeout_s=timeout_s)
+    return answer, store
+
+
+def _ask(
+    store: rendezvous.Store, place: Rendezvous, mapping: Mapping, ranks: Ranks, timeout_s: float
+) -> tuple[str, rendezvous.Answer]:
+    session = secrets.token_hex(16)
+    request = rendezvous.Request(
+        session=session,
+        protocol_version=PROTOCOL_VERSION,
+        world_size=ranks.world_size,
+        mapping_digest=mapping.digest,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        torch_version=str(torch.__version__),
+    )
+    rendezvous.ask(store, request, place.secret, timeout_s=timeout_s)
+    return session, rendezvous.await_answer(store, session, place.secret, timeout_s=timeout_s)
+
+
+def _agree(session: str, ranks: Ranks) -> str:
+    """Give every trainer rank rank 0's session id, over the trainer's own default group; "" is a failure."""
+    if ranks.world_size == 1:
+        return session
+    backend = str(dist.get_backend())
+    device = torch.device("cpu") if "gloo" in backend or "cpu" in backend else torch.device("cuda")
+    data = bytes.fromhex(session).ljust(16, b"\0")
+    wire = torch.tensor(list(data), dtype=torch.uint8, device=device)
+    dist.broadcast(wire, src=0)
+    agreed = bytes(wire.cpu().tolist())
+    return agreed.hex() if any(agreed) else ""
+
+
+def meet(
+    meeting: Meeting, mapping: Mapping, ranks: Ranks, answer: rendezvous.Answer, store: rendezvous.Store
+) -> Joined:
+    """Form the epoch's groups with the daemon and its updaters, and learn their choice of transports.
+
+    Raises:
+        RendezvousError: not everyone came in time.
+        TransferError: a rank or an updater did not say where it is, or how it takes buckets, in time.
+    """
+    place = mapping.rendezvous
+    assert place is not None
+    rank, size = ranks.rank, ranks.world_size
+    nonce = peer_memory.Nonce()
+    peer_memory.allow_reader(answer.daemon_pid)
+    meeting.publish_whereabouts(rank, nonce.whereabouts(socket.gethostname()))
+    address = rendezvous.local_address(place.host, place.port)
+    timeout_s = answer.deadline_s * 2
+    control = rendezvous.make_group(
+        store,
+        f"e{answer.epoch}/control",
+        rank=rank,
+        size=size + answer.num_daemons,
+        address=address,
+        timeout_s=timeout_s,
+    )
+    data = rendezvous.make_group(
+        store,
+        f"e{answer.epoch}/data",
+        rank=rank,
+        size=size + answer.num_inference_ranks,
+        address=address,
+        timeout_s=timeout_s,
+    )
+    links = [meeting.links(k)[rank] for k in range(answer.num_inference_ranks)]
+    return Joined(control, data, _peers(meeting, ranks, answer, place), links, nonce)
+
+
+def _peers(meeting: Meeting, ranks: Ranks, answer: rendezvous.Answer, place: Rendezvous) -> dict[int, str]:
+    if ranks.rank != 0:
+        return {0: "trainer rank 0"}
+    names = {}
+    for rank in range(1, ranks.world_size):
+        where = meeting.whereabouts(rank)
+        names[rank] = f"trainer rank {rank} (pid {where.pid} on {where.host})"
+    for index in range(answer.num_daemons):
+        pid = answer.daemon_pid
+        names[ranks.world_size + index] = f"the weight-updater daemon (pid {pid} at {place.host})"
+    return names

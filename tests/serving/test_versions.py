@@ -1,0 +1,362 @@
+"""A live server answers, version after version, as a fresh vLLM started from the same weights does."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.support.serving import Api, Server, Trainers, serving, serving_together, training, wait_until
+
+pytestmark = [pytest.mark.serving, pytest.mark.timeout(400, method="signal")]
+
+F32 = ["--dtype=float32"]
+TP2 = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+DOCUMENT = [1] + [3 + (i * i * 7 + i) % 90 for i in range(300)]  # more than two KV blocks of 128 tokens
+SINGLE = "model.layers.1.mlp.down_proj.weight"
+
+
+def answers(api: Api) -> dict[str, Any]:
+    """What is compared: the eight prompts of 64 tokens, and one prompt long enough to be cached."""
+    return {"greedy": api.greedy(), "document": ask_document(api)}
+
+
+def ask_document(api: Api) -> list[int]:
+    (choice,) = api.complete(DOCUMENT, max_tokens=32, temperature=0.0, ignore_eos=True)
+    return list(choice["token_ids"])
+
+
+def assert_equal(live: list[dict[str, Any]], fresh: list[dict[str, Any]], *, tolerance: float) -> None:
+    """The same tokens everywhere, and logprobs within ``tolerance``."""
+    assert [a["tokens"] for a in live] == [b["tokens"] for b in fresh]
+    pairs = [(x, y) for a, b in zip(live, fresh, strict=True) for x, y in zip(a["logprobs"], b["logprobs"], strict=True)]
+    assert max(abs(x - y) for x, y in pairs) <= tolerance
+
+
+def edited(source: Path, target: Path, name: str, value: float) -> Path:
+    """A copy of a checkpoint with one parameter filled with ``value``."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    tensors[name].fill_(value)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def flips(server: Server, rank: int) -> list[tuple[int, int]]:
+    """(batch, version) of every flip of one rank."""
+    lines = (server.logdir / f"flips-rank{rank}.jsonl").read_text().splitlines()
+    return [(row["batch"], row["version"]) for row in map(json.loads, lines)]
+
+
+class Streams:
+    """Requests kept in flight until told to stop: ``width`` at a time, each as long as the model allows."""
+
+    def __init__(self, api: Api, *, width: int, tokens: int) -> None:
+        self._api, self._tokens = api, tokens
+        self._stop = threading.Event()
+        self.finished: list[tuple[str, int]] = []
+        self.failures: list[str] = []
+        self.started = threading.Barrier(width + 1)
+        self._threads = [threading.Thread(target=self._run, args=(i,), daemon=True) for i in range(width)]
+        for thread in self._threads:
+            thread.start()
+        self.started.wait(60)
+
+    def _run(self, index: int) -> None:
+        first = True
+        while first or not self._stop.is_set():
+            request = uuid.uuid4().hex
+            prompt = [1, *(3 + (index * 31 + i * 7) % 90 for i in range(12))]
+            sampling = {"max_tokens": self._tokens, "temperature": 1.0, "seed": index, "ignore_eos": True}
+            count, reason = 0, None
+            try:
+                for _, choice in self._api.stream(prompt, headers={"X-Request-Id": request}, **sampling):
+                    count += len(choice.get("token_ids") or ())
+                    reason = choice.get("finish_reason") or reason
+                    if first:
+                        self.started.wait(60)
+                        first = False
+            except OSError as err:
+                self.failures.append(f"request {index}: {err}")
+                return
+            if reason != "length" or count != self._tokens:
+                self.failures.append(f"request {index}: {count} of {self._tokens} tokens, ended by {reason}")
+            self.finished.append((request, count))
+
+    def stop(self) -> None:
+        """Let those in flight finish."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(120)
+            assert not thread.is_alive()
+
+
+# --- float32, one rank, every feature ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def qwen3(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """One live server (HTTP endpoints on), and what plain vLLMs answer from three sets of weights."""
+    root = tmp_path_factory.mktemp("qwen3")
+    sets = [checkpoint("qwen3", "float32", seed) for seed in (0, 1)]
+    sets.append(edited(sets[1], root / "edited", SINGLE, 0.01))
+    plain = [(path, root / f"fresh{i}", {"bridge": False, "flags": F32}) for i, path in enumerate(sets)]
+    with serving_together(*plain[:2]) as servers:
+        fresh = [answers(server.api) for server in servers]
+    live = (sets[0], root / "live", {"flags": F32, "bridge_flags": ["--http"]})
+    with serving_together(live, plain[2]) as (server, third):
+        fresh.append(answers(third.api))
+        third.stop()
+        assert fresh[0] != fresh[1]
+        assert fresh[1] != fresh[2]
+        yield SimpleNamespace(server=server, sets=sets, fresh=fresh)
+
+
+@pytest.fixture(scope="module")
+def trainer(qwen3: SimpleNamespace) -> Iterator[Trainers]:
+    """One plain trainer, shared: an epoch costs nothing, importing transformers does."""
+    env = {"BRIDGE_HTTP_URL": qwen3.server.api.url}
+    with training("plain", qwen3.sets[0], logdir=qwen3.server.logdir, dtype="float32", env=env) as trainers:
+        yield trainers
+
+
+def publish(qwen3: SimpleNamespace, trainer: Trainers, index: int) -> dict[str, Any]:
+    """Weights of set ``index`` become live; the receipt."""
+    trainer.must("load", path=str(qwen3.sets[index]))
+    return trainer.must("broadcast")[0]
+
+
+def test_answers_equal_a_fresh_server_at_every_version(qwen3, trainer):
+    api = qwen3.server.api
+    assert_equal(api.greedy(), qwen3.fresh[0]["greedy"], tolerance=1e-5)
+    before = qwen3.server.status()["weight_version"]
+    for step, index in enumerate((1, 0, 2, 1, 0), start=1):
+        receipt = publish(qwen3, trainer, index)
+        assert receipt["version"] == before + step
+        assert qwen3.server.status()["weight_version"] == before + step
+        assert_equal(api.greedy(), qwen3.fresh[index]["greedy"], tolerance=1e-5)
+
+
+def test_an_idle_engine_commits_at_once(qwen3, trainer):
+    rows = [trainer.must("broadcast")[0] for _ in range(3)]
+    # Nobody asks for tokens: the engine is woken. Well below any timeout or polling interval of vLLM.
+    assert min(row["total_s"] for row in rows) < 1.0
+    assert qwen3.server.status()["weight_version"] == rows[-1]["version"]
+
+
+def test_the_prefix_cache_never_mixes_versions(qwen3, trainer):
+    api = qwen3.server.api
+
+    def hits() -> float:
+        with api.open("/metrics") as response:
+            text = response.read().decode()
+        return sum(float(v) for v in re.findall(r"^vllm:prefix_cache_hits_total\{[^}]*\} (\S+)", text, re.MULTILINE))
+
+    publish(qwen3, trainer, 1)
+    assert ask_document(api) == qwen3.fresh[1]["document"]
+    warm = hits()
+    assert ask_document(api) == qwen3.fresh[1]["document"]
+    assert hits() > warm, "the same prompt at the same version must hit the cache"
+    publish(qwen3, trainer, 0)
+    warm = hits()
+    assert ask_document(api) == qwen3.fresh[0]["document"]
+    assert hits() == warm, "blocks of an older version were reused"
+
+
+def test_fifty_updates_under_sixteen_streams(qwen3, trainer):
+    streams = Streams(qwen3.server.api, width=16, tokens=480)
+    versions = []
+    for _ in range(50):
+        trainer.must("perturb", seed=len(versions))
+        versions.append(trainer.must("broadcast")[0]["version"])
+    in_flight = sum(thread.is_alive() for thread in streams._threads)
+    streams.stop()
+    assert streams.failures == []
+    assert in_flight == 16
+    assert versions == list(range(versions[0], versions[0] + 50))
+    batches, flipped = zip(*flips(qwen3.server, 0), strict=True)
+    assert list(flipped) == list(range(1, versions[-1] + 1)), "every version was live once, in order"
+    assert list(batches) == sorted(batches)
+    spanning = 0
+    for request, count in streams.finished:
+        code, text = qwen3.server.call(f"/bridge/requests/{request}")
+        assert code == 200, text
+        (spans,) = json.loads(text)["weight_versions"].values()
+        numbers = [int(span["weight_version"]) for span in spans]
+        assert numbers == sorted(numbers)
+        assert spans[0]["start"] == 0
+        assert spans[-1]["end"] == count
+        assert all(a["end"] == b["start"] for a, b in zip(spans, spans[1:], strict=False))
+        spanning += len(numbers) > 1
+    assert spanning >= 8, f"{spanning} of {len(streams.finished)} requests saw more than one version"
+    publish(qwen3, trainer, 1)
+    assert_equal(qwen3.server.api.greedy(2), qwen3.fresh[1]["greedy"][:2], tolerance=1e-5)
+
+
+def test_the_next_step_waits_until_the_weights_have_been_read(qwen3, trainer):
+    import os
+    import signal
+
+    publish(qwen3, trainer, 0)
+    trainer.must("load", path=str(qwen3.sets[1]))
+    (updater,) = qwen3.server.status()["pids"]["updaters"]
+    os.kill(updater, signal.SIGSTOP)  # the round stays open until we say so
+    try:
+        (sent,) = trainer.must("broadcast", blocking=False)
+        assert sent["seconds"] < 1.0
+        trainer.send("step", fill=0.0)
+        with pytest.raises(TimeoutError):
+            trainer.answers(timeout_s=1.0)
+    finally:
+        os.kill(updater, signal.SIGCONT)
+    (step,) = trainer.answers()
+    assert step["seconds"] >= 0.9
+    (receipt,) = trainer.must("wait")
+    assert qwen3.server.status()["weight_version"] == receipt["version"]
+    assert_equal(qwen3.server.api.greedy(), qwen3.fresh[1]["greedy"], tolerance=1e-5)
+
+
+def test_a_single_parameter_changes_nothing_else(qwen3, trainer):
+    publish(qwen3, trainer, 0)
+    publish(qwen3, trainer, 1)  # the inactive half now holds set 0: a partial round must not resurrect it
+    trainer.must("single", name=SINGLE, value=0.01)
+    assert_equal(qwen3.server.api.greedy(), qwen3.fresh[2]["greedy"], tolerance=1e-5)
+
+
+def test_ddp_with_two_ranks(qwen3, trainer):
+    trainer.must("close")
+    with training("ddp", qwen3.sets[0], logdir=qwen3.server.logdir, dtype="float32", ranks=2) as ddp:
+        for index in (1, 0):
+            ddp.must("load", path=str(qwen3.sets[index]))
+            receipts = ddp.must("broadcast")
+            assert receipts[0]["version"] == receipts[1]["version"]
+            assert_equal(qwen3.server.api.greedy(), qwen3.fresh[index]["greedy"], tolerance=1e-5)
+        ddp.must("close")
+
+
+# --- the HTTP fallback ---------------------------------------------------------------------------------
+
+
+def test_http_needs_the_key(qwen3):
+    for path, body in (("/bridge/status", None), ("/bridge/metrics", None), ("/bridge/notify_update", {"path": "/x"})):
+        for key in ("", "wrong"):
+            code, text = qwen3.server.call(path, body, key=key)
+            assert code == 401, (path, key, text)
+    code, text = qwen3.server.call("/bridge/status")
+    assert code == 200
+    assert json.loads(text)["state"] == "ready"
+    code, text = qwen3.server.call("/bridge/metrics")
+    assert code == 200
+    assert re.search(r"^\w*version\w*(\{.*\})? \d", text, re.MULTILINE), text
+
+
+def test_an_announced_file_becomes_live(qwen3, trainer):
+    before = qwen3.server.status()["weight_version"]
+    for step, index in enumerate((1, 0), start=1):
+        trainer.must("close")
+        trainer.must("load", path=str(qwen3.sets[index]))
+        (receipt,) = trainer.must("notify")
+        assert receipt["version"] == before + step
+        assert_equal(qwen3.server.api.greedy(), qwen3.fresh[index]["greedy"], tolerance=1e-5)
+
+
+def test_bad_update_files_are_refused(qwen3, trainer, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    trainer.must("close")
+    server = qwen3.server
+    updates = server.logdir / "updates"
+    before, served = server.status()["weight_version"], server.api.greedy(2)
+    good = load_file(qwen3.sets[1] / "model.safetensors")
+    whole = updates / "whole.safetensors"
+    save_file(good, whole)
+    truncated = updates / "truncated.safetensors"
+    truncated.write_bytes(whole.read_bytes()[:-1000])
+    missing = updates / "missing.safetensors"
+    save_file({k: v for k, v in good.items() if k != SINGLE}, missing)
+    misshapen = updates / "misshapen.safetensors"
+    save_file({**good, SINGLE: good[SINGLE][:-1].contiguous(), "extra.weight": good[SINGLE].clone()}, misshapen)
+    outside = tmp_path / "outside.safetensors"
+    save_file(good, outside)
+    expected = {
+        truncated: ["not a whole safetensors file"],
+        missing: [f"{SINGLE}: missing"],
+        misshapen: [f"{SINGLE}: shape", "extra.weight: not a parameter"],
+        updates / "absent.safetensors": ["absent.safetensors"],
+        outside: ["is not below", "--update-dir"],
+        updates / ".." / ".." / "x.safetensors": ["is not below"],
+    }
+    for path, said in expected.items():
+        code, text = server.call("/bridge/notify_update", {"path": str(path)})
+        assert code == 409, (path, code, text)
+        for words in said:
+            assert words in text
+    assert server.status()["weight_version"] == before
+    assert server.api.greedy(2) == served
+    code, text = server.call("/bridge/notify_update", {"path": str(whole)})
+    assert code == 200, text
+    assert_equal(server.api.greedy(2), qwen3.fresh[1]["greedy"][:2], tolerance=1e-5)
+
+
+# --- bfloat16 from float32 master weights ----------------------------------------------------------------
+
+
+def test_two_fsdp2_ranks_with_float32_masters(checkpoint, tmp_path):
+    served = [checkpoint("qwen3_moe", "bfloat16", seed) for seed in (0, 1)]
+    masters = [checkpoint("qwen3_moe", "float32", seed) for seed in (0, 1)]
+    plain = (served[1], tmp_path / "fresh", {"bridge": False, "flags": ["--dtype=bfloat16"]})
+    live = (served[0], tmp_path / "live", {"flags": ["--dtype=bfloat16"]})
+    with serving_together(live, plain) as (server, other):
+        fresh = other.api.greedy()
+        other.stop()
+        first = server.api.greedy()
+        assert first != fresh
+        assert server.call("/bridge/status", key="any")[0] == 404  # endpoints are off unless asked for
+        with training("fsdp2", masters[0], logdir=server.logdir, dtype="float32", ranks=2) as trainers:
+            for index, expected in ((1, fresh), (0, first), (1, fresh)):
+                trainers.must("load", path=str(masters[index]))
+                receipts = trainers.must("broadcast")
+                assert receipts[0]["version"] == receipts[1]["version"]
+                assert_equal(server.api.greedy(), expected, tolerance=0.0)
+            trainers.must("close")
+
+
+# --- two tensor-parallel ranks ---------------------------------------------------------------------------
+
+
+def test_tensor_parallel_ranks_flip_at_the_same_batch(checkpoint, tmp_path):
+    sets = [checkpoint("qwen3", "float32", seed) for seed in (0, 1)]
+    options: dict[str, Any] = {"flags": [*F32, "--tensor-parallel-size=2"], "env": TP2}
+    with serving(sets[1], tmp_path / "fresh", bridge=False, **options) as other:
+        fresh = other.api.greedy()
+    with (
+        serving(sets[0], tmp_path / "live", bridge_flags=["--transport=gloo"], **options) as server,
+        training("plain", sets[0], logdir=server.logdir, dtype="float32") as trainers,
+    ):
+        first = server.api.greedy()
+        streams = Streams(server.api, width=4, tokens=400)
+        for seed in range(10):
+            trainers.must("perturb", seed=seed)
+            receipt = trainers.must("broadcast")[0]
+            assert receipt["transport"] == "gloo"
+        streams.stop()
+        assert streams.failures == []
+        wait_until("an idle server", lambda: server.status()["state"] == "ready", timeout_s=10)
+        for index, expected in ((1, fresh), (0, first)):
+            trainers.must("load", path=str(sets[index]))
+            trainers.must("broadcast")
+            assert_equal(server.api.greedy(), expected, tolerance=1e-5)
+        assert flips(server, 0) == flips(server, 1)
+        batches, versions = zip(*flips(server, 0), strict=True)
+        assert list(versions) == list(range(1, 13))
+        assert len(set(batches[:10])) == 10, "flips happened between batches of running requests"

@@ -1,0 +1,342 @@
+"""The documents say what the code does: links, tables, commands, flags and scripts are compared with it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from bridge import environment, errors
+from bridge.protocol import messages
+from bridge.protocol.messages import Frame, Opcode
+from bridge.protocol.session import Coordinator, InferenceSession, Member, Send, State
+from launch import arguments
+from launch.options import ServeOptions
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("slurm/*.md")])
+SCRIPTS = sorted([*ROOT.glob("slurm/*.sh"), *ROOT.glob("slurm/*.sbatch"), *ROOT.glob("scripts/*.sh")])
+PARSER = arguments.build_parser()
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text()
+
+
+def tables(text: str) -> list[list[dict[str, str]]]:
+    """Every Markdown table as rows by column heading."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE):
+        lines = [[c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]] for line in block.splitlines()]
+        found.append([dict(zip(lines[0], row, strict=True)) for row in lines[2:]])
+    return found
+
+
+def section(page: str, heading: str) -> str:
+    """What is under one heading, up to the next of its level or above."""
+    level = heading.count("#")
+    rest = text_of(page).split(f"\n{heading}\n", 1)[1]
+    return re.split(rf"^#{{1,{level}}} ", rest, maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def flags_of(command: str) -> set[str]:
+    (commands,) = [a for a in PARSER._actions if hasattr(a, "_name_parser_map")]
+    return set(commands._name_parser_map[command]._option_string_actions)
+
+
+def without_continuations(text: str) -> str:
+    return re.sub(r"\\\n\s*", " ", text)
+
+
+# --- links and scripts -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_relative_links_resolve(page):
+    targets = [t for t in LINK.findall(page.read_text()) if not t.startswith(("http://", "https://", "#"))]
+    missing = [t for t in targets if not (page.parent / t.partition("#")[0]).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_named_source_files_exist(page):
+    named = re.findall(
+        r"`((?:bridge|vllm_patching|launch|slurm|tests|examples|docs)/[\w/.]*)`", page.read_text()
+    )
+    missing = [n for n in named if not (ROOT / n).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_shell_scripts_parse(script):
+    done = subprocess.run(["bash", "-n", script], capture_output=True, text=True, timeout=10, check=False)
+    assert done.returncode == 0, done.stderr
+    if shutil.which("shellcheck"):
+        argv = ["shellcheck", "--exclude=SC1091,SC2154", script]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
+        assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("slurm/*.sbatch")), ids=lambda p: p.name)
+def test_batch_scripts_pass_only_flags_that_exist(script):
+    text = without_continuations(script.read_text())
+    # Written out, and as the array that a script starts its server with.
+    calls = re.findall(r"bridge\.launch serve (.*?)(?: -- |\))", text, re.DOTALL)
+    calls += re.findall(r'"\$\{serve\[@\]\}" (.*?) ?-- ', text)
+    used = {flag for call in calls for flag in re.findall(r"--[a-z][a-z-]+", call)}
+    assert "--logdir" in used
+    assert used <= flags_of("serve")
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("slurm/*.sbatch")), ids=lambda p: p.name)
+def test_batch_scripts_keep_the_house_rules(script):
+    text = script.read_text()
+    assert "set -euo pipefail" in text
+    assert "--kill-on-bad-exit=1" in text
+    assert not re.search(r"^#SBATCH --(partition|account|qos|gres)", text, re.MULTILINE)
+    # Two trapped signals that come together may cost one of them.
+    traps = re.findall(r"^\s*trap (\S+) (.+)$", text + text_of("slurm/common.sh"), re.MULTILINE)
+    assert traps == [("on_warning", "USR1")]
+
+
+def test_every_variable_of_the_batch_scripts_is_documented():
+    text = "".join(p.read_text() for p in SCRIPTS if p.parent.name == "slurm")
+    settings = set(re.findall(r'^: "\$\{(\w+):[=?]', text, re.MULTILINE)) | {"VLLM_FLAGS"}
+    documented = {row["variable"].strip("`") for row in tables(section("slurm/README.md", "## Settings"))[0]}
+    assert settings == documented
+
+
+# --- protocol.md -------------------------------------------------------------------------------------
+
+
+def test_opcodes():
+    (rows,) = tables(section("docs/protocol.md", "## Opcodes"))
+    assert {row["name"]: int(row["code"]) for row in rows} == {code.name: code.value for code in Opcode}
+
+
+def test_frame_fields():
+    (rows,) = tables(section("docs/protocol.md", "## Frame"))
+    offsets = [int(row["offset"]) for row in rows]
+    sizes = [int(row["bytes"]) for row in rows]
+    assert offsets == [sum(sizes[:i]) for i in range(len(sizes))]
+    assert sum(sizes) == messages.FRAME_BYTES
+    assert sizes[-1] == messages.MAX_TEXT_BYTES
+    frame = Frame(opcode=Opcode.BEGIN, epoch=3, version=5, index=-7, digest=b"d" * 16, text="hello")
+    data = messages.encode(frame)
+    fields = {
+        row["field"].partition(",")[0]: data[o : o + n]
+        for row, o, n in zip(rows, offsets, sizes, strict=True)
+    }
+    numbers = {name: int.from_bytes(raw, "little", signed=True) for name, raw in fields.items()}
+    assert numbers["opcode"] == Opcode.BEGIN
+    assert (numbers["epoch"], numbers["weight version"], numbers["index"]) == (3, 5, -7)
+    assert numbers["length of the text"] == 5
+    assert numbers["protocol version"] == messages.PROTOCOL_VERSION
+    assert fields["magic"] == b"VWB1"
+    assert fields["digest"] == b"d" * 16
+    assert fields["text"].rstrip(b"\0") == b"hello"
+
+
+def frame(name: str, *, version: int = 2, index: int = 1) -> Frame:
+    return Frame(opcode=Opcode[name], epoch=1, version=version, index=index, text="{}")
+
+
+def daemon(state: State) -> InferenceSession:
+    machine = InferenceSession(
+        epoch=1, version=2 if state is not State.IDLE else 1, ranks=(0, 1), coordinator=0
+    )
+    machine.state = state
+    return machine
+
+
+def coordinator(state: State, *, trainers: int = 3) -> Coordinator:
+    machine = Coordinator(epoch=1, version=1, trainers=trainers, daemons=1)
+    if state is State.CLOSED:
+        machine.state = state
+    elif state is not State.IDLE:
+        machine.begin(2, b"", call=1)
+    if state in (State.MOVING, State.COMMITTING):
+        for peer in range(1, trainers):
+            machine.on_frame(peer, frame("READY"))
+    if state is State.COMMITTING:
+        machine.on_frame(trainers, frame("STAGED"))
+    assert machine.state is state
+    return machine
+
+
+def member(state: State) -> Member:
+    machine = Member(epoch=1, version=2 if state is not State.IDLE else 1)
+    machine.state = state
+    return machine
+
+
+def last_rank(machine):
+    machine.on_staged(0)
+    return machine.on_staged(1)
+
+
+def last_ready(machine):
+    machine.on_frame(1, frame("READY"))
+    return machine.on_frame(2, frame("READY"))
+
+
+DAEMON = {
+    "`BEGIN` of a newer version": lambda m: m.on_frame(frame("BEGIN", version=m.version + 1)),
+    "`BEGIN` of a served version": lambda m: m.on_frame(frame("BEGIN", version=m.version)),
+    "`BUCKET`": lambda m: m.on_frame(frame("BUCKET")),
+    "one of two ranks staged": lambda m: m.on_staged(0),
+    "the last rank staged": last_rank,
+    "`COMMIT`": lambda m: m.on_frame(frame("COMMIT")),
+    "every rank flipped": lambda m: m.on_committed("{}"),
+    "`ABORT`": lambda m: m.on_frame(frame("ABORT")),
+    "`SHUTDOWN`": lambda m: m.on_frame(frame("SHUTDOWN")),
+    "own failure": lambda m: m.on_failure("a test"),
+    "trainer lost": lambda m: m.on_peer_lost("a test"),
+}
+COORDINATOR = {
+    "begin, alone": lambda m: m.begin(2, b"", call=1),
+    "begin, with others": lambda m: m.begin(2, b"", call=1),
+    "one of two `READY`": lambda m: m.on_frame(1, frame("READY")),
+    "the last `READY`": last_ready,
+    "`READY` of another version": lambda m: m.on_frame(1, frame("READY", version=3)),
+    "`READY` of another call": lambda m: m.on_frame(1, frame("READY", index=9)),
+    "the last `STAGED`": lambda m: m.on_frame(3, frame("STAGED")),
+    "the last `COMMITTED`": lambda m: m.on_frame(3, frame("COMMITTED")),
+    "`FAILED`": lambda m: m.on_frame(1, frame("FAILED")),
+    "`ABORT`": lambda m: m.on_frame(1, frame("ABORT")),
+    "`SHUTDOWN`": lambda m: m.on_frame(1, frame("SHUTDOWN")),
+    "own failure": lambda m: m.abort("a test"),
+    "leaving": lambda m: m.shutdown(),
+}
+MEMBER = {
+    "begin": lambda m: m.begin(2, b"", call=1),
+    "`BEGIN`": lambda m: m.on_frame(frame("BEGIN")),
+    "`RELEASE`": lambda m: m.on_frame(frame("RELEASE")),
+    "`DONE`": lambda m: m.on_frame(frame("DONE")),
+    "`ABORT`": lambda m: m.on_frame(frame("ABORT")),
+    "`SHUTDOWN`": lambda m: m.on_frame(frame("SHUTDOWN")),
+    "own failure": lambda m: m.on_failure("a test"),
+}
+MACHINES = {
+    "### The daemon (`InferenceSession`)": (daemon, DAEMON),
+    "### Trainer rank 0 (`Coordinator`)": (coordinator, COORDINATOR),
+    "### Other trainer ranks (`Member`)": (member, MEMBER),
+}
+
+
+def describe(actions) -> str:
+    names = [f"Send {a.frame.opcode.name}" if isinstance(a, Send) else type(a).__name__ for a in actions]
+    return ", ".join(names) or "-"
+
+
+@pytest.mark.parametrize("heading", MACHINES)
+def test_state_tables(heading):
+    """Every row is played on the real machine."""
+    make, events = MACHINES[heading]
+    (rows,) = tables(section("docs/protocol.md", heading))
+    assert {row["event"] for row in rows} == set(events)
+    named = {row["state"] for row in rows} - {"any"}
+    for row in rows:
+        states = sorted(named) if row["state"] == "any" else [row["state"]]
+        for state in states:
+            alone = {"trainers": 1} if row["event"] == "begin, alone" else {}
+            machine = make(State[state], **alone)
+            actions = events[row["event"]](machine)
+            got = (state, row["event"], machine.state.name, describe(actions))
+            assert got == (state, row["event"], row["next"], row["actions"])
+
+
+def test_every_state_is_in_a_table():
+    named = set()
+    for heading in MACHINES:
+        for row in tables(section("docs/protocol.md", heading))[0]:
+            named |= {row["state"], row["next"]}
+    assert named - {"any"} == {state.name for state in State}
+
+
+# --- operations.md -----------------------------------------------------------------------------------
+
+
+def test_every_exception_and_exit_code_is_explained():
+    (rows,) = tables(section("docs/operations.md", "## Errors"))
+    defined = {
+        name
+        for name, kind in vars(errors).items()
+        if isinstance(kind, type) and issubclass(kind, errors.BridgeError) and kind is not errors.BridgeError
+    }
+    assert {row["exception"].strip("`") for row in rows} == defined
+    (codes,) = tables(section("docs/operations.md", "## Exit codes of `python -m bridge.launch`"))
+    listed = set(re.findall(r"^  (\d+(?:\+n)?) ", arguments.EPILOG, re.MULTILINE))
+    assert {row["code"].replace(" ", "") for row in codes} == listed
+
+
+def test_every_variable_is_explained():
+    pattern = re.compile(
+        r"""["']((?:BRIDGE|VLLM|SLURM|NUM|HF|XDG)_[A-Z_]+|LOGDIR|RANK|WORLD_SIZE|LOCAL_RANK)["']"""
+    )
+    sources = [p for room in ("bridge", "vllm_patching", "launch") for p in (ROOT / room).rglob("*.py")]
+    used = {name for path in sources for name in pattern.findall(path.read_text()) if not name.endswith("_")}
+    documented = set(re.findall(r"`([A-Z_]+)`", section("docs/operations.md", "## Environment")))
+    assert used - documented == set()
+    assert {name for names in environment.VARIABLES.values() for name in names} <= documented
+
+
+def test_every_metric_is_explained():
+    code = text_of("vllm_patching/metrics.py")
+    emitted = set(re.findall(r'"(bridge_[a-z_]+)"', code)) - {"bridge_rounds"} | {"bridge_rounds_total"}
+    documented = {
+        re.match(r"`(\w+)", row["name"])[1] for row in tables(section("docs/operations.md", "## Metrics"))[0]
+    }
+    assert documented == emitted
+
+
+# --- commands ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_exist(page):
+    text = page.read_text()
+    targets = set(re.findall(r"^([a-z-]+):.*##", text_of("Makefile"), re.MULTILINE))
+    assert set(re.findall(r"(?:^    |`)make ([a-z-]+)", text, re.MULTILINE)) <= targets
+    for words in re.findall(r"python -m bridge\.launch ([a-z][^`\n|]*)", text):
+        command, *own = words.split(" -- ")[0].split()
+        used = {word.partition("=")[0] for word in own if word.startswith("--")} - {"--"}
+        assert used <= flags_of(command), words
+
+
+def test_flags_named_anywhere_exist():
+    """A flag of ours in the text is one of the command line's, or says whose it is by standing here."""
+    foreign = {
+        "--port", "--tensor-parallel-size", "--max-model-len", "--enforce-eager", "--load-format", "--nodes",
+        "--enable-eplb", "--enable-sleep-mode", "--nproc-per-node", "--shm-size", "--signal", "--no-kill",
+        "--partition", "--steps",
+    }  # fmt: skip
+    own = {
+        flag
+        for command in ("serve", "demo", "check", "status", "export-mapping")
+        for flag in flags_of(command)
+    }
+    named = {flag for page in PAGES for flag in re.findall(r"--[a-z][a-z-]+", page.read_text())}
+    assert named - own - foreign - {"--version"} == set()
+
+
+def test_documented_defaults():
+    documented = {
+        "BRIDGE_CONNECT_TIMEOUT_S": "connect_timeout_s",
+        "BRIDGE_COMMIT_TIMEOUT_S": "commit_timeout_s",
+    }
+    from bridge.config import BridgeConfig
+
+    rows = tables(section("docs/operations.md", "## Environment"))[0]
+    shown = {row["variable"].strip("`"): row["default"] for row in rows}
+    for variable, field in documented.items():
+        assert float(shown[variable]) == getattr(BridgeConfig(), field)
+    assert ServeOptions(model="m").rendezvous_host == "127.0.0.1"  # "loopback" in docs/assumptions.md
+
+
+def test_the_example_is_short():
+    assert len((ROOT / "examples" / "minimal_trainer.py").read_text().splitlines()) < 40

@@ -1,0 +1,49 @@
+"""What can happen to the daemon: all of it arrives in its one queue, as one of these or a crew's Report."""
+
+from __future__ import annotations
+
+import queue
+from dataclasses import dataclass
+from typing import Any
+
+from bridge.wire import rendezvous
+from bridge.wire.control import Event
+from vllm_patching.epoch import Epoch
+
+
+@dataclass(frozen=True)
+class Requested:
+    """A trainer asks to be admitted."""
+
+    request: rendezvous.Request
+
+
+@dataclass(frozen=True)
+class Heard:
+    """Something came on an epoch's control group; of an earlier epoch, it is ignored."""
+
+    epoch: Epoch
+    event: Event
+
+
+@dataclass(frozen=True)
+class Notified:
+    """Somebody announces an update file; ``reply`` takes the answer."""
+
+    path: str
+    version: int | None
+    reply: queue.Queue[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A vLLM process is gone."""
+
+    who: str
+
+
+@dataclass(frozen=True)
+class Stop:
+    """The daemon is to end."""
+
+    why: str

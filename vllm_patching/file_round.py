@@ -1,0 +1,95 @@
+"""The HTTP fallback's whole round: a version staged by the updaters from a file, then committed."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bridge.errors import BridgeError, ConfigError, TransferError
+from vllm_patching.crew import Crew, Report
+from vllm_patching.epoch import inactive_half
+from vllm_patching.events import Notified
+
+if TYPE_CHECKING:
+    from vllm_patching.daemon import Daemon
+
+logger = logging.getLogger(__name__)
+
+STAGE_FILE_TIMEOUT_S = 600.0
+
+
+def stage_file(daemon: Daemon, event: Notified) -> dict[str, Any]:
+    """Stage a version from a file and commit it; the HTTP fallback's whole round."""
+    try:
+        version = _check_notification(daemon, event)
+        assert daemon.crew is not None
+        assert daemon.registry.control is not None
+        start = time.monotonic()
+        daemon.crew.wait_all(daemon.limits.deadline_s * 2)
+        page = daemon.registry.control
+        halves = {r: {"half": inactive_half(page, r)} for r in range(daemon.crew.num_ranks)}
+        daemon.crew.order({"type": "stage_file", "path": event.path}, halves)
+        reports = _await_reports(daemon, daemon.crew)
+        flips = daemon.commit(version)
+    except BridgeError as err:
+        daemon.aborted += 1
+        daemon.last_error = str(err)
+        logger.error("update from %s: %s", event.path, err)
+        return {"type": "update_result", "ok": False, "version": daemon.version, "error": str(err)}
+    daemon.committed += 1
+    daemon.last_round = {
+        "version": version,
+        "bytes": sum(r["bytes"] for r in reports),
+        "transfer_s": max(r["seconds"] for r in reports),
+        "stage_s": time.monotonic() - start,
+        "flip_s": max(flips) / 1e9,
+        "transport": "file",
+    }
+    logger.info("version %d is live: %s", version, daemon.last_round)
+    return {"type": "update_result", "ok": True, "version": version, "error": ""}
+
+
+def _check_notification(daemon: Daemon, event: Notified) -> int:
+    if daemon.mapping is None or not daemon.registry.complete:
+        raise ConfigError("the server is not complete yet")
+    if daemon.epoch is not None:
+        raise ConfigError(
+            f"a trainer is connected by process group ({daemon.epoch.trainer}); it must use broadcast_weights"
+        )
+    allowed = daemon.args.update_dir.resolve()
+    if not Path(event.path).resolve().is_relative_to(allowed):
+        raise ConfigError(f"{event.path} is not below {allowed}; see --update-dir")
+    version = daemon.version + 1 if event.version is None else event.version
+    if version <= daemon.version:
+        raise ConfigError(f"version {version} offered, version {daemon.version} is served already")
+    return version
+
+
+def _await_reports(daemon: Daemon, crew: Crew) -> list[dict[str, Any]]:
+    """Collect one report per rank; other events wait their turn."""
+    reports: dict[int, dict[str, Any]] = {}
+    errors: list[str] = []
+    kept: list[Any] = []
+    deadline = time.monotonic() + STAGE_FILE_TIMEOUT_S
+    while len(reports) + len(errors) < crew.num_ranks:
+        try:
+            event = daemon.events.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            raise TransferError(f"updaters did not stage within {STAGE_FILE_TIMEOUT_S:g} s") from None
+        if not (isinstance(event, Report) and event.crew is crew):
+            kept.append(event)
+        elif event.message is None:
+            errors.append(f"{crew.describe(event.rank)} died")
+        elif event.message["type"] == "failed":
+            errors.append(event.message["error"])
+        else:
+            reports[event.rank] = event.message
+    for event in kept:
+        daemon.events.put(event)
+    if errors:
+        daemon.new_crew()
+        raise TransferError("\n".join(dict.fromkeys(errors)))
+    return list(reports.values())
