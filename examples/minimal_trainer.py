@@ -1,6 +1,6 @@
 """Train a causal language model, and serve every step: the shortest real loop.
 
-torchrun --nproc-per-node=2 examples/minimal_trainer.py MODEL [STEPS]     BRIDGE_LOGDIR = the server's --logdir
+BRIDGE_LOGDIR=LOGDIR torchrun --nproc-per-node=2 examples/minimal_trainer.py MODEL [STEPS]
 """
 
 import sys

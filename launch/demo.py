@@ -2,9 +2,8 @@
 
 Builds a small random language model that babbles syllables, serves it with the real vLLM under the bridge,
 and trains it with two FSDP2 ranks on completions that vLLM generated: a syllable with the vowel "a" is worth
-one point. Streaming
-requests stay in flight across every swap. At the end a fresh, unpatched vLLM is started from
-the trained checkpoint, and must give the very tokens and logprobs that the live server gave.
+one point. Streaming requests stay in flight across every swap. At the end a fresh, unpatched vLLM is started
+from the trained checkpoint, and must give the very tokens and logprobs that the live server gave.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ wait_for() {
     while :; do
         for pid in "$@"; do
             if ! kill -0 "$pid" 2>/dev/null; then
+                # shellcheck disable=SC2034 # read by the scripts
                 code=0 ended=$pid
                 wait "$pid" || code=$?
                 return

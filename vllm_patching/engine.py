@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 from vllm_patching import compat
@@ -24,27 +25,34 @@ logger = logging.getLogger(__name__)
 
 IDLE_COMMIT_TIMEOUT_S = 30.0
 
+Wrapped = Callable[..., Any]
+
 
 class EngineBridge:
     """Stamps, labels and salts for one engine core; lives in its busy loop's thread."""
 
-    def __init__(self, engine: Any, control: ControlPage, *, salted: bool) -> None:
+    def __init__(self, engine: Any, *, salted: bool) -> None:
         self.engine = engine
-        self.control = control
+        self.control: ControlPage | None = None
         self.version = 0
-        self._salted = salted
+        self.salted = salted
 
     def stamp(self, scheduler_output: Any) -> None:
         """Mark one batch with the version it runs under; workers flip where that is new to them."""
         scheduler_output.bridge_commit = self.version
 
+    @property
+    def requested(self) -> int:
+        """The version the daemon wants live; ours until it has answered."""
+        return self.version if self.control is None else self.control.requested
+
     def adopt(self) -> None:
         """Take up a newly requested version, before a batch is scheduled."""
-        requested = self.control.requested
+        requested = self.requested
         if requested <= self.version:
             return
         self.version = requested
-        if self._salted:
+        if self.salted:
             for request in compat.waiting_requests(self.engine.scheduler):
                 self.salt(request)
 
@@ -61,7 +69,7 @@ class EngineBridge:
 
     def commit_if_idle(self) -> None:
         """Commit by RPC when no batch will carry the stamp; runs in the busy loop, between steps."""
-        if self.control.requested <= self.version or not compat.will_not_step(self.engine):
+        if self.requested <= self.version or not compat.will_not_step(self.engine):
             return
         self.adopt()
         self.engine.model_executor.collective_rpc(
@@ -76,50 +84,61 @@ def attach(engine: Any) -> None:
     Raises:
         BridgeError: the daemon cannot be reached.
     """
-    parallel = engine.vllm_config.parallel_config
+    salted = os.environ.get("BRIDGE_PREFIX_CACHE", "salt") == "salt"
+    bridge = EngineBridge(engine, salted=salted)
+    _hook(engine, bridge)
+    world_size = engine.vllm_config.parallel_config.world_size
     hello = {
         "type": "engine",
-        "world_size": parallel.world_size,
-        "hooks": {"schedule": True, "update_from_output": True, "add_request": True, "wake": True},
+        "world_size": world_size,
+        "hooks": {
+            "schedule": compat.is_wrapped(engine.scheduler.schedule),
+            "update_from_output": compat.is_wrapped(engine.scheduler.update_from_output),
+            "handle_client_request": compat.is_wrapped(engine._handle_client_request),
+            "add_request": compat.is_wrapped(engine.add_request),
+        },
     }
     registration = Registration(hello, who="vLLM engine core")
-    salted = os.environ.get("BRIDGE_PREFIX_CACHE", "salt") == "salt"
-    control = registration.connect()
-    bridge = EngineBridge(engine, control, salted=salted)
-    _hook_scheduler(engine, bridge)
+    bridge.control = registration.connect()
     registration.exit_with_parent = True
     registration.on_wake = lambda: engine.input_queue.put_nowait(compat.wake_request())
     registration.watch()
-    logger.info(
-        "engine core hooked: %d rank(s), prefix cache %s", parallel.world_size, "salted" if salted else "kept"
-    )
+    logger.info("engine core hooked: %d rank(s), prefix cache %s", world_size, "salted" if salted else "kept")
 
 
-def _hook_scheduler(engine: Any, bridge: EngineBridge) -> None:
-    scheduler = engine.scheduler
-    schedule, update = scheduler.schedule, scheduler.update_from_output
-    handle, add = engine._handle_client_request, engine.add_request
+def _hook(engine: Any, bridge: EngineBridge) -> None:
+    def make_schedule(schedule: Wrapped) -> Wrapped:
+        def stamped_schedule(*args: Any, **kwargs: Any) -> Any:
+            bridge.adopt()
+            scheduler_output = schedule(*args, **kwargs)
+            bridge.stamp(scheduler_output)
+            return scheduler_output
 
-    def stamped_schedule(*args: Any, **kwargs: Any) -> Any:
-        bridge.adopt()
-        scheduler_output = schedule(*args, **kwargs)
-        bridge.stamp(scheduler_output)
-        return scheduler_output
+        return stamped_schedule
 
-    def labelled_update(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        bridge.label(scheduler_output)
-        return update(scheduler_output, *args, **kwargs)
+    def make_update(update: Wrapped) -> Wrapped:
+        def labelled_update(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            bridge.label(scheduler_output)
+            return update(scheduler_output, *args, **kwargs)
 
-    def handle_client_request(request_type: Any, request: Any) -> None:
-        handle(request_type, request)
-        bridge.commit_if_idle()
+        return labelled_update
 
-    def salted_add(request: Any, *args: Any, **kwargs: Any) -> Any:
-        if bridge._salted:
-            bridge.salt(request)
-        return add(request, *args, **kwargs)
+    def make_handle(handle: Wrapped) -> Wrapped:
+        def handle_client_request(*args: Any, **kwargs: Any) -> None:
+            handle(*args, **kwargs)
+            bridge.commit_if_idle()
 
-    scheduler.schedule = stamped_schedule
-    scheduler.update_from_output = labelled_update
-    engine._handle_client_request = handle_client_request
-    engine.add_request = salted_add
+        return handle_client_request
+
+    def make_add(add: Wrapped) -> Wrapped:
+        def salted_add(request: Any, *args: Any, **kwargs: Any) -> Any:
+            if bridge.salted:
+                bridge.salt(request)
+            return add(request, *args, **kwargs)
+
+        return salted_add
+
+    compat.wrap(engine.scheduler, "schedule", make_schedule)
+    compat.wrap(engine.scheduler, "update_from_output", make_update)
+    compat.wrap(engine, "_handle_client_request", make_handle)
+    compat.wrap(engine, "add_request", make_add)

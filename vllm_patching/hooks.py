@@ -26,6 +26,7 @@ Wrapped = Callable[..., Any]
 def install() -> None:
     """Wrap everything above in this process, each right after its module is first imported."""
     compat.when_imported(compat.LINEAR_MODULE, compat.keep_linear_weights_live)
+    compat.when_imported(compat.RETIE_MODULE, compat.keep_embeddings_apart)
     compat.when_imported(compat.CPU_PLATFORM_MODULE, compat.prefer_unpacked_mla)
     compat.when_imported(compat.LOADER_MODULE, _hook_loader)
     compat.when_imported(compat.WORKER_MODULE, _hook_worker)

@@ -172,6 +172,11 @@ def find_homes(loaded: Loaded) -> list[Home]:
     for name, tensor in loaded.model.named_parameters():
         if tensor.numel() > 1 and _storage_key(tensor) not in kept | traced and name not in loaded.names:
             faults.append(f"{name} {tuple(tensor.shape)} was derived from weights after loading")
+    merged: dict[int, Home] = {}
+    for home in homes:
+        other = merged.setdefault(home.live.data_ptr(), home)
+        if _storage_key(other.raw) != _storage_key(home.raw):
+            faults.append(f"{other.name} and {home.name} were merged into one memory after loading")
     if faults:
         listing = "\n  ".join(faults)
         raise MappingError(
@@ -198,8 +203,9 @@ def _find_home(
         if torch.equal(packed.view(torch.uint8), now.detach().contiguous().flatten().view(torch.uint8)):
             return Home(name, now.detach(), old, transform)
         return f"{name}: transform {transform} does not reproduce what vLLM made of it"
-    if now.shape == old.shape and now.dtype == old.dtype and torch.equal(now, old):
-        return Home(name, now.detach(), now.detach(), "")
+    same_layout = now.shape == old.shape and now.stride() == old.stride() and now.dtype == old.dtype
+    if same_layout and torch.equal(now, old):
+        return Home(name, now.detach(), old, "")
     return f"{name} {tuple(old.shape)} {old.dtype} was repacked to {tuple(now.shape)} {now.dtype}"
 
 

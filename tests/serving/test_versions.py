@@ -16,7 +16,7 @@ import pytest
 
 from tests.support.serving import Api, Server, Trainers, serving, serving_together, training, wait_until
 
-pytestmark = [pytest.mark.serving, pytest.mark.timeout(400, method="signal")]
+pytestmark = [pytest.mark.serving, pytest.mark.timeout(900, method="signal")]
 
 F32 = ["--dtype=float32"]
 TP2 = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}

@@ -126,9 +126,23 @@ class Trainer:
         bridge.close()
         return {}
 
+    def measured_broadcast(self) -> dict[str, Any]:
+        """One blocking broadcast; how far resident memory rose above what it was before it."""
+        import bridge
+
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        before = _status_bytes("VmRSS")
+        bridge.broadcast_weights(self.model)
+        return {"peak_above_bytes": max(0, _status_bytes("VmHWM") - before)}
+
     def memory(self) -> dict[str, Any]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {"peak_bytes": peak}
+
+
+def _status_bytes(field: str) -> int:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    return int(line.split()[1]) * 1024
 
 
 def main() -> None:

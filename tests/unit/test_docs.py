@@ -220,6 +220,7 @@ MEMBER = {
     "`ABORT`": lambda m: m.on_frame(frame("ABORT")),
     "`SHUTDOWN`": lambda m: m.on_frame(frame("SHUTDOWN")),
     "own failure": lambda m: m.on_failure("a test"),
+    "leaving": lambda m: m.leave(),
 }
 MACHINES = {
     "### The daemon (`InferenceSession`)": (daemon, DAEMON),

@@ -1,0 +1,264 @@
+"""SIGKILL of everybody, each in the middle of a round: who survives says who died, and the old version is served.
+
+A round is held in the middle by stopping (SIGSTOP) the updater before the broadcast: the trainer is moving bytes,
+the daemon waits for "staged", the engine serves.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.support.serving import Server, Trainers, alive, serving, training, wait_until
+from vllm_patching import residue
+
+pytestmark = [pytest.mark.faults, pytest.mark.serving, pytest.mark.timeout(600, method="signal")]
+
+DEADLINE_S = 5.0
+TIMES = [f"--deadline={DEADLINE_S:g}", "--heartbeat-interval=0.5"]
+# After its peer's deadline a trainer spends a few seconds asking for the root cause; the rest is a busy machine.
+PATIENCE_S = 3 * DEADLINE_S + 10
+# A worker process of its own, and with it vLLM's message queues in /dev/shm, even for one rank.
+FLAGS = ["--dtype=float32", "--distributed-executor-backend=mp"]
+ENV = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+
+
+def start(model: Path, logdir: Path) -> Any:
+    return serving(model, logdir, flags=FLAGS, bridge_flags=TIMES, env=ENV)
+
+
+def greedy(server: Server) -> list[dict[str, Any]]:
+    return server.api.greedy(2, 16)
+
+
+class Held:
+    """A round that stands in the middle, and its updater's pid."""
+
+    def __init__(self, server: Server, trainers: Trainers) -> None:
+        self.server, self.trainers = server, trainers
+        self.before = server.status()
+        assert self.before["state"] == "ready", self.before
+        assert self.before["trainer"], "the first round must have been made: this one must not stand in the meeting"
+        (self.updater,) = self.before["pids"]["updaters"]
+        os.kill(self.updater, signal.SIGSTOP)
+        trainers.send("broadcast")
+        wait_until("a round in the middle", lambda: server.status()["state"] == "round", timeout_s=30)
+        self.since = time.monotonic()
+
+    def kill(self, pid: int, *, number: int = signal.SIGKILL) -> None:
+        """End ``pid``, and let the updater go on where it stood."""
+        os.kill(pid, number)
+        self.release()
+
+    def release(self) -> None:
+        if alive(self.updater):
+            os.kill(self.updater, signal.SIGCONT)
+
+    def errors(self, *, survivors: list[int] | None = None) -> list[str]:
+        """The error that every surviving trainer rank raises, within the deadline."""
+        answers = self.trainers.answers(timeout_s=PATIENCE_S)
+        chosen = range(len(answers)) if survivors is None else survivors
+        assert all("error" in answers[rank] for rank in chosen), answers
+        assert time.monotonic() - self.since < PATIENCE_S
+        return [answers[rank]["error"] for rank in chosen]
+
+
+@pytest.fixture(scope="module")
+def sets(checkpoint: Callable[..., Path]) -> list[Path]:
+    return [checkpoint("qwen3", "float32", seed) for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def node(sets: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """A server that survives what is done to its trainers, daemon and updaters."""
+    with start(sets[0], tmp_path_factory.mktemp("node")) as server:
+        yield SimpleNamespace(server=server, sets=sets)
+
+
+def begin(node: SimpleNamespace, trainers: Trainers) -> list[dict[str, Any]]:
+    """Make one good round of set 0; what is served then."""
+    trainers.must("load", path=str(node.sets[0]))
+    trainers.must("broadcast")
+    served = greedy(node.server)
+    trainers.must("load", path=str(node.sets[1]))
+    return served
+
+
+def assert_old_version(node: SimpleNamespace, held: Held, served: list[dict[str, Any]], *names: str) -> None:
+    """The round ended, the daemon says why, and the old version is served whole."""
+    server = node.server
+    wait_until("the round to end", lambda: server.status()["trainer"] is None, timeout_s=PATIENCE_S)
+    status = server.status()
+    assert status["state"] == "ready"
+    assert status["weight_version"] == held.before["weight_version"]
+    for name in names:
+        assert name in status["last_error"], status["last_error"]
+    assert greedy(server) == served
+
+
+def assert_next_round_works(node: SimpleNamespace, trainers: Trainers, held: Held) -> None:
+    """A new epoch commits the next version, and it is another one."""
+    old = greedy(node.server)
+    trainers.must("load", path=str(node.sets[1]))
+    (receipt, *_) = trainers.must("broadcast")
+    assert receipt["version"] > held.before["weight_version"]
+    status = node.server.status()
+    assert status["weight_version"] == receipt["version"]
+    assert greedy(node.server) != old
+
+
+def test_trainer_rank_0(node):
+    with training("plain", node.sets[0], logdir=node.server.logdir, dtype="float32") as trainers:
+        served = begin(node, trainers)
+        held = Held(node.server, trainers)
+        held.kill(trainers.pids()[0])
+        assert_old_version(node, held, served, "trainer rank 0", f"pid {trainers.pids()[0]}")
+        assert trainers.answers() == [{"died": -signal.SIGKILL}]
+    with training("plain", node.sets[0], logdir=node.server.logdir, dtype="float32") as restarted:
+        assert_next_round_works(node, restarted, held)
+        assert node.server.status()["epoch"] == held.before["epoch"] + 1
+        restarted.must("close")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_of_two_trainer_ranks(node, victim):
+    with training("ddp", node.sets[0], logdir=node.server.logdir, dtype="float32", ranks=2) as trainers:
+        served = begin(node, trainers)
+        held = Held(node.server, trainers)
+        held.kill(trainers.pids()[victim])
+        (error,) = held.errors(survivors=[1 - victim])
+        assert f"trainer rank {victim}" in error
+        assert f"pid {trainers.pids()[victim]}" in error
+        assert_old_version(node, held, served, f"trainer rank {victim}", f"pid {trainers.pids()[victim]}")
+        for process in trainers.processes:  # the default group of the survivor is broken: it has no orderly end
+            process.kill()
+
+
+def test_updater(node):
+    with training("plain", node.sets[0], logdir=node.server.logdir, dtype="float32") as trainers:
+        served = begin(node, trainers)
+        held = Held(node.server, trainers)
+        held.kill(held.updater)
+        (error,) = held.errors()
+        assert f"updater of rank 0 (pid {held.updater}" in error
+        assert_old_version(node, held, served, f"updater of rank 0 (pid {held.updater}")
+        assert_next_round_works(node, trainers, held)
+        trainers.must("close")
+
+
+def test_daemon(node):
+    server = node.server
+    with training("plain", node.sets[0], logdir=server.logdir, dtype="float32") as trainers:
+        served = begin(node, trainers)
+        held = Held(server, trainers)
+        daemon = held.before["pids"]["daemon"]
+        held.kill(daemon)
+        (error,) = held.errors()
+        assert "weight-updater daemon" in error
+        assert f"pid {daemon}" in error
+        assert greedy(server) == served, "serving must not need the daemon"
+        wait_until("the daemon to be back", lambda: server.status()["state"] == "ready", timeout_s=90)
+        console = server.text()
+        assert f"daemon (pid {daemon}) was killed by SIGKILL; restarting it" in console
+        status = server.status()
+        assert status["pids"]["daemon"] != daemon
+        assert status["weight_version"] == held.before["weight_version"]
+        assert greedy(server) == served
+        assert not alive(held.updater)
+        assert_next_round_works(node, trainers, held)  # the same trainer process, without a further call
+        trainers.must("close")
+
+
+def test_a_silent_trainer_ends_the_round_not_the_server(node):
+    with training("plain", node.sets[0], logdir=node.server.logdir, dtype="float32") as trainers:
+        served = begin(node, trainers)
+        held = Held(node.server, trainers)
+        (pid,) = trainers.pids()
+        held.kill(pid, number=signal.SIGSTOP)
+        try:
+            assert_old_version(node, held, served, "trainer rank 0", f"pid {pid}")
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        held.errors()
+        assert_next_round_works(node, trainers, held)
+        trainers.must("close")
+
+
+def test_a_second_trainer_is_refused(node):
+    with training("plain", node.sets[0], logdir=node.server.logdir, dtype="float32") as first:
+        begin(node, first)
+        with training("plain", node.sets[0], logdir=node.server.logdir, dtype="float32") as second:
+            (answer,) = second.command("broadcast")
+            assert answer["type"] == "RendezvousRefused"
+            assert "another trainer is connected" in answer["error"]
+            assert f"rank 0 pid {first.pids()[0]}" in answer["error"]
+            (receipt,) = first.must("broadcast")  # and the first has not noticed
+            assert node.server.status()["weight_version"] == receipt["version"]
+            first.must("close")
+            wait_until("the first to leave", lambda: node.server.status()["trainer"] is None, timeout_s=10)
+            second.must("broadcast")
+            second.must("close")
+
+
+# --- whose death is the server's end -----------------------------------------------------------------------
+
+
+def api_server(server: Server, status: dict[str, Any]) -> int:
+    """vLLM is the launcher's child that is not the daemon."""
+    children = psutil.Process(server.process.pid).children()
+    (pid,) = [c.pid for c in children if "api_server" in " ".join(c.cmdline())]
+    assert pid != status["pids"]["daemon"]
+    return pid
+
+
+VICTIMS: dict[str, Callable[[Server, dict[str, Any]], int]] = {
+    "worker": lambda _, status: int(status["pids"]["workers"][0]),
+    "engine": lambda _, status: int(status["pids"]["engine"]),
+    "api_server": api_server,
+    "launcher": lambda server, _: server.process.pid,
+}
+# What the launcher's console (or for its own death the daemon's log) must say; {pid} is the victim's.
+SAID = {
+    "worker": ["vllm (pid", "vLLM worker rank 0 (pid {pid}"],
+    "engine": ["vllm (pid", "vLLM engine core (pid {pid}"],
+    "api_server": ["vllm (pid {pid}) was killed by SIGKILL"],
+    "launcher": [],
+}
+
+
+@pytest.mark.parametrize("victim", list(VICTIMS))
+def test_the_server_ends_with(victim, sets, tmp_path, runtime_dir):
+    shm_before, runs_before = set(residue.SHM_DIR.iterdir()), set(runtime_dir.iterdir())
+    logdir = tmp_path / "logs"
+    with start(sets[0], logdir) as server, training("plain", sets[0], logdir=logdir, dtype="float32") as trainers:
+        served = begin(SimpleNamespace(server=server, sets=sets), trainers)
+        tree = server.pids()
+        held = Held(server, trainers)
+        assert greedy(server) == served  # in the middle of the round
+        pid = VICTIMS[victim](server, held.before)
+        held.kill(pid)
+        (error,) = held.errors()
+        if victim in ("worker", "engine"):
+            assert f"(pid {pid}" in error, error
+        else:
+            assert "daemon" in error or "vLLM" in error, error
+        code = server.process.wait(90)
+        assert code == -signal.SIGKILL if victim == "launcher" else code not in (0, -signal.SIGKILL)
+        wait_until(
+            f"the end of {[p for p in tree if alive(p)]}", lambda: not any(map(alive, tree)), timeout_s=60
+        )
+        for words in SAID[victim]:
+            assert words.format(pid=pid) in server.text()
+        wait_until("its run directory to go", lambda: set(runtime_dir.iterdir()) <= runs_before, timeout_s=10)
+        left = {path for path in set(residue.SHM_DIR.iterdir()) - shm_before if path.exists()}
+        assert not left - residue.snapshot(psutil.pids()), "shared memory left behind"
+        (answer,) = trainers.command("broadcast", timeout_s=PATIENCE_S + 60)
+        assert answer["type"] in ("RendezvousError", "MappingError"), answer
