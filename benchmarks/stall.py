@@ -1,6 +1,7 @@
 """What a swap costs a server that is generating, beside vLLM's own reload and an unpatched vLLM, in one run.
 
-A Qwen3-0.6B shape (untied, about 1.2 GB in bfloat16, random weights) on the CPU; a few streams decode all the time.
+A Qwen3-0.6B shape (untied, about 1.2 GB in bfloat16, random weights) on the CPU; a few streams decode
+all the time.
 
 1. Unpatched vLLM: tokens per second; then ``reload_weights`` from disk, several times.
 2. The bridge: tokens per second without updates; then updates at a steady pace.
@@ -39,9 +40,16 @@ def build_model(path: Path, vocab: int) -> int:
 
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=vocab, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128, max_position_embeddings=2048, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=vocab,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+    )
     torch.set_default_dtype(torch.bfloat16)
     model = Qwen3ForCausalLM(config)
     torch.set_default_dtype(torch.float32)
@@ -102,7 +110,9 @@ def around(load: Load, events: list[tuple[float, float]], median: float) -> list
     """Per event (start, end), the longest gap that overlaps it, minus the median gap; seconds."""
     stalls = []
     for start, end in events:
-        touching = [length for begin, length in load.gaps(start, end + 10) if begin <= end and begin + length >= start]
+        touching = [
+            length for begin, length in load.gaps(start, end + 10) if begin <= end and begin + length >= start
+        ]
         stalls.append(max(touching, default=0.0) - median)
     return stalls
 
@@ -111,7 +121,14 @@ def spread(values: list[float]) -> dict[str, float]:
     """Quantiles in milliseconds."""
     ordered = sorted(values)
     pick = lambda q: round(1e3 * ordered[min(len(ordered) - 1, int(q * len(ordered)))], 3)  # noqa: E731
-    return {"n": len(ordered), "min": pick(0), "p50": pick(0.5), "p90": pick(0.9), "p99": pick(0.99), "max": pick(1)}
+    return {
+        "n": len(ordered),
+        "min": pick(0),
+        "p50": pick(0.5),
+        "p90": pick(0.9),
+        "p99": pick(0.99),
+        "max": pick(1),
+    }
 
 
 def unpatched(model: Path, root: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -135,9 +152,12 @@ def unpatched(model: Path, root: Path, args: argparse.Namespace) -> dict[str, An
         stalls = around(load, events, median)
         load.stop()
         return {
-            "tokens_per_s": rate, "median_gap_ms": median * 1e3, "failures": load.failures,
-            "reload_call_ms": [1e3 * (b - a) for a, b in events], "reload_stall_ms": [1e3 * s for s in stalls],
-        }  # fmt: skip
+            "tokens_per_s": rate,
+            "median_gap_ms": median * 1e3,
+            "failures": load.failures,
+            "reload_call_ms": [1e3 * (b - a) for a, b in events],
+            "reload_stall_ms": [1e3 * s for s in stalls],
+        }
 
 
 def bridged(model: Path, root: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -169,13 +189,17 @@ def bridged(model: Path, root: Path, args: argparse.Namespace) -> dict[str, Any]
         stalls = around(load, events, median)
         inside = [length for begin, length in load.gaps(update_start, update_end)]
         result = {
-            "tokens_per_s_between_updates": quiet, "tokens_per_s_while_updating": load.rate(update_start, update_end),
-            "median_gap_ms": median * 1e3, "failures": load.failures,
-            "flip_ms": [1e3 * r["flip_s"] for r in receipts], "swap_stall_ms": [1e3 * s for s in stalls],
-            "gaps_quiet_ms": spread(quiet_gaps), "gaps_while_updating_ms": spread(inside),
+            "tokens_per_s_between_updates": quiet,
+            "tokens_per_s_while_updating": load.rate(update_start, update_end),
+            "median_gap_ms": median * 1e3,
+            "failures": load.failures,
+            "flip_ms": [1e3 * r["flip_s"] for r in receipts],
+            "swap_stall_ms": [1e3 * s for s in stalls],
+            "gaps_quiet_ms": spread(quiet_gaps),
+            "gaps_while_updating_ms": spread(inside),
             "gaps_at_swaps_ms": spread([s + median for s in stalls]),
             "stage_ms_under_load": [1e3 * r["stage_s"] for r in receipts],
-        }  # fmt: skip
+        }
         load.stop()
         result["idle"] = idle_rounds(trainers, args)
         return result
@@ -191,13 +215,15 @@ def idle_rounds(trainers: Any, args: argparse.Namespace) -> dict[str, Any]:
         trainers.must("wait")
     blocking = statistics.median(r["seconds"] for r in receipts)
     return {
-        "transport": receipts[0]["transport"], "bytes": receipts[0]["bytes"],
-        "stage_ms": [1e3 * r["stage_s"] for r in receipts], "broadcast_ms": [1e3 * r["seconds"] for r in receipts],
+        "transport": receipts[0]["transport"],
+        "bytes": receipts[0]["bytes"],
+        "stage_ms": [1e3 * r["stage_s"] for r in receipts],
+        "broadcast_ms": [1e3 * r["seconds"] for r in receipts],
         "gigabytes_per_s": statistics.median(r["bytes"] / r["stage_s"] / 1e9 for r in receipts),
         "non_blocking_call_ms": [1e3 * c for c in calls],
         "non_blocking_share_of_blocking": statistics.median(calls) / blocking,
         "trainer_peak_above_model_bytes": memory["peak_above_bytes"],
-    }  # fmt: skip
+    }
 
 
 def by_gloo(model: Path, root: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -266,16 +292,24 @@ def main() -> int:
         ours = bridged(root / "model", root, args)
         gloo = by_gloo(root / "model", root, args)
         bare = bare_gloo(nbytes, args.idle_rounds)
-    swap_stall, reload_stall = statistics.median(ours["swap_stall_ms"]), statistics.median(plain["reload_stall_ms"])
+    swap_stall, reload_stall = (
+        statistics.median(ours["swap_stall_ms"]),
+        statistics.median(plain["reload_stall_ms"]),
+    )
     bare_rate = nbytes / statistics.median(bare) / 1e9
     document = {
-        "what": __doc__.splitlines()[0] if __doc__ else "", "command": sys.argv, "machine": machine(),
+        "what": __doc__.splitlines()[0] if __doc__ else "",
+        "command": sys.argv,
+        "machine": machine(),
         "model_bytes": nbytes,
         "summary": {
-            "flip_ms_median": statistics.median(ours["flip_ms"]), "swap_stall_ms_median": swap_stall,
-            "reload_stall_ms_median": reload_stall, "reload_to_swap": reload_stall / max(swap_stall, 1e-3),
+            "flip_ms_median": statistics.median(ours["flip_ms"]),
+            "swap_stall_ms_median": swap_stall,
+            "reload_stall_ms_median": reload_stall,
+            "reload_to_swap": reload_stall / max(swap_stall, 1e-3),
             "tokens_per_s_share_of_unpatched": ours["tokens_per_s_between_updates"] / plain["tokens_per_s"],
-            "bare_gloo_gb_per_s": bare_rate, "pull_share_of_bare_gloo": ours["idle"]["gigabytes_per_s"] / bare_rate,
+            "bare_gloo_gb_per_s": bare_rate,
+            "pull_share_of_bare_gloo": ours["idle"]["gigabytes_per_s"] / bare_rate,
             "gloo_share_of_bare_gloo": gloo["gigabytes_per_s"] / bare_rate,
             "non_blocking_share_of_blocking": ours["idle"]["non_blocking_share_of_blocking"],
             "trainer_peak_above_model_mib": {
@@ -283,8 +317,11 @@ def main() -> int:
                 "gloo": gloo["trainer_peak_above_model_bytes"] / 2**20,
             },
         },
-        "unpatched": plain, "bridge": ours, "gloo": gloo, "bare_gloo_s": bare,
-    }  # fmt: skip
+        "unpatched": plain,
+        "bridge": ours,
+        "gloo": gloo,
+        "bare_gloo_s": bare,
+    }
     sys.stdout.write(json.dumps(document["summary"], indent=1) + "\n")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -294,7 +331,11 @@ def main() -> int:
 
 def machine() -> str:
     """The processor's name and the number of cores this process may use."""
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     return f"{names[0] if names else 'unknown'}, {len(os.sched_getaffinity(0))} cores"
 
 

@@ -142,12 +142,12 @@ def meet(
 
 
 def _peers(meeting: Meeting, ranks: Ranks, answer: rendezvous.Answer, place: Rendezvous) -> dict[int, str]:
-    if ranks.rank != 0:
-        return {0: "trainer rank 0"}
     names = {}
-    for rank in range(1, ranks.world_size):
+    for rank in range(1, ranks.world_size) if ranks.rank == 0 else (0,):
         where = meeting.whereabouts(rank)
         names[rank] = f"trainer rank {rank} (pid {where.pid} on {where.host})"
+    if ranks.rank != 0:
+        return names
     for index in range(answer.num_daemons):
         pid = answer.daemon_pid
         names[ranks.world_size + index] = f"the weight-updater daemon (pid {pid} at {place.host})"

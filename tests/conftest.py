@@ -18,14 +18,21 @@ import pytest
 from vllm_patching import residue
 
 PR_SET_CHILD_SUBREAPER = 36
+CLONE_NEWNS = 0x20000
+MS_REC, MS_PRIVATE = 0x4000, 0x40000
 SETTLE_S = 5.0
 
 
 @pytest.fixture(scope="session", autouse=True)
 def runtime_dir() -> Iterator[Path]:
     """Run directories of every launcher that a test starts go here, so that one left over is surely ours."""
+    libc = ctypes.CDLL(None, use_errno=True)
     # Orphans of a killed launcher become our children instead of init's: they cannot hide from the check.
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    # A /dev/shm of our own where we may have one: what is left there was certainly left by these tests.
+    if libc.unshare(CLONE_NEWNS) == 0:
+        libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None)
+        libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, b"mode=1777")
     directory = Path(tempfile.mkdtemp(prefix="vbt-"))
     before = os.environ.get("XDG_RUNTIME_DIR")
     os.environ["XDG_RUNTIME_DIR"] = str(directory)
@@ -57,7 +64,8 @@ def _leaks(children: set[int], threads: set[threading.Thread], shm: set[Path], r
     leaks = [f"process {pid}: {what[:200]}" for pid, what in _children().items() if pid not in children]
     new_threads = [t for t in threading.enumerate() if t not in threads and not t.daemon]
     leaks += [f"thread {t.name}" for t in new_threads if not t.name.startswith("pytest_timeout")]
-    # Files that a living process maps are another job's: none of ours lives any more, or it is listed above.
+    # Where /dev/shm is shared, files that a living process maps are another job's: none of ours lives any
+    # more, or it is listed above.
     new = {path for path in _shared_memory() - shm if path.exists() and path.stat().st_uid == os.geteuid()}
     mapped = residue.snapshot(psutil.pids()) if new else set()
     leaks += [f"shared memory {path}" for path in sorted(new - mapped)]
@@ -80,4 +88,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say at the very end, in red, how much was not tested."""
     skipped = terminalreporter.stats.get("skipped", [])
     if skipped:
-        terminalreporter.write_sep("!", f"{len(skipped)} SKIPPED: what they cover was NOT tested here", red=True)
+        terminalreporter.write_sep(
+            "!", f"{len(skipped)} SKIPPED: what they cover was NOT tested here", red=True
+        )

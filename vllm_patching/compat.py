@@ -145,15 +145,29 @@ def keep_linear_weights_live(module: ModuleType) -> None:
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def dispatch(layer: nn.Module, remove_weight: bool) -> None:
-            weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+            weight = cast(torch.Tensor, layer.weight)
             if weight.is_meta or weight.ndim != 2 or weight.device.type != "cpu":
                 original(layer, remove_weight)
                 return
-            layer.cpu_linear = nn.functional.linear  # type: ignore[assignment]
+            packs = weight.dtype is torch.float32 and getattr(module.ops, "_supports_onednn", False)
+            layer.cpu_linear = _onednn_linear if packs else nn.functional.linear  # type: ignore[assignment]
 
         return dispatch
 
     wrap(module, "dispatch_cpu_unquantized_gemm", make)
+
+
+def _onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """float32 linear [..., K] x [N, K] -> [..., N] with the very bits of vLLM's packed oneDNN kernel.
+
+    ``nn.functional.linear`` sums in another order (4e-6 apart at K = 3072). oneDNN on the live weight gives the
+    packed kernel's bits for two rows and more; for a single row it takes a matrix-vector path, hence the row
+    of padding, always, so that a traced graph holds no branch on the batch.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    padded = nn.functional.pad(rows, (0, 0, 0, 1))
+    out = torch.ops.mkldnn._linear_pointwise(padded, weight, bias, "none", [], "")
+    return cast(torch.Tensor, out)[:-1].reshape(*x.shape[:-1], weight.shape[0])
 
 
 def prefer_unpacked_mla(module: ModuleType) -> None:
@@ -186,8 +200,15 @@ def keep_embeddings_apart(module: ModuleType) -> None:
     Two parameters of the trainer would share one memory, and the first step that changes one of them would
     silently change the other. Models that are tied by their config are not affected.
     """
+
+    def make(_original: Callable[..., Any]) -> Callable[..., Any]:
+        def leave_apart(*_args: Any, **_kwargs: Any) -> None:
+            """Nothing: see above."""
+
+        return leave_apart
+
     if hasattr(module, "maybe_retie_word_embeddings"):
-        wrap(module, "maybe_retie_word_embeddings", lambda original: lambda *args, **kwargs: None)
+        wrap(module, "maybe_retie_word_embeddings", make)
 
 
 def moe_transform(module: nn.Module, name: str) -> str:

@@ -20,7 +20,7 @@ from torch import nn
 import bridge
 from bridge.errors import MappingError, RendezvousRefused, TopologyError
 from bridge.protocol import mapping as mapping_file
-from tests.support.serving import environment, free_port, serving
+from tests.support.serving import UNBOUND, environment, free_port, serving
 from vllm_patching.channel import socket_path
 
 pytestmark = [pytest.mark.faults, pytest.mark.serving, pytest.mark.timeout(400, method="signal")]
@@ -32,12 +32,15 @@ NOBODY = 65534
 
 
 @pytest.fixture(scope="module")
-def node(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+def node(
+    checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SimpleNamespace]:
     """A bfloat16 server that must come through all of this unharmed."""
     from safetensors.torch import load_file
 
     model = checkpoint("qwen3", "bfloat16", 0)
-    with serving(model, tmp_path_factory.mktemp("node"), flags=["--dtype=bfloat16"]) as server:
+    options = {"flags": ["--dtype=bfloat16"], "env": UNBOUND}
+    with serving(model, tmp_path_factory.mktemp("node"), **options) as server:
         tensors = load_file(model / "model.safetensors")
         yield SimpleNamespace(server=server, tensors=tensors, served=server.api.greedy(2), model=model)
 
@@ -145,7 +148,7 @@ def test_every_unfit_parameter_is_listed_at_once(node):
 
 
 def test_a_model_of_other_names(node):
-    with connect(node.server.config) as trainer, pytest.raises(MappingError, match="transformer.wte"):
+    with connect(node.server.config) as trainer, pytest.raises(MappingError, match=r"transformer\.wte"):
         trainer.broadcast_weights(module_of({"transformer.wte.weight": torch.zeros(4, 4)}))
 
 
@@ -181,8 +184,10 @@ def run(command: list[str], **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def serve(model: Path, logdir: Path, *bridge_flags: str, port: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "bridge.launch", "serve", "--logdir", str(logdir), *bridge_flags]
+def serve(
+    model: Path, logdir: Path, *flags: str, port: int = 0, **env: str
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bridge.launch", "serve", "--logdir", str(logdir), *flags]
     return run([*command, "--", str(model), f"--port={port or free_port()}"], **env)
 
 
@@ -226,7 +231,7 @@ def test_shared_memory_too_small(node, tmp_path):
     assert "shm: 1 MiB free in /dev/shm" in done.stderr
 
 
-# --- a stranger on the socket --------------------------------------------------------------------------------
+# --- a stranger on the socket -----------------------------------------------------------------------
 
 KNOCK = textwrap.dedent("""
     import os, socket, struct, sys

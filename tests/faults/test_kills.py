@@ -1,7 +1,7 @@
-"""SIGKILL of everybody, each in the middle of a round: who survives says who died, and the old version is served.
+"""SIGKILL of everybody, in the middle of a round: survivors say who died, the old version is served.
 
-A round is held in the middle by stopping (SIGSTOP) the updater before the broadcast: the trainer is moving bytes,
-the daemon waits for "staged", the engine serves.
+A round is held in the middle by stopping (SIGSTOP) the updater before the broadcast: the trainer is moving
+bytes, the daemon waits for "staged", the engine serves.
 """
 
 from __future__ import annotations
@@ -17,22 +17,21 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.support.serving import Server, Trainers, alive, serving, training, wait_until
+from tests.support.serving import UNBOUND, Server, Trainers, alive, serving, training, wait_until
 from vllm_patching import residue
 
 pytestmark = [pytest.mark.faults, pytest.mark.serving, pytest.mark.timeout(600, method="signal")]
 
 DEADLINE_S = 5.0
 TIMES = [f"--deadline={DEADLINE_S:g}", "--heartbeat-interval=0.5"]
-# After its peer's deadline a trainer spends a few seconds asking for the root cause; the rest is a busy machine.
+# After its peer's deadline a trainer asks for the root cause for some seconds; the rest is a busy machine.
 PATIENCE_S = 3 * DEADLINE_S + 10
 # A worker process of its own, and with it vLLM's message queues in /dev/shm, even for one rank.
 FLAGS = ["--dtype=float32", "--distributed-executor-backend=mp"]
-ENV = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 
 def start(model: Path, logdir: Path) -> Any:
-    return serving(model, logdir, flags=FLAGS, bridge_flags=TIMES, env=ENV)
+    return serving(model, logdir, flags=FLAGS, bridge_flags=TIMES, env=UNBOUND)
 
 
 def greedy(server: Server) -> list[dict[str, Any]]:
@@ -46,7 +45,9 @@ class Held:
         self.server, self.trainers = server, trainers
         self.before = server.status()
         assert self.before["state"] == "ready", self.before
-        assert self.before["trainer"], "the first round must have been made: this one must not stand in the meeting"
+        assert self.before["trainer"], (
+            "the first round must have been made: this one must not stand in the meeting"
+        )
         (self.updater,) = self.before["pids"]["updaters"]
         os.kill(self.updater, signal.SIGSTOP)
         trainers.send("broadcast")
@@ -138,7 +139,9 @@ def test_one_of_two_trainer_ranks(node, victim):
         assert f"trainer rank {victim}" in error
         assert f"pid {trainers.pids()[victim]}" in error
         assert_old_version(node, held, served, f"trainer rank {victim}", f"pid {trainers.pids()[victim]}")
-        for process in trainers.processes:  # the default group of the survivor is broken: it has no orderly end
+        for (
+            process
+        ) in trainers.processes:  # the default group of the survivor is broken: it has no orderly end
             process.kill()
 
 
@@ -238,7 +241,10 @@ SAID = {
 def test_the_server_ends_with(victim, sets, tmp_path, runtime_dir):
     shm_before, runs_before = set(residue.SHM_DIR.iterdir()), set(runtime_dir.iterdir())
     logdir = tmp_path / "logs"
-    with start(sets[0], logdir) as server, training("plain", sets[0], logdir=logdir, dtype="float32") as trainers:
+    with (
+        start(sets[0], logdir) as server,
+        training("plain", sets[0], logdir=logdir, dtype="float32") as trainers,
+    ):
         served = begin(SimpleNamespace(server=server, sets=sets), trainers)
         tree = server.pids()
         held = Held(server, trainers)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import re
 import shutil
+import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -14,12 +17,20 @@ from typing import Any
 
 import pytest
 
-from tests.support.serving import Api, Server, Trainers, serving, serving_together, training, wait_until
+from tests.support.serving import (
+    UNBOUND,
+    Api,
+    Server,
+    Trainers,
+    serving,
+    serving_together,
+    training,
+    wait_until,
+)
 
 pytestmark = [pytest.mark.serving, pytest.mark.timeout(900, method="signal")]
 
 F32 = ["--dtype=float32"]
-TP2 = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 DOCUMENT = [1] + [3 + (i * i * 7 + i) % 90 for i in range(300)]  # more than two KV blocks of 128 tokens
 SINGLE = "model.layers.1.mlp.down_proj.weight"
 
@@ -37,7 +48,11 @@ def ask_document(api: Api) -> list[int]:
 def assert_equal(live: list[dict[str, Any]], fresh: list[dict[str, Any]], *, tolerance: float) -> None:
     """The same tokens everywhere, and logprobs within ``tolerance``."""
     assert [a["tokens"] for a in live] == [b["tokens"] for b in fresh]
-    pairs = [(x, y) for a, b in zip(live, fresh, strict=True) for x, y in zip(a["logprobs"], b["logprobs"], strict=True)]
+    pairs = [
+        (x, y)
+        for a, b in zip(live, fresh, strict=True)
+        for x, y in zip(a["logprobs"], b["logprobs"], strict=True)
+    ]
     assert max(abs(x - y) for x, y in pairs) <= tolerance
 
 
@@ -105,15 +120,20 @@ class Streams:
 
 
 @pytest.fixture(scope="module")
-def qwen3(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+def qwen3(
+    checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SimpleNamespace]:
     """One live server (HTTP endpoints on), and what plain vLLMs answer from three sets of weights."""
     root = tmp_path_factory.mktemp("qwen3")
     sets = [checkpoint("qwen3", "float32", seed) for seed in (0, 1)]
     sets.append(edited(sets[1], root / "edited", SINGLE, 0.01))
-    plain = [(path, root / f"fresh{i}", {"bridge": False, "flags": F32}) for i, path in enumerate(sets)]
+    plain = [
+        (path, root / f"fresh{i}", {"bridge": False, "flags": F32, "env": UNBOUND})
+        for i, path in enumerate(sets)
+    ]
     with serving_together(*plain[:2]) as servers:
         fresh = [answers(server.api) for server in servers]
-    live = (sets[0], root / "live", {"flags": F32, "bridge_flags": ["--http"]})
+    live = (sets[0], root / "live", {"flags": F32, "bridge_flags": ["--http"], "env": UNBOUND})
     with serving_together(live, plain[2]) as (server, third):
         fresh.append(answers(third.api))
         third.stop()
@@ -160,7 +180,9 @@ def test_the_prefix_cache_never_mixes_versions(qwen3, trainer):
     def hits() -> float:
         with api.open("/metrics") as response:
             text = response.read().decode()
-        return sum(float(v) for v in re.findall(r"^vllm:prefix_cache_hits_total\{[^}]*\} (\S+)", text, re.MULTILINE))
+        return sum(
+            float(v) for v in re.findall(r"^vllm:prefix_cache_hits_total\{[^}]*\} (\S+)", text, re.MULTILINE)
+        )
 
     publish(qwen3, trainer, 1)
     assert ask_document(api) == qwen3.fresh[1]["document"]
@@ -196,7 +218,7 @@ def test_fifty_updates_under_sixteen_streams(qwen3, trainer):
         assert numbers == sorted(numbers)
         assert spans[0]["start"] == 0
         assert spans[-1]["end"] == count
-        assert all(a["end"] == b["start"] for a, b in zip(spans, spans[1:], strict=False))
+        assert all(a["end"] == b["start"] for a, b in itertools.pairwise(spans))
         spanning += len(numbers) > 1
     assert spanning >= 8, f"{spanning} of {len(streams.finished)} requests saw more than one version"
     publish(qwen3, trainer, 1)
@@ -204,9 +226,6 @@ def test_fifty_updates_under_sixteen_streams(qwen3, trainer):
 
 
 def test_the_next_step_waits_until_the_weights_have_been_read(qwen3, trainer):
-    import os
-    import signal
-
     publish(qwen3, trainer, 0)
     trainer.must("load", path=str(qwen3.sets[1]))
     (updater,) = qwen3.server.status()["pids"]["updaters"]
@@ -248,7 +267,11 @@ def test_ddp_with_two_ranks(qwen3, trainer):
 
 
 def test_http_needs_the_key(qwen3):
-    for path, body in (("/bridge/status", None), ("/bridge/metrics", None), ("/bridge/notify_update", {"path": "/x"})):
+    for path, body in (
+        ("/bridge/status", None),
+        ("/bridge/metrics", None),
+        ("/bridge/notify_update", {"path": "/x"}),
+    ):
         for key in ("", "wrong"):
             code, text = qwen3.server.call(path, body, key=key)
             assert code == 401, (path, key, text)
@@ -285,7 +308,9 @@ def test_bad_update_files_are_refused(qwen3, trainer, tmp_path):
     missing = updates / "missing.safetensors"
     save_file({k: v for k, v in good.items() if k != SINGLE}, missing)
     misshapen = updates / "misshapen.safetensors"
-    save_file({**good, SINGLE: good[SINGLE][:-1].contiguous(), "extra.weight": good[SINGLE].clone()}, misshapen)
+    save_file(
+        {**good, SINGLE: good[SINGLE][:-1].contiguous(), "extra.weight": good[SINGLE].clone()}, misshapen
+    )
     outside = tmp_path / "outside.safetensors"
     save_file(good, outside)
     expected = {
@@ -314,8 +339,8 @@ def test_bad_update_files_are_refused(qwen3, trainer, tmp_path):
 def test_two_fsdp2_ranks_with_float32_masters(checkpoint, tmp_path):
     served = [checkpoint("qwen3_moe", "bfloat16", seed) for seed in (0, 1)]
     masters = [checkpoint("qwen3_moe", "float32", seed) for seed in (0, 1)]
-    plain = (served[1], tmp_path / "fresh", {"bridge": False, "flags": ["--dtype=bfloat16"]})
-    live = (served[0], tmp_path / "live", {"flags": ["--dtype=bfloat16"]})
+    plain = (served[1], tmp_path / "fresh", {"bridge": False, "flags": ["--dtype=bfloat16"], "env": UNBOUND})
+    live = (served[0], tmp_path / "live", {"flags": ["--dtype=bfloat16"], "env": UNBOUND})
     with serving_together(live, plain) as (server, other):
         fresh = other.api.greedy()
         other.stop()
@@ -336,7 +361,7 @@ def test_two_fsdp2_ranks_with_float32_masters(checkpoint, tmp_path):
 
 def test_tensor_parallel_ranks_flip_at_the_same_batch(checkpoint, tmp_path):
     sets = [checkpoint("qwen3", "float32", seed) for seed in (0, 1)]
-    options: dict[str, Any] = {"flags": [*F32, "--tensor-parallel-size=2"], "env": TP2}
+    options: dict[str, Any] = {"flags": [*F32, "--tensor-parallel-size=2"], "env": UNBOUND}
     with serving(sets[1], tmp_path / "fresh", bridge=False, **options) as other:
         fresh = other.api.greedy()
     with (

@@ -20,6 +20,8 @@ from typing import Any
 REPO = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 240.0
 ANSWER_TIMEOUT_S = 180.0
+# vLLM would bind every server to the same core; tests run several side by side.
+UNBOUND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 FLAGS = ("--max-model-len=512", "--enforce-eager", "--disable-uvicorn-access-log", "--max-num-seqs=32")
 
 
