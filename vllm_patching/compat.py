@@ -15,7 +15,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -149,7 +149,7 @@ def keep_linear_weights_live(module: ModuleType) -> None:
             if weight.is_meta or weight.ndim != 2 or weight.device.type != "cpu":
                 original(layer, remove_weight)
                 return
-            packs = weight.dtype is torch.float32 and getattr(module.ops, "_supports_onednn", False)
+            packs = weight.dtype is torch.float32 and module.ops._supports_onednn
             layer.cpu_linear = _onednn_linear if packs else nn.functional.linear  # type: ignore[assignment]
 
         return dispatch
@@ -160,9 +160,9 @@ def keep_linear_weights_live(module: ModuleType) -> None:
 def _onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """float32 linear [..., K] x [N, K] -> [..., N] with the very bits of vLLM's packed oneDNN kernel.
 
-    ``nn.functional.linear`` sums in another order (4e-6 apart at K = 3072). oneDNN on the live weight gives the
-    packed kernel's bits for two rows and more; for a single row it takes a matrix-vector path, hence the row
-    of padding, always, so that a traced graph holds no branch on the batch.
+    ``nn.functional.linear`` sums in another order (4e-6 apart at K = 3072). oneDNN on the live weight gives
+    the packed kernel's bits for two rows and more; for a single row it takes a matrix-vector path, hence the
+    row of padding, always, so that a traced graph holds no branch on the batch.
     """
     rows = x.reshape(-1, x.shape[-1])
     padded = nn.functional.pad(rows, (0, 0, 0, 1))

@@ -17,6 +17,7 @@ from vllm_patching.channel import Channel, ChannelClosed
 logger = logging.getLogger(__name__)
 
 END_TIMEOUT_S = 5.0
+START_TIMEOUT_S = 30.0  # importing torch on a busy node; no matter of heartbeats
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Crew:
                 return
             self._reports.put(Report(self, rank, message))
 
-    def wait_all(self, timeout_s: float) -> None:
+    def wait_all(self, timeout_s: float = START_TIMEOUT_S) -> None:
         """Wait until every updater is here.
 
         Raises:

@@ -272,6 +272,11 @@ class Daemon:
             return f"another trainer is connected (epoch {self.epoch.epoch}): {self.epoch.trainer}"
         if not self.registry.complete:
             return f"the server is not complete: {self.last_error}"
+        assert self.crew is not None
+        try:
+            self.crew.wait_all()  # before the answer: the trainer's deadlines start with it
+        except TransferError as err:
+            return str(err)
         return ""
 
     def _answer(self, answer: rendezvous.Answer) -> None:

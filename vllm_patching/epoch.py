@@ -88,7 +88,6 @@ class Epoch:
         trainers = self.request.world_size
         host, port = address
         own = rendezvous.local_address(host, port)
-        self.crew.wait_all(self.limits.deadline_s * 2)
         order = {
             "type": "join",
             "epoch": self.epoch,

@@ -28,7 +28,7 @@ def stage_file(daemon: Daemon, event: Notified) -> dict[str, Any]:
         assert daemon.crew is not None
         assert daemon.registry.control is not None
         start = time.monotonic()
-        daemon.crew.wait_all(daemon.limits.deadline_s * 2)
+        daemon.crew.wait_all()
         page = daemon.registry.control
         halves = {r: {"half": inactive_half(page, r)} for r in range(daemon.crew.num_ranks)}
         daemon.crew.order({"type": "stage_file", "path": event.path}, halves)
