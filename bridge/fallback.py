@@ -12,13 +12,15 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from bridge.config import BridgeConfig
 from bridge.environment import Ranks
-from bridge.errors import ConfigError, MappingError, RendezvousError, RoundAborted
+from bridge.errors import BridgeError, ConfigError, MappingError, RendezvousError, RoundAborted
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import Mapping
 from bridge.rounds import Receipt
@@ -27,6 +29,7 @@ from bridge.sharding import canonical_names, local_tensor
 logger = logging.getLogger(__name__)
 
 HTTP_TIMEOUT_S = 900.0
+OUTCOME_BYTES = 4096
 
 
 def notify_update(
@@ -42,25 +45,52 @@ def notify_update(
     start = time.monotonic()
     keep = ranks.rank == 0
     tensors = gather_full(model, keep=keep, mapping=_reachable_mapping(config) if keep else None)
-    if ranks.rank != 0:
-        # Rank 0 posts; the others have nothing to wait for, as their tensors were copied already.
-        return Receipt(version=version or 0, bytes=0, transfer_s=0, stage_s=0, flip_s=0, transport="file")
-    folder = directory / f"update-{os.getpid()}-{time.monotonic_ns()}"
-    nbytes = _write(folder, tensors)
+    outcome: list[Receipt | str] = ["trainer rank 0 did not get as far as announcing the update"]
     try:
+        if ranks.rank == 0:
+            outcome = [_announce(config, url, directory, tensors, version, start)]
+    except BridgeError as err:
+        outcome = [str(err)]
+        raise
+    finally:
+        if ranks.world_size > 1:
+            _share(outcome)
+    if isinstance(outcome[0], str):
+        raise RoundAborted(f"trainer rank 0's update was not committed: {outcome[0]}")
+    return outcome[0]
+
+
+def _announce(
+    config: BridgeConfig,
+    url: str,
+    directory: Path,
+    tensors: dict[str, torch.Tensor],
+    version: int | None,
+    start: float,
+) -> Receipt:
+    """Rank 0's part: write, post, and clean up."""
+    folder = directory / f"update-{os.getpid()}-{time.monotonic_ns()}"
+    try:
+        _write(folder, tensors)
         answer = post(url, config, {"path": str(folder), "version": version})
     finally:
-        shutil.rmtree(folder)
-    seconds = time.monotonic() - start
-    return Receipt(
-        version=answer["version"],
-        bytes=nbytes,
-        transfer_s=seconds,
-        stage_s=seconds,
-        flip_s=0.0,
-        transport="file",
-        total_s=seconds,
-    )
+        shutil.rmtree(folder, ignore_errors=True)
+    receipt = msgspec.convert(answer["round"], Receipt)
+    return msgspec.structs.replace(receipt, total_s=time.monotonic() - start)
+
+
+def _share(outcome: list[Receipt | str]) -> None:
+    """Give every rank rank 0's outcome, over the trainer's own default group."""
+    data = msgspec.json.encode(outcome[0]).ljust(OUTCOME_BYTES)[:OUTCOME_BYTES]
+    on_cpu = any(name in str(dist.get_backend()) for name in ("gloo", "cpu"))
+    device = torch.device("cpu") if on_cpu else torch.device("cuda")
+    wire = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+    dist.broadcast(wire, src=0)
+    text = wire.cpu().numpy().tobytes().rstrip()
+    try:
+        outcome[0] = msgspec.json.decode(text, type=Receipt | str)
+    except msgspec.DecodeError:
+        outcome[0] = text.decode(errors="replace")  # an error longer than the message
 
 
 def _reachable_mapping(config: BridgeConfig) -> Mapping | None:

@@ -6,6 +6,8 @@ import logging
 import os
 import secrets
 import socket
+import threading
+import time
 from dataclasses import dataclass
 
 import torch
@@ -13,13 +15,16 @@ import torch.distributed as dist
 
 from bridge.config import BridgeConfig
 from bridge.environment import Ranks
-from bridge.errors import BridgeError, MappingError, RendezvousError
+from bridge.errors import BridgeError, MappingError, RendezvousError, RendezvousRefused
+from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import Mapping, Rendezvous
 from bridge.protocol.messages import PROTOCOL_VERSION
 from bridge.wire import peer_memory, rendezvous
 from bridge.wire.meeting import Meeting
 
 logger = logging.getLogger(__name__)
+
+RETRY_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -37,30 +42,24 @@ class Joined:
     nonce: peer_memory.Nonce
 
 
-def ask_admission(
-    config: BridgeConfig, mapping: Mapping, ranks: Ranks
-) -> tuple[rendezvous.Answer, rendezvous.Store]:
+def ask_admission(config: BridgeConfig, ranks: Ranks) -> tuple[Mapping, rendezvous.Answer, rendezvous.Store]:
     """Rank 0 asks the daemon, the others read its answer; called by every trainer rank.
 
+    A daemon that is being restarted publishes another rendezvous, so rank 0 reads the mapping anew for every
+    try, for as long as ``config.connect_timeout_s``.
+
     Returns:
-        The answer, and a connection to the daemon's store.
+        The mapping, the answer, and a connection to the daemon's store.
 
     Raises:
-        MappingError: the mapping was exported without a rendezvous.
+        MappingError: the mapping is missing or damaged, or was exported without a rendezvous.
         RendezvousError: the daemon cannot be reached in time, or refuses.
     """
-    place = mapping.rendezvous
-    if place is None:
-        raise MappingError(
-            f"{config.mapping_path()} names no rendezvous: it is an exported copy; use the one in the "
-            "server's log directory"
-        )
     timeout_s = config.connect_timeout_s
     session, failure = "", None
     if ranks.rank == 0:
         try:
-            store = rendezvous.reach_store(place.host, place.port, timeout_s=timeout_s)
-            session, answer = _ask(store, place, mapping, ranks, timeout_s)
+            mapping, store, session, answer = _ask_until_answered(config, ranks)
         except BridgeError as err:
             failure = err
     session = _agree(session, ranks)
@@ -69,9 +68,41 @@ def ask_admission(
     if not session:
         raise RendezvousError("trainer rank 0 could not join the inference side; its error says why")
     if ranks.rank != 0:
+        mapping, place = _load(config)
         store = rendezvous.reach_store(place.host, place.port, timeout_s=timeout_s)
         answer = rendezvous.await_answer(store, session, place.secret, timeout_s=timeout_s)
-    return answer, store
+    return mapping, answer, store
+
+
+def _load(config: BridgeConfig) -> tuple[Mapping, Rendezvous]:
+    mapping = mapping_file.load(config.mapping_path())
+    if mapping.rendezvous is None:
+        raise MappingError(
+            f"{config.mapping_path()} names no rendezvous: it is an exported copy; use the one in the "
+            "server's log directory"
+        )
+    return mapping, mapping.rendezvous
+
+
+def _ask_until_answered(
+    config: BridgeConfig, ranks: Ranks
+) -> tuple[Mapping, rendezvous.Store, str, rendezvous.Answer]:
+    deadline = time.monotonic() + config.connect_timeout_s
+    while True:
+        left = max(RETRY_S, deadline - time.monotonic())
+        mapping, place = _load(config)
+        try:
+            store = rendezvous.reach_store(place.host, place.port, timeout_s=left)
+            session, answer = _ask(store, place, mapping, ranks, left)
+        except RendezvousRefused:
+            raise
+        except RendezvousError as err:
+            if time.monotonic() + RETRY_S >= deadline:
+                raise
+            logger.info("trying again: %s", err)
+            threading.Event().wait(RETRY_S)
+        else:
+            return mapping, store, session, answer
 
 
 def _ask(

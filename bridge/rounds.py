@@ -70,6 +70,7 @@ class Job:
         self.finished = threading.Event()
         self.receipt: Receipt | None = None
         self.error: BridgeError | None = None
+        self.seen = False  # whether the caller was given the outcome
 
     def finish(self, receipt: Receipt | None, error: BridgeError | None) -> None:
         """Record the outcome; the weights are free either way."""
@@ -83,11 +84,13 @@ class Job:
         """Wait until the weights may change; raises the round's error if it failed before."""
         self.released.wait()
         if self.error is not None and self.receipt is None:
+            self.seen = True
             raise self.error
 
     def wait(self) -> Receipt:
         """Wait for the outcome."""
         self.finished.wait()
+        self.seen = True
         if self.error is not None:
             raise self.error
         assert self.receipt is not None
@@ -155,14 +158,14 @@ class Session:
         self._thread.start()
 
     @classmethod
-    def open(cls, config: BridgeConfig, mapping: Mapping, ranks: Ranks) -> Self:
+    def open(cls, config: BridgeConfig, ranks: Ranks) -> Self:
         """Meet the inference side; called by every trainer rank.
 
         Raises:
-            MappingError: the mapping was exported without a rendezvous.
+            MappingError: the mapping is missing or damaged, or was exported without a rendezvous.
             RendezvousError: the daemon cannot be reached in time, or refuses.
         """
-        answer, store = ask_admission(config, mapping, ranks)
+        mapping, answer, store = ask_admission(config, ranks)
         return cls(config, mapping, ranks, answer, store)
 
     # --- the caller's side -------------------------------------------------------------------------
@@ -239,6 +242,7 @@ class Session:
 
     def _run_job(self, job: Job) -> None:
         if self.closed:
+            self.stale = True  # nothing was said of this round yet: it may go through a new epoch
             job.finish(None, RoundAborted(f"version {job.version} was not sent: {self.closed}"))
             return
         try:
@@ -250,6 +254,7 @@ class Session:
                 self._coordinator.abort(reason) if self.rank == 0 else self._member.on_failure(reason)
             )
             self.closed = str(error)
+            logger.error("version %d failed: %s", job.version, error)
             job.finish(None, error)
         except Exception as err:  # the thread's edge: the caller gets it, typed
             logger.exception("version %d: a defect of the bridge", job.version)
@@ -294,7 +299,9 @@ class Session:
 
     def _next_actions(self, job: Job) -> list[Action]:
         nbytes = sum(t.numel() * t.element_size() for t in job.shards.tensors)
-        limit_s = self.config.commit_timeout_s + nbytes * self.world_size / SLOWEST_BYTES_PER_S
+        patience_s = max(self.config.commit_timeout_s, self._answer.commit_timeout_s)
+        # Longer than the daemon's own limits, so that its reason arrives rather than our impatience.
+        limit_s = patience_s + 2 * self._answer.deadline_s + nbytes * self.world_size / SLOWEST_BYTES_PER_S
         machine = self._coordinator if self.rank == 0 else self._member
         if self._early:
             return self._on_event(job, *self._early.pop(0))

@@ -23,9 +23,8 @@ from torch import nn
 
 from bridge import environment
 from bridge.config import BridgeConfig
-from bridge.errors import BridgeError
+from bridge.errors import BridgeError, ConfigError
 from bridge.guard import StepGuard
-from bridge.protocol import mapping as mapping_file
 from bridge.rounds import Job, Receipt, Session
 from bridge.sharding import LocalShards, collect, collect_single
 
@@ -81,6 +80,7 @@ class Bridge:
         self._session: Session | None = None
         self._pending: PendingBroadcast | None = None
         self._calls = 0
+        self._base: tuple[str, int] | None = None
 
     @classmethod
     def connect(cls, config: BridgeConfig | None = None) -> Self:
@@ -102,8 +102,7 @@ class Bridge:
             self._session.close()
             self._session = None
         if self._session is None:
-            mapping = mapping_file.load(self.config.mapping_path())
-            self._session = Session.open(self.config, mapping, environment.ranks())
+            self._session = Session.open(self.config, environment.ranks())
         return self._session
 
     @property
@@ -193,14 +192,13 @@ class Bridge:
         partial: bool,
     ) -> Receipt | PendingBroadcast:
         environment.check_enabled()
-        if self._pending is not None:
-            self._pending._job.finished.wait()  # its own deadlines end it; its error was its caller's
-            self._pending._guard.remove()
-            self._pending = None
+        self._finish_pending()
         self._calls += 1
         for attempt in range(2):
             session = self._ensure_session()
             try:
+                if partial:
+                    self._check_base(session)
                 shards = gather(session)
             except BridgeError as err:
                 session.refuse_round(str(err))
@@ -212,13 +210,45 @@ class Bridge:
             if not blocking:
                 return self._pending
             try:
-                return self._pending.wait()
+                receipt = self._pending.wait()
             except BridgeError:
                 # The epoch had ended between two rounds, and the news reached this rank during its own
                 # call: rank 0 has not begun this round, and waits for us in a new epoch.
                 if attempt or not session.stale:
                     raise
+            else:
+                self._base = (session.mapping.run_dir, receipt.version)
+                return receipt
         raise AssertionError("unreachable: the second attempt returns or raises")
+
+    def _finish_pending(self) -> None:
+        """Wait for a broadcast that was left under way; raise its error unless its caller has seen it."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        seen = pending._job.seen
+        try:
+            receipt = pending.wait()
+        except BridgeError:
+            if not seen:
+                raise
+        else:
+            if self._session is not None:
+                self._base = (self._session.mapping.run_dir, receipt.version)
+
+    def _check_base(self, session: Session) -> None:
+        """A part may only be laid over the version this trainer made live itself.
+
+        Raises:
+            ConfigError: the server was restarted, or somebody else's version came between.
+        """
+        served = (session.mapping.run_dir, session.version)
+        if self._base is not None and self._base != served:
+            raise ConfigError(
+                f"one parameter was to be laid over version {self._base[1]}, but the server at "
+                f"{session.mapping.run_dir} serves version {session.version} of another history; call "
+                "broadcast_weights once"
+            )
 
     def send_heartbeat(self) -> None:
         """Send one heartbeat now. Heartbeats are sent by themselves; this one raises if the peer is gone.
@@ -244,16 +274,17 @@ class Bridge:
         return notify_update(self.config, model, environment.ranks(), version=version)
 
     def close(self) -> None:
-        """Leave in order; the server goes on serving. Idempotent."""
-        if self._pending is not None and not self._pending.done:
-            try:
-                self._pending.wait()
-            except BridgeError as err:
-                logger.error("the last broadcast failed: %s", err)
-        self._pending = None
-        if self._session is not None:
-            self._session.close()
-            self._session = None
+        """Leave in order; the server goes on serving. Idempotent.
+
+        Raises:
+            BridgeError: a broadcast with ``blocking=False`` failed, and nobody had asked for its outcome.
+        """
+        try:
+            self._finish_pending()
+        finally:
+            if self._session is not None:
+                self._session.close()
+                self._session = None
 
     def __enter__(self) -> Self:
         return self

@@ -87,6 +87,7 @@ class Supervisor:
         self._shm_before = frozenset(residue.SHM_DIR.iterdir()) if residue.SHM_DIR.is_dir() else frozenset()
         self._shm: set[Path] = set()
         self._observed_at = 0.0
+        self._why = ""  # what ended everything, for the trainer's message
 
     def run(self, on_ready: Callable[[], int] | None = None) -> int:
         """Start everything, stay until the end, leave nothing; returns the exit code.
@@ -105,6 +106,7 @@ class Supervisor:
                 return EXIT_SIGNAL_BASE + stop.number if unfinished else 0
             except BridgeError as err:
                 logger.error("%s", err)
+                self._why = str(err)
                 return err.exit_code
             finally:
                 self._shut_down()
@@ -340,7 +342,7 @@ class Supervisor:
         if daemon is None or not daemon.alive:
             return
         try:
-            probe.ask(self.launch.run_dir, {"type": "shutdown"})  # lets it tell the trainer why
+            probe.ask(self.launch.run_dir, {"type": "shutdown", "why": self._why})  # for the trainer
         except RendezvousError:
             daemon.signal(signal.SIGTERM)  # not listening yet, or stuck
 

@@ -287,6 +287,8 @@ def refuse_unsupported_config(vllm_config: Any) -> None:
         faults.append(f"--data-parallel-size {parallel.data_parallel_size} is not supported yet")
     if vllm_config.model_config.quantization:
         faults.append(f"quantization {vllm_config.model_config.quantization!r} repacks the weights")
+    if getattr(vllm_config.model_config, "is_multimodal_model", False):
+        faults.append("a multimodal model: vLLM would go on reusing its encoder's outputs of older weights")
     if vllm_config.speculative_config is not None:
         faults.append("speculative decoding: the draft model's weights would stay behind")
     if getattr(vllm_config.model_config, "enable_sleep_mode", False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import subprocess
 import sys
@@ -32,7 +33,7 @@ class Report:
 class Crew:
     """All updaters of one epoch. A crew is never reused: a fresh one has no half-finished transfer."""
 
-    def __init__(self, num_ranks: int, run_dir: Path, reports: queue.Queue[Any]) -> None:
+    def __init__(self, num_ranks: int, run_dir: Path, reports: queue.SimpleQueue[Any]) -> None:
         self.num_ranks = num_ranks
         self._reports = reports
         self._channels: dict[int, Channel] = {}
@@ -48,6 +49,8 @@ class Crew:
                     str(run_dir),
                     "--rank",
                     str(rank),
+                    "--daemon-pid",
+                    str(os.getpid()),
                 ]
             )
             for rank in range(num_ranks)

@@ -31,7 +31,7 @@ from vllm_patching import residue
 from vllm_patching.channel import ChannelClosed, listen, socket_path
 from vllm_patching.crew import Crew, Report
 from vllm_patching.epoch import Epoch, Limits
-from vllm_patching.events import Heard, Lost, Notified, Requested, Stop
+from vllm_patching.events import Broken, Heard, Lost, Notified, Requested, Stop
 from vllm_patching.file_round import stage_file
 from vllm_patching.frontdesk import FrontDesk, start_thread
 from vllm_patching.registry import Member, Registry
@@ -41,6 +41,7 @@ logger = logging.getLogger("vllm_patching.daemon")  # __name__ is __main__ here
 WAKE_INTERVAL_S = 0.05
 COMMIT_POLL_S = 0.0005
 DOORMAN_POLL_S = 0.05
+TICKET_GRACE_S = 2.0
 VLLM_EXIT_TIMEOUT_S = 20.0
 MAX_IDLE_DEATHS = 5
 
@@ -51,7 +52,8 @@ class Daemon:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.limits = Limits(args.heartbeat_interval, args.deadline, args.commit_timeout)
-        self.events: queue.Queue[Any] = queue.Queue()
+        # Simple: a signal handler puts into it, which must not meet a lock of the same thread.
+        self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.registry = Registry(on_change=lambda: self.events.put(None))
         self.mapping: Mapping | None = None
         self.store: Any = None
@@ -84,8 +86,13 @@ class Daemon:
             while True:
                 event = self.events.get()
                 if isinstance(event, Stop):
-                    logger.info("ending: %s", event.why)
+                    orphaned = os.getppid() != self.args.launcher_pid
+                    why = f"the launcher (pid {self.args.launcher_pid}) died" if orphaned else event.why
+                    logger.info("ending: %s", why)
+                    self.last_error = why
                     return 0
+                if isinstance(event, Broken):
+                    raise TransferError(event.why)
                 self._handle(event)
         except BridgeError as err:
             logger.error("%s", err)
@@ -137,10 +144,10 @@ class Daemon:
             self.aborted += 1
             self.last_error = epoch.closed
             logger.error(
-                "epoch %d ended: %s; version %d is served on", epoch.epoch, epoch.closed, self.version
+                "epoch %d ended: %s; version %d is served on", epoch.epoch, epoch.closed, self.live_version
             )
         else:
-            logger.info("epoch %d ended in order at version %d", epoch.epoch, self.version)
+            logger.info("epoch %d ended in order at version %d", epoch.epoch, self.live_version)
         self.epoch = None
         epoch.close()
         self.new_crew()
@@ -151,6 +158,12 @@ class Daemon:
     def version(self) -> int:
         """The version every rank serves or is about to."""
         return self.registry.control.requested if self.registry.control else 0
+
+    @property
+    def live_version(self) -> int:
+        """The version every rank has flipped to."""
+        page = self.registry.control
+        return min((page.slot(rank).version for rank in range(page.num_ranks)), default=0) if page else 0
 
     def _publish(self) -> None:
         args = self.args
@@ -203,22 +216,31 @@ class Daemon:
 
     def _doorman(self) -> None:
         """Look for trainers that knock; ``_admit`` lets them in or sends them away."""
-        ticket = 1
-        while not self._stopping.wait(DOORMAN_POLL_S):
-            try:
-                request = rendezvous.next_request(self.store, ticket, secret=self.secret)
-            except RendezvousRefused as err:
-                logger.warning("ignored a stranger at the rendezvous: %s", err)
-                ticket += 1
-                continue
-            if request is not None:
-                self.events.put(Requested(request))
-                ticket += 1
+        ticket, since = 1, time.monotonic()
+        try:
+            while not self._stopping.wait(DOORMAN_POLL_S):
+                request = self._knock(ticket)
+                if request is not None:
+                    self.events.put(Requested(request))
+                elif time.monotonic() - since < TICKET_GRACE_S or self.store.add("ticket", 0) < ticket:
+                    continue  # nobody has drawn this ticket, or its owner may still be writing
+                ticket, since = ticket + 1, time.monotonic()
+        except Exception as err:  # a daemon that admits nobody must not look ready
+            logger.exception("the rendezvous broke")
+            self.events.put(Broken(f"the rendezvous broke: {type(err).__name__}: {err}"))
+
+    def _knock(self, ticket: int) -> rendezvous.Request | None:
+        try:
+            return rendezvous.next_request(self.store, ticket, secret=self.secret)
+        except RendezvousRefused as err:
+            logger.warning("ignored a stranger at the rendezvous: %s", err)
+            return None
 
     def _admit(self, request: rendezvous.Request) -> None:
         if refusal := self._refusal(request):
             logger.warning("refused a trainer (pid %d on %s): %s", request.pid, request.host, refusal)
-            self._answer(rendezvous.Answer(session=request.session, refusal=refusal))
+            incomplete = not self.registry.complete
+            self._answer(rendezvous.Answer(session=request.session, refusal=refusal, try_again=incomplete))
             return
         assert self.crew is not None
         assert self.mapping is not None
@@ -241,6 +263,7 @@ class Daemon:
                 daemon_pid=os.getpid(),
                 heartbeat_interval_s=self.limits.heartbeat_interval_s,
                 deadline_s=self.limits.deadline_s,
+                commit_timeout_s=self.limits.commit_timeout_s,
                 bucket_bytes=self.args.bucket_bytes,
             )
         )
@@ -286,10 +309,14 @@ class Daemon:
         """Ask the engine to make ``version`` live and wait until every rank has; returns flip times in ns.
 
         Raises:
-            TransferError: a rank failed to flip (the engine is ended then), or the deadline passed.
+            TransferError: somebody of vLLM died, a rank failed to flip (the engine is ended then), or the
+                deadline passed.
         """
-        page, engine = self.registry.control, self.registry.engine
+        page, engine, members = self.registry.control, self.registry.engine, self.registry.members()
         assert page is not None
+        if engine is None or not self.registry.complete:
+            gone = self._first_death or "vLLM is not complete any more"
+            raise TransferError(f"version {version} was staged, but {gone}")
         assert self.mapping is not None
         slots = [page.slot(rank) for rank in range(self.mapping.num_inference_ranks)]
         failures = [slot.failures for slot in slots]
@@ -304,7 +331,9 @@ class Daemon:
             if any(s.failures != f for s, f in zip(slots, failures, strict=True)):
                 self._end_engine(f"a rank could not flip to version {version}; ranks would differ")
                 raise TransferError(f"version {version}: a rank could not flip; the server was ended")
-            if now > deadline or self.registry.engine is not engine or engine is None:
+            if lost := [m.who for m in members if m not in self.registry.members()]:
+                raise TransferError(f"version {version} was staged, but {', '.join(lost)} is gone")
+            if now > deadline:
                 behind = [rank for rank, slot in enumerate(slots) if slot.version != version]
                 raise TransferError(
                     f"version {version} was staged, but ranks {behind} did not commit within "
@@ -335,7 +364,7 @@ class Daemon:
         if self._doorman_thread is not None:
             self._doorman_thread.join()  # it holds the store, which must not be used while it is torn down
         if self.epoch is not None:
-            self.epoch.shut_down("the weight-updater daemon ends")
+            self.epoch.shut_down(f"the weight-updater daemon ends: {self.last_error}")
             self.epoch.close()
         if self.crew is not None:
             self.crew.end()

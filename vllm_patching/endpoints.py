@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi.responses import JSONResponse
 
 from bridge.errors import BridgeError
 from bridge.protocol import mapping as mapping_file
@@ -72,7 +73,7 @@ class WeightBridgeEndpoints:
             raise HTTPException(404, f"no finished request {request_id!r} among the last {spans.LIMIT}")
         return {"weight_versions": found}
 
-    async def _notify_update(self, request: Request) -> dict[str, Any]:
+    async def _notify_update(self, request: Request) -> JSONResponse:
         body = await request.json()
         path, version = body.get("path"), body.get("version")
         if not isinstance(path, str) or not (version is None or isinstance(version, int)):
@@ -80,8 +81,10 @@ class WeightBridgeEndpoints:
         order = {"type": "notify_update", "path": path, "version": version}
         result = await asyncio.to_thread(_ask_daemon, order, UPDATE_TIMEOUT_S)
         if not result.get("ok"):
-            raise HTTPException(409, result.get("error", "the daemon did not say why"))
-        return result
+            # Not an HTTPException: vLLM makes every path in its text "<path>", and paths say what is wrong.
+            why = result.get("error", "the daemon did not say why")
+            return JSONResponse({"detail": why}, status_code=409)
+        return JSONResponse(result)
 
 
 def _job_secret() -> str:

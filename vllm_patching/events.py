@@ -43,6 +43,13 @@ class Lost:
 
 
 @dataclass(frozen=True)
+class Broken:
+    """A thread the daemon cannot do without has ended; the launcher starts another daemon."""
+
+    why: str
+
+
+@dataclass(frozen=True)
 class Stop:
     """The daemon is to end."""
 

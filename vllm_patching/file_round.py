@@ -31,14 +31,18 @@ def stage_file(daemon: Daemon, event: Notified) -> dict[str, Any]:
         daemon.crew.wait_all()
         page = daemon.registry.control
         halves = {r: {"half": inactive_half(page, r)} for r in range(daemon.crew.num_ranks)}
-        daemon.crew.order({"type": "stage_file", "path": event.path}, halves)
-        reports = _await_reports(daemon, daemon.crew)
+        try:
+            daemon.crew.order({"type": "stage_file", "path": event.path}, halves)
+            reports = _await_reports(daemon, daemon.crew)
+        except TransferError:
+            daemon.new_crew()  # a late report, or a write under way, must never meet the next round
+            raise
         flips = daemon.commit(version)
     except BridgeError as err:
         daemon.aborted += 1
         daemon.last_error = str(err)
         logger.error("update from %s: %s", event.path, err)
-        return {"type": "update_result", "ok": False, "version": daemon.version, "error": str(err)}
+        return {"type": "update_result", "ok": False, "version": daemon.live_version, "error": str(err)}
     daemon.committed += 1
     daemon.last_round = {
         "version": version,
@@ -49,7 +53,7 @@ def stage_file(daemon: Daemon, event: Notified) -> dict[str, Any]:
         "transport": "file",
     }
     logger.info("version %d is live: %s", version, daemon.last_round)
-    return {"type": "update_result", "ok": True, "version": version, "error": ""}
+    return {"type": "update_result", "ok": True, "version": version, "error": "", "round": daemon.last_round}
 
 
 def _check_notification(daemon: Daemon, event: Notified) -> int:
@@ -65,6 +69,8 @@ def _check_notification(daemon: Daemon, event: Notified) -> int:
     version = daemon.version + 1 if event.version is None else event.version
     if version <= daemon.version:
         raise ConfigError(f"version {version} offered, version {daemon.version} is served already")
+    if version >= 1 << 63:
+        raise ConfigError(f"version {version} does not fit a signed 64-bit word")
     return version
 
 
@@ -74,22 +80,22 @@ def _await_reports(daemon: Daemon, crew: Crew) -> list[dict[str, Any]]:
     errors: list[str] = []
     kept: list[Any] = []
     deadline = time.monotonic() + STAGE_FILE_TIMEOUT_S
-    while len(reports) + len(errors) < crew.num_ranks:
-        try:
+    try:
+        while len(reports) + len(errors) < crew.num_ranks:
             event = daemon.events.get(timeout=max(0.0, deadline - time.monotonic()))
-        except queue.Empty:
-            raise TransferError(f"updaters did not stage within {STAGE_FILE_TIMEOUT_S:g} s") from None
-        if not (isinstance(event, Report) and event.crew is crew):
-            kept.append(event)
-        elif event.message is None:
-            errors.append(f"{crew.describe(event.rank)} died")
-        elif event.message["type"] == "failed":
-            errors.append(event.message["error"])
-        else:
-            reports[event.rank] = event.message
-    for event in kept:
-        daemon.events.put(event)
+            if not (isinstance(event, Report) and event.crew is crew):
+                kept.append(event)
+            elif event.message is None:
+                errors.append(f"{crew.describe(event.rank)} died")
+            elif event.message["type"] == "failed":
+                errors.append(event.message["error"])
+            else:
+                reports[event.rank] = event.message
+    except queue.Empty:
+        raise TransferError(f"updaters did not stage within {STAGE_FILE_TIMEOUT_S:g} s") from None
+    finally:
+        for event in kept:
+            daemon.events.put(event)
     if errors:
-        daemon.new_crew()
         raise TransferError("\n".join(dict.fromkeys(errors)))
     return list(reports.values())

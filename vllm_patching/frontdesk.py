@@ -74,7 +74,7 @@ class FrontDesk:
         if kind == "status":
             return describe(self._daemon)
         if kind == "shutdown":
-            self._daemon.events.put(Stop("shutdown requested"))
+            self._daemon.events.put(Stop(message.get("why") or "shutdown requested"))
             return {"type": "ok"}
         if kind == "notify_update":
             reply: queue.Queue[dict[str, Any]] = queue.Queue()

@@ -31,6 +31,8 @@ from vllm_patching.staging import Staging, writes_by_source
 
 logger = logging.getLogger(__name__)
 
+_POISON = -77  # no layer of weights has it everywhere
+
 _loaders: list[Any] = []
 _pending: list[Loaded] = []
 
@@ -326,14 +328,17 @@ def _verify(loaded: Loaded, rank_map: RankMap, arena: CpuArena) -> None:
     other.copy_(arena.half(arena.active))
     for target in rank_map.targets:  # what the mapping does not write must not pass by being equal
         other[target.offset : target.offset + target.nbytes] = 0xA5
+    _restore_fills(loaded, rank_map, arena, other)
     staging = Staging(other, rank_map.targets)
+    for write in rank_map.writes["checkpoint"]:  # nor what the loader fills first and writes later
+        if staging.is_direct(write.target):
+            staging.view(write.target, write.size, write.dst_offset, write.dst_stride).fill_(_POISON)
     listed = {s.name: i for i, s in enumerate(loaded.vocabularies["checkpoint"])}
     grouped = writes_by_source(rank_map.writes["checkpoint"])
     with torch.no_grad():
         for name, tensor in compat.loader_weights(loaded.loader, loaded.model_config, loaded.model):
             staging.apply(grouped.pop(listed[name], ()), tensor)
     staging.finish()
-    _restore_fills(loaded, rank_map, arena, other)
     live = arena.half(arena.active)
     differing = [
         target.name

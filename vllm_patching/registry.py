@@ -17,7 +17,7 @@ from vllm_patching.arena import ControlPage
 from vllm_patching.channel import Channel
 
 
-@dataclass
+@dataclass(eq=False)  # a process is itself, whatever it says
 class Member:
     """One registered process of vLLM: its introduction, its connection and the descriptors it handed over."""
 
@@ -104,6 +104,11 @@ class Registry:
         """How many workers there will be, as soon as anyone has said so."""
         members = [*self.workers.values(), *([self.engine] if self.engine else [])]
         return members[0].hello["world_size"] if members else None
+
+    def members(self) -> list[Member]:
+        """Everybody who is registered now, the engine last."""
+        with self.lock:
+            return [*self.workers.values(), *([self.engine] if self.engine else [])]
 
     @property
     def complete(self) -> bool:

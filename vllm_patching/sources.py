@@ -23,7 +23,7 @@ from bridge.errors import MappingError
 from bridge.protocol.mapping import Source
 from vllm_patching.tracing import dtype_name
 
-_SAFETENSORS_DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
@@ -123,13 +123,13 @@ def _headers(files: Iterable[str], prefix: str, is_unused: Any) -> Iterator[Sour
             for name in names:
                 tensor = opened.get_slice(name)
                 kind = tensor.get_dtype()
-                if kind not in _SAFETENSORS_DTYPES:
+                if kind not in SAFETENSORS_DTYPES:
                     raise MappingError(
                         f"{file}: {name} has the dtype {kind}, whose elements share bytes; "
                         "quantized checkpoints are not supported"
                     )
                 yield Source(
-                    name=prefix + name, shape=tuple(tensor.get_shape()), dtype=_SAFETENSORS_DTYPES[kind]
+                    name=prefix + name, shape=tuple(tensor.get_shape()), dtype=SAFETENSORS_DTYPES[kind]
                 )
 
 

@@ -8,6 +8,7 @@ in the data group.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import logging
 import os
 import signal
@@ -23,6 +24,7 @@ from safetensors import safe_open
 
 from bridge import telemetry
 from bridge.errors import BridgeError, MappingError, ProtocolError, TransferError
+from bridge.protocol.holders import CASTS
 from bridge.protocol.mapping import Mapping, RankMap
 from bridge.protocol.plan import Lane, Plan
 from bridge.wire import peer_memory, rendezvous
@@ -30,11 +32,13 @@ from bridge.wire.meeting import Meeting
 from bridge.wire.transport import DataLink, GlooSink, PullSink, Sink
 from vllm_patching.arena import ImportedHalves
 from vllm_patching.channel import Channel, ChannelClosed
+from vllm_patching.sources import SAFETENSORS_DTYPES
 from vllm_patching.staging import Staging, torch_dtype, writes_by_source
 
 logger = logging.getLogger("vllm_patching.updater")  # __name__ is __main__ here
 
 CONNECT_TIMEOUT_S = 30.0
+_PR_SET_PDEATHSIG = 1
 SLOWEST_BYTES_PER_S = 50e6  # a transfer slower than this is taken for dead
 
 
@@ -161,8 +165,8 @@ class Updater:
         """
         start = time.perf_counter()
         files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [Path(path)]
-        found = {name: file for file in files for name in _names(file)}
-        name = _match_vocabulary(self.mapping, found, files)
+        found = _index(files)
+        name = _match_vocabulary(self.mapping, self.rank_map, found)
         listed = self.mapping.vocabulary(name).sources
         grouped = writes_by_source(self.rank_map.writes[name])
         staging = Staging(self.halves.halves[half], self.rank_map.targets)
@@ -187,20 +191,45 @@ def _names(file: Path) -> list[str]:
         raise MappingError(f"{file} is not a whole safetensors file: {err}") from err
 
 
-def _match_vocabulary(mapping: Mapping, found: dict[str, Path], files: list[Path]) -> str:
-    """The vocabulary whose needed sources are all in the files, with their shapes checked."""
+def _index(files: list[Path]) -> dict[str, Path]:
+    """Which file holds which tensor.
+
+    Raises:
+        MappingError: there is no file, or a tensor lies in two: which one counts is anybody's guess.
+    """
+    found: dict[str, Path] = {}
+    twice = []
+    for file in files:
+        for name in _names(file):
+            if name in found:
+                twice.append(f"{name}: in {found[name].name} and in {file.name}")
+            found[name] = file
+    if twice or not found:
+        listing = "\n  ".join(twice) or "no tensor there"
+        raise MappingError(f"{len(twice)} fault(s) in the update's files:\n  {listing}")
+    return found
+
+
+def _match_vocabulary(mapping: Mapping, rank_map: RankMap, found: dict[str, Path]) -> str:
+    """The vocabulary whose needed sources are all in the files, with their shapes and dtypes checked."""
     best = max(mapping.vocabularies, key=lambda v: len({s.name for s in v.sources} & found.keys()))
     known = {source.name: source for source in best.sources}
     unused = set(best.unused)
     faults = [f"{name}: missing" for name in known.keys() - found.keys() - unused]
     faults += [f"{name}: not a parameter of this model" for name in found.keys() - known.keys() - unused]
+    needed = {
+        best.sources[w.source].name: rank_map.targets[w.target].dtype for w in rank_map.writes[best.name]
+    }
     for name in sorted(known.keys() & found.keys()):
         with safe_open(found[name], framework="pt") as file:
-            shape = tuple(file.get_slice(name).get_shape())
+            tensor = file.get_slice(name)
+            shape, dtype = tuple(tensor.get_shape()), SAFETENSORS_DTYPES.get(tensor.get_dtype(), "unknown")
         if shape != known[name].shape:
             faults.append(f"{name}: shape {shape}, expected {known[name].shape}")
-    if faults or not files:
-        listing = "\n  ".join(sorted(faults)) or "no safetensors file there"
+        if (to := needed.get(name)) is not None and dtype != to and (dtype, to) not in CASTS:
+            faults.append(f"{name}: dtype {dtype} cannot be cast to {to} without loss of meaning")
+    if faults:
+        listing = "\n  ".join(sorted(faults))
         raise MappingError(f"{len(faults)} fault(s) in the update for {mapping.model}:\n  {listing}")
     return best.name
 
@@ -224,12 +253,24 @@ def _serve(channel: Channel, updater: Updater) -> NoReturn:
         channel.send(answer)
 
 
+def _die_with(daemon_pid: int) -> None:
+    """Ask Linux to kill this process when its daemon dies, wherever it stands.
+
+    A transfer that outlived its daemon would go on writing a half that the next daemon may make live.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != daemon_pid:
+        raise SystemExit(f"the daemon (pid {daemon_pid}) died before this updater had started")
+
+
 def main() -> int:
     """Entry point: ``python -m vllm_patching.updater --run-dir D --rank R``."""
     parser = argparse.ArgumentParser(prog="vllm_patching.updater")
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--daemon-pid", type=int, required=True)
     args = parser.parse_args()
+    _die_with(args.daemon_pid)
     telemetry.configure(role="updater", rank=args.rank)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the daemon decides when updaters end
     torch.set_num_threads(1)  # the cores belong to the decode

@@ -13,7 +13,7 @@ import logging
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from vllm_patching import compat, loading
 from vllm_patching.arena import CpuArena, RankSlot
@@ -31,7 +31,7 @@ class WorkerBridge:
         self.batch = 0
         self.version = 0
         self.slot: RankSlot | None = None
-        self._log = log_path.open("a", buffering=1)
+        self._log: TextIO | None = log_path.open("a", buffering=1)
 
     def before_batch(self, stamp: int) -> None:
         """Called at the entry of ``execute_model``; flips when the batch is stamped with a new version."""
@@ -52,10 +52,17 @@ class WorkerBridge:
         flip_ns = time.perf_counter_ns() - start
         self.version = version
         self.slot.record(version=version, batch=self.batch, flip_ns=flip_ns, active=self.arena.active)
-        self._log.write(
-            json.dumps({"rank": self.rank, "batch": self.batch, "version": version, "flip_ns": flip_ns})
-            + "\n"
-        )
+        self._write_log(version, flip_ns)
+
+    def _write_log(self, version: int, flip_ns: int) -> None:
+        if self._log is None:
+            return
+        line = {"rank": self.rank, "batch": self.batch, "version": version, "flip_ns": flip_ns}
+        try:
+            self._log.write(json.dumps(line) + "\n")
+        except OSError:
+            logger.exception("rank %d: no further flips are logged", self.rank)
+            self._log = None
 
 
 class Unpublished:

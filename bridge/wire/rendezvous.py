@@ -43,6 +43,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
     session: str
     refusal: str = ""
+    try_again: bool = False
     epoch: int = 0
     weight_version: int = 0
     num_daemons: int = 1
@@ -50,6 +51,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     daemon_pid: int = 0
     heartbeat_interval_s: float = 2.0
     deadline_s: float = 15.0
+    commit_timeout_s: float = 120.0
     bucket_bytes: int = 0
 
 
@@ -90,7 +92,12 @@ def unseal(data: bytes, secret: str, kind: type[T]) -> T:
             "a rendezvous message was signed with another job's secret; is the mapping file that of this "
             "server's present run?"
         )
-    return msgspec.msgpack.decode(signed.body, type=kind)
+    try:
+        return msgspec.msgpack.decode(signed.body, type=kind)
+    except msgspec.DecodeError as err:
+        raise RendezvousRefused(
+            f"the other side's {kind.__name__} is of another release of the bridge: {err}"
+        ) from err
 
 
 def serve_store(host: str, port: int) -> TCPStore:
@@ -144,11 +151,13 @@ def await_answer(store: Store, session: str, secret: str, *, timeout_s: float) -
     """Wait for the daemon's answer to ``session``.
 
     Raises:
-        RendezvousError: no answer in time.
+        RendezvousError: no answer in time, or not yet.
         RendezvousRefused: the daemon said no; carries its reason.
     """
     data = fetch(store, f"answer/{session}", timeout_s=timeout_s, what="the daemon's answer")
     answer = unseal(data, secret, Answer)
+    if answer.refusal and answer.try_again:
+        raise RendezvousError(f"the daemon is not ready for a trainer: {answer.refusal}")
     if answer.refusal:
         raise RendezvousRefused(f"the daemon refused this trainer: {answer.refusal}")
     return answer

@@ -250,12 +250,9 @@ def test_the_server_ends_with(victim, sets, tmp_path, runtime_dir):
         held = Held(server, trainers)
         assert greedy(server) == served  # in the middle of the round
         pid = VICTIMS[victim](server, held.before)
-        held.kill(pid)
+        os.kill(pid, signal.SIGKILL)  # and the updater stays where it is: the daemon has to end it
         (error,) = held.errors()
-        if victim in ("worker", "engine"):
-            assert f"(pid {pid}" in error, error
-        else:
-            assert "daemon" in error or "vLLM" in error, error
+        assert f"(pid {pid}" in error, error
         code = server.process.wait(90)
         assert code == -signal.SIGKILL if victim == "launcher" else code not in (0, -signal.SIGKILL)
         wait_until(
