@@ -28,6 +28,7 @@ from bridge.protocol.mapping import CONFIG_NAME, Mapping, Rendezvous
 from bridge.protocol.messages import PROTOCOL_VERSION
 from bridge.wire import rendezvous
 from vllm_patching import residue
+from vllm_patching.arguments import parse_args
 from vllm_patching.channel import ChannelClosed, listen, socket_path
 from vllm_patching.crew import Crew, Report
 from vllm_patching.epoch import Epoch, Limits
@@ -377,26 +378,6 @@ class Daemon:
             for path in residue.sweep(self._shm):
                 logger.info("removed %s, left behind by vLLM", path)
             residue.remove_run_dir(self.args.run_dir)
-
-
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    """The daemon's command line; the launcher writes it."""
-    parser = argparse.ArgumentParser(prog="vllm_patching.daemon", description=__doc__)
-    parser.add_argument("--run-dir", type=Path, required=True)
-    parser.add_argument("--logdir", type=Path, required=True)
-    parser.add_argument("--rendezvous-host", default="127.0.0.1")
-    parser.add_argument("--rendezvous-port", type=int, default=0)
-    parser.add_argument("--heartbeat-interval", type=float, default=2.0)
-    parser.add_argument("--deadline", type=float, default=15.0)
-    parser.add_argument("--commit-timeout", type=float, default=120.0)
-    parser.add_argument("--bucket-bytes", type=int, default=64 << 20)
-    parser.add_argument("--transport", choices=("auto", "pull", "gloo"), default="auto")
-    parser.add_argument("--prefix-cache", choices=("salt", "keep"), default="salt")
-    parser.add_argument("--update-dir", type=Path)
-    parser.add_argument("--launcher-pid", type=int, default=os.getppid())
-    args = parser.parse_args(argv)
-    args.update_dir = args.update_dir or args.logdir
-    return args
 
 
 def main() -> int:

@@ -1,0 +1,29 @@
+"""The daemon's command line; the launcher writes it, flag by flag."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """The daemon's command line; the launcher writes it."""
+    parser = argparse.ArgumentParser(
+        prog="vllm_patching.daemon", description="The weight-updater daemon of one node."
+    )
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--logdir", type=Path, required=True)
+    parser.add_argument("--rendezvous-host", default="127.0.0.1")
+    parser.add_argument("--rendezvous-port", type=int, default=0)
+    parser.add_argument("--heartbeat-interval", type=float, default=2.0)
+    parser.add_argument("--deadline", type=float, default=15.0)
+    parser.add_argument("--commit-timeout", type=float, default=120.0)
+    parser.add_argument("--bucket-bytes", type=int, default=64 << 20)
+    parser.add_argument("--transport", choices=("auto", "pull", "gloo"), default="auto")
+    parser.add_argument("--prefix-cache", choices=("salt", "keep"), default="salt")
+    parser.add_argument("--update-dir", type=Path)
+    parser.add_argument("--launcher-pid", type=int, default=os.getppid())
+    args = parser.parse_args(argv)
+    args.update_dir = args.update_dir or args.logdir
+    return args
