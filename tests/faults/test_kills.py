@@ -241,9 +241,11 @@ SAID = {
 def test_the_server_ends_with(victim, sets, tmp_path, runtime_dir):
     shm_before, runs_before = set(residue.SHM_DIR.iterdir()), set(runtime_dir.iterdir())
     logdir = tmp_path / "logs"
+    # The last broadcast below meets nobody; it need not wait for a restarted daemon as long as the default.
+    env = {"BRIDGE_CONNECT_TIMEOUT_S": "10"}
     with (
         start(sets[0], logdir) as server,
-        training("plain", sets[0], logdir=logdir, dtype="float32") as trainers,
+        training("plain", sets[0], logdir=logdir, dtype="float32", env=env) as trainers,
     ):
         served = begin(SimpleNamespace(server=server, sets=sets), trainers)
         tree = server.pids()
@@ -252,7 +254,9 @@ def test_the_server_ends_with(victim, sets, tmp_path, runtime_dir):
         pid = VICTIMS[victim](server, held.before)
         os.kill(pid, signal.SIGKILL)  # and the updater stays where it is: the daemon has to end it
         (error,) = held.errors()
-        assert f"(pid {pid}" in error, error
+        # The engine core ends itself without its API server, and the trainer may hear of that first.
+        named = [pid, held.before["pids"]["engine"]] if victim == "api_server" else [pid]
+        assert any(f"(pid {number}" in error for number in named), error
         code = server.process.wait(90)
         assert code == -signal.SIGKILL if victim == "launcher" else code not in (0, -signal.SIGKILL)
         wait_until(
