@@ -49,7 +49,9 @@ def _children() -> dict[int, str]:
     for process in psutil.Process().children(recursive=True):
         try:
             command = " ".join(process.cmdline()) or process.name()
-            if process.status() != psutil.STATUS_ZOMBIE and "multiprocessing.resource_tracker" not in command:
+            # multiprocessing's own helpers live as long as the interpreter that they belong to.
+            helper = any(f"multiprocessing.{name}" in command for name in ("resource_tracker", "forkserver"))
+            if process.status() != psutil.STATUS_ZOMBIE and not helper:
                 found[process.pid] = command
         except psutil.NoSuchProcess:
             continue

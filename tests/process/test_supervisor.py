@@ -37,6 +37,14 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
+def _lives(process: psutil.Process) -> bool:
+    """Whether it runs; an orphan that ended is a zombie here, as the tests' process adopts orphans."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 class Launched:
     """A launcher with stand-ins, and everything it could leave behind."""
 
@@ -78,7 +86,7 @@ class Launched:
         return code
 
     def assert_nothing_left(self) -> None:
-        poll_until("all processes end", lambda: not any(p.is_running() for p in self.tree))
+        poll_until("all processes end", lambda: not any(_lives(p) for p in self.tree))
         poll_until(f"{self.shm_file} is removed", lambda: not self.shm_file.exists())
         poll_until(f"{self.run_dir} is removed", lambda: not self.run_dir.exists())
 
