@@ -217,15 +217,18 @@ class Daemon:
 
     def _doorman(self) -> None:
         """Look for trainers that knock; ``_admit`` lets them in or sends them away."""
-        ticket, since = 1, time.monotonic()
+        ticket, drawn_at = 1, 0.0
         try:
             while not self._stopping.wait(DOORMAN_POLL_S):
                 request = self._knock(ticket)
                 if request is not None:
                     self.events.put(Requested(request))
-                elif time.monotonic() - since < TICKET_GRACE_S or self.store.add("ticket", 0) < ticket:
-                    continue  # nobody has drawn this ticket, or its owner may still be writing
-                ticket, since = ticket + 1, time.monotonic()
+                elif self.store.add("ticket", 0) < ticket:
+                    continue  # nobody has drawn it
+                elif not drawn_at or time.monotonic() - drawn_at < TICKET_GRACE_S:
+                    drawn_at = drawn_at or time.monotonic()
+                    continue  # its owner may still be writing
+                ticket, drawn_at = ticket + 1, 0.0
         except Exception as err:  # a daemon that admits nobody must not look ready
             logger.exception("the rendezvous broke")
             self.events.put(Broken(f"the rendezvous broke: {type(err).__name__}: {err}"))
