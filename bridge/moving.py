@@ -9,9 +9,7 @@ import torch
 from bridge.protocol.mapping import Mapping
 from bridge.protocol.plan import Lane, Plan
 from bridge.wire.rendezvous import Group
-from bridge.wire.transport import DataLink, GlooSource, PullSource, Source
-
-SLOWEST_BYTES_PER_S = 50e6  # a transfer slower than this is taken for dead
+from bridge.wire.transport import SLOWEST_BYTES_PER_S, DataLink, GlooSource, PullSource, Source
 
 
 class Mover:

@@ -16,7 +16,7 @@ from bridge.config import BridgeConfig
 from bridge.environment import Ranks
 from bridge.errors import BridgeError, PeerLost, ProtocolError, RoundAborted, TransferError
 from bridge.joining import ask_admission, meet
-from bridge.moving import SLOWEST_BYTES_PER_S, Mover
+from bridge.moving import Mover
 from bridge.protocol.mapping import Mapping
 from bridge.protocol.messages import Frame, Opcode
 from bridge.protocol.session import (
@@ -34,6 +34,7 @@ from bridge.sharding import LocalShards
 from bridge.wire import rendezvous
 from bridge.wire.control import ControlGroup, Event
 from bridge.wire.meeting import Meeting
+from bridge.wire.transport import SLOWEST_BYTES_PER_S
 
 logger = logging.getLogger(__name__)
 

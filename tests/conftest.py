@@ -9,12 +9,13 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.support.models import build_checkpoint
 from vllm_patching import residue
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -84,6 +85,18 @@ def nothing_left(runtime_dir: Path) -> Iterator[None]:
     while (leaks := _leaks(*before, runtime_dir)) and time.monotonic() < deadline:
         select.select([], [], [], 0.1)  # the kernel takes a moment to reap; a leak stays
     assert not leaks, "left behind:\n  " + "\n  ".join(leaks)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``checkpoint(kind, dtype, seed)``: the folder of a seeded random model."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def build(kind: str, dtype: str, seed: int) -> Path:
+        path = root / f"{kind}-{dtype}-{seed}"
+        return path if path.exists() else build_checkpoint(kind, path, dtype=dtype, seed=seed)
+
+    return build
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

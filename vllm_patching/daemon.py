@@ -211,7 +211,7 @@ class Daemon:
             # One death ends all of vLLM: the first is the cause, the others follow from it.
             self._first_death = self.last_error = f"{who} is gone"
         if self.epoch is not None:
-            self.epoch.shut_down(self._first_death)
+            self.epoch.fail(self._first_death)
 
     # --- rounds ------------------------------------------------------------------------------------
 
@@ -368,7 +368,7 @@ class Daemon:
         if self._doorman_thread is not None:
             self._doorman_thread.join()  # it holds the store, which must not be used while it is torn down
         if self.epoch is not None:
-            self.epoch.shut_down(f"the weight-updater daemon ends: {self.last_error}")
+            self.epoch.fail(f"the weight-updater daemon ends: {self.last_error}")
             self.epoch.close()
         if self.crew is not None:
             self.crew.end()

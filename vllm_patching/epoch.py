@@ -148,11 +148,7 @@ class Epoch:
             self._guarded(lambda: self.machine.on_committed(result))
 
     def fail(self, reason: str) -> None:
-        """Something on this side broke."""
-        self._perform(self.machine.on_failure(reason))
-
-    def shut_down(self, reason: str) -> None:
-        """The daemon ends, or vLLM did."""
+        """Something on this side broke or ends: an updater, vLLM, the daemon itself."""
         self._perform(self.machine.on_failure(reason))
 
     def _guarded(self, step: Any) -> None:

@@ -29,7 +29,7 @@ from bridge.protocol.mapping import Mapping, RankMap
 from bridge.protocol.plan import Lane, Plan
 from bridge.wire import peer_memory, rendezvous
 from bridge.wire.meeting import Meeting
-from bridge.wire.transport import DataLink, GlooSink, PullSink, Sink
+from bridge.wire.transport import SLOWEST_BYTES_PER_S, DataLink, GlooSink, PullSink, Sink
 from vllm_patching.arena import ImportedHalves
 from vllm_patching.channel import Channel, ChannelClosed
 from vllm_patching.sources import SAFETENSORS_DTYPES
@@ -39,7 +39,6 @@ logger = logging.getLogger("vllm_patching.updater")  # __name__ is __main__ here
 
 CONNECT_TIMEOUT_S = 30.0
 _PR_SET_PDEATHSIG = 1
-SLOWEST_BYTES_PER_S = 50e6  # a transfer slower than this is taken for dead
 
 
 class Join(msgspec.Struct, kw_only=True):

@@ -29,6 +29,7 @@ from bridge.wire import peer_memory
 from bridge.wire.rendezvous import Group, first_line
 
 ADDRESS_TAG, DIGEST_TAG, BUCKET_TAG = 11, 12, 100
+SLOWEST_BYTES_PER_S = 50e6  # a transfer slower than this is taken for dead
 _WORD_BYTES, _ROW_BYTES, _BLOCK_BYTES = 8, 4096, 1 << 20
 DIRECT_RUN_BYTES = 512  # shorter runs cost more as iovecs than reading the span and picking from it
 
