@@ -167,7 +167,7 @@ def bridged(model: Path, root: Path, args: argparse.Namespace) -> dict[str, Any]
         serving(model, logdir, flags=FLAGS) as server,
         training("plain", model, logdir=logdir) as trainers,
     ):
-        trainers.must("broadcast")  # connects
+        memory = first_broadcast(trainers)
         load = Load(server.api, args.streams)
         load.wait_warm()
         start = time.monotonic()
@@ -206,14 +206,20 @@ def bridged(model: Path, root: Path, args: argparse.Namespace) -> dict[str, Any]
             "stage_ms_under_load": [1e3 * r["stage_s"] for r in receipts],
         }
         load.stop()
-        result["idle"] = idle_rounds(trainers, args)
+        result["idle"] = idle_rounds(trainers, args) | memory
         return result
+
+
+def first_broadcast(trainers: Any) -> dict[str, Any]:
+    """Connect, then measure the first broadcast: what it allocates may be kept for the later ones."""
+    trainers.must("heartbeat")
+    peak = trainers.must("measured_broadcast")[0]["peak_above_bytes"]
+    return {"trainer_peak_above_model_bytes": peak}
 
 
 def idle_rounds(trainers: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Rounds on a server that generates nothing, and what they cost the trainer."""
     receipts = [trainers.must("broadcast")[0] for _ in range(args.idle_rounds)]
-    memory = trainers.must("measured_broadcast")[0]
     calls = []
     for _ in range(args.idle_rounds):
         calls.append(trainers.must("broadcast", blocking=False)[0]["seconds"])
@@ -227,7 +233,6 @@ def idle_rounds(trainers: Any, args: argparse.Namespace) -> dict[str, Any]:
         "gigabytes_per_s": statistics.median(r["bytes"] / r["stage_s"] / 1e9 for r in receipts),
         "non_blocking_call_ms": [1e3 * c for c in calls],
         "non_blocking_share_of_blocking": statistics.median(calls) / blocking,
-        "trainer_peak_above_model_bytes": memory["peak_above_bytes"],
     }
 
 
@@ -239,8 +244,8 @@ def by_gloo(model: Path, root: Path, args: argparse.Namespace) -> dict[str, Any]
         training("plain", model, logdir=logdir) as trainers,
     ):
         assert server.status()["state"] == "ready"
-        trainers.must("broadcast")
-        return idle_rounds(trainers, args)
+        memory = first_broadcast(trainers)
+        return idle_rounds(trainers, args) | memory
 
 
 def _bare(rank: int, port: int, nbytes: int, chunk: int, rounds: int, results: Any) -> None:
@@ -297,9 +302,9 @@ def main() -> int:
         ours = bridged(root / "model", root, args)
         gloo = by_gloo(root / "model", root, args)
         bare = bare_gloo(nbytes, args.idle_rounds)
-    swap_stall, reload_stall = (
-        statistics.median(ours["swap_stall_ms"]),
-        statistics.median(plain["reload_stall_ms"]),
+    swap_stall, control_stall, reload_stall = (
+        statistics.median(stalls)
+        for stalls in (ours["swap_stall_ms"], ours["control_stall_ms"], plain["reload_stall_ms"])
     )
     bare_rate = nbytes / statistics.median(bare) / 1e9
     document = {
@@ -310,9 +315,9 @@ def main() -> int:
         "summary": {
             "flip_ms_median": statistics.median(ours["flip_ms"]),
             "swap_stall_ms_median": swap_stall,
-            "control_stall_ms_median": statistics.median(ours["control_stall_ms"]),
+            "control_stall_ms_median": control_stall,
             "reload_stall_ms_median": reload_stall,
-            "reload_to_swap": reload_stall / max(swap_stall, 1e-3),
+            "swap_above_control_share_of_reload": (swap_stall - control_stall) / reload_stall,
             "tokens_per_s_share_of_unpatched": ours["tokens_per_s_between_updates"] / plain["tokens_per_s"],
             "bare_gloo_gb_per_s": bare_rate,
             "pull_share_of_bare_gloo": ours["idle"]["gigabytes_per_s"] / bare_rate,

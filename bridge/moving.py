@@ -9,7 +9,7 @@ import torch
 from bridge.protocol.mapping import Mapping
 from bridge.protocol.plan import Lane, Plan
 from bridge.wire.rendezvous import Group
-from bridge.wire.transport import SLOWEST_BYTES_PER_S, DataLink, GlooSource, PullSource, Source
+from bridge.wire.transport import SLOWEST_BYTES_PER_S, DataLink, GlooSource, PullSource, SendBuffers, Source
 
 
 class Mover:
@@ -32,6 +32,7 @@ class Mover:
         self._rank = rank
         self._world_size = world_size
         self._deadline_s = deadline_s
+        self._buffers = SendBuffers()
 
     def move(self, plan: Plan, tensors: Sequence[torch.Tensor], *, before: Callable[[int], None]) -> None:
         """Send this rank's part of ``plan``; ``before`` is called with each bucket's index.
@@ -62,4 +63,4 @@ class Mover:
         if self._links[lane.inference] == "pull":
             return PullSource(link, tensors)
         targets = self._mapping.ranks[lane.inference].targets
-        return GlooSource(link, tensors, [getattr(torch, target.dtype) for target in targets])
+        return GlooSource(link, tensors, [getattr(torch, target.dtype) for target in targets], self._buffers)

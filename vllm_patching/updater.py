@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -68,6 +69,7 @@ class Updater:
         self._group: Any = None
         self._join: Join | None = None
         self._where: list[peer_memory.Whereabouts] = []
+        self._buffers: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
 
     def join(self, order: Join) -> dict[str, Any]:
         """Meet the trainers: choose a transport for each, then form the data group."""
@@ -154,7 +156,8 @@ class Updater:
         if self._links[lane.trainer] == "pull":
             _, layouts, _ = self.meeting.plan(joint)
             return PullSink(link, where.pid, layouts[lane.trainer])
-        return GlooSink(link, lane, [torch_dtype(t.dtype) for t in self.rank_map.targets])
+        dtypes = [torch_dtype(target.dtype) for target in self.rank_map.targets]
+        return GlooSink(link, lane, dtypes, self._buffers[lane.trainer])
 
     def stage_file(self, *, path: str, half: int) -> dict[str, Any]:
         """Stage a whole version from safetensors files (a file, or a folder of them).
