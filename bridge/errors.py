@@ -13,6 +13,7 @@
         PeerLost                     a process died or fell silent
         ChecksumMismatch             bytes arrived, but other ones
         RoundAborted                 this version was not committed; the old one is still served
+      DeviceError          exit 71  the CUDA driver refused a call
       ProtocolError        exit 70  a bug: an impossible frame or transition
 
 Exit codes follow sysexits.h: 75 (EX_TEMPFAIL) says that trying again may help.
@@ -69,6 +70,12 @@ class ChecksumMismatch(TransferError):
 
 class RoundAborted(TransferError):
     """The round was given up: nothing was committed and the old version is still served."""
+
+
+class DeviceError(BridgeError):
+    """The CUDA driver refused a call; the message carries its name for the reason."""
+
+    exit_code = 71
 
 
 class ProtocolError(BridgeError):

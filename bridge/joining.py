@@ -20,6 +20,7 @@ from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import Mapping, Rendezvous
 from bridge.protocol.messages import PROTOCOL_VERSION
 from bridge.wire import peer_memory, rendezvous
+from bridge.wire.device_memory import DeviceNonce
 from bridge.wire.meeting import Meeting
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ class Joined:
     """What a trainer rank has once it has met the others.
 
     ``peers`` names the control ranks this one talks to; ``links`` has the transport of each inference rank.
-    ``nonce`` is only kept alive: updaters may probe for it as long as the epoch lasts.
+    The nonces are only kept alive: updaters may probe for them as long as the epoch lasts.
     """
 
     control: rendezvous.Group
@@ -40,6 +41,7 @@ class Joined:
     peers: dict[int, str]
     links: list[str]
     nonce: peer_memory.Nonce
+    device_nonce: DeviceNonce | None
 
 
 def ask_admission(config: BridgeConfig, ranks: Ranks) -> tuple[Mapping, rendezvous.Answer, rendezvous.Store]:
@@ -136,9 +138,17 @@ def _agree(session: str, ranks: Ranks) -> str:
 
 
 def meet(
-    meeting: Meeting, mapping: Mapping, ranks: Ranks, answer: rendezvous.Answer, store: rendezvous.Store
+    meeting: Meeting,
+    mapping: Mapping,
+    ranks: Ranks,
+    answer: rendezvous.Answer,
+    store: rendezvous.Store,
+    *,
+    device: torch.device | None,
 ) -> Joined:
     """Form the epoch's groups with the daemon and its updaters, and learn their choice of transports.
+
+    ``device`` is the GPU this rank's weights are on, if they are.
 
     Raises:
         RendezvousError: not everyone came in time.
@@ -149,7 +159,9 @@ def meet(
     rank, size = ranks.rank, ranks.world_size
     nonce = peer_memory.Nonce()
     peer_memory.allow_reader(answer.daemon_pid)
-    meeting.publish_whereabouts(rank, nonce.whereabouts(socket.gethostname()))
+    device_nonce = None if device is None else DeviceNonce(device)
+    gpu = None if device_nonce is None else device_nonce.whereabouts()
+    meeting.publish_whereabouts(rank, nonce.whereabouts(socket.gethostname(), gpu))
     address = rendezvous.local_address(place.host, place.port)
     timeout_s = answer.deadline_s * 2
     control = rendezvous.make_group(
@@ -169,7 +181,7 @@ def meet(
         timeout_s=timeout_s,
     )
     links = [meeting.links(k)[rank] for k in range(answer.num_inference_ranks)]
-    return Joined(control, data, _peers(meeting, ranks, answer, place), links, nonce)
+    return Joined(control, data, _peers(meeting, ranks, answer, place), links, nonce, device_nonce)
 
 
 def _peers(meeting: Meeting, ranks: Ranks, answer: rendezvous.Answer, place: Rendezvous) -> dict[int, str]:

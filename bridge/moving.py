@@ -8,12 +8,24 @@ import torch
 
 from bridge.protocol.mapping import Mapping
 from bridge.protocol.plan import Lane, Plan
+from bridge.sharding import LocalShards
+from bridge.wire import cuda
+from bridge.wire.device_transport import DevicePullSource, Showcase, Shown
 from bridge.wire.rendezvous import Group
-from bridge.wire.transport import SLOWEST_BYTES_PER_S, DataLink, GlooSource, PullSource, SendBuffers, Source
+from bridge.wire.transport import (
+    GPU_PULL,
+    PULL,
+    SLOWEST_BYTES_PER_S,
+    DataLink,
+    GlooSource,
+    PullSource,
+    SendBuffers,
+    Source,
+)
 
 
 class Mover:
-    """One trainer rank's end of the data group."""
+    """One trainer rank's end of the data group. Used by one thread."""
 
     def __init__(
         self,
@@ -24,43 +36,86 @@ class Mover:
         rank: int,
         world_size: int,
         deadline_s: float,
+        device: torch.device | None,
+        checked: bool,
     ) -> None:
-        """``links`` has the transport of each inference rank: "pull" or "gloo"."""
+        """``links`` has the transport of each inference rank; ``device`` is the weights' GPU, if any.
+
+        ``checked`` says whether device memory is summed at both ends.
+        """
         self._group = group
         self._links = links
         self._mapping = mapping
         self._rank = rank
         self._world_size = world_size
         self._deadline_s = deadline_s
+        self._device = device
+        self._checked = checked
         self._buffers = SendBuffers()
+        self._showcase: Showcase | None = None
+        self._wanted: tuple[bytes, list[torch.dtype]] = (b"", [])
 
-    def move(self, plan: Plan, tensors: Sequence[torch.Tensor], *, before: Callable[[int], None]) -> None:
+    def move(self, plan: Plan, shards: LocalShards, *, before: Callable[[int], None]) -> None:
         """Send this rank's part of ``plan``; ``before`` is called with each bucket's index.
 
         Raises:
             PeerLost: an updater is gone, or silent for longer than the deadline.
+            DeviceError: CUDA refused to show or to snapshot a shard.
         """
+        if self._device is not None:
+            cuda.use(self._device)
+        shards.wait_computed()
         lanes = [lane for lane in plan.lanes if lane.trainer == self._rank]
-        sources = [self._source(lane, tensors, plan.total_bytes) for lane in lanes]
-        digests: list[list[bytes]] = [[] for _ in lanes]
+        shown = self._show(plan, lanes, shards.tensors)
+        sources = [self._source(lane, shards.tensors, shown, plan.total_bytes) for lane in lanes]
         for source in sources:
             source.open()
         for index in range(plan.num_buckets):
             before(index)
-            for lane, source, sent in zip(lanes, sources, digests, strict=True):
+            for lane, source in zip(lanes, sources, strict=True):
                 if index < len(lane.buckets):
-                    sent.append(source.move(lane.buckets[index]))
-        for source, sent in zip(sources, digests, strict=True):
-            source.close(sent)
+                    source.move(lane.buckets[index])
+        for source in sources:
+            source.close()
 
-    def _source(self, lane: Lane, tensors: Sequence[torch.Tensor], total_bytes: int) -> Source:
+    def _show(self, plan: Plan, lanes: Sequence[Lane], tensors: Sequence[torch.Tensor]) -> Shown | None:
+        if not any(self._links[lane.inference] == GPU_PULL for lane in lanes):
+            return None
+        if self._showcase is None:
+            assert self._device is not None, "an updater chose to pull from a GPU that nobody told it of"
+            self._showcase = Showcase(self._device)
+        if self._wanted[0] != plan.digest:
+            self._wanted = (plan.digest, self._wanted_dtypes(lanes, tensors))
+        return self._showcase.prepare(tensors, self._wanted[1])
+
+    def _wanted_dtypes(self, lanes: Sequence[Lane], tensors: Sequence[torch.Tensor]) -> list[torch.dtype]:
+        """Per shard the one dtype it is written as; its own where targets differ, and sinks cast."""
+        found: list[set[str]] = [set() for _ in tensors]
+        for lane in lanes:
+            targets = self._mapping.ranks[lane.inference].targets
+            for bucket in lane.buckets:
+                for copy in bucket.copies:
+                    found[copy.shard].add(targets[copy.target].dtype)
+        return [
+            getattr(torch, next(iter(names))) if len(names) == 1 else tensor.dtype
+            for names, tensor in zip(found, tensors, strict=True)
+        ]
+
+    def _source(
+        self, lane: Lane, tensors: Sequence[torch.Tensor], shown: Shown | None, total_bytes: int
+    ) -> Source:
         link = DataLink(
             self._group,
             self._world_size + lane.inference,
             who=f"the updater of inference rank {lane.inference}",
             timeout_s=self._deadline_s + total_bytes / SLOWEST_BYTES_PER_S,
         )
-        if self._links[lane.inference] == "pull":
+        transport = self._links[lane.inference]
+        if transport == GPU_PULL:
+            assert shown is not None
+            assert self._showcase is not None
+            return DevicePullSource(link, shown, lane, self._showcase, checked=self._checked)
+        if transport == PULL:
             return PullSource(link, tensors)
         targets = self._mapping.ranks[lane.inference].targets
         return GlooSource(link, tensors, [getattr(torch, target.dtype) for target in targets], self._buffers)

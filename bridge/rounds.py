@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import msgspec
+import torch
 
 from bridge.config import BridgeConfig
 from bridge.environment import Ranks
@@ -116,8 +117,11 @@ class Session:
         ranks: Ranks,
         answer: rendezvous.Answer,
         store: rendezvous.Store,
+        *,
+        device: torch.device | None,
     ) -> None:
         self.config = config
+        self.device = device
         self.mapping = mapping
         self.rank, self.world_size = ranks.rank, ranks.world_size
         self.version = answer.weight_version
@@ -130,7 +134,7 @@ class Session:
         machine = {"epoch": answer.epoch, "version": answer.weight_version}
         self._coordinator = Coordinator(**machine, trainers=self.world_size, daemons=answer.num_daemons)
         self._member = Member(**machine)
-        self._joined = meet(self._meeting, mapping, ranks, answer, store)
+        self._joined = meet(self._meeting, mapping, ranks, answer, store, device=device)
         self._mover = Mover(
             self._joined.data,
             self._joined.links,
@@ -138,6 +142,8 @@ class Session:
             rank=self.rank,
             world_size=self.world_size,
             deadline_s=answer.deadline_s,
+            device=device,
+            checked=answer.checksum,
         )
         self._control = ControlGroup(
             self._joined.control,
@@ -159,15 +165,17 @@ class Session:
         self._thread.start()
 
     @classmethod
-    def open(cls, config: BridgeConfig, ranks: Ranks) -> Self:
+    def open(cls, config: BridgeConfig, ranks: Ranks, *, device: torch.device | None) -> Self:
         """Meet the inference side; called by every trainer rank.
+
+        ``device`` is the GPU that this rank's weights are on, None for the host's memory.
 
         Raises:
             MappingError: the mapping is missing or damaged, or was exported without a rendezvous.
             RendezvousError: the daemon cannot be reached in time, or refuses.
         """
         mapping, answer, store = ask_admission(config, ranks)
-        return cls(config, mapping, ranks, answer, store)
+        return cls(config, mapping, ranks, answer, store, device=device)
 
     # --- the caller's side -------------------------------------------------------------------------
 
@@ -371,7 +379,7 @@ class Session:
                 f"plan digests differ: trainer rank 0 has {plan_digest.hex()}, trainer rank {self.rank} has "
                 f"{plan.digest.hex()}; all ranks must read the same mapping file"
             )
-        self._mover.move(plan, job.shards.tensors, before=lambda index: self._announce(job.version, index))
+        self._mover.move(plan, job.shards, before=lambda index: self._announce(job.version, index))
 
     def _announce(self, version: int, index: int) -> None:
         """Rank 0 tells the daemons which bucket is next."""

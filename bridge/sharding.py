@@ -40,12 +40,19 @@ class LocalShards:
 
     ``tensors`` are detached, contiguous and aligned with ``layout.shards``. They share the parameters'
     memory, except where ``contiguous`` is False: there the parameter was not contiguous, and the tensor is a
-    copy taken when the shards were collected.
+    copy taken when the shards were collected. ``computed`` are events on the collecting streams, one for each
+    GPU: the values are there once they have passed.
     """
 
     layout: Layout
     tensors: list[torch.Tensor] = field(repr=False)
     contiguous: tuple[bool, ...] = field(repr=False)
+    computed: tuple[torch.cuda.Event, ...] = field(default=(), repr=False)
+
+    def wait_computed(self) -> None:
+        """Wait until the GPU has computed the values, as of when the shards were collected."""
+        for event in self.computed:
+            event.synchronize()
 
     def fingerprint(self) -> list[tuple[int, int]]:
         """Address and bytes of each tensor; it changes when a shard has moved."""
@@ -179,8 +186,8 @@ def _tensor_fault(tensor: torch.Tensor, local: torch.Tensor) -> str:
         return "is on the meta device and has no values; materialise the model first"
     if local.layout is not torch.strided:
         return f"is stored as {local.layout}; make it dense first"
-    if local.device.type != "cpu":
-        return f"is on {local.device}; this version of the bridge sends from host memory only"
+    if local.device.type not in ("cpu", "cuda"):
+        return f"is on {local.device}; the bridge sends from host memory and from CUDA devices"
     return ""
 
 
@@ -269,7 +276,29 @@ def _shards(
     if faults:
         raise _faulty(faults, mapping, rank, vocabulary)
     layout = Layout(rank=rank, vocabulary=vocabulary.name, shards=tuple(shards))
-    return LocalShards(layout, locals_, tuple(contiguous))
+    return LocalShards(layout, locals_, tuple(contiguous), _mark_computed(locals_))
+
+
+def _mark_computed(tensors: Sequence[torch.Tensor]) -> tuple[torch.cuda.Event, ...]:
+    """An event on the current stream of every GPU that holds a shard."""
+    events = []
+    for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(device))
+        events.append(event)
+    return tuple(events)
+
+
+def device_of(tensors: Iterable[torch.Tensor]) -> torch.device | None:
+    """The GPU that this rank's part of ``tensors`` is on; None if all of it is in host memory."""
+    return next((t.device for t in map(local_tensor, tensors) if t.is_cuda), None)
+
+
+def current_gpu() -> torch.device | None:
+    """The current GPU of a process that has begun to use one."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return torch.device("cuda", torch.cuda.current_device())
+    return None
 
 
 def _fit_fault(source: Source, tensor: torch.Tensor, dtype: str, targets: Mapping[str, str]) -> str:

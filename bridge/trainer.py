@@ -26,7 +26,7 @@ from bridge.config import BridgeConfig
 from bridge.errors import BridgeError, ConfigError
 from bridge.guard import StepGuard
 from bridge.rounds import Job, Receipt, Session
-from bridge.sharding import LocalShards, collect, collect_single
+from bridge.sharding import LocalShards, collect, collect_single, current_gpu, device_of
 
 logger = logging.getLogger(__name__)
 
@@ -97,12 +97,19 @@ class Bridge:
         bridge._ensure_session()
         return bridge
 
-    def _ensure_session(self) -> Session:
-        if self._session is not None and self._session.closed:
+    def _ensure_session(self, parameters: Sequence[torch.Tensor] | None = None) -> Session:
+        """The session; a new one if it is over, or if the weights have moved to another device."""
+        if parameters is not None:
+            device = device_of(parameters)
+        elif self._session is not None:
+            device = self._session.device
+        else:
+            device = current_gpu()
+        if self._session is not None and (self._session.closed or self._session.device != device):
             self._session.close()
             self._session = None
         if self._session is None:
-            self._session = Session.open(self.config, environment.ranks())
+            self._session = Session.open(self.config, environment.ranks(), device=device)
         return self._session
 
     @property
@@ -195,7 +202,7 @@ class Bridge:
         self._finish_pending()
         self._calls += 1
         for attempt in range(2):
-            session = self._ensure_session()
+            session = self._ensure_session(parameters)
             try:
                 if partial:
                     self._check_base(session)

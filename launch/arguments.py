@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bridge.errors import ConfigError, RendezvousError
-from launch.options import LOG_LEVELS, PREFIX_CACHE, TRANSPORTS, ServeOptions
+from launch.options import CHECKSUM, LOG_LEVELS, PREFIX_CACHE, TRANSPORTS, ServeOptions
 
 PROGRAM = "python -m bridge.launch"
 EPILOG = f"""exit codes:
@@ -160,6 +160,7 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("transfer")
     _flag(group, "--transport", str, d.transport, "pull: from the trainer's memory, same host", TRANSPORTS)
+    _flag(group, "--checksum", str, d.checksum, "off: GPUs do not sum what they send and receive", CHECKSUM)
     _flag(group, "--bucket-bytes", int, d.bucket_bytes, "trainers hold up to two buckets beside the model")
     _flag(
         group,
@@ -224,6 +225,7 @@ def make_options(
         commit_timeout_s=args.commit_timeout,
         bucket_bytes=args.bucket_bytes,
         transport=args.transport,
+        checksum=args.checksum,
         prefix_cache=args.prefix_cache,
         update_dir=args.update_dir,
         http=args.http,

@@ -128,6 +128,7 @@ def daemon_command(options: ServeOptions, run_dir: Path, *, launcher_pid: int) -
         "--commit-timeout": f"{options.commit_timeout_s:g}",
         "--bucket-bytes": options.bucket_bytes,
         "--transport": options.transport,
+        "--checksum": options.checksum,
         "--prefix-cache": options.prefix_cache,
         "--update-dir": options.updates.absolute(),
         "--launcher-pid": launcher_pid,

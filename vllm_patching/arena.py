@@ -1,52 +1,26 @@
 """The arena: one fixed address range for a worker's weights, backed by one of two halves.
 
 The forward reads ``live``; the daemon fills the half that is not under it; ``flip`` exchanges them between
-two batches without copying a byte and without changing an address. Parameters, views, closures and compiled
-code never learn of it.
-
-On a CPU a half is a memfd: it has no name, so nothing can leak, and a file descriptor is its only handle.
-A flip moves page tables (mremap with MREMAP_DONTUNMAP), because a plain mmap over the range would drop
-them and pay for each page again in the next forward: measured with 1.2 GB, 0.16 ms for moving against
-30-110 ms for mapping anew, plus 65 ms of faults. The kernel moves a whole gigabyte's table at once where
-both ends are aligned to it, hence ``ALIGNMENT``; unused address space costs nothing.
+two batches without copying a byte and without changing an address. Parameters, views, closures, captured
+graphs and compiled code never learn of it. ``cpu_arena`` and ``cuda_arena`` make it so on their devices.
 """
 
 from __future__ import annotations
 
-import ctypes
-import logging
-import mmap
-import os
-import time
 from typing import Protocol
 
 import torch
 
 from bridge.errors import ConfigError
 
-logger = logging.getLogger(__name__)
-
-ALIGNMENT = 1 << 30
 SEGMENT_ALIGNMENT = 256  # bytes; a cache line or a vector register never straddles two tensors
-_MAP_FIXED = 0x10
-_MAP_NORESERVE = 0x4000
-_MREMAP_MAYMOVE, _MREMAP_FIXED, _MREMAP_DONTUNMAP = 1, 2, 4
-_READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
-_MAP_FAILED = ctypes.c_void_p(-1).value
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.mremap.restype = ctypes.c_void_p
-_libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
 
 
 class Arena(Protocol):
     """What a worker needs of its weights' memory, on any device.
 
     ``active`` is the number of the half under the live range. ``export`` gives one file descriptor per
-    half, for ``HalfImporter`` implementations in another process.
+    half, for ``adopt`` in another process.
     """
 
     nbytes: int
@@ -55,118 +29,11 @@ class Arena(Protocol):
     def live(self, offset: int, nbytes: int) -> torch.Tensor:
         """A uint8 view of the live range."""
 
-    def half(self, index: int) -> torch.Tensor:
-        """A uint8 view of all of one half, whichever is live."""
-
-    def export(self) -> tuple[int, ...]:
-        """File descriptors of the two halves."""
-
-    def flip(self, to: int) -> None:
-        """Put half ``to`` under the live range."""
-
-    def close(self) -> None:
-        """Release the memory."""
-
-
-def _check(address: int | None, what: str) -> int:
-    if address is None or address == _MAP_FAILED:
-        errno = ctypes.get_errno()
-        raise OSError(errno, f"{what}: {os.strerror(errno)}")
-    return address
-
-
-def _reserve(nbytes: int) -> int:
-    """Reserve ``nbytes`` of address space at a multiple of ``ALIGNMENT``; nothing is committed."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-    span = nbytes + ALIGNMENT
-    start = _check(_libc.mmap(None, span, 0, flags, -1, 0), f"reserving {span} bytes of address space")
-    aligned = -(-start // ALIGNMENT) * ALIGNMENT
-    if aligned > start:
-        _libc.munmap(start, aligned - start)
-    tail = start + span - (aligned + nbytes)
-    if tail:
-        _libc.munmap(aligned + nbytes, tail)
-    return aligned
-
-
-def _map_over(address: int, nbytes: int, fd: int) -> None:
-    flags = mmap.MAP_SHARED | _MAP_FIXED | _MAP_NORESERVE
-    _check(_libc.mmap(address, nbytes, _READ_WRITE, flags, fd, 0), f"mapping {nbytes} bytes of fd {fd}")
-
-
-def bytes_at(address: int, nbytes: int) -> torch.Tensor:
-    """A uint8 tensor over raw memory; the caller keeps the memory mapped."""
-    if nbytes == 0:
-        return torch.empty(0, dtype=torch.uint8)
-    return torch.frombuffer((ctypes.c_ubyte * nbytes).from_address(address), dtype=torch.uint8)
-
-
-class CpuArena:
-    """Two memfds under one address range, for CPU workers. Owner: the worker process."""
-
-    def __init__(self, nbytes: int) -> None:
-        """Allocate both halves of ``nbytes`` bytes; pages are committed when first written.
-
-        Raises:
-            OSError: the kernel refuses the mapping.
-        """
-        self.nbytes = nbytes
-        self.active = 0
-        self._span = max(1, -(-nbytes // ALIGNMENT)) * ALIGNMENT
-        self._fds = tuple(self._allocate(i) for i in range(2))
-        self._live = _reserve(self._span)
-        self._parked = (_reserve(self._span), _reserve(self._span))
-        _map_over(self._live, self._span, self._fds[0])
-        for address, fd in zip(self._parked, self._fds, strict=True):
-            _map_over(address, self._span, fd)
-        self._can_move = True
-
-    def _allocate(self, index: int) -> int:
-        fd = os.memfd_create(f"bridge-half{index}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(fd, self._span)  # sparse: only what is written exists
-        return fd
-
-    def live(self, offset: int, nbytes: int) -> torch.Tensor:
-        return bytes_at(self._live + offset, nbytes)
+    def open_second_half(self) -> None:
+        """Make room for the other half, once the tensors that moved into the first are gone."""
 
     def half(self, index: int) -> torch.Tensor:
-        """Read or prefill one half; the active one is seen through the live range."""
-        return bytes_at(self._live if index == self.active else self._parked[index], self.nbytes)
-
-    def export(self) -> tuple[int, ...]:
-        return self._fds
-
-    def flip(self, to: int) -> None:
-        """Put half ``to`` under the live range; no thread may be reading the range meanwhile.
-
-        Raises:
-            OSError: the kernel refused before anything had moved; the old half is still live.
-        """
-        if to == self.active:
-            return
-        if self._can_move:
-            self._move(to)
-        else:
-            _map_over(self._live, self._span, self._fds[to])
-        self.active = to
-
-    def _move(self, to: int) -> None:
-        flags = _MREMAP_MAYMOVE | _MREMAP_FIXED | _MREMAP_DONTUNMAP
-        span = self._span
-        parked = _libc.mremap(self._live, span, span, flags, self._parked[self.active])
-        if parked == _MAP_FAILED:
-            # Before Linux 5.13 shared mappings cannot move and stay; mapping anew is slower, and right.
-            self._can_move = False
-            logger.warning(
-                "this kernel cannot move shared page tables (mremap: %s); each flip maps %d MiB anew "
-                "and the next forward pays for the page faults",
-                os.strerror(ctypes.get_errno()),
-                self.nbytes >> 20,
-            )
-            _map_over(self._live, span, self._fds[to])
-            return
-        if _libc.mremap(self._parked[to], span, span, flags, self._live) == _MAP_FAILED:
-            _map_over(self._live, span, self._fds[to])
+        """A uint8 view of all of one half, whichever is live; of the inactive one until ``warm``."""
 
     def warm(self) -> float:
         """Copy the active half over the other, then flip twice; returns seconds.
@@ -174,127 +41,62 @@ class CpuArena:
         Tensors that come from no checkpoint must be in both halves, and first touches are slow: both
         are paid here, once, rather than by the first update.
         """
-        start = time.perf_counter()
-        self.half(1 - self.active).copy_(self.half(self.active))
-        for _ in range(2):
-            self.flip(1 - self.active)
-        return time.perf_counter() - start
 
-    def close(self) -> None:
-        """Unmap everything and drop the handles; no tensor over the arena may be used afterwards."""
-        for address in (self._live, *self._parked):
-            _libc.munmap(address, self._span)
-        for fd in self._fds:
-            os.close(fd)
+    def export(self) -> tuple[int, ...]:
+        """File descriptors of the two halves."""
 
-
-class ImportedHalves:
-    """Another process's two halves, mapped for writing. Owner: an updater."""
-
-    def __init__(self, fds: tuple[int, ...], nbytes: int) -> None:
-        """Map the halves of ``nbytes`` bytes each, and close ``fds``.
+    def flip(self, to: int) -> None:
+        """Put half ``to`` under the live range; no thread may be reading the range meanwhile.
 
         Raises:
-            ConfigError: what came is not two halves of that size.
+            OSError, DeviceError: the system refused; the old half is still live.
         """
-        sizes = [os.fstat(fd).st_size for fd in fds]
-        if len(fds) != 2 or min(sizes) < nbytes:
-            raise ConfigError(f"expected two halves of {nbytes} bytes, received sizes {sizes}")
-        self.nbytes = nbytes
-        self._maps = [mmap.mmap(fd, max(nbytes, 1)) for fd in fds]
-        for fd in fds:
-            os.close(fd)
-        self.halves = tuple(
-            torch.frombuffer(m, dtype=torch.uint8)[:nbytes] if nbytes else torch.empty(0, dtype=torch.uint8)
-            for m in self._maps
-        )
+
+    def close(self) -> None:
+        """Release the memory."""
 
 
-class ControlPage:
-    """One page shared by daemon, engine and workers: what is wanted, and what each rank has done.
+class Halves(Protocol):
+    """Another process's two halves, as an updater writes them: uint8 [nbytes] each."""
 
-    Single 8-byte words, each with one writer, so no lock is needed: ``requested`` is the daemon's;
-    a rank's slot (version, batch, flip nanoseconds, failures, active half, flips) is that worker's.
+    nbytes: int
+    device: torch.device
+    halves: tuple[torch.Tensor, ...]
+
+    def synchronize(self) -> None:
+        """Wait until everything written is there."""
+
+
+def allocate(nbytes: int, device: torch.device) -> Arena:
+    """An arena of ``nbytes`` bytes on ``device``.
+
+    Raises:
+        ConfigError: nobody has built one for such a device.
+        OSError, DeviceError: no such memory is left.
     """
+    if device.type == "cpu":
+        from vllm_patching.cpu_arena import CpuArena
 
-    MAGIC = 0x42524944_47453031
-    SLOT_WORDS = 8
-    HEADER_WORDS = 8
+        return CpuArena(nbytes)
+    if device.type == "cuda":
+        from vllm_patching.cuda_arena import CudaArena
 
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self._map = mmap.mmap(fd, os.fstat(fd).st_size)
-        self._words = memoryview(self._map).cast("Q")
-        if self._words[0] != self.MAGIC:
-            raise ConfigError("the file descriptor received is not a bridge control page")
-
-    @classmethod
-    def create(cls, num_ranks: int) -> ControlPage:
-        """Allocate the page for ``num_ranks`` workers."""
-        fd = os.memfd_create("bridge-control", os.MFD_CLOEXEC)
-        words = cls.HEADER_WORDS + cls.SLOT_WORDS * num_ranks
-        os.ftruncate(fd, words * 8)
-        os.pwrite(fd, cls.MAGIC.to_bytes(8, "little"), 0)
-        os.pwrite(fd, num_ranks.to_bytes(8, "little"), 8)
-        return cls(fd)
-
-    @property
-    def num_ranks(self) -> int:
-        return self._words[1]
-
-    @property
-    def requested(self) -> int:
-        """The version that every rank has staged and should commit; 0 for the checkpoint's own."""
-        return self._words[2]
-
-    @requested.setter
-    def requested(self, version: int) -> None:
-        self._words[2] = version
-
-    def slot(self, rank: int) -> RankSlot:
-        """The words of one rank."""
-        start = self.HEADER_WORDS + rank * self.SLOT_WORDS
-        return RankSlot(self._words[start : start + self.SLOT_WORDS])
+        return CudaArena(nbytes, device)
+    raise ConfigError(f"the weights are on {device}; the bridge knows CPUs and CUDA devices")
 
 
-class RankSlot:
-    """What one worker tells the node about its flips."""
+def adopt(fds: tuple[int, ...], nbytes: int, gpu: str) -> Halves:
+    """Another process's halves; ``gpu`` is the UUID of the device they are on, "" for the host's memory.
 
-    def __init__(self, words: memoryview) -> None:
-        self._words = words
+    Raises:
+        ConfigError: what came is not two halves of that size, or the device is not visible here.
+        DeviceError: the CUDA driver refused to map them.
+    """
+    if not gpu:
+        from vllm_patching.cpu_arena import CpuHalves
 
-    def record(self, *, version: int, batch: int, flip_ns: int, active: int) -> None:
-        """Written by the worker after a flip; ``version`` last, as readers wait for it."""
-        self._words[1] = batch
-        self._words[2] = flip_ns
-        self._words[4] = active
-        self._words[5] += 1
-        self._words[0] = version
+        return CpuHalves(fds, nbytes)
+    from bridge.wire import cuda
+    from vllm_patching.cuda_arena import CudaHalves
 
-    def fail(self) -> None:
-        """Count a flip that did not happen."""
-        self._words[3] += 1
-
-    @property
-    def version(self) -> int:
-        return self._words[0]
-
-    @property
-    def batch(self) -> int:
-        return self._words[1]
-
-    @property
-    def flip_ns(self) -> int:
-        return self._words[2]
-
-    @property
-    def failures(self) -> int:
-        return self._words[3]
-
-    @property
-    def active(self) -> int:
-        return self._words[4]
-
-    @property
-    def flips(self) -> int:
-        return self._words[5]
+    return CudaHalves(fds, nbytes, cuda.device_by_uuid(gpu))

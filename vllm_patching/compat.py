@@ -277,8 +277,8 @@ def refuse_unsupported_config(vllm_config: Any) -> None:
     """
     faults = []
     parallel = vllm_config.parallel_config
-    if (device := vllm_config.device_config.device_type) != "cpu":
-        faults.append(f"device {device!r}: this version of the bridge keeps CPU servers in step only")
+    if (device := vllm_config.device_config.device_type) not in ("cpu", "cuda"):
+        faults.append(f"device {device!r}: the bridge knows CPUs and CUDA devices")
     if getattr(parallel, "enable_eplb", False):
         faults.append("--enable-eplb moves experts between ranks at run time")
     if parallel.pipeline_parallel_size > 1:
@@ -296,6 +296,16 @@ def refuse_unsupported_config(vllm_config: Any) -> None:
     if faults:
         listing = "\n  ".join(faults)
         raise ConfigError(f"the bridge cannot keep this server's weights in step:\n  {listing}")
+
+
+def forget_weights_memory(worker: Any) -> None:
+    """Tell vLLM's memory profiling that torch holds no weights any more.
+
+    It adds what torch held after loading to what is used outside torch; the arena is outside, both halves
+    of it, and would be counted once more.
+    """
+    if worker.vllm_config.device_config.device_type == "cuda":
+        worker.model_runner.model_memory_usage = 0
 
 
 # --- engine ------------------------------------------------------------------------------------------

@@ -33,7 +33,9 @@ class Report:
 class Crew:
     """All updaters of one epoch. A crew is never reused: a fresh one has no half-finished transfer."""
 
-    def __init__(self, num_ranks: int, run_dir: Path, reports: queue.SimpleQueue[Any]) -> None:
+    def __init__(
+        self, num_ranks: int, run_dir: Path, reports: queue.SimpleQueue[Any], *, on_gpu: bool
+    ) -> None:
         self.num_ranks = num_ranks
         self._reports = reports
         self._channels: dict[int, Channel] = {}
@@ -51,7 +53,8 @@ class Crew:
                     str(rank),
                     "--daemon-pid",
                     str(os.getpid()),
-                ]
+                ],
+                env=_environment(on_gpu=on_gpu),
             )
             for rank in range(num_ranks)
         }
@@ -118,3 +121,8 @@ class Crew:
             process.wait(END_TIMEOUT_S)
         for channel in self._channels.values():
             channel.close()
+
+
+def _environment(*, on_gpu: bool) -> dict[str, str]:
+    """An updater must see the trainer's GPUs too: it maps their memory, and finds its own by UUID."""
+    return {k: v for k, v in os.environ.items() if not (on_gpu and k == "CUDA_VISIBLE_DEVICES")}

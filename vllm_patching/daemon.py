@@ -194,7 +194,8 @@ class Daemon:
         if self.crew is not None:
             self.crew.end()
         assert self.mapping is not None
-        self.crew = Crew(self.mapping.num_inference_ranks, self.args.run_dir, self.events)
+        on_gpu = any(member.hello.get("gpu") for member in self.registry.members())
+        self.crew = Crew(self.mapping.num_inference_ranks, self.args.run_dir, self.events, on_gpu=on_gpu)
 
     def _replace_idle_crew(self, who: str) -> None:
         self.idle_deaths += 1
@@ -269,6 +270,7 @@ class Daemon:
                 deadline_s=self.limits.deadline_s,
                 commit_timeout_s=self.limits.commit_timeout_s,
                 bucket_bytes=self.args.bucket_bytes,
+                checksum=self.args.checksum == "on",
             )
         )
         self.epoch = epoch
@@ -279,6 +281,7 @@ class Daemon:
                 self.store,
                 address=address,
                 transport=self.args.transport,
+                checksum=self.args.checksum == "on",
                 deliver=lambda event: self.events.put(Heard(epoch, event)),
             )
         except BridgeError as err:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_patching import compat
-from vllm_patching.arena import ControlPage
+from vllm_patching.control_page import ControlPage
 from vllm_patching.registration import Registration
 
 logger = logging.getLogger(__name__)

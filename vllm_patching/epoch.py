@@ -14,7 +14,7 @@ from bridge.protocol.messages import Frame
 from bridge.protocol.session import Action, Close, Commit, InferenceSession, Send, Stage, State
 from bridge.wire import rendezvous
 from bridge.wire.control import ControlGroup, Event
-from vllm_patching.arena import ControlPage
+from vllm_patching.control_page import ControlPage
 from vllm_patching.crew import Crew, Report
 
 logger = logging.getLogger(__name__)
@@ -78,6 +78,7 @@ class Epoch:
         *,
         address: tuple[str, int],
         transport: str,
+        checksum: bool,
         deliver: Callable[[Event], None],
     ) -> None:
         """Send the updaters to the data group, and join the control group.
@@ -97,6 +98,7 @@ class Epoch:
             "num_trainers": trainers,
             "group_size": trainers + self.crew.num_ranks,
             "transport": transport,
+            "checksum": checksum,
             "deadline_s": self.limits.deadline_s,
         }
         self.crew.order(order, {r: {"group_rank": trainers + r} for r in range(self.crew.num_ranks)})

@@ -107,6 +107,7 @@ class FrontDesk:
             channel.close()
             return
         with self._daemon.registry.lock:
-            fds = self._daemon.registry.workers[rank].fds
-            channel.send({"type": "welcome", "mapping": msgspec.to_builtins(mapping)}, fds)
+            worker = self._daemon.registry.workers[rank]
+            welcome = {"mapping": msgspec.to_builtins(mapping), "gpu": worker.hello["gpu"]}
+            channel.send({"type": "welcome", **welcome}, worker.fds)
         crew.adopt(rank, channel)

@@ -25,8 +25,10 @@ from torch import nn
 
 from bridge.errors import BridgeError, ConfigError, MappingError
 from bridge.protocol.mapping import RankMap, Source, Target, Vocabulary, Write
+from bridge.wire.device_checksum import DeviceChecksums
+from vllm_patching import arena as arenas
 from vllm_patching import compat, coverage, sources, tracing
-from vllm_patching.arena import SEGMENT_ALIGNMENT, CpuArena
+from vllm_patching.arena import SEGMENT_ALIGNMENT, Arena
 from vllm_patching.staging import Staging, writes_by_source
 
 logger = logging.getLogger(__name__)
@@ -129,8 +131,13 @@ def before_processing(model: nn.Module, model_config: Any) -> None:
 
 
 def _digest(tensor: torch.Tensor) -> bytes:
-    data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
-    return blake3.blake3(data.data).digest()
+    """Of a tensor's elements, to see whether they change; on a GPU without bringing them to the host."""
+    flat = tensor.detach().contiguous().view(-1)
+    if flat.is_cuda:
+        sums = DeviceChecksums(1, flat.device, torch.cuda.current_stream(flat.device))
+        sums.add(0, flat)
+        return sums.digests()[0]
+    return blake3.blake3(flat.view(torch.uint8).numpy().data).digest()
 
 
 def finish(model: nn.Module) -> Loaded:
@@ -211,7 +218,7 @@ def _find_home(
     return f"{name} {tuple(old.shape)} {old.dtype} was repacked to {tuple(now.shape)} {now.dtype}"
 
 
-def rehome(loaded: Loaded, *, rank: int) -> tuple[CpuArena, dict[str, Any]]:
+def rehome(loaded: Loaded, *, rank: int) -> tuple[Arena, dict[str, Any]]:
     """Move the model's storages into a new arena, verify the mapping, and describe both.
 
     Returns:
@@ -223,7 +230,7 @@ def rehome(loaded: Loaded, *, rank: int) -> tuple[CpuArena, dict[str, Any]]:
     """
     homes = find_homes(loaded)
     offsets, nbytes = _lay_out(homes)
-    arena = CpuArena(nbytes)
+    arena = arenas.allocate(nbytes, _device_of(homes))
     targets = [_target(home, offsets) for home in homes]
     _move(homes, offsets, arena)
     names = {home.name: index for index, home in enumerate(homes)}
@@ -234,6 +241,8 @@ def rehome(loaded: Loaded, *, rank: int) -> tuple[CpuArena, dict[str, Any]]:
         writes={v: _writes(trace, names) for v, trace in loaded.traces.items()},
     )
     loaded.places.clear()
+    homes.clear()  # the last holders of what moved
+    arena.open_second_half()
     _verify(loaded, rank_map, arena)
     seconds = arena.warm()
     logger.info("rank %d: both halves warm in %.1f s", rank, seconds)
@@ -246,6 +255,19 @@ def rehome(loaded: Loaded, *, rank: int) -> tuple[CpuArena, dict[str, Any]]:
         "vocabularies": msgspec.to_builtins(vocabularies),
         "omitted_vocabularies": loaded.omitted,
     }
+
+
+def _device_of(homes: list[Home]) -> torch.device:
+    """The one device that all traced tensors are on.
+
+    Raises:
+        ConfigError: there are several (offloading).
+    """
+    devices = {home.live.device: home.name for home in homes}
+    if len(devices) != 1:
+        listing = ", ".join(f"{name} on {device}" for device, name in devices.items())
+        raise ConfigError(f"the weights lie on several devices ({listing}); turn vLLM's offloading off")
+    return next(iter(devices))
 
 
 def _lay_out(homes: list[Home]) -> tuple[dict[int, int], int]:
@@ -289,7 +311,7 @@ def _writes(trace: tracing.Trace, names: dict[str, int]) -> tuple[Write, ...]:
     )
 
 
-def _move(homes: list[Home], offsets: dict[int, int], arena: CpuArena) -> None:
+def _move(homes: list[Home], offsets: dict[int, int], arena: Arena) -> None:
     """Point every tensor over a moved storage at the arena, whoever holds it."""
     segments: dict[int, torch.UntypedStorage] = {}
     for home in homes:
@@ -298,27 +320,27 @@ def _move(homes: list[Home], offsets: dict[int, int], arena: CpuArena) -> None:
         if key in segments:
             continue
         segment = arena.live(offsets[key], storage.nbytes())
-        segment.copy_(torch.empty(0, dtype=torch.uint8).set_(storage))
+        segment.copy_(torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage))
         segments[key] = segment.untyped_storage()
     # Parameters, buffers, plain attributes and views alike: whatever Python can still reach. Two passes,
     # as the storages must not be freed (and their addresses reused) while others still point at them.
     found = [obj for obj in gc.get_objects() if issubclass(type(obj), torch.Tensor) and _is_plain(obj)]
     moved = [(t, segments[key]) for t in found if (key := _storage_key(t)) in segments and t.numel()]
     for tensor, segment_storage in moved:
-        tensor.data = torch.empty(0, dtype=tensor.dtype).set_(
+        tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
             segment_storage, tensor.storage_offset(), tensor.size(), tensor.stride()
         )
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     return (
-        tensor.device.type == "cpu"
+        tensor.device.type in ("cpu", "cuda")
         and tensor.layout is torch.strided
         and type(tensor).__name__ != "FakeTensor"
     )
 
 
-def _verify(loaded: Loaded, rank_map: RankMap, arena: CpuArena) -> None:
+def _verify(loaded: Loaded, rank_map: RankMap, arena: Arena) -> None:
     """Apply the checkpoint through the mapping to the second half; it must equal the live one."""
     if "checkpoint" not in loaded.traces or os.environ.get("BRIDGE_VERIFY_MAPPING", "1") == "0":
         logger.warning("the mapping was not compared with a checkpoint")
@@ -355,7 +377,7 @@ def _verify(loaded: Loaded, rank_map: RankMap, arena: CpuArena) -> None:
     logger.info("mapping verified bitwise against the checkpoint in %.1f s", time.perf_counter() - start)
 
 
-def _restore_fills(loaded: Loaded, rank_map: RankMap, arena: CpuArena, other: torch.Tensor) -> None:
+def _restore_fills(loaded: Loaded, rank_map: RankMap, arena: Arena, other: torch.Tensor) -> None:
     """Pads come from no checkpoint: take them from the live half, at the places the loader filled."""
     live = arena.half(arena.active)
     names = {t.name: i for i, t in enumerate(rank_map.targets)}

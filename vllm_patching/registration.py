@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from bridge.errors import BridgeError
-from vllm_patching.arena import ControlPage
 from vllm_patching.channel import Channel, ChannelClosed
+from vllm_patching.control_page import ControlPage
 
 logger = logging.getLogger(__name__)
 

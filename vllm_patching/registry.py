@@ -13,8 +13,8 @@ import msgspec
 from bridge.errors import ConfigError, MappingError
 from bridge.protocol.legacy_fields import param_mappings
 from bridge.protocol.mapping import Mapping, RankMap, Vocabulary
-from vllm_patching.arena import ControlPage
 from vllm_patching.channel import Channel
+from vllm_patching.control_page import ControlPage
 
 
 @dataclass(eq=False)  # a process is itself, whatever it says

@@ -55,7 +55,7 @@ class Staging:
     def _scratch_of(self, index: int) -> torch.Tensor:
         if index not in self._scratch:
             target = self._targets[index]
-            raw = torch.empty(target.shape, dtype=torch_dtype(target.dtype))
+            raw = torch.empty(target.shape, dtype=torch_dtype(target.dtype), device=self._half.device)
             self._scratch[index] = raw
             self._missing[index] = raw.numel()
         return self._scratch[index]

@@ -28,10 +28,21 @@ from bridge.errors import BridgeError, MappingError, ProtocolError, TransferErro
 from bridge.protocol.holders import CASTS
 from bridge.protocol.mapping import Mapping, RankMap
 from bridge.protocol.plan import Lane, Plan
-from bridge.wire import peer_memory, rendezvous
+from bridge.wire import device_memory, peer_memory, rendezvous
+from bridge.wire.device_memory import PeerAllocations
+from bridge.wire.device_transport import DevicePullSink, Engines
 from bridge.wire.meeting import Meeting
-from bridge.wire.transport import SLOWEST_BYTES_PER_S, DataLink, GlooSink, PullSink, Sink
-from vllm_patching.arena import ImportedHalves
+from bridge.wire.transport import (
+    GLOO,
+    GPU_PULL,
+    PULL,
+    SLOWEST_BYTES_PER_S,
+    DataLink,
+    GlooSink,
+    PullSink,
+    Sink,
+)
+from vllm_patching.arena import Halves, adopt
 from vllm_patching.channel import Channel, ChannelClosed
 from vllm_patching.sources import SAFETENSORS_DTYPES
 from vllm_patching.staging import Staging, torch_dtype, writes_by_source
@@ -53,13 +64,14 @@ class Join(msgspec.Struct, kw_only=True):
     group_rank: int
     group_size: int
     transport: str
+    checksum: bool
     deadline_s: float
 
 
 class Updater:
     """State of one updater process."""
 
-    def __init__(self, rank: int, mapping: Mapping, halves: ImportedHalves) -> None:
+    def __init__(self, rank: int, mapping: Mapping, halves: Halves) -> None:
         self.rank = rank
         self.mapping = mapping
         self.rank_map: RankMap = mapping.ranks[rank]
@@ -70,6 +82,8 @@ class Updater:
         self._join: Join | None = None
         self._where: list[peer_memory.Whereabouts] = []
         self._buffers: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
+        self._shown: defaultdict[int, PeerAllocations] = defaultdict(PeerAllocations)
+        self._engines = Engines(halves.device) if halves.device.type == "cuda" else None
 
     def join(self, order: Join) -> dict[str, Any]:
         """Meet the trainers: choose a transport for each, then form the data group."""
@@ -90,18 +104,31 @@ class Updater:
         return {"type": "joined", "links": self._links}
 
     def _choose(self, trainer: int, transport: str) -> str:
-        if transport == "gloo":
-            return "gloo"
-        why_not = peer_memory.can_pull(self._where[trainer])
-        if not why_not:
-            return "pull"
-        if transport == "pull":
+        if transport == GLOO:
+            return GLOO
+        where = self._where[trainer]
+        if self._engines is None:
+            why_not = "its weights are on a GPU" if where.gpu else peer_memory.can_pull(where)
+            if not why_not:
+                return PULL
+        else:
+            why_not = self._why_no_gpu_pull(where)
+            if not why_not:
+                return GPU_PULL
+        if transport == PULL:
             raise TransferError(
                 f"--transport pull was asked for, but updater {self.rank} cannot pull from trainer rank "
                 f"{trainer}: {why_not}"
             )
         logger.info("rank %d takes trainer rank %d's buckets by gloo: %s", self.rank, trainer, why_not)
-        return "gloo"
+        return GLOO
+
+    def _why_no_gpu_pull(self, where: peer_memory.Whereabouts) -> str:
+        if where.gpu is None:
+            return "its weights are in host memory, this server's on a GPU"
+        if where.boot_id != rendezvous.boot_id():
+            return f"{where.host} is another host"
+        return device_memory.can_pull(where.gpu, self.halves.device)
 
     def stage(self, *, joint: str, plan_digest: str, half: int) -> dict[str, Any]:
         """Receive one whole version into half ``half``.
@@ -121,6 +148,7 @@ class Updater:
         lanes = [lane for lane in plan.lanes if lane.inference == self.rank]
         self._receive(plan, lanes, joint, staging)
         staging.finish()
+        self.halves.synchronize()
         seconds = time.perf_counter() - start
         nbytes = sum(bucket.nbytes for lane in lanes for bucket in lane.buckets)
         return {"bytes": nbytes, "seconds": seconds, "transport": "+".join(sorted(set(self._links)))}
@@ -133,15 +161,14 @@ class Updater:
 
     def _receive(self, plan: Plan, lanes: Sequence[Lane], joint: str, staging: Staging) -> None:
         sinks = [self._sink(lane, joint, plan) for lane in lanes]
-        digests: list[list[bytes]] = [[] for _ in lanes]
         for sink in sinks:
             sink.open()
         for index in range(plan.num_buckets):
-            for lane, sink, found in zip(lanes, sinks, digests, strict=True):
+            for lane, sink in zip(lanes, sinks, strict=True):
                 if index < len(lane.buckets):
-                    found.append(sink.move(lane.buckets[index], staging))
-        for sink, found in zip(sinks, digests, strict=True):
-            sink.close(found)
+                    sink.move(lane.buckets[index], staging)
+        for sink in sinks:
+            sink.close()
 
     def _sink(self, lane: Lane, joint: str, plan: Plan) -> Sink:
         assert self.meeting is not None
@@ -153,7 +180,11 @@ class Updater:
             who=f"trainer rank {lane.trainer} (pid {where.pid} on {where.host})",
             timeout_s=self._join.deadline_s + plan.total_bytes / SLOWEST_BYTES_PER_S,
         )
-        if self._links[lane.trainer] == "pull":
+        if self._links[lane.trainer] == GPU_PULL:
+            assert self._engines is not None
+            peer = self._shown[lane.trainer]
+            return DevicePullSink(link, lane, peer, self._engines, checked=self._join.checksum)
+        if self._links[lane.trainer] == PULL:
             _, layouts, _ = self.meeting.plan(joint)
             return PullSink(link, where.pid, layouts[lane.trainer])
         dtypes = [torch_dtype(target.dtype) for target in self.rank_map.targets]
@@ -182,6 +213,7 @@ class Updater:
                 staging.apply(grouped[index], tensor)
                 nbytes += tensor.numel() * tensor.element_size()
         staging.finish()
+        self.halves.synchronize()
         return {"bytes": nbytes, "seconds": time.perf_counter() - start, "transport": "file"}
 
 
@@ -300,7 +332,7 @@ def _run(run_dir: Path, rank: int) -> int:
         logger.error("the daemon refused updater %d: %s", rank, welcome)
         return 1
     mapping = msgspec.convert(welcome["mapping"], Mapping)
-    halves = ImportedHalves(fds, mapping.ranks[rank].arena_bytes)
+    halves = adopt(fds, mapping.ranks[rank].arena_bytes, welcome["gpu"])
     channel.sock.settimeout(None)
     _serve(channel, Updater(rank, mapping, halves))
 

@@ -15,8 +15,11 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
+from bridge.errors import BridgeError
+from bridge.wire import cuda
 from vllm_patching import compat, loading
-from vllm_patching.arena import CpuArena, RankSlot
+from vllm_patching.arena import Arena
+from vllm_patching.control_page import RankSlot
 from vllm_patching.registration import Registration
 
 logger = logging.getLogger(__name__)
@@ -25,7 +28,7 @@ logger = logging.getLogger(__name__)
 class WorkerBridge:
     """The state of one worker: its arena, what it has committed, and how many batches it has run."""
 
-    def __init__(self, *, rank: int, arena: CpuArena, log_path: Path) -> None:
+    def __init__(self, *, rank: int, arena: Arena, log_path: Path) -> None:
         self.rank = rank
         self.arena = arena
         self.batch = 0
@@ -45,7 +48,7 @@ class WorkerBridge:
         start = time.perf_counter_ns()
         try:
             self.arena.flip(1 - self.arena.active)
-        except OSError:
+        except (OSError, BridgeError):
             logger.exception("rank %d: version %d could not be flipped in", self.rank, version)
             self.slot.fail()
             return
@@ -93,6 +96,7 @@ def publish(worker: Any) -> None:
     model = worker.model_runner.get_model()
     loaded = loading.finish(model)
     arena, description = loading.rehome(loaded, rank=worker.rank)
+    compat.forget_weights_memory(worker)
     logdir = Path(os.environ["BRIDGE_LOGDIR"])
     worker.bridge = WorkerBridge(
         rank=worker.rank, arena=arena, log_path=logdir / f"flips-rank{worker.rank}.jsonl"
@@ -106,6 +110,7 @@ def publish(worker: Any) -> None:
         "model": worker.vllm_config.model_config.model,
         "dtype": str(worker.vllm_config.model_config.dtype).removeprefix("torch."),
         "vllm_version": compat.installed_version(),
+        "gpu": _gpu_of(arena),
         "hooks": {
             "load_model": compat.is_wrapped(type(worker).load_model),
             "execute_model": compat.is_wrapped(type(worker).execute_model),
@@ -116,3 +121,9 @@ def publish(worker: Any) -> None:
     worker.bridge.slot = registration.connect().slot(worker.rank)
     registration.watch()
     logger.info("rank %d published %d MiB in two halves", worker.rank, arena.nbytes >> 20)
+
+
+def _gpu_of(arena: Arena) -> str:
+    """The UUID of the device the arena is on; "" for the host's memory."""
+    device = arena.live(0, arena.nbytes).device
+    return cuda.uuid_of(device) if device.type == "cuda" else ""

@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from bridge.errors import PeerLost
+from bridge.wire.device_memory import DeviceWhereabouts
 from bridge.wire.rendezvous import boot_id
 
 _IOV_MAX = 1024
@@ -45,13 +46,17 @@ Run = tuple[int, int, int]
 
 
 class Whereabouts(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a process's memory can be found, and a nonce at a known address to prove it."""
+    """Where a process's memory can be found, and a nonce at a known address to prove it.
+
+    ``gpu`` is set where the rank's weights are on a GPU.
+    """
 
     boot_id: str
     pid: int
     host: str
     nonce_address: int
     nonce: str
+    gpu: DeviceWhereabouts | None = None
 
 
 class Nonce:
@@ -61,7 +66,7 @@ class Nonce:
         self._bytes = secrets.token_bytes(32)
         self._buffer = ctypes.create_string_buffer(self._bytes, 32)
 
-    def whereabouts(self, host: str) -> Whereabouts:
+    def whereabouts(self, host: str, gpu: DeviceWhereabouts | None) -> Whereabouts:
         """This process, for the other side to probe."""
         return Whereabouts(
             boot_id=boot_id(),
@@ -69,6 +74,7 @@ class Nonce:
             host=host,
             nonce_address=ctypes.addressof(self._buffer),
             nonce=self._bytes.hex(),
+            gpu=gpu,
         )
 
 

@@ -1,10 +1,11 @@
 """Moving bucket ``i`` of one lane: the small interface behind which every transport stands.
 
 A lane joins one trainer rank (the ``Source``) to one inference rank (the ``Sink``). Both walk the same
-buckets in the same order. Two transports so far:
+buckets in the same order. The transports:
 
 ========  ==========================================================================================
 pull      one host: the sink reads slices straight from the trainer's memory into their final place
+pull-gpu  the same between GPUs, by their copy engines (``device_transport``)
 gloo      anywhere: the source packs the slices the sink needs (cast to the target's dtype) and sends
 ========  ==========================================================================================
 
@@ -28,6 +29,7 @@ from bridge.protocol.plan import Bucket, Copy, Lane, Layout
 from bridge.wire import peer_memory
 from bridge.wire.rendezvous import Group, first_line
 
+PULL, GPU_PULL, GLOO = "pull", "pull-gpu", "gloo"
 ADDRESS_TAG, DIGEST_TAG, BUCKET_TAG = 11, 12, 100
 SLOWEST_BYTES_PER_S = 50e6  # a transfer slower than this is taken for dead
 _WORD_BYTES, _ROW_BYTES, _BLOCK_BYTES = 8, 4096, 1 << 20
@@ -139,11 +141,11 @@ class Source(Protocol):
     def open(self) -> None:
         """Before the first bucket of a round."""
 
-    def move(self, bucket: Bucket) -> bytes:
-        """Let one bucket travel; returns its digest, 16 bytes."""
+    def move(self, bucket: Bucket) -> None:
+        """Let one bucket travel."""
 
-    def close(self, digests: Sequence[bytes]) -> None:
-        """After the last bucket: flush, and send the digests."""
+    def close(self) -> None:
+        """After the last bucket: flush, and send a digest of 16 bytes for each."""
 
 
 class PullSource:
@@ -152,19 +154,20 @@ class PullSource:
     def __init__(self, link: DataLink, tensors: Sequence[torch.Tensor]) -> None:
         self._link = link
         self._tensors = tensors
+        self._digests: list[bytes] = []
 
     def open(self) -> None:
         addresses = torch.tensor([t.data_ptr() for t in self._tensors], dtype=torch.int64)
         self._link.send(addresses, ADDRESS_TAG, "shard addresses")
 
-    def move(self, bucket: Bucket) -> bytes:
+    def move(self, bucket: Bucket) -> None:
         checksum = Checksum()
         for copy in bucket.copies:
             checksum.update(pick(self._tensors[copy.shard], copy))
-        return checksum.digest()
+        self._digests.append(checksum.digest())
 
-    def close(self, digests: Sequence[bytes]) -> None:
-        _send_digests(self._link, digests)
+    def close(self) -> None:
+        send_digests(self._link, self._digests)
 
 
 class SendBuffers:
@@ -219,11 +222,12 @@ class GlooSource:
         self._tensors = tensors
         self._wire_dtypes = wire_dtypes
         self._buffers = buffers
+        self._digests: list[bytes] = []
 
     def open(self) -> None:
         """Nothing: the first bucket says it all."""
 
-    def move(self, bucket: Bucket) -> bytes:
+    def move(self, bucket: Bucket) -> None:
         buffer = self._buffers.reserve(packed_bytes(bucket, self._wire_dtypes))
         offset = 0
         for copy in bucket.copies:
@@ -235,14 +239,15 @@ class GlooSource:
             buffer[offset : offset + nbytes] = as_bytes(cast)
             offset += nbytes
         self._buffers.post(self._link, buffer, BUCKET_TAG + bucket.index)
-        return checksum_of(buffer)
+        self._digests.append(checksum_of(buffer))
 
-    def close(self, digests: Sequence[bytes]) -> None:
+    def close(self) -> None:
         self._buffers.flush()
-        _send_digests(self._link, digests)
+        send_digests(self._link, self._digests)
 
 
-def _send_digests(link: DataLink, digests: Sequence[bytes]) -> None:
+def send_digests(link: DataLink, digests: Sequence[bytes]) -> None:
+    """Tell the sink what was sent, one digest for each bucket."""
     data = torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8)
     link.send(data, DIGEST_TAG, "checksums")
 
@@ -261,11 +266,11 @@ class Sink(Protocol):
     def open(self) -> None:
         """Before the first bucket of a round."""
 
-    def move(self, bucket: Bucket, landing: Landing) -> bytes:
-        """Receive one bucket into place; returns the digest of what came, 16 bytes."""
+    def move(self, bucket: Bucket, landing: Landing) -> None:
+        """Receive one bucket into place."""
 
-    def close(self, digests: Sequence[bytes]) -> None:
-        """Compare with the source's digests."""
+    def close(self) -> None:
+        """Wait until everything is in place, and compare with the source's digests."""
 
 
 class PullSink:
@@ -276,18 +281,19 @@ class PullSink:
         self._pid = pid
         self._dtypes = [getattr(torch, shard.dtype) for shard in layout.shards]
         self._addresses: list[int] = []
+        self._digests: list[bytes] = []
 
     def open(self) -> None:
         buffer = torch.empty(len(self._dtypes), dtype=torch.int64)
         self._addresses = self._link.receive(buffer, ADDRESS_TAG, "shard addresses").tolist()
 
-    def move(self, bucket: Bucket, landing: Landing) -> bytes:
+    def move(self, bucket: Bucket, landing: Landing) -> None:
         checksum = Checksum()
         for copy in bucket.copies:
             place = landing.view(copy.target, copy.size, copy.dst_offset, copy.dst_stride)
             checksum.update(self._pull_into(copy, place))
             landing.landed(copy.target, place.numel())
-        return checksum.digest()
+        self._digests.append(checksum.digest())
 
     def _pull_into(self, copy: Copy, place: torch.Tensor) -> torch.Tensor:
         """Fill ``place``; returns the elements as the trainer holds them, for the checksum."""
@@ -308,8 +314,8 @@ class PullSink:
         place.copy_(picked)
         return picked
 
-    def close(self, digests: Sequence[bytes]) -> None:
-        _compare_digests(self._link, digests)
+    def close(self) -> None:
+        compare_digests(self._link, self._digests)
 
 
 def direct_runs(copy: Copy, base: int, place: torch.Tensor) -> list[peer_memory.Run] | None:
@@ -351,6 +357,7 @@ class GlooSink:
         self._wire_dtypes = wire_dtypes
         self._buffers = buffers
         self._posted: dict[int, tuple[torch.Tensor, dist.Work]] = {}
+        self._digests: list[bytes] = []
 
     def open(self) -> None:
         self._posted.clear()
@@ -364,7 +371,7 @@ class GlooSink:
         buffer = self._buffers[bucket.index % 2][: packed_bytes(bucket, self._wire_dtypes)]
         self._posted[bucket.index] = (buffer, self._link.post_receive(buffer, BUCKET_TAG + bucket.index))
 
-    def move(self, bucket: Bucket, landing: Landing) -> bytes:
+    def move(self, bucket: Bucket, landing: Landing) -> None:
         buffer, work = self._posted.pop(bucket.index)
         self._link.finish(work, f"bucket {bucket.index}")
         offset = 0
@@ -377,16 +384,20 @@ class GlooSink:
             place.copy_(arrived.view(place.dtype).view(place.shape))
             landing.landed(copy.target, place.numel())
             offset += nbytes
-        digest = checksum_of(buffer)
+        self._digests.append(checksum_of(buffer))
         if bucket.index + 2 < len(self._lane.buckets):
             self._post(self._lane.buckets[bucket.index + 2])
-        return digest
 
-    def close(self, digests: Sequence[bytes]) -> None:
-        _compare_digests(self._link, digests)
+    def close(self) -> None:
+        compare_digests(self._link, self._digests)
 
 
-def _compare_digests(link: DataLink, digests: Sequence[bytes]) -> None:
+def compare_digests(link: DataLink, digests: Sequence[bytes]) -> None:
+    """Receive the source's digests and compare.
+
+    Raises:
+        ChecksumMismatch: names the first bucket that arrived as something else.
+    """
     buffer = torch.empty(len(digests) * DIGEST_BYTES, dtype=torch.uint8)
     sent = link.receive(buffer, DIGEST_TAG, "checksums").numpy().tobytes()
     for index, digest in enumerate(digests):

@@ -24,14 +24,17 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 def build(kind: str, checkpoint: Path, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+    device = os.environ.get("TRAINER_DEVICE", "cpu")
+    if device != "cpu":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(device)
     if kind == "ddp":
         return nn.parallel.DistributedDataParallel(model)
     if kind == "fsdp2":
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        mesh = init_device_mesh(device, (dist.get_world_size(),))
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
@@ -52,7 +55,7 @@ class Trainer:
         other = dict(AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype).named_parameters())
         with torch.no_grad():
             for name, mine in self.model.named_parameters():
-                full = other[name.removeprefix("module.")]
+                full = other[name.removeprefix("module.")].to(mine.device)
                 if isinstance(mine, DTensor):
                     full = distribute_tensor(full, mine.device_mesh, mine.placements)
                 mine.copy_(full)
@@ -153,7 +156,7 @@ def main() -> None:
     os.dup2(2, 1)  # whatever libraries print must not look like an answer
     torch.set_num_threads(1)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if os.environ.get("TRAINER_DEVICE") else "gloo")
     trainer = Trainer(kind, checkpoint, dtype)
     answers.write(json.dumps({"ready": True, "pid": os.getpid()}) + "\n")
     for line in sys.stdin:

@@ -20,8 +20,9 @@ from bridge.errors import BridgeError, ConfigError, MappingError
 ROOT = Path(bridge.__file__).parent.parent
 NAMES = [
     "PROTOCOL_VERSION", "Bridge", "BridgeConfig", "BridgeError", "ChecksumMismatch", "ConfigError",
-    "MappingError", "PeerLost", "PendingBroadcast", "ProtocolError", "Receipt", "RendezvousError",
-    "RendezvousRefused", "RoundAborted", "TopologyError", "TransferError", "UnsupportedVersion",
+    "DeviceError", "MappingError", "PeerLost", "PendingBroadcast", "ProtocolError", "Receipt",
+    "RendezvousError", "RendezvousRefused", "RoundAborted", "TopologyError", "TransferError",
+    "UnsupportedVersion",
     "VLLMWeightBridge", "__version__", "broadcast_single_param", "broadcast_weights", "close", "connect",
     "create_bridge_from_training_config", "export_param_mappings", "notify_update", "send_heartbeat",
 ]  # fmt: skip

@@ -1,0 +1,132 @@
+"""The CUDA driver where torch does not reach: raw memory as tensors, IPC handles, copies by copy engine.
+
+``cuda.bindings`` comes with torch's CUDA builds; nothing here is imported on a machine without a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from bridge.errors import ConfigError, DeviceError
+
+
+def driver() -> Any:
+    """``cuda.bindings.driver``.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        from cuda.bindings import driver as found
+    except ImportError as err:
+        raise ConfigError(
+            "cuda-bindings is not installed, which torch's CUDA builds bring along: pip install cuda-bindings"
+        ) from err
+    return found
+
+
+def check(result: tuple[Any, ...], what: str) -> Any:
+    """The value of a driver call; ``what`` says what was tried.
+
+    Raises:
+        DeviceError: the call failed; carries CUDA's name for it.
+    """
+    code, *values = result
+    if int(code) != 0:
+        raise DeviceError(f"{what}: {getattr(code, 'name', code)}")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def use(device: torch.device) -> None:
+    """Make ``device``'s primary context current in this thread, for torch and for the driver's calls."""
+    from cuda.bindings import runtime
+
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    torch.cuda.set_device(device)
+    check(runtime.cudaSetDevice(device.index), f"using {device}")
+
+
+def uuid_of(device: torch.device) -> str:
+    """The device's identity, whatever number CUDA_VISIBLE_DEVICES gives it in which process."""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def device_by_uuid(uuid: str) -> torch.device:
+    """The device of that identity in this process.
+
+    Raises:
+        ConfigError: this process does not see it.
+    """
+    seen = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    for device in seen:
+        if uuid_of(device) == uuid:
+            return device
+    raise ConfigError(
+        f"GPU {uuid} is not visible to this process, which sees {', '.join(map(uuid_of, seen)) or 'none'}; "
+        "start the bridge with the same CUDA_VISIBLE_DEVICES and in the same cgroup as vLLM"
+    )
+
+
+class _Memory:
+    """A stretch of device memory in the form that ``torch.as_tensor`` takes without a copy."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+            "strides": None,
+        }
+
+
+def bytes_at(address: int, nbytes: int, device: torch.device) -> torch.Tensor:
+    """A uint8 tensor over raw device memory of ``device``; the caller keeps the memory mapped."""
+    if nbytes == 0:
+        return torch.empty(0, dtype=torch.uint8, device=device)
+    return torch.as_tensor(_Memory(address, nbytes), device=device)
+
+
+class OwnMemory:
+    """Device memory that can be shown to other processes, whatever allocator torch was configured with.
+
+    Plain ``cuMemAlloc``: torch's expandable segments cannot be exported by IPC handle.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        """Allocate ``nbytes`` on ``device``, which must be current in this thread.
+
+        Raises:
+            DeviceError: the device has no such memory left.
+        """
+        self.nbytes = nbytes
+        self._address = int(check(driver().cuMemAlloc(nbytes), f"allocating {nbytes} bytes on {device}"))
+        self.tensor = bytes_at(self._address, nbytes, device)
+
+    def free(self) -> None:
+        """Give the memory back; ``tensor`` must not be used afterwards."""
+        check(driver().cuMemFree(self._address), "freeing device memory")
+
+
+def copy_rows(
+    dst: int, dst_pitch: int, src: int, src_pitch: int, *, width: int, rows: int, stream: torch.cuda.Stream
+) -> None:
+    """Enqueue a copy of ``rows`` rows of ``width`` bytes, each ``pitch`` bytes after the one before.
+
+    Done by the copy engines, also from a peer GPU's mapped memory: no multiprocessor takes part.
+
+    Raises:
+        DeviceError: the copy could not be enqueued.
+    """
+    from cuda.bindings import runtime
+
+    kind = runtime.cudaMemcpyKind.cudaMemcpyDefault
+    if rows == 1:
+        result = runtime.cudaMemcpyAsync(dst, src, width, kind, stream.cuda_stream)
+    else:
+        result = runtime.cudaMemcpy2DAsync(
+            dst, dst_pitch, src, src_pitch, width, rows, kind, stream.cuda_stream
+        )
+    check(result, f"enqueuing a copy of {rows} x {width} bytes")

@@ -1,0 +1,286 @@
+"""Pull between GPUs of one host: the updater's copy engines read the trainer's memory; nobody packs or sends.
+
+The trainer shows its parameters where they lie. Only what cannot be read there (float32 master weights that
+the server wants in bfloat16, memory of expandable segments, shards offloaded to the host) is first written to
+a snapshot in memory of our own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import torch
+
+from bridge.protocol.plan import Bucket, Copy, Lane
+from bridge.wire import cuda, device_memory
+from bridge.wire.device_checksum import DeviceChecksums
+from bridge.wire.transport import (
+    ADDRESS_TAG,
+    DIRECT_RUN_BYTES,
+    DataLink,
+    Landing,
+    compare_digests,
+    pick,
+    send_digests,
+)
+
+logger = logging.getLogger(__name__)
+
+SIZE_TAG = 10
+_SLOT_ALIGNMENT = 256  # bytes, as torch's own allocator aligns
+
+
+# --- the trainer's end ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One round's shards where updaters read them, and the message that says so."""
+
+    tensors: list[torch.Tensor]
+    message: bytes
+
+
+class Showcase:
+    """Decides per shard whether it is read in place or from a snapshot; owns the snapshot's memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._memory: cuda.OwnMemory | None = None
+        self._said = ""
+
+    def prepare(self, tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> Shown:
+        """Make every shard readable; ``dtypes[i]`` is the one in which shard ``i`` is wanted.
+
+        The caller has waited for the work that computes the shards.
+
+        Raises:
+            DeviceError: the snapshot does not fit, or CUDA refuses to export an allocation.
+        """
+        reasons = [self._why_not_here(t, dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
+        slots = self._slots([t for t, why in zip(tensors, reasons, strict=True) if why], dtypes, reasons)
+        shown: list[torch.Tensor] = []
+        with torch.cuda.stream(self.stream), torch.no_grad():
+            for tensor, dtype, why in zip(tensors, dtypes, reasons, strict=True):
+                if not why:
+                    shown.append(tensor)
+                    continue
+                slot = next(slots).view(dtype).view(tensor.shape)
+                slot.copy_(tensor)
+                shown.append(slot)
+        self.stream.synchronize()
+        self._say(tensors, reasons)
+        return Shown(shown, msgspec.msgpack.encode(device_memory.exhibit(shown)))
+
+    def _why_not_here(self, tensor: torch.Tensor, dtype: torch.dtype) -> str:
+        if tensor.device != self.device:
+            return f"on {tensor.device}"
+        if tensor.dtype != dtype:
+            return f"{tensor.dtype} and wanted as {dtype}".replace("torch.", "")
+        return "" if device_memory.can_be_shown(tensor) else "in memory that CUDA IPC cannot export"
+
+    def _slots(
+        self, moved: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype], reasons: Sequence[str]
+    ) -> Iterator[torch.Tensor]:
+        wanted = [dtype for dtype, why in zip(dtypes, reasons, strict=True) if why]
+        sizes = [t.numel() * dtype.itemsize for t, dtype in zip(moved, wanted, strict=True)]
+        ends = list(itertools.accumulate(-(-n // _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT for n in sizes))
+        total = ends[-1] if ends else 0
+        if total and (self._memory is None or self._memory.nbytes < total):
+            if self._memory is not None:
+                self._memory.free()
+                self._memory = None
+            self._memory = cuda.OwnMemory(total, self.device)
+        for start, size in zip([0, *ends], sizes, strict=False):
+            assert self._memory is not None
+            yield self._memory.tensor[start : start + size]
+
+    def _say(self, tensors: Sequence[torch.Tensor], reasons: Sequence[str]) -> None:
+        moved = [(t, why) for t, why in zip(tensors, reasons, strict=True) if why]
+        kinds = ", ".join(sorted({why for _, why in moved}))
+        if moved and kinds != self._said:
+            assert self._memory is not None
+            logger.info(
+                "%d of %d shards are read from a snapshot of %.0f MiB on %s: %s",
+                len(moved),
+                len(tensors),
+                self._memory.nbytes / 2**20,
+                self.device,
+                kinds,
+            )
+            self._said = kinds
+
+
+class DevicePullSource:
+    """Says where its shards are; only summing them costs the trainer's GPU anything."""
+
+    def __init__(
+        self, link: DataLink, shown: Shown, lane: Lane, showcase: Showcase, *, checked: bool
+    ) -> None:
+        self._link = link
+        self._shown = shown
+        self._sums = DeviceChecksums(len(lane.buckets), showcase.device, showcase.stream) if checked else None
+
+    def open(self) -> None:
+        data = torch.frombuffer(bytearray(self._shown.message), dtype=torch.uint8)
+        self._link.send(torch.tensor([data.numel()]), SIZE_TAG, "the size of the shards' places")
+        self._link.send(data, ADDRESS_TAG, "the shards' places")
+
+    def move(self, bucket: Bucket) -> None:
+        if self._sums is not None:
+            for copy in bucket.copies:
+                self._sums.add(bucket.index, pick(self._shown.tensors[copy.shard], copy))
+
+    def close(self) -> None:
+        if self._sums is not None:
+            send_digests(self._link, self._sums.digests())
+
+
+# --- the updater's end ---------------------------------------------------------------------------------
+
+
+class Engines:
+    """An updater's streams: one for copies, one for sums, which follow the copies bucket by bucket."""
+
+    def __init__(self, device: torch.device) -> None:
+        cuda.use(device)
+        self.device = device
+        self.copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.sums = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+class DevicePullSink:
+    """Reads slices from the trainer's GPU into their final place by copy engine, strided where they are."""
+
+    def __init__(
+        self,
+        link: DataLink,
+        lane: Lane,
+        peer: device_memory.PeerAllocations,
+        engines: Engines,
+        *,
+        checked: bool,
+    ) -> None:
+        self._link = link
+        self._peer = peer
+        self._engines = engines
+        self._sums = DeviceChecksums(len(lane.buckets), engines.device, engines.sums) if checked else None
+        self._addresses: list[int] = []
+        self._dtypes: list[torch.dtype] = []
+
+    def open(self) -> None:
+        size = self._link.receive(torch.empty(1, dtype=torch.int64), SIZE_TAG, "the shards' places")
+        data = torch.empty(int(size), dtype=torch.uint8)
+        message = self._link.receive(data, ADDRESS_TAG, "the shards' places").numpy().tobytes()
+        shown = msgspec.msgpack.decode(message, type=device_memory.Exhibit)
+        self._addresses = self._peer.refresh(shown)
+        self._dtypes = [getattr(torch, place.dtype) for place in shown.shards]
+
+    def move(self, bucket: Bucket, landing: Landing) -> None:
+        arrived = []
+        for copy in bucket.copies:
+            place = landing.view(copy.target, copy.size, copy.dst_offset, copy.dst_stride)
+            arrived.append(self._pull(copy, place))
+            landing.landed(copy.target, place.numel())
+        if self._sums is not None:
+            self._engines.sums.wait_stream(self._engines.copies)
+            for tensor in arrived:
+                tensor.record_stream(self._engines.sums)
+                self._sums.add(bucket.index, tensor)
+
+    def _pull(self, copy: Copy, place: torch.Tensor) -> torch.Tensor:
+        """Enqueue one copy; returns the elements as the trainer holds them, for the sums."""
+        dtype = self._dtypes[copy.shard]
+        address = self._addresses[copy.shard] + copy.src_offset * dtype.itemsize
+        rows = list(rows_of(copy))
+        if place.dtype != dtype or rows[0].width * dtype.itemsize < DIRECT_RUN_BYTES < place.nbytes:
+            return self._fetch(copy, place, address, dtype)
+        unit = dtype.itemsize
+        for row in rows:
+            cuda.copy_rows(
+                place.data_ptr() + row.dst * unit,
+                row.dst_pitch * unit,
+                address + row.src * unit,
+                row.src_pitch * unit,
+                width=row.width * unit,
+                rows=row.rows,
+                stream=self._engines.copies,
+            )
+        return place
+
+    def _fetch(self, copy: Copy, place: torch.Tensor, address: int, dtype: torch.dtype) -> torch.Tensor:
+        """Copy the span that the elements lie in, then pick and cast them on this side."""
+        span = 1 + sum((n - 1) * s for n, s in zip(copy.size, copy.src_stride, strict=True))
+        with torch.cuda.stream(self._engines.copies):
+            scratch = torch.empty(span, dtype=dtype, device=self._engines.device)
+            nbytes = span * dtype.itemsize
+            cuda.copy_rows(
+                scratch.data_ptr(), 0, address, 0, width=nbytes, rows=1, stream=self._engines.copies
+            )
+            picked = scratch.as_strided(copy.size, copy.src_stride)
+            place.copy_(picked)
+        return picked
+
+    def close(self) -> None:
+        """Wait for the last byte, then compare: nothing is written to the half after this.
+
+        Raises:
+            ChecksumMismatch: what arrived is not what the trainer holds.
+        """
+        self._engines.copies.synchronize()
+        if self._sums is not None:
+            compare_digests(self._link, self._sums.digests())
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A part of a copy that one strided copy-engine job can do; all in elements."""
+
+    src: int
+    dst: int
+    rows: int
+    src_pitch: int
+    dst_pitch: int
+    width: int
+
+
+def rows_of(copy: Copy) -> Iterator[Rows]:
+    """Cut a copy into jobs: a contiguous run, repeated at a pitch; outer dimensions become separate jobs.
+
+    Destination offsets are relative to the copy's first element.
+    """
+    dims = _merged(copy)
+    width = 1
+    if dims and dims[-1][1] == dims[-1][2] == 1:
+        width = dims.pop()[0]
+    rows, src_pitch, dst_pitch = dims.pop() if dims else (1, width, width)
+    if min(src_pitch, dst_pitch) < width:  # overlapping or reversed rows are no rows to a copy engine
+        dims.append((rows, src_pitch, dst_pitch))
+        rows, src_pitch, dst_pitch = 1, width, width
+    for index in itertools.product(*(range(n) for n, _, _ in dims)):
+        yield Rows(
+            src=sum(i * s for i, (_, s, _) in zip(index, dims, strict=True)),
+            dst=sum(i * d for i, (_, _, d) in zip(index, dims, strict=True)),
+            rows=rows,
+            src_pitch=src_pitch,
+            dst_pitch=dst_pitch,
+            width=width,
+        )
+
+
+def _merged(copy: Copy) -> list[tuple[int, int, int]]:
+    """(size, source stride, destination stride) of each dimension, with those that run on merged."""
+    dims: list[tuple[int, int, int]] = []
+    for n, src, dst in zip(copy.size, copy.src_stride, copy.dst_stride, strict=True):
+        if n == 1:
+            continue
+        if dims and dims[-1][1] == n * src and dims[-1][2] == n * dst:
+            dims[-1] = (dims[-1][0] * n, src, dst)
+        else:
+            dims.append((n, src, dst))
+    return dims

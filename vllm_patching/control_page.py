@@ -1,0 +1,98 @@
+"""The control page, shared by daemon, engine and workers: what is wanted, and what each has done."""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+from bridge.errors import ConfigError
+
+
+class ControlPage:
+    """One page shared by daemon, engine and workers: what is wanted, and what each rank has done.
+
+    Single 8-byte words, each with one writer, so no lock is needed: ``requested`` is the daemon's;
+    a rank's slot (version, batch, flip nanoseconds, failures, active half, flips) is that worker's.
+    """
+
+    MAGIC = 0x42524944_47453031
+    SLOT_WORDS = 8
+    HEADER_WORDS = 8
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._map = mmap.mmap(fd, os.fstat(fd).st_size)
+        self._words = memoryview(self._map).cast("Q")
+        if self._words[0] != self.MAGIC:
+            raise ConfigError("the file descriptor received is not a bridge control page")
+
+    @classmethod
+    def create(cls, num_ranks: int) -> ControlPage:
+        """Allocate the page for ``num_ranks`` workers."""
+        fd = os.memfd_create("bridge-control", os.MFD_CLOEXEC)
+        words = cls.HEADER_WORDS + cls.SLOT_WORDS * num_ranks
+        os.ftruncate(fd, words * 8)
+        os.pwrite(fd, cls.MAGIC.to_bytes(8, "little"), 0)
+        os.pwrite(fd, num_ranks.to_bytes(8, "little"), 8)
+        return cls(fd)
+
+    @property
+    def num_ranks(self) -> int:
+        return self._words[1]
+
+    @property
+    def requested(self) -> int:
+        """The version that every rank has staged and should commit; 0 for the checkpoint's own."""
+        return self._words[2]
+
+    @requested.setter
+    def requested(self, version: int) -> None:
+        self._words[2] = version
+
+    def slot(self, rank: int) -> RankSlot:
+        """The words of one rank."""
+        start = self.HEADER_WORDS + rank * self.SLOT_WORDS
+        return RankSlot(self._words[start : start + self.SLOT_WORDS])
+
+
+class RankSlot:
+    """What one worker tells the node about its flips."""
+
+    def __init__(self, words: memoryview) -> None:
+        self._words = words
+
+    def record(self, *, version: int, batch: int, flip_ns: int, active: int) -> None:
+        """Written by the worker after a flip; ``version`` last, as readers wait for it."""
+        self._words[1] = batch
+        self._words[2] = flip_ns
+        self._words[4] = active
+        self._words[5] += 1
+        self._words[0] = version
+
+    def fail(self) -> None:
+        """Count a flip that did not happen."""
+        self._words[3] += 1
+
+    @property
+    def version(self) -> int:
+        return self._words[0]
+
+    @property
+    def batch(self) -> int:
+        return self._words[1]
+
+    @property
+    def flip_ns(self) -> int:
+        return self._words[2]
+
+    @property
+    def failures(self) -> int:
+        return self._words[3]
+
+    @property
+    def active(self) -> int:
+        return self._words[4]
+
+    @property
+    def flips(self) -> int:
+        return self._words[5]
