@@ -13,7 +13,7 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -150,14 +150,24 @@ def _status_bytes(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def take_stdout() -> TextIO:
+    """What is left of stdout for answers: whatever libraries print must not look like one."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    return answers
+
+
 def main() -> None:
     kind, checkpoint, dtype = sys.argv[1], Path(sys.argv[2]), getattr(torch, sys.argv[3])
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever libraries print must not look like an answer
+    answers = take_stdout()
     torch.set_num_threads(1)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if os.environ.get("TRAINER_DEVICE") else "gloo")
-    trainer = Trainer(kind, checkpoint, dtype)
+    obey(Trainer(kind, checkpoint, dtype), answers)
+
+
+def obey(trainer: Any, answers: TextIO) -> None:
+    """Answer one JSON line for each command on stdin, by the trainer's method of that name."""
     answers.write(json.dumps({"ready": True, "pid": os.getpid()}) + "\n")
     for line in sys.stdin:
         command = json.loads(line)

@@ -1,0 +1,382 @@
+"""An update while a GPU server decodes: the bridge's swap beside vLLM's own weight transfer, in one run.
+
+One server, one load: 64 sequences decode all the time, and the gaps between the tokens of one of them are
+what is measured. Trainer and server hold the same shape with random weights. Alternating stretches:
+
+1. quiet; 2. updates by the bridge; 3. updates by vLLM's packed NCCL engine (pause keep, start, update,
+   finish, resume); 4. both again, as often as ``--rate`` says; 5. both on an idle server; 6. the raw
+   floors: NCCL broadcast, copy engine, device copy.
+
+    PYTHONPATH=tests python benchmarks/swap.py --out benchmarks/results/swap-1x1.json         (two GPUs)
+    PYTHONPATH=tests python benchmarks/swap.py --trainers 2 --tp 2 --out ..-2x2.json          (four)
+    PYTHONPATH=tests python benchmarks/swap.py --shared --no-native --out ..-shared.json      (one)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from support.models import write_tokenizer
+from support.serving import Api, Server, Trainers, free_port
+
+SHAPES: dict[str, dict[str, int]] = {
+    "8b": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+           "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 151936},
+    "32b": {"hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64,
+            "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 151936},
+    "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1024},
+}  # fmt: skip
+GRAPHS = '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 8, 64]}'
+WARM_TOKENS = 60
+AFTER_S = 0.05  # a token that an update delayed may arrive so long after its end
+
+
+def write_shape(path: Path, shape: str) -> None:
+    """config.json and a tokenizer; both sides make their weights up."""
+    config = {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 128, "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 8192, "rope_theta": 1e6, "hidden_act": "silu", "dtype": "bfloat16",
+        "tie_word_embeddings": False, "attention_bias": False, "bos_token_id": 1, "eos_token_id": 2,
+        **SHAPES[shape],
+    }  # fmt: skip
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(config, indent=1))
+    write_tokenizer(path, vocab_size=config["vocab_size"])
+
+
+class Load:
+    """``width`` sequences that start together and decode ``tokens`` each; one of them is watched."""
+
+    def __init__(self, api: Api, *, width: int, tokens: int) -> None:
+        self.arrivals: list[float] = []
+        self.failures: list[str] = []
+        self._warm = threading.Event()
+        self._tokens = tokens
+        self._threads = [threading.Thread(target=self._watched, args=(api,), daemon=True)]
+        self._threads += [
+            threading.Thread(target=self._silent, args=(api, i), daemon=True) for i in range(1, width)
+        ]
+        for thread in self._threads[1:] + self._threads[:1]:
+            thread.start()
+        if not self._warm.wait(120):
+            raise TimeoutError(f"the watched sequence had {len(self.arrivals)} tokens after 120 s")
+
+    def _watched(self, api: Api) -> None:
+        try:
+            for at, choice in api.stream(
+                [1, 5, 7], max_tokens=self._tokens, temperature=1.0, ignore_eos=True
+            ):
+                self.arrivals += [at] * len(choice.get("token_ids") or ())
+                if len(self.arrivals) >= WARM_TOKENS:
+                    self._warm.set()
+        except OSError as err:
+            self.failures.append(str(err))
+
+    def _silent(self, api: Api, index: int) -> None:
+        try:
+            (choice,) = api.complete(
+                [1, 5, 8 + index], max_tokens=self._tokens, temperature=1.0, ignore_eos=True
+            )
+        except OSError as err:
+            self.failures.append(str(err))
+            return
+        if len(choice["token_ids"]) != self._tokens:
+            self.failures.append(f"sequence {index} ended after {len(choice['token_ids'])} tokens")
+
+    @property
+    def running(self) -> bool:
+        """Whether the watched sequence still has a good many tokens to go."""
+        return len(self.arrivals) < self._tokens - WARM_TOKENS and not self.failures
+
+    def finish(self) -> None:
+        """Wait for all sequences."""
+        for thread in self._threads:
+            thread.join(180)
+            if thread.is_alive():
+                raise TimeoutError("a sequence did not end within 180 s")
+
+    def gaps(self) -> list[tuple[float, float]]:
+        """(start, length in seconds) between tokens, from where all sequences were under way."""
+        return [(a, b - a) for a, b in pairwise(self.arrivals[WARM_TOKENS // 2 :])]
+
+    def rate(self, since: float, until: float) -> float:
+        """Decode steps per second in a window."""
+        return sum(since <= t <= until for t in self.arrivals) / (until - since)
+
+
+def stalls_ms(load: Load, events: list[tuple[float, float]]) -> list[float]:
+    """Per event, the longest gap that touches it, above the median gap of the stretch; milliseconds."""
+    gaps = load.gaps()
+    median = statistics.median(length for _, length in gaps)
+    found = []
+    for start, end in events:
+        touching = [length for begin, length in gaps if begin <= end + AFTER_S and begin + length >= start]
+        found.append(1e3 * (max(touching, default=0.0) - median))
+    return found
+
+
+class Bench:
+    """One server and its trainers."""
+
+    def __init__(self, args: argparse.Namespace, server: Server, trainers: Trainers) -> None:
+        self.args, self.server, self.trainers = args, server, trainers
+        self.updates = {"bridge": self.ours, "native": self.native}
+        described = trainers.must("describe")[0]
+        self.info = {
+            "names": described["names"],
+            "shapes": described["shapes"],
+            "dtype_names": ["bfloat16"] * len(described["names"]),
+            "packed": True,
+        }
+        self.machine = f"{described['device']}, torch {described['torch']}"
+
+    def post(self, path: str, body: Any = None) -> None:
+        self.server.api.open(path, body if body is not None else {}).close()
+
+    def native_init(self) -> None:
+        port, size = free_port(), 1 + self.args.tp
+        self.trainers.send("native_init", port=port, world_size=size)
+        init = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": size}
+        self.post("/init_weight_transfer_engine", {"init_info": init})
+        answers = self.trainers.answers()
+        assert not any("error" in answer for answer in answers), answers
+
+    def ours(self) -> dict[str, Any]:
+        answers = self.trainers.must("broadcast")
+        start, end = min(a["start"] for a in answers), max(a["end"] for a in answers)
+        return {"start": start, "end": end, **{k: answers[0][k] for k in ("stage_s", "flip_s", "bytes")}}
+
+    def native(self) -> dict[str, Any]:
+        """As vLLM's documentation has it: pause (keep), start, update, finish, resume."""
+        start = time.monotonic()
+        self.post("/pause?mode=keep")
+        self.post("/start_weight_update")
+        self.trainers.send("native_send")
+        self.post("/update_weights", {"update_info": self.info})
+        answers = self.trainers.answers()
+        assert not any("error" in answer for answer in answers), answers
+        self.post("/finish_weight_update")
+        self.post("/resume")
+        return {"start": start, "end": time.monotonic()}
+
+    def stretch(self, what: str | None, *, pace_s: float, updates: int) -> dict[str, Any]:
+        """One load, with updates of one system at a steady pace; None for a quiet one."""
+        load = Load(self.server.api, width=self.args.sequences, tokens=self.args.tokens)
+        since, events = time.monotonic(), []
+        while load.running and what is not None and len(events) < updates:
+            due = since + pace_s * len(events)
+            time.sleep(max(0.0, due - time.monotonic()))
+            events.append(self.updates[what]())
+        until = time.monotonic() if events else 0.0
+        load.finish()
+        until = until or load.arrivals[-WARM_TOKENS]
+        spans = [(e["start"], e["end"]) for e in events]
+        shift = pace_s / 2
+        # The same statistic where nothing happened: the longest of several gaps exceeds their median anyway.
+        controls = [(a + shift, b + shift) for a, b in spans if b - a < shift]
+        gaps = [length for _, length in load.gaps()]
+        return {
+            "failures": load.failures,
+            "steps_per_s": load.rate(since, until),
+            "median_gap_ms": 1e3 * statistics.median(gaps),
+            "stall_ms": stalls_ms(load, spans),
+            "control_stall_ms": stalls_ms(load, controls) if controls else [],
+            "update_ms": [1e3 * (e["end"] - e["start"]) for e in events],
+            "stage_ms": [1e3 * e["stage_s"] for e in events if "stage_s" in e],
+            "flip_ms": [1e3 * e["flip_s"] for e in events if "flip_s" in e],
+            "events": [[a - since, b - since] for a, b in spans],
+            "arrivals": [round(t - since, 5) for t in load.arrivals],
+        }
+
+    def run(self) -> dict[str, Any]:
+        """All stretches."""
+        args, found = self.args, {}
+        systems = ["bridge"] if args.no_native else ["bridge", "native"]
+        if "native" in systems:
+            self.native_init()
+        memory = self.trainers.must("memory")
+        found["first"] = self.ours()
+        for what in systems:
+            self.updates[what]()
+        found["trainer_memory"] = {"before": memory, "after": self.trainers.must("memory")}
+        found["idle"] = {what: [self.updates[what]() for _ in range(args.idle)] for what in systems}
+        found["not_blocking"] = [self.trainers.must("broadcast_at_once")[0] for _ in range(args.idle)]
+        Load(self.server.api, width=args.sequences, tokens=2 * WARM_TOKENS + 20).finish()
+        found["quiet"] = self.stretch(None, pace_s=1.0, updates=0)
+        for what in systems:
+            found[f"spaced_{what}"] = self.stretch(what, pace_s=args.pace, updates=args.updates)
+        for what in systems:
+            found[f"frequent_{what}"] = self.stretch(what, pace_s=args.rate, updates=10_000)
+        found["quiet_again"] = self.stretch(None, pace_s=1.0, updates=0)
+        return found
+
+
+def summary(found: dict[str, Any], nbytes: int) -> dict[str, Any]:
+    """The figures that the bars speak of; milliseconds, GB/s, shares."""
+    median = statistics.median
+    quiet = median([found["quiet"]["steps_per_s"], found["quiet_again"]["steps_per_s"]])
+    result: dict[str, Any] = {"model_bytes": nbytes, "quiet_steps_per_s": quiet}
+    for what in found["idle"]:
+        spaced, frequent, idle = found[f"spaced_{what}"], found[f"frequent_{what}"], found["idle"][what]
+        idle_s = median(e.get("stage_s", e["end"] - e["start"]) for e in idle)
+        result[what] = {
+            "updates": len(spaced["stall_ms"]),
+            "stall_ms": median(spaced["stall_ms"]),
+            "stall_ms_worst": max(spaced["stall_ms"]),
+            "control_stall_ms": median(spaced["control_stall_ms"]) if spaced["control_stall_ms"] else None,
+            "publish_to_committed_ms": median(spaced["update_ms"]),
+            "idle_gb_per_s": nbytes / idle_s / 1e9,
+            "idle_ms": 1e3 * median(e["end"] - e["start"] for e in idle),
+            "throughput_kept": frequent["steps_per_s"] / quiet,
+            "frequent_updates": len(frequent["update_ms"]),
+            "failures": spaced["failures"] + frequent["failures"],
+        }
+    result["bridge"]["flip_ms"] = median(found["spaced_bridge"]["flip_ms"])
+    result["bridge"]["not_blocking_call_ms"] = 1e3 * median(e["call_s"] for e in found["not_blocking"])
+    if "native" in result:
+        result["native_to_bridge_stall"] = result["native"]["stall_ms"] / result["bridge"]["stall_ms"]
+    memory = found["trainer_memory"]
+    result["trainer_extra_bytes"] = [
+        after["used_bytes"] - before["used_bytes"]
+        for before, after in zip(memory["before"], memory["after"], strict=True)
+    ]
+    return result
+
+
+def _floor(rank: int, port: int, results: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", rank=rank, world_size=2)
+    data = torch.randint(0, 99, (1 << 30,), dtype=torch.uint8, device="cuda")
+    for _ in range(3):
+        dist.broadcast(data, 0)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(20):
+        dist.broadcast(data, 0)
+    torch.cuda.synchronize()
+    if rank == 0:
+        results.put(20 * data.numel() / (time.perf_counter() - start) / 1e9)
+    dist.destroy_process_group()
+
+
+def floors() -> dict[str, float]:
+    """GB/s of the bare mechanisms on this machine, 1 GiB at a time."""
+    import torch
+    import torch.multiprocessing as mp
+
+    found = {}
+    if torch.cuda.device_count() > 1:
+        results = mp.get_context("spawn").Queue()
+        mp.spawn(_floor, (free_port(), results), nprocs=2)
+        found["nccl_broadcast"] = results.get(timeout=60)
+    source = torch.randint(0, 99, (1 << 30,), dtype=torch.uint8, device="cuda:0")
+    targets = {"device_copy": torch.empty_like(source)}
+    if torch.cuda.device_count() > 1:
+        targets["copy_engine"] = torch.empty_like(source, device="cuda:1")
+    for name, target in targets.items():
+        for _ in range(3):
+            target.copy_(source)
+        torch.cuda.synchronize(source.device)
+        torch.cuda.synchronize(target.device)
+        start = time.perf_counter()
+        for _ in range(20):
+            target.copy_(source)
+        torch.cuda.synchronize(source.device)
+        torch.cuda.synchronize(target.device)
+        found[name] = 20 * source.numel() / (time.perf_counter() - start) / 1e9
+    return found
+
+
+def main() -> int:
+    """Start both sides, run, write one JSON document."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--trainers", type=int, default=1, help="more than one shard the model by FSDP2")
+    parser.add_argument("--shared", action="store_true", help="trainer and server on one GPU")
+    parser.add_argument("--no-native", action="store_true", help="NCCL cannot join two ranks on one GPU")
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=1800)
+    parser.add_argument("--updates", type=int, default=20)
+    parser.add_argument("--pace", type=float, default=0.5, help="seconds between spaced updates")
+    parser.add_argument("--rate", type=float, default=0.2, help="seconds between frequent updates")
+    parser.add_argument("--idle", type=int, default=7)
+    parser.add_argument("--utilization", type=float, default=0.9)
+    parser.add_argument("--bridge-flag", action="append", default=[])
+    parser.add_argument("--vllm-flag", action="append", default=[])
+    parser.add_argument("--cpu", action="store_true", help="try the script itself, with the tiny shape")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    gpus = list(range(args.tp)), [0] if args.shared else list(range(args.tp, args.tp + args.trainers))
+    flags = ["--load-format=dummy", "--dtype=bfloat16", "--max-model-len=4096", "--max-num-seqs=64",
+             f"--tensor-parallel-size={args.tp}", *args.vllm_flag]  # fmt: skip
+    if not args.cpu:
+        flags += ["--no-enforce-eager", f"--compilation-config={GRAPHS}",
+                  f"--gpu-memory-utilization={args.utilization}"]  # fmt: skip
+    if not args.no_native:
+        flags.append('--weight-transfer-config={"backend": "nccl"}')
+    visible = [",".join(map(str, ids)) for ids in gpus]
+    with tempfile.TemporaryDirectory(prefix="swap-") as directory:
+        model = Path(directory) / "model"
+        write_shape(model, args.shape)
+        env = {"VLLM_SERVER_DEV_MODE": "1", "CUDA_VISIBLE_DEVICES": visible[0]}
+        server = Server(model, Path(directory) / "log", flags=flags, bridge_flags=args.bridge_flag, env=env)
+        trainers = None
+        try:
+            kind = "fsdp2" if args.trainers > 1 else "plain"
+            trainers = Trainers(
+                kind,
+                model,
+                logdir=server.logdir,
+                ranks=args.trainers,
+                env={"CUDA_VISIBLE_DEVICES": visible[1]},
+                module="benchmarks.swap_trainer",
+            )
+            server.wait_ready(timeout_s=400)
+            bench = Bench(args, server, trainers)
+            found = bench.run()
+            trainers.must("close")
+        except BaseException:
+            sys.stderr.write(server.text()[-6000:])
+            for log in server.logdir.glob("trainer*.log"):
+                sys.stderr.write(f"== {log.name}\n{log.read_text(errors='replace')[-3000:]}")
+            raise
+        finally:
+            if trainers is not None:
+                trainers.stop()
+            server.stop()
+    nbytes = found["first"]["bytes"]
+    document = {
+        "what": __doc__.splitlines()[0] if __doc__ else "",
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "machine": bench.machine,
+        "summary": summary(found, nbytes),
+        "floors_gb_per_s": {} if args.cpu else floors(),
+        "found": found,
+    }
+    sys.stdout.write(json.dumps({k: document[k] for k in ("summary", "floors_gb_per_s")}, indent=1) + "\n")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(document))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
