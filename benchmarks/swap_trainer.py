@@ -1,6 +1,6 @@
 """A trainer rank for ``swap.py``: random weights on its GPU, sent by the bridge or by vLLM's own engine.
 
-    python -m benchmarks.swap_trainer KIND CONFIG_DIR DTYPE      (plain or fsdp2; JSON commands on stdin)
+python -m benchmarks.swap_trainer KIND CONFIG_DIR DTYPE      (plain or fsdp2; JSON commands on stdin)
 """
 
 from __future__ import annotations

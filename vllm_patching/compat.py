@@ -249,9 +249,14 @@ def run_transform(transform: str, raw: torch.Tensor, packed: torch.Tensor) -> No
     if kind == "cpu_moe_bias":
         packed.copy_(padded.flatten())
         return
+    packed.copy_(import_transforms()(padded, isa).flatten())
+
+
+def import_transforms() -> Callable[[torch.Tensor, str], torch.Tensor]:
+    """vLLM's packing kernel; the first import takes seconds."""
     from vllm._custom_ops import cpu_prepack_moe_weight
 
-    packed.copy_(cpu_prepack_moe_weight(padded, isa).flatten())
+    return cast(Callable[[torch.Tensor, str], torch.Tensor], cpu_prepack_moe_weight)
 
 
 # --- loading -----------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from vllm_patching.channel import Channel, ChannelClosed
 logger = logging.getLogger(__name__)
 
 END_TIMEOUT_S = 5.0
-START_TIMEOUT_S = 30.0  # importing torch on a busy node; no matter of heartbeats
+DEATH_POLL_S = 0.2
+START_TIMEOUT_S = 180.0  # importing torch, and maybe vLLM, on a busy node; no matter of heartbeats
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Crew:
         self.num_ranks = num_ranks
         self._reports = reports
         self._channels: dict[int, Channel] = {}
+        self._ready: set[int] = set()
         self._here = threading.Condition()
         self._ending = False
         self.processes = {
@@ -64,7 +67,6 @@ class Crew:
         channel.sock.settimeout(None)
         with self._here:
             self._channels[rank] = channel
-            self._here.notify_all()
         name = f"bridge-updater-{rank}"
         threading.Thread(target=self._read, args=(rank, channel), name=name, daemon=True).start()
 
@@ -76,18 +78,27 @@ class Crew:
                 if not self._ending:
                     self._reports.put(Report(self, rank, None))
                 return
+            if message["type"] == "ready":
+                with self._here:
+                    self._ready.add(rank)
+                    self._here.notify_all()
+                continue
             self._reports.put(Report(self, rank, message))
 
     def wait_all(self, timeout_s: float = START_TIMEOUT_S) -> None:
-        """Wait until every updater is here.
+        """Wait until every updater is ready for its first round.
 
         Raises:
             TransferError: names those that are not.
         """
+        deadline = time.monotonic() + timeout_s
         with self._here:
-            if not self._here.wait_for(lambda: len(self._channels) == self.num_ranks, timeout_s):
-                absent = sorted(set(range(self.num_ranks)) - self._channels.keys())
-                raise TransferError(f"updaters of ranks {absent} did not start within {timeout_s:g} s")
+            while absent := sorted(set(range(self.num_ranks)) - self._ready):
+                if dead := [rank for rank in absent if self.processes[rank].poll() is not None]:
+                    raise TransferError(f"{self.describe(dead[0])} died before it was ready; see daemon.log")
+                if time.monotonic() > deadline:
+                    raise TransferError(f"updaters of ranks {absent} were not ready within {timeout_s:g} s")
+                self._here.wait(DEATH_POLL_S)  # a process's death notifies nobody
 
     def order(self, message: dict[str, Any], ranks: dict[int, dict[str, Any]] | None = None) -> None:
         """Send an order to all updaters; ``ranks`` adds fields per rank.

@@ -29,6 +29,7 @@ from bridge.protocol.holders import CASTS
 from bridge.protocol.mapping import Mapping, RankMap
 from bridge.protocol.plan import Lane, Plan
 from bridge.wire import device_memory, peer_memory, rendezvous
+from bridge.wire.device_checksum import DeviceChecksums
 from bridge.wire.device_memory import PeerAllocations
 from bridge.wire.device_transport import DevicePullSink, Engines
 from bridge.wire.meeting import Meeting
@@ -42,6 +43,7 @@ from bridge.wire.transport import (
     PullSink,
     Sink,
 )
+from vllm_patching import compat
 from vllm_patching.arena import Halves, adopt
 from vllm_patching.channel import Channel, ChannelClosed
 from vllm_patching.sources import SAFETENSORS_DTYPES
@@ -84,6 +86,15 @@ class Updater:
         self._buffers: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
         self._shown: defaultdict[int, PeerAllocations] = defaultdict(PeerAllocations)
         self._engines = Engines(halves.device) if halves.device.type == "cuda" else None
+
+    def prepare(self) -> None:
+        """Pay now what the first round would else wait for: importing vLLM's packing, compiling a kernel."""
+        if any(target.transform for target in self.rank_map.targets):
+            compat.import_transforms()
+        if self._engines is not None:
+            sums = DeviceChecksums(1, self.halves.device, self._engines.sums)
+            sums.add(0, torch.zeros(1 << 10, dtype=torch.bfloat16, device=self.halves.device))
+            sums.digests()
 
     def join(self, order: Join) -> dict[str, Any]:
         """Meet the trainers: choose a transport for each, then form the data group."""
@@ -334,7 +345,10 @@ def _run(run_dir: Path, rank: int) -> int:
     mapping = msgspec.convert(welcome["mapping"], Mapping)
     halves = adopt(fds, mapping.ranks[rank].arena_bytes, welcome["gpu"])
     channel.sock.settimeout(None)
-    _serve(channel, Updater(rank, mapping, halves))
+    updater = Updater(rank, mapping, halves)
+    updater.prepare()
+    channel.send({"type": "ready"})
+    _serve(channel, updater)
 
 
 if __name__ == "__main__":
