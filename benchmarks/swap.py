@@ -126,6 +126,12 @@ def stalls_ms(load: Load, events: list[tuple[float, float]]) -> list[float]:
     return found
 
 
+def say(what: str) -> None:
+    """Progress, on stderr."""
+    sys.stderr.write(f"[{time.strftime('%H:%M:%S')}] {what}\n")
+    sys.stderr.flush()
+
+
 class Bench:
     """One server and its trainers."""
 
@@ -174,7 +180,10 @@ class Bench:
         """One load, with updates of one system at a steady pace; None for a quiet one."""
         load = Load(self.server.api, width=self.args.sequences, tokens=self.args.tokens)
         since, events = time.monotonic(), []
-        while load.running and what is not None and len(events) < updates:
+        # vLLM's own transfer pauses: one that takes longer than the pace would never let the load end.
+        while (
+            load.running and what and len(events) < updates and time.monotonic() - since < self.args.stretch
+        ):
             due = since + pace_s * len(events)
             time.sleep(max(0.0, due - time.monotonic()))
             events.append(self.updates[what]())
@@ -206,6 +215,7 @@ class Bench:
         if "native" in systems:
             self.native_init()
         memory = self.trainers.must("memory")
+        say("first updates, on an idle server")
         found["first"] = self.ours()
         for what in systems:
             self.updates[what]()
@@ -213,10 +223,13 @@ class Bench:
         found["idle"] = {what: [self.updates[what]() for _ in range(args.idle)] for what in systems}
         found["not_blocking"] = [self.trainers.must("broadcast_at_once")[0] for _ in range(args.idle)]
         Load(self.server.api, width=args.sequences, tokens=2 * WARM_TOKENS + 20).finish()
+        say("quiet")
         found["quiet"] = self.stretch(None, pace_s=1.0, updates=0)
         for what in systems:
+            say(f"spaced updates by {what}")
             found[f"spaced_{what}"] = self.stretch(what, pace_s=args.pace, updates=args.updates)
         for what in systems:
+            say(f"frequent updates by {what}")
             found[f"frequent_{what}"] = self.stretch(what, pace_s=args.rate, updates=10_000)
         found["quiet_again"] = self.stretch(None, pace_s=1.0, updates=0)
         return found
@@ -317,6 +330,7 @@ def main() -> int:
     parser.add_argument("--updates", type=int, default=20)
     parser.add_argument("--pace", type=float, default=0.5, help="seconds between spaced updates")
     parser.add_argument("--rate", type=float, default=0.2, help="seconds between frequent updates")
+    parser.add_argument("--stretch", type=float, default=14.0, help="most seconds of updates in a stretch")
     parser.add_argument("--idle", type=int, default=7)
     parser.add_argument("--utilization", type=float, default=0.9)
     parser.add_argument("--bridge-flag", action="append", default=[])
@@ -350,6 +364,7 @@ def main() -> int:
                 module="benchmarks.swap_trainer",
             )
             server.wait_ready(timeout_s=400)
+            say("both sides are up")
             bench = Bench(args, server, trainers)
             found = bench.run()
             trainers.must("close")

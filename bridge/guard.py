@@ -24,6 +24,16 @@ def _before_step(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str
         guard.before_step(optimizer)
 
 
+class Guarded:
+    """Weights by what an optimizer that holds them can be recognised by."""
+
+    def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
+        """``parameters`` are held, so that no other object can get one of their ids."""
+        self.parameters = tuple(parameters)
+        self.ids = frozenset(map(id, self.parameters))
+        self.storages = frozenset(filter(None, map(_address, self.parameters)))
+
+
 class StepGuard:
     """While in force, an optimizer over any of the parameters waits before it steps.
 
@@ -33,7 +43,7 @@ class StepGuard:
 
     def __init__(
         self,
-        parameters: Iterable[torch.Tensor],
+        guarded: Guarded,
         wait: Callable[[], None],
         *,
         module: nn.Module | None = None,
@@ -41,14 +51,12 @@ class StepGuard:
         """Start guarding.
 
         Args:
-            parameters: the weights that are being read.
+            guarded: the weights that are being read.
             wait: returns when they have been; what it raises comes out of ``optimizer.step()``.
             module: its ``load_state_dict`` waits too.
         """
         global _active, _installed
-        self._parameters = tuple(parameters)  # held, so that no other object can get one of their ids
-        self._ids = frozenset(map(id, self._parameters))
-        self._storages = frozenset(filter(None, map(_address, self._parameters)))
+        self._guarded = guarded
         self._wait = wait
         self._module_hook = (
             None if module is None else module.register_load_state_dict_pre_hook(self._before_load)  # type: ignore[no-untyped-call]
@@ -67,7 +75,8 @@ class StepGuard:
     def guards(self, optimizer: Optimizer) -> bool:
         """Whether ``optimizer`` would change one of the weights."""
         held = [p for group in optimizer.param_groups for p in group["params"]]
-        return any(id(p) in self._ids for p in held) or any(_address(p) in self._storages for p in held)
+        guarded = self._guarded
+        return any(id(p) in guarded.ids for p in held) or any(_address(p) in guarded.storages for p in held)
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Wait if ``optimizer`` is concerned; the guard is spent then, even if the wait raises."""
@@ -88,7 +97,6 @@ class StepGuard:
         global _active
         with _lock:
             _active = tuple(guard for guard in _active if guard is not self)
-        self._parameters = ()
 
     def remove(self) -> None:
         """End the protection without waiting. Idempotent; not from inside a hook."""

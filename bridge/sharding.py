@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -48,6 +48,10 @@ class LocalShards:
     tensors: list[torch.Tensor] = field(repr=False)
     contiguous: tuple[bool, ...] = field(repr=False)
     computed: tuple[torch.cuda.Event, ...] = field(default=(), repr=False)
+
+    def again(self) -> LocalShards:
+        """The same shards with the values they have now."""
+        return replace(self, computed=_mark_computed(self.tensors))
 
     def wait_computed(self) -> None:
         """Wait until the GPU has computed the values, as of when the shards were collected."""
@@ -291,7 +295,7 @@ def _mark_computed(tensors: Sequence[torch.Tensor]) -> tuple[torch.cuda.Event, .
 
 def device_of(tensors: Iterable[torch.Tensor]) -> torch.device | None:
     """The GPU that this rank's part of ``tensors`` is on; None if all of it is in host memory."""
-    return next((t.device for t in map(local_tensor, tensors) if t.is_cuda), None)
+    return next((tensor.device for tensor in tensors if tensor.is_cuda), None)
 
 
 def current_gpu() -> torch.device | None:

@@ -15,16 +15,17 @@ from __future__ import annotations
 
 import atexit
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal, Self, overload
 
 import torch
 from torch import nn
 
 from bridge import environment
+from bridge.catalogue import Catalogue
 from bridge.config import BridgeConfig
 from bridge.errors import BridgeError, ConfigError
-from bridge.guard import StepGuard
+from bridge.guard import Guarded, StepGuard
 from bridge.rounds import Job, Receipt, Session
 from bridge.sharding import LocalShards, collect, collect_single, current_gpu, device_of
 
@@ -81,6 +82,7 @@ class Bridge:
         self._pending: PendingBroadcast | None = None
         self._calls = 0
         self._base: tuple[str, int] | None = None
+        self._catalogue: Catalogue | None = None
 
     @classmethod
     def connect(cls, config: BridgeConfig | None = None) -> Self:
@@ -94,17 +96,11 @@ class Bridge:
             RendezvousError: the daemon cannot be reached, or refuses.
         """
         bridge = cls(config or environment.bridge_config())
-        bridge._ensure_session()
+        bridge._ensure_session(current_gpu())
         return bridge
 
-    def _ensure_session(self, parameters: Sequence[torch.Tensor] | None = None) -> Session:
+    def _ensure_session(self, device: torch.device | None) -> Session:
         """The session; a new one if it is over, or if the weights have moved to another device."""
-        if parameters is not None:
-            device = device_of(parameters)
-        elif self._session is not None:
-            device = self._session.device
-        else:
-            device = current_gpu()
         if self._session is not None and (self._session.closed or self._session.device != device):
             self._session.close()
             self._session = None
@@ -147,8 +143,8 @@ class Bridge:
             TransferError: the round failed on the way. The old version is still served, whole.
         """
         return self._broadcast(
-            lambda session: collect(model, session.mapping, rank=session.rank),
-            list(model.parameters()),
+            lambda session: self._collect(model, session),
+            device_of(model.parameters()),
             module=model,
             blocking=blocking,
             version=version,
@@ -180,18 +176,31 @@ class Bridge:
             MappingError: no such parameter, or of another shape or dtype.
             TransferError: the round failed on the way.
         """
+
+        def gather(session: Session) -> tuple[LocalShards, Guarded]:
+            shards = collect_single(name, tensor, session.mapping, rank=session.rank)
+            return shards, Guarded([tensor, *shards.tensors])
+
         return self._broadcast(
-            lambda session: collect_single(name, tensor, session.mapping, rank=session.rank),
-            [tensor],
+            gather,
+            device_of([tensor]),
             blocking=blocking,
             version=version,
             partial=True,
         )
 
+    def _collect(self, model: nn.Module, session: Session) -> tuple[LocalShards, Guarded]:
+        known = self._catalogue
+        if known is None or not known.holds(model, session.mapping):
+            shards = collect(model, session.mapping, rank=session.rank)
+            self._catalogue = known = Catalogue(model, session.mapping, shards, list(model.parameters()))
+            return shards, known.guarded
+        return known.shards.again(), known.guarded
+
     def _broadcast(
         self,
-        gather: Callable[[Session], LocalShards],
-        parameters: Sequence[torch.Tensor],
+        gather: Callable[[Session], tuple[LocalShards, Guarded]],
+        device: torch.device | None,
         *,
         module: nn.Module | None = None,
         blocking: bool,
@@ -202,17 +211,16 @@ class Bridge:
         self._finish_pending()
         self._calls += 1
         for attempt in range(2):
-            session = self._ensure_session(parameters)
+            session = self._ensure_session(device)
             try:
                 if partial:
                     self._check_base(session)
-                shards = gather(session)
+                shards, guarded = gather(session)
             except BridgeError as err:
                 session.refuse_round(str(err))
                 raise
             job = session.submit(shards, call=self._calls, version=version, partial=partial)
-            # The shards too: an optimizer may hold views of their memory, and not the parameters.
-            guard = StepGuard([*parameters, *shards.tensors], job.wait_released, module=module)
+            guard = StepGuard(guarded, job.wait_released, module=module)
             self._pending = PendingBroadcast(job, guard)
             if not blocking:
                 return self._pending
@@ -263,7 +271,7 @@ class Bridge:
         Raises:
             PeerLost: the daemon (or on other ranks trainer rank 0) cannot be reached.
         """
-        self._ensure_session().beat()
+        self._ensure_session(self._session.device if self._session else current_gpu()).beat()
 
     def notify_update(
         self, model: nn.Module | dict[str, torch.Tensor], *, version: int | None = None
@@ -286,6 +294,7 @@ class Bridge:
         Raises:
             BridgeError: a broadcast with ``blocking=False`` failed, and nobody had asked for its outcome.
         """
+        self._catalogue = None
         try:
             self._finish_pending()
         finally:

@@ -52,7 +52,7 @@ def show_dry_run(
         f"x pipeline {server.pipeline_parallel_size} x data {server.data_parallel_size}",
         f"daemon         1, with updaters for ranks {', '.join(map(str, ranks))}",
         f"rendezvous     {options.rendezvous_host}:{options.rendezvous_port or 'any free port'}",
-        f"transport      {options.transport}, buckets of {options.bucket_bytes / MIB:g} MiB",
+        f"transport      {options.transport}, buckets of {_bucket_size(options.bucket_bytes)}",
         f"run directory  {run_dir}",
         f"log directory  {options.logdir.absolute()}",
     ]
@@ -61,6 +61,10 @@ def show_dry_run(
         lines += [f"  {key}={shlex.quote(value)} \\" for key, value in command.env.items()]
         lines += [f"  {command.shown_argv()}"]
     say("\n".join(lines))
+
+
+def _bucket_size(nbytes: int) -> str:
+    return f"{nbytes / MIB:g} MiB" if nbytes else "the device's size"
 
 
 def show_status(status: dict[str, Any], *, as_json: bool) -> None:

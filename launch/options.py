@@ -46,7 +46,7 @@ class ServeOptions:
     heartbeat_interval_s: float = 2.0
     deadline_s: float = 15.0
     commit_timeout_s: float = 120.0
-    bucket_bytes: int = 64 << 20
+    bucket_bytes: int = 0  # by device
     transport: str = "auto"
     checksum: str = "on"
     prefix_cache: str = "salt"
@@ -76,8 +76,10 @@ class ServeOptions:
                 f"--deadline {self.deadline_s:g} leaves no room for two heartbeats of "
                 f"--heartbeat-interval {self.heartbeat_interval_s:g}; one late heartbeat would end a round"
             )
-        if self.bucket_bytes < 4096:
-            faults.append(f"--bucket-bytes is {self.bucket_bytes}, the least is 4096")
+        if self.bucket_bytes != 0 and self.bucket_bytes < 4096:
+            faults.append(
+                f"--bucket-bytes is {self.bucket_bytes}, the least is 4096, or 0 to choose by device"
+            )
         if not 0 <= self.rendezvous_port < 65536:
             faults.append(f"--rendezvous-port is {self.rendezvous_port}, ports end at 65535")
         if self.max_daemon_restarts < 0:

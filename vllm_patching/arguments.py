@@ -19,7 +19,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--heartbeat-interval", type=float, default=2.0)
     parser.add_argument("--deadline", type=float, default=15.0)
     parser.add_argument("--commit-timeout", type=float, default=120.0)
-    parser.add_argument("--bucket-bytes", type=int, default=64 << 20)
+    parser.add_argument("--bucket-bytes", type=int, default=0)
     parser.add_argument("--transport", choices=("auto", "pull", "gloo"), default="auto")
     parser.add_argument("--checksum", choices=("on", "off"), default="on")
     parser.add_argument("--prefix-cache", choices=("salt", "keep"), default="salt")

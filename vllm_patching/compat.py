@@ -34,6 +34,13 @@ RETIE_MODULE = "vllm.model_executor.model_loader.utils"
 OUTPUT_MODULE = "vllm.v1.engine.output_processor"
 CPU_PLATFORM_MODULE = "vllm.platforms.cpu"
 
+# Where the model is about to run: the first runner, and the second one's eager and whole-graph paths.
+FORWARD_POINTS = (
+    ("vllm.v1.worker.gpu_model_runner", ("GPUModelRunner", "_model_forward")),
+    ("vllm.v1.worker.gpu.model_runner", ("set_forward_context",)),
+    ("vllm.v1.worker.gpu.cudagraph_utils", ("CudaGraphManager", "run_fullgraph")),
+)
+
 
 def installed_version() -> str:
     """The version of the installed vLLM, under whichever name it was distributed.
@@ -301,6 +308,16 @@ def refuse_unsupported_config(vllm_config: Any) -> None:
     if faults:
         listing = "\n  ".join(faults)
         raise ConfigError(f"the bridge cannot keep this server's weights in step:\n  {listing}")
+
+
+def stamp_and_tokens(scheduler_output: Any) -> tuple[int, int]:
+    """The version a batch is stamped with (0 for none), and how many tokens it computes."""
+    return getattr(scheduler_output, "bridge_commit", 0), int(scheduler_output.total_num_scheduled_tokens)
+
+
+def reads_weights_before_forward(vllm_config: Any) -> bool:
+    """Whether vLLM uses the embedding while it prepares a batch, ahead of the forward."""
+    return bool(getattr(vllm_config.model_config, "enable_prompt_embeds", False))
 
 
 def forget_weights_memory(worker: Any) -> None:

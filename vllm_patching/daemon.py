@@ -45,6 +45,7 @@ DOORMAN_POLL_S = 0.05
 TICKET_GRACE_S = 2.0
 VLLM_EXIT_TIMEOUT_S = 20.0
 MAX_IDLE_DEATHS = 5
+BUCKET_BYTES = {False: 64 << 20, True: 256 << 20}  # on a GPU?
 
 
 class Daemon:
@@ -189,13 +190,17 @@ class Daemon:
         self._doorman_thread = start_thread("bridge-doorman", self._doorman)
         self._shm = residue.snapshot(self.vllm_pids)
 
+    @property
+    def _on_gpu(self) -> bool:
+        return any(member.hello.get("gpu") for member in self.registry.members())
+
     def new_crew(self) -> None:
         """Replace the updaters by fresh ones, which hold no half-finished transfer."""
         if self.crew is not None:
             self.crew.end()
         assert self.mapping is not None
-        on_gpu = any(member.hello.get("gpu") for member in self.registry.members())
-        self.crew = Crew(self.mapping.num_inference_ranks, self.args.run_dir, self.events, on_gpu=on_gpu)
+        num_ranks = self.mapping.num_inference_ranks
+        self.crew = Crew(num_ranks, self.args.run_dir, self.events, on_gpu=self._on_gpu)
 
     def _replace_idle_crew(self, who: str) -> None:
         self.idle_deaths += 1
@@ -269,7 +274,7 @@ class Daemon:
                 heartbeat_interval_s=self.limits.heartbeat_interval_s,
                 deadline_s=self.limits.deadline_s,
                 commit_timeout_s=self.limits.commit_timeout_s,
-                bucket_bytes=self.args.bucket_bytes,
+                bucket_bytes=self.args.bucket_bytes or BUCKET_BYTES[self._on_gpu],
                 checksum=self.args.checksum == "on",
             )
         )

@@ -6,7 +6,8 @@ process                   vLLM call                      what the bridge does
 worker                    BaseModelLoader.load_model     remembers the loader (whose checkpoint this is)
 worker                    process_weights_after_loading  before it: traces ``model.load_weights``
 worker                    Worker.load_model              after it: moves weights into the arena, publishes
-worker                    Worker.execute_model           before it: flips if this batch carries a stamp
+worker                    Worker.execute_model           counts batches, notes the stamp
+worker                    the forward (three places)     before it: flips if this batch's stamp is new
 engine core               EngineCoreProc.run_busy_loop   stamps batches, labels outputs, salts prefix cache
 API server                RequestState                   keeps each request's version spans
 ========================  =============================  ================================================
@@ -14,6 +15,7 @@ API server                RequestState                   keeps each request's ve
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -30,6 +32,8 @@ def install() -> None:
     compat.when_imported(compat.CPU_PLATFORM_MODULE, compat.prefer_unpacked_mla)
     compat.when_imported(compat.LOADER_MODULE, _hook_loader)
     compat.when_imported(compat.WORKER_MODULE, _hook_worker)
+    for module, path in compat.FORWARD_POINTS:
+        compat.when_imported(module, functools.partial(_hook_forward, path=path))
     compat.when_imported(compat.ENGINE_MODULE, _hook_engine)
     compat.when_imported(compat.OUTPUT_MODULE, _hook_outputs)
 
@@ -68,8 +72,11 @@ def _hook_worker(module: ModuleType) -> None:
 
     def make_execute(original: Wrapped) -> Wrapped:
         def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-            self.bridge.before_batch(getattr(scheduler_output, "bridge_commit", 0))
-            return original(self, scheduler_output, *args, **kwargs)
+            stamp, tokens = compat.stamp_and_tokens(scheduler_output)
+            self.bridge.before_batch(stamp, tokens)
+            result = original(self, scheduler_output, *args, **kwargs)
+            self.bridge.after_batch()
+            return result
 
         return execute_model
 
@@ -77,6 +84,20 @@ def _hook_worker(module: ModuleType) -> None:
     compat.wrap(module.Worker, "execute_model", make_execute)
     module.Worker.bridge_commit = worker.commit_while_idle
     module.Worker.bridge = worker.Unpublished()
+
+
+def _hook_forward(module: ModuleType, *, path: tuple[str, ...]) -> None:
+    from vllm_patching import worker
+
+    def make(original: Wrapped) -> Wrapped:
+        def announced(*args: Any, **kwargs: Any) -> Any:
+            worker.before_forward()
+            return original(*args, **kwargs)
+
+        return announced
+
+    owner = functools.reduce(getattr, path[:-1], module)
+    compat.wrap(owner, path[-1], make)
 
 
 def _hook_engine(module: ModuleType) -> None:

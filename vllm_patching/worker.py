@@ -1,6 +1,8 @@
 """One vLLM worker's side: it alone changes what its forward pass reads.
 
-A commit is a flip of the arena at the entry of ``execute_model``, before the batch that carries the stamp.
+A commit is a flip of the arena in ``execute_model``, before the forward of the batch that carries the stamp:
+as late as that, because vLLM prepares a batch while the GPU still runs the one before, and a flip must wait
+for the GPU. Nothing between the two reads a weight (prompt embeddings would; there it is at the entry).
 Nothing here may raise inside a worker RPC: vLLM reads the replies of all ranks in order, and one
 exception would leave its response queues off by one. A flip that fails is recorded in the control page and
 the daemon ends the server rather than let ranks serve different versions.
@@ -28,19 +30,50 @@ logger = logging.getLogger(__name__)
 class WorkerBridge:
     """The state of one worker: its arena, what it has committed, and how many batches it has run."""
 
-    def __init__(self, *, rank: int, arena: Arena, log_path: Path) -> None:
+    def __init__(self, *, rank: int, arena: Arena, log_path: Path, at_entry: bool = False) -> None:
+        """``at_entry`` says that something reads weights before the forward, so nothing may be put off."""
         self.rank = rank
         self.arena = arena
         self.batch = 0
         self.version = 0
+        self._at_entry = at_entry
+        self._pending = 0
+        self._forward_seen = False
         self.slot: RankSlot | None = None
         self._log: TextIO | None = log_path.open("a", buffering=1)
 
-    def before_batch(self, stamp: int) -> None:
-        """Called at the entry of ``execute_model``; flips when the batch is stamped with a new version."""
+    def before_batch(self, stamp: int, tokens: int) -> None:
+        """Called at the entry of ``execute_model``, with the batch's stamp and its number of tokens.
+
+        A flip is put off only once a forward was seen to announce itself.
+        """
         self.batch += 1
-        if stamp > self.version:
+        if stamp <= self.version:
+            return
+        if tokens and self._forward_seen and not self._at_entry:
+            self._pending = stamp
+        else:
             self.commit(stamp)
+
+    def before_forward(self) -> None:
+        """Called right before the model runs, within a batch or for vLLM's own profiling."""
+        self._forward_seen = True
+        if self._pending:
+            version, self._pending = self._pending, 0
+            self.commit(version)
+
+    def after_batch(self) -> None:
+        """Called at the exit of ``execute_model``; a flip still pending was missed by the forward."""
+        if self._pending:
+            assert self.slot is not None, "no commit can be requested before the daemon has answered"
+            logger.error(
+                "rank %d: batch %d ran without announcing its forward, so version %d was not flipped in",
+                self.rank,
+                self.batch,
+                self._pending,
+            )
+            self._pending = 0
+            self.slot.fail()
 
     def commit(self, version: int) -> None:
         """Make the staged half live. Never raises: failures go to the control page and the log."""
@@ -71,9 +104,23 @@ class WorkerBridge:
 class Unpublished:
     """Stands in until ``publish``: vLLM runs no batch that early; if it does, say so once."""
 
-    def before_batch(self, stamp: int) -> None:
+    def before_batch(self, stamp: int, tokens: int) -> None:  # noqa: ARG002 - as WorkerBridge has it
         if stamp:
             raise AssertionError("a stamped batch reached a worker that has published no memory")
+
+    def before_forward(self) -> None:
+        """Nothing: there is no arena yet."""
+
+    def after_batch(self) -> None:
+        """Nothing: there is no arena yet."""
+
+
+_here: WorkerBridge | Unpublished = Unpublished()
+
+
+def before_forward() -> None:
+    """The model of this process's worker is about to run."""
+    _here.before_forward()
 
 
 def commit_while_idle(self: Any, version: int) -> int:
@@ -98,8 +145,12 @@ def publish(worker: Any) -> None:
     arena, description = loading.rehome(loaded, rank=worker.rank)
     compat.forget_weights_memory(worker)
     logdir = Path(os.environ["BRIDGE_LOGDIR"])
-    worker.bridge = WorkerBridge(
-        rank=worker.rank, arena=arena, log_path=logdir / f"flips-rank{worker.rank}.jsonl"
+    global _here  # a process has one worker
+    worker.bridge = _here = WorkerBridge(
+        rank=worker.rank,
+        arena=arena,
+        log_path=logdir / f"flips-rank{worker.rank}.jsonl",
+        at_entry=compat.reads_weights_before_forward(worker.vllm_config),
     )
     parallel = worker.vllm_config.parallel_config
     hello = {

@@ -51,51 +51,63 @@ class DeviceWhereabouts(msgspec.Struct, frozen=True, kw_only=True):
     allocation: Allocation
 
 
-def can_be_shown(tensor: torch.Tensor) -> bool:
-    """Whether the tensor's memory can be exported by IPC handle (expandable segments cannot)."""
-    cu = cuda.driver()
-    attribute = cu.CUpointer_attribute.CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE
-    return bool(cuda.check(cu.cuPointerGetAttribute(attribute, tensor.data_ptr()), "asking for IPC support"))
+class Exports:
+    """What this process has exported, by buffer id: a round of the same memory costs little."""
 
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[int, Allocation | None]] = {}  # buffer id -> base, None if it cannot be
+        self._round: dict[int, tuple[int, Allocation | None]] = {}  # address -> the same, until the exhibit
 
-def _allocation_of(address: int) -> tuple[int, int, int]:
-    """Buffer id, base address and size of the allocation that holds ``address``."""
-    cu = cuda.driver()
-    base, nbytes = cuda.check(cu.cuMemGetAddressRange(address), f"finding the allocation of {address:#x}")
-    attribute = cu.CUpointer_attribute.CU_POINTER_ATTRIBUTE_BUFFER_ID
-    buffer_id = cuda.check(cu.cuPointerGetAttribute(attribute, address), "asking for the buffer id")
-    return int(buffer_id), int(base), int(nbytes)
+    def _of(self, address: int) -> tuple[int, Allocation | None]:
+        """Base address and export of the allocation that holds ``address``."""
+        if address in self._round:
+            return self._round[address]
+        cu = cuda.driver()
+        attributes = cu.CUpointer_attribute
+        identity = attributes.CU_POINTER_ATTRIBUTE_BUFFER_ID
+        buffer_id = int(cuda.check(cu.cuPointerGetAttribute(identity, address), "asking for the buffer id"))
+        if buffer_id not in self._known:
+            base, nbytes = map(int, cuda.check(cu.cuMemGetAddressRange(address), f"finding {address:#x}"))
+            capable = attributes.CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE
+            allocation = None
+            if cuda.check(cu.cuPointerGetAttribute(capable, address), "asking for IPC support"):
+                handle = cuda.check(cu.cuIpcGetMemHandle(base), f"exporting {nbytes} bytes of device memory")
+                allocation = Allocation(buffer_id=buffer_id, nbytes=nbytes, handle=bytes(handle.reserved))
+            self._known[buffer_id] = base, allocation
+        self._round[address] = self._known[buffer_id]
+        return self._round[address]
 
+    def can_show(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor's memory can be exported by IPC handle (expandable segments cannot).
 
-def _export(buffer_id: int, base: int, nbytes: int) -> Allocation:
-    cu = cuda.driver()
-    handle = cuda.check(cu.cuIpcGetMemHandle(base), f"exporting {nbytes} bytes of device memory")
-    return Allocation(buffer_id=buffer_id, nbytes=nbytes, handle=bytes(handle.reserved))
+        Raises:
+            DeviceError: CUDA does not know the memory.
+        """
+        return self._of(tensor.data_ptr())[1] is not None
 
+    def exhibit(self, tensors: Sequence[torch.Tensor]) -> Exhibit:
+        """Say where ``tensors`` lie; all of them on the current device, and able to be shown.
 
-def exhibit(tensors: Sequence[torch.Tensor]) -> Exhibit:
-    """Say where ``tensors`` lie; all of them on the current device, and able to be shown.
-
-    Raises:
-        DeviceError: CUDA refused to export an allocation.
-    """
-    known: dict[int, tuple[int, int]] = {}  # buffer id -> index, base
-    allocations: list[Allocation] = []
-    ranges: list[tuple[int, int, int]] = []  # start, end, index: most shards share few allocations
-    shards = []
-    for tensor in tensors:
-        address = tensor.data_ptr()
-        found = next(((index, start) for start, end, index in ranges if start <= address < end), None)
-        if found is None:
-            buffer_id, base, nbytes = _allocation_of(address)
-            if buffer_id not in known:
-                known[buffer_id] = (len(allocations), base)
-                allocations.append(_export(buffer_id, base, nbytes))
-            found = known[buffer_id]
-            ranges.append((base, base + nbytes, found[0]))
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        shards.append(Place(allocation=found[0], offset=address - found[1], dtype=dtype))
-    return Exhibit(allocations=tuple(allocations), shards=tuple(shards))
+        Raises:
+            DeviceError: CUDA refused to export an allocation.
+        """
+        indices: dict[int, int] = {}
+        allocations: list[Allocation] = []
+        shards = []
+        for tensor in tensors:
+            address = tensor.data_ptr()
+            base, allocation = self._of(address)
+            if allocation is None:
+                raise DeviceError(f"the memory at {address:#x} cannot be exported by IPC handle")
+            if allocation.buffer_id not in indices:
+                indices[allocation.buffer_id] = len(allocations)
+                allocations.append(allocation)
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            place = Place(allocation=indices[allocation.buffer_id], offset=address - base, dtype=dtype)
+            shards.append(place)
+        self._round.clear()  # by the next round an address may be another allocation's
+        self._known = {key: value for key, value in self._known.items() if key in indices or not value[1]}
+        return Exhibit(allocations=tuple(allocations), shards=tuple(shards))
 
 
 class PeerAllocations:
@@ -149,7 +161,7 @@ class DeviceNonce:
 
     def whereabouts(self) -> DeviceWhereabouts:
         """This rank's GPU, for the other side to probe."""
-        shown = exhibit([self._memory.tensor])
+        shown = Exports().exhibit([self._memory.tensor])
         (allocation,) = shown.allocations
         return DeviceWhereabouts(
             uuid=cuda.uuid_of(self._device), nonce=self._nonce.hex(), allocation=allocation

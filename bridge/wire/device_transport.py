@@ -52,6 +52,7 @@ class Showcase:
         self.device = device
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._memory: cuda.OwnMemory | None = None
+        self._exports = device_memory.Exports()
         self._said = ""
 
     def prepare(self, tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> Shown:
@@ -75,14 +76,14 @@ class Showcase:
                 shown.append(slot)
         self.stream.synchronize()
         self._say(tensors, reasons)
-        return Shown(shown, msgspec.msgpack.encode(device_memory.exhibit(shown)))
+        return Shown(shown, msgspec.msgpack.encode(self._exports.exhibit(shown)))
 
     def _why_not_here(self, tensor: torch.Tensor, dtype: torch.dtype) -> str:
         if tensor.device != self.device:
             return f"on {tensor.device}"
         if tensor.dtype != dtype:
             return f"{tensor.dtype} and wanted as {dtype}".replace("torch.", "")
-        return "" if device_memory.can_be_shown(tensor) else "in memory that CUDA IPC cannot export"
+        return "" if self._exports.can_show(tensor) else "in memory that CUDA IPC cannot export"
 
     def _slots(
         self, moved: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype], reasons: Sequence[str]
@@ -145,13 +146,21 @@ class DevicePullSource:
 
 
 class Engines:
-    """An updater's streams: one for copies, one for sums, which follow the copies bucket by bucket."""
+    """An updater's streams: two take turns at copies, so that the gap after one is filled by the other; sums
+    follow the copies bucket by bucket on a third.
+    """
 
     def __init__(self, device: torch.device) -> None:
         cuda.use(device)
         self.device = device
-        self.copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.copies = tuple(torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
         self.sums = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._turn = 0
+
+    def next_copies(self) -> torch.cuda.Stream:
+        """The stream whose turn it is."""
+        self._turn = 1 - self._turn
+        return self.copies[self._turn]
 
 
 class DevicePullSink:
@@ -188,7 +197,8 @@ class DevicePullSink:
             arrived.append(self._pull(copy, place))
             landing.landed(copy.target, place.numel())
         if self._sums is not None:
-            self._engines.sums.wait_stream(self._engines.copies)
+            for stream in self._engines.copies:
+                self._engines.sums.wait_stream(stream)
             for tensor in arrived:
                 tensor.record_stream(self._engines.sums)
                 self._sums.add(bucket.index, tensor)
@@ -200,7 +210,7 @@ class DevicePullSink:
         rows = list(rows_of(copy))
         if place.dtype != dtype or rows[0].width * dtype.itemsize < DIRECT_RUN_BYTES < place.nbytes:
             return self._fetch(copy, place, address, dtype)
-        unit = dtype.itemsize
+        unit, stream = dtype.itemsize, self._engines.next_copies()
         for row in rows:
             cuda.copy_rows(
                 place.data_ptr() + row.dst * unit,
@@ -209,19 +219,18 @@ class DevicePullSink:
                 row.src_pitch * unit,
                 width=row.width * unit,
                 rows=row.rows,
-                stream=self._engines.copies,
+                stream=stream,
             )
         return place
 
     def _fetch(self, copy: Copy, place: torch.Tensor, address: int, dtype: torch.dtype) -> torch.Tensor:
         """Copy the span that the elements lie in, then pick and cast them on this side."""
         span = 1 + sum((n - 1) * s for n, s in zip(copy.size, copy.src_stride, strict=True))
-        with torch.cuda.stream(self._engines.copies):
+        stream = self._engines.next_copies()
+        with torch.cuda.stream(stream):
             scratch = torch.empty(span, dtype=dtype, device=self._engines.device)
             nbytes = span * dtype.itemsize
-            cuda.copy_rows(
-                scratch.data_ptr(), 0, address, 0, width=nbytes, rows=1, stream=self._engines.copies
-            )
+            cuda.copy_rows(scratch.data_ptr(), 0, address, 0, width=nbytes, rows=1, stream=stream)
             picked = scratch.as_strided(copy.size, copy.src_stride)
             place.copy_(picked)
         return picked
@@ -232,7 +241,8 @@ class DevicePullSink:
         Raises:
             ChecksumMismatch: what arrived is not what the trainer holds.
         """
-        self._engines.copies.synchronize()
+        for stream in self._engines.copies:
+            stream.synchronize()
         if self._sums is not None:
             compare_digests(self._link, self._sums.digests())
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from bridge.errors import MappingError
-from bridge.guard import StepGuard
+from bridge.guard import Guarded, StepGuard
 from bridge.param_mappings import export_param_mappings, load_param_mappings
 from bridge.protocol.plan import build_plan
 from bridge.sharding import LocalShards, canonical_names, collect, collect_single
@@ -230,7 +230,7 @@ def guarded_step(path: Path) -> None:
     shards = collect(
         model, identity_mapping(("checkpoint", shapes_of(canonical_names(seeded())))), rank=dist.get_rank()
     )
-    guard = StepGuard(shards.tensors, lambda: assert_within(released))
+    guard = StepGuard(Guarded(shards.tensors), lambda: assert_within(released))
     model(torch.arange(4)[None]).sum().backward()
     other.step()
     before = [t.clone() for t in shards.tensors]

@@ -26,10 +26,11 @@ def show(pipe: Any, nbytes: int, moves: int) -> None:
     """Show a tensor, then replace it by another one ``moves`` times; each holds its own number."""
     device = torch.device("cuda", 0)
     cuda.use(device)
+    exports = device_memory.Exports()
     for number in range(moves + 1):
         data = torch.full((nbytes,), number, dtype=torch.uint8, device=device)
         torch.cuda.synchronize()
-        pipe.send(device_memory.exhibit([data[256:]]))
+        pipe.send(exports.exhibit([data[256:]]))
         pipe.recv()
         del data
         torch.cuda.empty_cache()

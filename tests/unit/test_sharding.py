@@ -12,7 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from bridge import guard
 from bridge.errors import ConfigError, MappingError, RoundAborted
-from bridge.guard import StepGuard
+from bridge.guard import Guarded, StepGuard
 from bridge.param_mappings import export_param_mappings, load_param_mappings
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import Mapping, Rendezvous
@@ -293,7 +293,7 @@ def test_the_next_step_waits_once_and_before_it_changes_anything(kind, arguments
     optimizer = kind(model.parameters(), lr=0.1, **arguments)
     before = model.weight.detach().clone()
     wait = Wait(model)
-    step_guard = StepGuard(model.parameters(), wait)
+    step_guard = StepGuard(Guarded(model.parameters()), wait)
     optimizer.step()
     optimizer.step()
     assert len(wait.seen) == 1
@@ -306,7 +306,7 @@ def test_the_next_step_waits_once_and_before_it_changes_anything(kind, arguments
 def test_an_optimizer_of_other_parameters_does_not_wait() -> None:
     model, critic = nn.Linear(3, 2), trained_once(nn.Linear(3, 2))
     wait = Wait(model)
-    step_guard = StepGuard(model.parameters(), wait)
+    step_guard = StepGuard(Guarded(model.parameters()), wait)
     torch.optim.SGD(critic.parameters(), lr=0.1).step()
     assert step_guard.active
     step_guard.remove()
@@ -321,7 +321,7 @@ def test_an_optimizer_of_views_waits() -> None:
     model = nn.Linear(3, 2, bias=False)
     model.weight.data = flat.data[2:].view(2, 3)
     wait = Wait(model)
-    StepGuard(model.parameters(), wait)
+    StepGuard(Guarded(model.parameters()), wait)
     flat.grad = torch.ones(8)
     torch.optim.SGD([flat], lr=0.1).step()
     assert len(wait.seen) == 1
@@ -331,7 +331,7 @@ def test_what_the_wait_raises_comes_out_of_the_step_once() -> None:
     model = trained_once(nn.Linear(3, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = model.weight.detach().clone()
-    StepGuard(model.parameters(), Wait(model, RoundAborted("gone")))
+    StepGuard(Guarded(model.parameters()), Wait(model, RoundAborted("gone")))
     with pytest.raises(RoundAborted, match="gone"):
         optimizer.step()
     assert torch.equal(model.weight, before)
@@ -343,7 +343,7 @@ def test_two_guards_are_both_honoured() -> None:
     model = trained_once(nn.Linear(3, 2))
     waits = [Wait(model), Wait(model)]
     for wait in waits:
-        StepGuard(model.parameters(), wait)
+        StepGuard(Guarded(model.parameters()), wait)
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     assert [len(wait.seen) for wait in waits] == [1, 1]
 
@@ -352,7 +352,7 @@ def test_loading_a_checkpoint_waits_too() -> None:
     model = nn.Linear(3, 2)
     before = model.weight.detach().clone()
     wait = Wait(model)
-    step_guard = StepGuard(model.parameters(), wait, module=model)
+    step_guard = StepGuard(Guarded(model.parameters()), wait, module=model)
     state = nn.Linear(3, 2).state_dict()
     model.load_state_dict(state)
     model.load_state_dict(state)
