@@ -39,6 +39,7 @@ SHAPES: dict[str, dict[str, int]] = {
 }  # fmt: skip
 GRAPHS = '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 8, 64]}'
 WARM_TOKENS = 60
+NATIVE_TIMEOUT_S = 40.0
 AFTER_S = 0.05  # a token that an update delayed may arrive so long after its end
 
 
@@ -148,14 +149,14 @@ class Bench:
         self.machine = f"{described['device']}, torch {described['torch']}"
 
     def post(self, path: str, body: Any = None) -> None:
-        self.server.api.open(path, body if body is not None else {}).close()
+        self.server.api.open(path, body if body is not None else {}, timeout_s=NATIVE_TIMEOUT_S).close()
 
     def native_init(self) -> None:
         port, size = free_port(), 1 + self.args.tp
         self.trainers.send("native_init", port=port, world_size=size)
         init = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": size}
         self.post("/init_weight_transfer_engine", {"init_info": init})
-        answers = self.trainers.answers()
+        answers = self.trainers.answers(timeout_s=NATIVE_TIMEOUT_S)
         assert not any("error" in answer for answer in answers), answers
 
     def ours(self) -> dict[str, Any]:
@@ -170,7 +171,7 @@ class Bench:
         self.post("/start_weight_update")
         self.trainers.send("native_send")
         self.post("/update_weights", {"update_info": self.info})
-        answers = self.trainers.answers()
+        answers = self.trainers.answers(timeout_s=NATIVE_TIMEOUT_S)
         assert not any("error" in answer for answer in answers), answers
         self.post("/finish_weight_update")
         self.post("/resume")
@@ -212,12 +213,13 @@ class Bench:
         """All stretches."""
         args, found = self.args, {}
         systems = ["bridge"] if args.no_native else ["bridge", "native"]
-        if "native" in systems:
-            self.native_init()
         memory = self.trainers.must("memory")
         say("first updates, on an idle server")
         found["first"] = self.ours()
         for what in systems:
+            if what == "native":
+                self.native_init()
+            say(what)
             self.updates[what]()
         found["trainer_memory"] = {"before": memory, "after": self.trainers.must("memory")}
         found["idle"] = {what: [self.updates[what]() for _ in range(args.idle)] for what in systems}
