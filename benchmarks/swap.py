@@ -165,9 +165,12 @@ class Bench:
         return {"start": start, "end": end, **{k: answers[0][k] for k in ("stage_s", "flip_s", "bytes")}}
 
     def native(self) -> dict[str, Any]:
-        """As vLLM's documentation has it: pause (keep), start, update, finish, resume."""
+        """As vLLM's documentation has it: pause (keep), start, update, finish, resume.
+
+        Its caches are kept, for the shortest pause: by default it would compute every running request anew.
+        """
         start = time.monotonic()
-        self.post("/pause?mode=keep")
+        self.post("/pause?mode=keep&clear_cache=false")
         self.post("/start_weight_update")
         self.trainers.send("native_send")
         self.post("/update_weights", {"update_info": self.info})
@@ -209,6 +212,20 @@ class Bench:
             "arrivals": [round(t - since, 5) for t in load.arrivals],
         }
 
+    def same_answers(self) -> list[bool]:
+        """Whether the server answers alike after either system has brought it the same weights."""
+        answers = []
+        for seed, order in enumerate((("bridge", "native"), ("native", "bridge"))):
+            self.trainers.must("redraw", seed=100 + seed)
+            for what in order:
+                self.updates[what]()
+                answers.append(self.server.api.greedy(4, 32))
+        first, second, third, fourth = answers
+        if first == third:
+            raise AssertionError("other weights, same answers: the updates have no effect")
+        say(f"answers after bridge and native alike: {first == second}, {third == fourth}")
+        return [first == second, third == fourth]
+
     def run(self) -> dict[str, Any]:
         """All stretches."""
         args, found = self.args, {}
@@ -216,12 +233,11 @@ class Bench:
         memory = self.trainers.must("memory")
         say("first updates, on an idle server")
         found["first"] = self.ours()
-        for what in systems:
-            if what == "native":
-                self.native_init()
-            say(what)
-            self.updates[what]()
+        self.ours()
         found["trainer_memory"] = {"before": memory, "after": self.trainers.must("memory")}
+        if "native" in systems:
+            self.native_init()
+            found["same_answers"] = self.same_answers()
         found["idle"] = {what: [self.updates[what]() for _ in range(args.idle)] for what in systems}
         found["not_blocking"] = [self.trainers.must("broadcast_at_once")[0] for _ in range(args.idle)]
         Load(self.server.api, width=args.sequences, tokens=2 * WARM_TOKENS + 20).finish()
@@ -260,6 +276,7 @@ def summary(found: dict[str, Any], nbytes: int) -> dict[str, Any]:
     result["bridge"]["flip_ms"] = median(found["spaced_bridge"]["flip_ms"])
     result["bridge"]["not_blocking_call_ms"] = 1e3 * median(e["call_s"] for e in found["not_blocking"])
     if "native" in result:
+        result["same_answers"] = found["same_answers"]
         result["native_to_bridge_stall"] = result["native"]["stall_ms"] / result["bridge"]["stall_ms"]
     memory = found["trainer_memory"]
     result["trainer_extra_bytes"] = [
@@ -327,6 +344,7 @@ def main() -> int:
     parser.add_argument("--trainers", type=int, default=1, help="more than one shard the model by FSDP2")
     parser.add_argument("--shared", action="store_true", help="trainer and server on one GPU")
     parser.add_argument("--no-native", action="store_true", help="NCCL cannot join two ranks on one GPU")
+    parser.add_argument("--no-floors", action="store_true")
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=1800)
     parser.add_argument("--updates", type=int, default=20)
@@ -385,7 +403,7 @@ def main() -> int:
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "machine": bench.machine,
         "summary": summary(found, nbytes),
-        "floors_gb_per_s": {} if args.cpu else floors(),
+        "floors_gb_per_s": {} if args.cpu or args.no_floors else floors(),
         "found": found,
     }
     sys.stdout.write(json.dumps({k: document[k] for k in ("summary", "floors_gb_per_s")}, indent=1) + "\n")

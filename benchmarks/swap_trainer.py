@@ -72,11 +72,14 @@ class Trainer:
             "shapes": [list(p.shape) for p in self.model.parameters()],
         }
 
-    def perturb(self) -> dict[str, Any]:
-        """Change every weight a little, as a step would."""
+    def redraw(self, seed: int) -> dict[str, Any]:
+        """Draw every matrix anew; sharded ones differ from rank to rank, as they should."""
+        torch.manual_seed(seed + int(os.environ.get("RANK", "0")))
         with torch.no_grad():
             for parameter in self.model.parameters():
-                parameter.mul_(1.0009765625)
+                if parameter.ndim > 1:
+                    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                    local.normal_(0.0, 0.02)
         synchronize()
         return {}
 

@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 SIZE_TAG = 10
 _SLOT_ALIGNMENT = 256  # bytes, as torch's own allocator aligns
+# The updater's kernels take turns with the forward's on the whole GPU, and a turn costs the forward a third of a
+# millisecond beside its length: so there are few, each far shorter than a decode step (half a millisecond).
+SUM_BATCH_BYTES = 2 << 30
 
 
 # --- the trainer's end ---------------------------------------------------------------------------------
@@ -181,6 +184,8 @@ class DevicePullSink:
         self._sums = DeviceChecksums(len(lane.buckets), engines.device, engines.sums) if checked else None
         self._addresses: list[int] = []
         self._dtypes: list[torch.dtype] = []
+        self._unsummed: list[tuple[int, torch.Tensor]] = []
+        self._unsummed_bytes = 0
 
     def open(self) -> None:
         size = self._link.receive(torch.empty(1, dtype=torch.int64), SIZE_TAG, "the shards' places")
@@ -191,17 +196,24 @@ class DevicePullSink:
         self._dtypes = [getattr(torch, place.dtype) for place in shown.shards]
 
     def move(self, bucket: Bucket, landing: Landing) -> None:
-        arrived = []
         for copy in bucket.copies:
             place = landing.view(copy.target, copy.size, copy.dst_offset, copy.dst_stride)
-            arrived.append(self._pull(copy, place))
+            arrived = self._pull(copy, place)
             landing.landed(copy.target, place.numel())
-        if self._sums is not None:
-            for stream in self._engines.copies:
-                self._engines.sums.wait_stream(stream)
-            for tensor in arrived:
-                tensor.record_stream(self._engines.sums)
-                self._sums.add(bucket.index, tensor)
+            if self._sums is not None:
+                self._unsummed.append((bucket.index, arrived))
+                self._unsummed_bytes += arrived.nbytes
+        if self._unsummed_bytes >= SUM_BATCH_BYTES:
+            self._sum()
+
+    def _sum(self) -> None:
+        assert self._sums is not None
+        for stream in self._engines.copies:
+            self._engines.sums.wait_stream(stream)
+        for bucket, tensor in self._unsummed:
+            tensor.record_stream(self._engines.sums)
+            self._sums.add(bucket, tensor)
+        self._unsummed, self._unsummed_bytes = [], 0
 
     def _pull(self, copy: Copy, place: torch.Tensor) -> torch.Tensor:
         """Enqueue one copy; returns the elements as the trainer holds them, for the sums."""
@@ -241,6 +253,8 @@ class DevicePullSink:
         Raises:
             ChecksumMismatch: what arrived is not what the trainer holds.
         """
+        if self._unsummed:
+            self._sum()
         for stream in self._engines.copies:
             stream.synchronize()
         if self._sums is not None:
