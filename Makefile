@@ -3,7 +3,7 @@ PY := $(VENV)/bin/python
 export VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-processes test-faults test-serving lint fmt bench clean
+.PHONY: help setup demo test test-unit test-processes test-faults test-serving test-gpu lint fmt bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -26,6 +26,9 @@ test-processes: setup  ## real processes, real Gloo, real signals
 test-faults: setup  ## kill, stall, corrupt
 	scripts/ladder.sh faults
 
+test-gpu: setup  ## on a machine with a GPU and its vLLM
+	scripts/ladder.sh gpu
+
 test-serving: setup  ## a real vLLM with tiny models
 	scripts/ladder.sh serving
 
@@ -39,8 +42,9 @@ fmt: setup  ## format and fix what can be fixed
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-bench: setup  ## every benchmark, one after the other
-	@set -e; for script in benchmarks/[a-z]*.py; do echo "=== $$script"; $(PY) $$script; done
+bench: setup  ## the benchmarks that need no GPU, one after the other (two hours)
+	@set -e; for name in stall equality; do echo "=== $$name"; \
+	  PYTHONPATH=tests $(PY) benchmarks/$$name.py --out benchmarks/results/$$name.json; done
 
 clean:  ## remove caches and the virtual environment
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist

@@ -10,7 +10,7 @@ from bridge.protocol.mapping import Mapping
 from bridge.protocol.plan import Lane, Plan
 from bridge.sharding import LocalShards
 from bridge.wire import cuda
-from bridge.wire.device_transport import DevicePullSource, Showcase, Shown
+from bridge.wire.device_transport import DevicePullSource, Showcase, Shown, SummedRounds
 from bridge.wire.rendezvous import Group
 from bridge.wire.transport import (
     GPU_PULL,
@@ -37,11 +37,11 @@ class Mover:
         world_size: int,
         deadline_s: float,
         device: torch.device | None,
-        checked: bool,
+        checksum: str,
     ) -> None:
         """``links`` has the transport of each inference rank; ``device`` is the weights' GPU, if any.
 
-        ``checked`` says whether device memory is summed at both ends.
+        ``checksum`` says in which rounds device memory is summed (``SummedRounds``).
         """
         self._group = group
         self._links = links
@@ -50,7 +50,7 @@ class Mover:
         self._world_size = world_size
         self._deadline_s = deadline_s
         self._device = device
-        self._checked = checked
+        self._summed = SummedRounds(checksum)
         self._buffers = SendBuffers()
         self._showcase: Showcase | None = None
         self._wanted: tuple[bytes, list[torch.dtype]] = (b"", [])
@@ -67,7 +67,8 @@ class Mover:
         shards.wait_computed()
         lanes = [lane for lane in plan.lanes if lane.trainer == self._rank]
         shown = self._show(plan, lanes, shards.tensors)
-        sources = [self._source(lane, shards.tensors, shown, plan.total_bytes) for lane in lanes]
+        checked = self._summed.includes(plan.digest)
+        sources = [self._source(lane, shards.tensors, shown, plan.total_bytes, checked) for lane in lanes]
         for source in sources:
             source.open()
         for index in range(plan.num_buckets):
@@ -102,7 +103,12 @@ class Mover:
         ]
 
     def _source(
-        self, lane: Lane, tensors: Sequence[torch.Tensor], shown: Shown | None, total_bytes: int
+        self,
+        lane: Lane,
+        tensors: Sequence[torch.Tensor],
+        shown: Shown | None,
+        total_bytes: int,
+        checked: bool,
     ) -> Source:
         link = DataLink(
             self._group,
@@ -114,7 +120,7 @@ class Mover:
         if transport == GPU_PULL:
             assert shown is not None
             assert self._showcase is not None
-            return DevicePullSource(link, shown, lane, self._showcase, checked=self._checked)
+            return DevicePullSource(link, shown, lane, self._showcase, checked=checked)
         if transport == PULL:
             return PullSource(link, tensors)
         targets = self._mapping.ranks[lane.inference].targets

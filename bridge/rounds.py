@@ -143,7 +143,7 @@ class Session:
             world_size=self.world_size,
             deadline_s=answer.deadline_s,
             device=device,
-            checked=answer.checksum,
+            checksum=answer.checksum,
         )
         self._control = ControlGroup(
             self._joined.control,

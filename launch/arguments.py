@@ -160,7 +160,7 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("transfer")
     _flag(group, "--transport", str, d.transport, "pull: from the trainer's memory, same host", TRANSPORTS)
-    _flag(group, "--checksum", str, d.checksum, "off: GPUs do not sum what they send and receive", CHECKSUM)
+    _flag(group, "--checksum", str, d.checksum, "which rounds GPUs sum at both ends", CHECKSUM)
     _flag(
         group,
         "--bucket-bytes",

@@ -15,7 +15,7 @@ from bridge.errors import ConfigError
 
 TRANSPORTS = ("auto", "pull", "gloo")
 PREFIX_CACHE = ("salt", "keep")
-CHECKSUM = ("on", "off")
+CHECKSUM = ("first", "always", "off")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 # vLLM's spellings; the last one given wins, as in argparse.
@@ -48,7 +48,7 @@ class ServeOptions:
     commit_timeout_s: float = 120.0
     bucket_bytes: int = 0  # by device
     transport: str = "auto"
-    checksum: str = "on"
+    checksum: str = "first"
     prefix_cache: str = "salt"
     update_dir: Path | None = None  # None: <logdir>/updates
     http: bool = False

@@ -21,7 +21,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--commit-timeout", type=float, default=120.0)
     parser.add_argument("--bucket-bytes", type=int, default=0)
     parser.add_argument("--transport", choices=("auto", "pull", "gloo"), default="auto")
-    parser.add_argument("--checksum", choices=("on", "off"), default="on")
+    parser.add_argument("--checksum", choices=("first", "always", "off"), default="first")
     parser.add_argument("--prefix-cache", choices=("salt", "keep"), default="salt")
     parser.add_argument("--update-dir", type=Path)
     parser.add_argument("--launcher-pid", type=int, default=os.getppid())

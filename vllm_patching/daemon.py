@@ -275,7 +275,7 @@ class Daemon:
                 deadline_s=self.limits.deadline_s,
                 commit_timeout_s=self.limits.commit_timeout_s,
                 bucket_bytes=self.args.bucket_bytes or BUCKET_BYTES[self._on_gpu],
-                checksum=self.args.checksum == "on",
+                checksum=self.args.checksum,
             )
         )
         self.epoch = epoch
@@ -286,7 +286,7 @@ class Daemon:
                 self.store,
                 address=address,
                 transport=self.args.transport,
-                checksum=self.args.checksum == "on",
+                checksum=self.args.checksum,
                 deliver=lambda event: self.events.put(Heard(epoch, event)),
             )
         except BridgeError as err:

@@ -78,7 +78,7 @@ class Epoch:
         *,
         address: tuple[str, int],
         transport: str,
-        checksum: bool,
+        checksum: str,
         deliver: Callable[[Event], None],
     ) -> None:
         """Send the updaters to the data group, and join the control group.

@@ -31,7 +31,7 @@ from bridge.protocol.plan import Lane, Plan
 from bridge.wire import device_memory, peer_memory, rendezvous
 from bridge.wire.device_checksum import DeviceChecksums
 from bridge.wire.device_memory import PeerAllocations
-from bridge.wire.device_transport import DevicePullSink, Engines
+from bridge.wire.device_transport import DevicePullSink, Engines, SummedRounds
 from bridge.wire.meeting import Meeting
 from bridge.wire.transport import (
     GLOO,
@@ -66,7 +66,7 @@ class Join(msgspec.Struct, kw_only=True):
     group_rank: int
     group_size: int
     transport: str
-    checksum: bool
+    checksum: str
     deadline_s: float
 
 
@@ -82,6 +82,7 @@ class Updater:
         self._links: list[str] = []
         self._group: Any = None
         self._join: Join | None = None
+        self._summed = SummedRounds("off")
         self._where: list[peer_memory.Whereabouts] = []
         self._buffers: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
         self._shown: defaultdict[int, PeerAllocations] = defaultdict(PeerAllocations)
@@ -101,6 +102,7 @@ class Updater:
         store = rendezvous.reach_store(order.host, order.port, timeout_s=order.deadline_s)
         self.meeting = Meeting(store, self.mapping, epoch=order.epoch, timeout_s=order.deadline_s)
         self._join = order
+        self._summed = SummedRounds(order.checksum)
         self._where = [self.meeting.whereabouts(t) for t in range(order.num_trainers)]
         self._links = [self._choose(t, order.transport) for t in range(order.num_trainers)]
         self.meeting.publish_links(self.rank, self._links)
@@ -171,7 +173,8 @@ class Updater:
         return Staging(self.halves.halves[half], self.rank_map.targets)
 
     def _receive(self, plan: Plan, lanes: Sequence[Lane], joint: str, staging: Staging) -> None:
-        sinks = [self._sink(lane, joint, plan) for lane in lanes]
+        checked = self._summed.includes(plan.digest)
+        sinks = [self._sink(lane, joint, plan, checked=checked) for lane in lanes]
         for sink in sinks:
             sink.open()
         for index in range(plan.num_buckets):
@@ -181,7 +184,7 @@ class Updater:
         for sink in sinks:
             sink.close()
 
-    def _sink(self, lane: Lane, joint: str, plan: Plan) -> Sink:
+    def _sink(self, lane: Lane, joint: str, plan: Plan, *, checked: bool) -> Sink:
         assert self.meeting is not None
         assert self._join is not None
         where = self._where[lane.trainer]
@@ -194,7 +197,7 @@ class Updater:
         if self._links[lane.trainer] == GPU_PULL:
             assert self._engines is not None
             peer = self._shown[lane.trainer]
-            return DevicePullSink(link, lane, peer, self._engines, checked=self._join.checksum)
+            return DevicePullSink(link, lane, peer, self._engines, checked=checked)
         if self._links[lane.trainer] == PULL:
             _, layouts, _ = self.meeting.plan(joint)
             return PullSink(link, where.pid, layouts[lane.trainer])

@@ -90,6 +90,12 @@ class WorkerBridge:
         self.slot.record(version=version, batch=self.batch, flip_ns=flip_ns, active=self.arena.active)
         self._write_log(version, flip_ns)
 
+    def close(self) -> None:
+        """Release the memory and the log; nothing may use the weights any more."""
+        self.arena.close()
+        if self._log is not None:
+            self._log.close()
+
     def _write_log(self, version: int, flip_ns: int) -> None:
         if self._log is None:
             return

@@ -32,9 +32,30 @@ logger = logging.getLogger(__name__)
 
 SIZE_TAG = 10
 _SLOT_ALIGNMENT = 256  # bytes, as torch's own allocator aligns
-# The updater's kernels take turns with the forward's on the whole GPU, and a turn costs the forward a third of a
-# millisecond beside its length: so there are few, each far shorter than a decode step (half a millisecond).
+# The updater's kernels take turns with the forward's on the whole GPU, and each turn costs the forward some
+# milliseconds whatever its length: so there are few.
 SUM_BATCH_BYTES = 2 << 30
+
+
+class SummedRounds:
+    """In which rounds both ends sum device memory: they decide alike, each on its own.
+
+    ``first`` is once for each plan of an epoch, so that wrong places and addresses show at once; later rounds
+    walk the same ones, and single bits are guarded by the hardware (ECC, and CRC on the link). ``always``
+    costs more: a kernel of the updater holds the forward up by four to five milliseconds, as two processes
+    take turns on a GPU.
+    """
+
+    def __init__(self, mode: str) -> None:
+        """``mode`` is first, always or off."""
+        self._mode = mode
+        self._plans: set[bytes] = set()
+
+    def includes(self, plan_digest: bytes) -> bool:
+        """Whether the round that begins now, under this plan, is summed."""
+        first = plan_digest not in self._plans
+        self._plans.add(plan_digest)
+        return self._mode == "always" or (self._mode == "first" and first)
 
 
 # --- the trainer's end ---------------------------------------------------------------------------------

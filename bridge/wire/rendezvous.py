@@ -52,7 +52,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     heartbeat_interval_s: float = 2.0
     deadline_s: float = 15.0
     commit_timeout_s: float = 120.0
-    checksum: bool = True
+    checksum: str = "first"
     bucket_bytes: int = 0
 
 

@@ -100,12 +100,14 @@ class Api:
                         raise OSError(str(chunk))
                     yield time.monotonic(), chunk["choices"][0] if chunk["choices"] else {}
 
-    def greedy(self, num_prompts: int = 8, tokens: int = 64) -> list[dict[str, Any]]:
+    def greedy(self, num_prompts: int = 8, tokens: int = 64, **extra: Any) -> list[dict[str, Any]]:
         """Greedy tokens and logprobs of fixed prompts, one request at a time so that batches are alike."""
         answers = []
         for seed in range(num_prompts):
             prompt = [1] + [3 + (seed * 29 + i * 11) % 90 for i in range(20)]
-            (choice,) = self.complete(prompt, max_tokens=tokens, temperature=0.0, logprobs=0, ignore_eos=True)
+            (choice,) = self.complete(
+                prompt, max_tokens=tokens, temperature=0.0, logprobs=0, ignore_eos=True, **extra
+            )
             answers.append({"tokens": choice["token_ids"], "logprobs": choice["logprobs"]["token_logprobs"]})
         return answers
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bridge.wire.transport import checksum_of
+from bridge.wire.checksum import checksum_of
 
 SIZES = [0, 1, 7, 8, 4095, 4096, 4097, (1 << 20) + 13, 3 * (1 << 20)]
 

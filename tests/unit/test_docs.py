@@ -314,7 +314,7 @@ def test_flags_named_anywhere_exist():
     foreign = {
         "--port", "--tensor-parallel-size", "--max-model-len", "--enforce-eager", "--load-format", "--nodes",
         "--enable-eplb", "--enable-sleep-mode", "--nproc-per-node", "--shm-size", "--signal", "--no-kill",
-        "--partition", "--steps",
+        "--partition", "--steps", "--gpu-memory-utilization", "--compilation-config",
     }  # fmt: skip
     own = {
         flag

@@ -1,0 +1,82 @@
+"""When a worker flips: before the forward of the stamped batch, and never silently not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_patching.control_page import ControlPage
+from vllm_patching.cpu_arena import CpuArena
+from vllm_patching.worker import WorkerBridge
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> Iterator[WorkerBridge]:
+    arena = CpuArena(4096)
+    arena.half(0).fill_(0)
+    arena.half(1).fill_(1)
+    bridge = WorkerBridge(rank=0, arena=arena, log_path=tmp_path / "flips.jsonl")
+    bridge.slot = ControlPage.create(1).slot(0)
+    yield bridge
+    bridge.close()
+
+
+def served(worker: WorkerBridge) -> int:
+    return int(worker.arena.live(0, 1)[0])
+
+
+def run_batch(worker: WorkerBridge, stamp: int, *, tokens: int = 3, announces: bool = True) -> int | None:
+    """One ``execute_model``; returns what its forward read."""
+    worker.before_batch(stamp, tokens)
+    if tokens and announces:
+        worker.before_forward()
+    read = served(worker) if tokens else None
+    worker.after_batch()
+    return read
+
+
+def test_the_first_stamp_is_not_put_off_before_a_forward_was_seen(worker: WorkerBridge) -> None:
+    worker.before_batch(1, 3)
+    assert served(worker) == 1
+
+
+def test_a_stamped_batch_reads_the_new_version_from_its_forward_on(worker: WorkerBridge) -> None:
+    assert run_batch(worker, 0) == 0
+    worker.before_batch(1, 3)
+    assert served(worker) == 0  # still: the GPU may be running the batch before
+    worker.before_forward()
+    assert served(worker) == 1
+    worker.after_batch()
+    assert run_batch(worker, 1) == 1
+    assert worker.slot is not None
+    assert (worker.slot.version, worker.slot.batch, worker.slot.flips, worker.slot.failures) == (1, 2, 1, 0)
+
+
+def test_a_batch_without_tokens_flips_at_once(worker: WorkerBridge) -> None:
+    run_batch(worker, 0)
+    run_batch(worker, 1, tokens=0)
+    assert served(worker) == 1
+    assert run_batch(worker, 2) == 0
+    assert worker.version == 2
+
+
+def test_a_forward_that_was_not_announced_is_a_failure(worker: WorkerBridge) -> None:
+    run_batch(worker, 0)
+    run_batch(worker, 1, announces=False)
+    assert worker.slot is not None
+    assert (worker.version, worker.slot.failures) == (0, 1)
+
+
+def test_weights_that_are_read_early_flip_at_the_entry(tmp_path: Path) -> None:
+    arena = CpuArena(4096)
+    arena.half(1).fill_(1)
+    worker = WorkerBridge(rank=0, arena=arena, log_path=tmp_path / "flips.jsonl", at_entry=True)
+    worker.slot = ControlPage.create(1).slot(0)
+    run_batch(worker, 0)
+    worker.before_batch(1, 3)
+    assert torch.equal(arena.live(0, 4096), arena.half(1))
+    assert served(worker) == 1
+    worker.close()
