@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import msgspec
@@ -42,13 +42,16 @@ def parse(*argv: str) -> ServeOptions:
 
 
 def test_help_answers_at_once():
-    durations = []
-    for _ in range(3):  # the best of three: other processes share this machine
-        start = time.monotonic()
-        done = run("--help")
-        durations.append(time.monotonic() - start)
-        assert done.returncode == 0
-    assert min(durations) < HELP_BUDGET_S
+    """By the processor's clock, not the wall's: other processes share this machine."""
+
+    def spent() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    before = spent()
+    done = run("--help")
+    assert done.returncode == 0
+    assert spent() - before < HELP_BUDGET_S
     for command in ("serve", "demo", "check", "status", "export-mapping"):
         assert command in done.stdout
 
