@@ -2,12 +2,13 @@
 
 Walking a model of hundreds of tensors and checking each takes milliseconds, and the trainer waits for it even
 with ``blocking=False``. Whether anything changed is a fraction of that: every module, parameter and buffer
-must be the very object it was, in the very place of the tree, over the very memory.
+must be the very object it was, in the very place of the tree, over the very memory. Nothing of the model is
+kept alive by this.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
 from typing import Any
 
 import torch
@@ -17,55 +18,64 @@ from torch.distributed.tensor import DTensor
 
 from bridge.guard import Guarded
 from bridge.protocol.mapping import Mapping
-from bridge.sharding import LocalShards
+from bridge.sharding import LocalShards, mark_computed
+
+_Geometry = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
 
 
 class Catalogue:
     """One model's shards under one mapping."""
 
-    def __init__(
-        self, model: nn.Module, mapping: Mapping, shards: LocalShards, parameters: Sequence[torch.Tensor]
-    ) -> None:
+    def __init__(self, model: nn.Module, mapping: Mapping, shards: LocalShards, guarded: Guarded) -> None:
         """Remember what was just collected.
 
         Args:
             model: what was walked.
             mapping: what it was compared with.
             shards: what was found.
-            parameters: what an optimizer may hold.
+            guarded: what an optimizer that must wait is recognised by.
         """
-        self.model = model
-        self.mapping = mapping
-        self.shards = shards
-        # The shards too: an optimizer may hold views of their memory, and not the parameters.
-        self.guarded = Guarded([*parameters, *shards.tensors])
+        self.guarded = guarded
+        self._model = weakref.ref(model)
+        self._mapping = mapping
+        self._layout = shards.layout
+        self._contiguous = shards.contiguous
         modules = list(model.modules())
-        self._sharded = [module for module in modules if isinstance(module, FSDPModule)]
-        tables: list[dict[str, Any]] = []
-        for module in modules:
-            tables += [module._modules, module._parameters, module._buffers]
-        self._sizes = [(table, len(table)) for table in tables]
-        self._entries = [(table, key, value) for table in tables for key, value in table.items()]
-        held = [value for _, _, value in self._entries if isinstance(value, torch.Tensor)]
-        self._memory = [(tensor, _address(tensor), tensor.dtype) for tensor in held]
+        self._sharded = [weakref.ref(module) for module in modules if isinstance(module, FSDPModule)]
+        self._tree = [(weakref.ref(module), _contents(module)) for module in modules]
+        self._owners = [(weakref.ref(owner), _geometry(owner)) for owner in shards.owners]
 
-    def holds(self, model: nn.Module, mapping: Mapping) -> bool:
-        """Whether ``shards`` is still what ``collect`` would find."""
-        if model is not self.model or mapping is not self.mapping or not all(self.shards.contiguous):
-            return False  # a tensor that is not contiguous was copied, and its copy is old
-        for module in self._sharded:
+    def find(self, model: nn.Module, mapping: Mapping) -> LocalShards | None:
+        """What ``collect`` would find now, or None if it must look again."""
+        if self._model() is not model or mapping is not self._mapping or not all(self._contiguous):
+            return None  # a tensor that is not contiguous was copied, and its copy is old
+        for sharded in self._sharded:
+            if (module := sharded()) is None:
+                return None
             module.reshard()
-        return (
-            all(len(table) == size for table, size in self._sizes)
-            and all(table.get(key) is value for table, key, value in self._entries)
-            and all(
-                _address(tensor) == address and tensor.dtype == dtype
-                for tensor, address, dtype in self._memory
-            )
-        )
+        for reference, contents in self._tree:
+            if (found := reference()) is None or _contents(found) != contents:
+                return None
+        owners = [reference() for reference, _ in self._owners]
+        for owner, (_, geometry) in zip(owners, self._owners, strict=True):
+            if owner is None or _geometry(owner) != geometry:
+                return None
+        held = [owner for owner in owners if owner is not None]
+        tensors = [_local(owner).detach() for owner in held]
+        return LocalShards(self._layout, tensors, self._contiguous, held, mark_computed(tensors))
 
 
-def _address(tensor: torch.Tensor) -> int:
-    """Where this rank's part starts; 0 for what has no memory."""
-    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-    return 0 if local.is_meta else local.data_ptr()
+def _contents(module: nn.Module) -> tuple[tuple[Any, ...], ...]:
+    """Which objects a module holds under which names."""
+    tables = (module._modules, module._parameters, module._buffers)
+    return tuple((*table, *map(id, table.values())) for table in tables)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    # As to_local(), which takes twenty times as long: with hundreds of tensors that is felt.
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def _geometry(tensor: torch.Tensor) -> _Geometry:
+    local = _local(tensor)
+    return local.data_ptr(), local.dtype, local.shape, local.stride()

@@ -28,10 +28,10 @@ class Guarded:
     """Weights by what an optimizer that holds them can be recognised by."""
 
     def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
-        """``parameters`` are held, so that no other object can get one of their ids."""
-        self.parameters = tuple(parameters)
-        self.ids = frozenset(map(id, self.parameters))
-        self.storages = frozenset(filter(None, map(_address, self.parameters)))
+        """``parameters`` are not kept alive: whoever guards them holds them."""
+        held = tuple(parameters)
+        self.ids = frozenset(map(id, held))
+        self.storages = frozenset(filter(None, map(_address, held)))
 
 
 class StepGuard:
@@ -47,6 +47,7 @@ class StepGuard:
         wait: Callable[[], None],
         *,
         module: nn.Module | None = None,
+        holding: Iterable[torch.Tensor] = (),
     ) -> None:
         """Start guarding.
 
@@ -54,9 +55,11 @@ class StepGuard:
             guarded: the weights that are being read.
             wait: returns when they have been; what it raises comes out of ``optimizer.step()``.
             module: its ``load_state_dict`` waits too.
+            holding: what is kept alive meanwhile, so that no other object can get one of their ids.
         """
         global _active, _installed
         self._guarded = guarded
+        self._holding = tuple(holding)
         self._wait = wait
         self._module_hook = (
             None if module is None else module.register_load_state_dict_pre_hook(self._before_load)  # type: ignore[no-untyped-call]
@@ -97,6 +100,7 @@ class StepGuard:
         global _active
         with _lock:
             _active = tuple(guard for guard in _active if guard is not self)
+        self._holding = ()
 
     def remove(self) -> None:
         """End the protection without waiting. Idempotent; not from inside a hook."""

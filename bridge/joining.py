@@ -15,7 +15,14 @@ import torch.distributed as dist
 
 from bridge.config import BridgeConfig
 from bridge.environment import Ranks
-from bridge.errors import BridgeError, MappingError, RendezvousError, RendezvousRefused
+from bridge.errors import (
+    BridgeError,
+    ConfigError,
+    DeviceError,
+    MappingError,
+    RendezvousError,
+    RendezvousRefused,
+)
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import Mapping, Rendezvous
 from bridge.protocol.messages import PROTOCOL_VERSION
@@ -159,9 +166,10 @@ def meet(
     rank, size = ranks.rank, ranks.world_size
     nonce = peer_memory.Nonce()
     peer_memory.allow_reader(answer.daemon_pid)
-    device_nonce = None if device is None else DeviceNonce(device)
+    device_nonce = _device_nonce(device)
     gpu = None if device_nonce is None else device_nonce.whereabouts()
-    meeting.publish_whereabouts(rank, nonce.whereabouts(socket.gethostname(), gpu))
+    where = nonce.whereabouts(socket.gethostname(), on_gpu=device is not None, gpu=gpu)
+    meeting.publish_whereabouts(rank, where)
     address = rendezvous.local_address(place.host, place.port)
     timeout_s = answer.deadline_s * 2
     control = rendezvous.make_group(
@@ -182,6 +190,17 @@ def meet(
     )
     links = [meeting.links(k)[rank] for k in range(answer.num_inference_ranks)]
     return Joined(control, data, _peers(meeting, ranks, answer, place), links, nonce, device_nonce)
+
+
+def _device_nonce(device: torch.device | None) -> DeviceNonce | None:
+    """Memory of this rank's GPU for updaters to probe; None without one, or where CUDA shows none."""
+    if device is None:
+        return None
+    try:
+        return DeviceNonce(device)
+    except (ConfigError, DeviceError) as err:
+        logger.warning("updaters cannot read from %s, so its weights go by Gloo: %s", device, err)
+        return None
 
 
 def _peers(meeting: Meeting, ranks: Ranks, answer: rendezvous.Answer, place: Rendezvous) -> dict[int, str]:

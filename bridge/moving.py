@@ -64,7 +64,6 @@ class Mover:
         """
         if self._device is not None:
             cuda.use(self._device)
-        shards.wait_computed()
         lanes = [lane for lane in plan.lanes if lane.trainer == self._rank]
         shown = self._show(plan, lanes, shards.tensors)
         checked = self._summed.includes(plan.digest)
@@ -78,6 +77,12 @@ class Mover:
                     source.move(lane.buckets[index])
         for source in sources:
             source.close()
+
+    def close(self) -> None:
+        """Give back the device memory that was taken beside the weights."""
+        if self._showcase is not None:
+            self._showcase.close()
+            self._showcase = None
 
     def _show(self, plan: Plan, lanes: Sequence[Lane], tensors: Sequence[torch.Tensor]) -> Shown | None:
         if not any(self._links[lane.inference] == GPU_PULL for lane in lanes):

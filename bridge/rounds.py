@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import queue
 import threading
@@ -15,7 +16,7 @@ import torch
 
 from bridge.config import BridgeConfig
 from bridge.environment import Ranks
-from bridge.errors import BridgeError, PeerLost, ProtocolError, RoundAborted, TransferError
+from bridge.errors import BridgeError, DeviceError, PeerLost, ProtocolError, RoundAborted, TransferError
 from bridge.joining import ask_admission, meet
 from bridge.moving import Mover
 from bridge.protocol.mapping import Mapping
@@ -75,8 +76,9 @@ class Job:
         self.seen = False  # whether the caller was given the outcome
 
     def finish(self, receipt: Receipt | None, error: BridgeError | None) -> None:
-        """Record the outcome; the weights are free either way."""
+        """Record the outcome; the weights are free either way, and nothing of them is held."""
         self.receipt, self.error = receipt, error
+        self.shards.release()
         self.released.set()
         self.finished.set()
 
@@ -212,6 +214,13 @@ class Session:
             self.closed = "closed by this trainer"
             actions = self._coordinator.shutdown() if self.rank == 0 else self._member.leave()
             self._perform_safely(actions)
+        if self._thread.is_alive():
+            logger.warning("a round is still under way; what it holds on the GPU stays with it")
+        else:
+            self._mover.close()
+            if self._joined.device_nonce is not None:
+                self._joined.device_nonce.close()
+                self._joined = dataclasses.replace(self._joined, device_nonce=None)
         if not self._control.close(timeout_s=CLOSE_TIMEOUT_S):
             logger.debug("a control thread of epoch %d still waits for its deadline", self._answer.epoch)
 
@@ -255,6 +264,7 @@ class Session:
             job.finish(None, RoundAborted(f"version {job.version} was not sent: {self.closed}"))
             return
         try:
+            job.shards.wait_computed(timeout_s=self._patience_s)
             receipt = self._lead(job) if self.rank == 0 else self._follow(job)
         except BridgeError as err:
             error = self._root_cause(err)
@@ -265,6 +275,11 @@ class Session:
             self.closed = str(error)
             logger.error("version %d failed: %s", job.version, error)
             job.finish(None, error)
+        except (torch.OutOfMemoryError, torch.AcceleratorError) as err:
+            logger.exception("version %d: the GPU failed", job.version)
+            self.refuse_round(f"{type(err).__name__}: {rendezvous.first_line(err)}")
+            reason = f"version {job.version} was not sent: {rendezvous.first_line(err)}"
+            job.finish(None, DeviceError(f"{reason}; the server keeps its weights"))
         except Exception as err:  # the thread's edge: the caller gets it, typed
             logger.exception("version %d: a defect of the bridge", job.version)
             self.refuse_round(f"{type(err).__name__}: {err}")
@@ -306,11 +321,16 @@ class Session:
                     return receipt
             actions = self._next_actions(job)
 
+    @property
+    def _patience_s(self) -> float:
+        return max(self.config.commit_timeout_s, self._answer.commit_timeout_s)
+
     def _next_actions(self, job: Job) -> list[Action]:
         nbytes = sum(t.numel() * t.element_size() for t in job.shards.tensors)
-        patience_s = max(self.config.commit_timeout_s, self._answer.commit_timeout_s)
         # Longer than the daemon's own limits, so that its reason arrives rather than our impatience.
-        limit_s = patience_s + 2 * self._answer.deadline_s + nbytes * self.world_size / SLOWEST_BYTES_PER_S
+        limit_s = (
+            self._patience_s + 2 * self._answer.deadline_s + nbytes * self.world_size / SLOWEST_BYTES_PER_S
+        )
         machine = self._coordinator if self.rank == 0 else self._member
         if self._early:
             return self._on_event(job, *self._early.pop(0))

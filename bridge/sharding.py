@@ -7,8 +7,10 @@ parallel, any mesh) is the box its placements give. What cannot be said as one b
 from __future__ import annotations
 
 import re
+import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -18,7 +20,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.distributed.tensor.placement_types import Shard as ShardPlacement
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from bridge.errors import MappingError
+from bridge.errors import MappingError, TransferError
 from bridge.protocol.holders import CASTS
 from bridge.protocol.mapping import Mapping as MappingDocument
 from bridge.protocol.mapping import Source, Vocabulary
@@ -29,6 +31,7 @@ _WRAPPED_ANYWHERE = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join(_WRAPPED)})\.")
 # Wrappers whose child is called "module", a name that a model's own part may have too.
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine")
 _EXAMPLES = 3
+_EVENT_POLL_S = 0.0002
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 Named = nn.Module | Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
@@ -40,23 +43,35 @@ class LocalShards:
 
     ``tensors`` are detached, contiguous and aligned with ``layout.shards``. They share the parameters'
     memory, except where ``contiguous`` is False: there the parameter was not contiguous, and the tensor is a
-    copy taken when the shards were collected. ``computed`` are events on the collecting streams, one for each
-    GPU: the values are there once they have passed.
+    copy taken when the shards were collected. ``owners`` are the parameters. ``computed`` are events on the
+    collecting streams, one for each GPU: the values are there once they have passed.
     """
 
     layout: Layout
     tensors: list[torch.Tensor] = field(repr=False)
     contiguous: tuple[bool, ...] = field(repr=False)
+    owners: list[torch.Tensor] = field(default_factory=list, repr=False)
     computed: tuple[torch.cuda.Event, ...] = field(default=(), repr=False)
 
-    def again(self) -> LocalShards:
-        """The same shards with the values they have now."""
-        return replace(self, computed=_mark_computed(self.tensors))
+    def wait_computed(self, *, timeout_s: float) -> None:
+        """Wait until the GPU has computed the values, as of when the shards were collected.
 
-    def wait_computed(self) -> None:
-        """Wait until the GPU has computed the values, as of when the shards were collected."""
-        for event in self.computed:
-            event.synchronize()
+        Raises:
+            TransferError: it has not within ``timeout_s``.
+        """
+        deadline, pause = time.monotonic() + timeout_s, threading.Event()
+        while not all(event.query() for event in self.computed):  # type: ignore[no-untyped-call]
+            if time.monotonic() > deadline:
+                raise TransferError(
+                    f"the GPU has not computed the weights within {timeout_s:g} s of the broadcast: what was "
+                    "queued before it is stuck (a collective that waits for another rank?)"
+                )
+            pause.wait(_EVENT_POLL_S)
+
+    def release(self) -> None:
+        """Let go of the memory."""
+        self.tensors.clear()
+        self.owners.clear()
 
     def fingerprint(self) -> list[tuple[int, int]]:
         """Address and bytes of each tensor; it changes when a shard has moved."""
@@ -265,7 +280,7 @@ def _shards(
     faults: list[str],
 ) -> LocalShards:
     targets = _target_dtypes(mapping, vocabulary.name)
-    boxes, shards, locals_, contiguous = _Boxes(), [], [], []
+    boxes, shards, locals_, contiguous, owners = _Boxes(), [], [], [], []
     for index, source, tensor in present:
         local = local_tensor(tensor)
         dtype = str(tensor.dtype).removeprefix("torch.")
@@ -277,17 +292,18 @@ def _shards(
             shards.append(Shard(source=index, offset=box[0], shape=box[1], dtype=dtype))
             contiguous.append(local.is_contiguous())
             locals_.append(local.detach().contiguous())
+            owners.append(tensor)
     if faults:
         raise _faulty(faults, mapping, rank, vocabulary)
     layout = Layout(rank=rank, vocabulary=vocabulary.name, shards=tuple(shards))
-    return LocalShards(layout, locals_, tuple(contiguous), _mark_computed(locals_))
+    return LocalShards(layout, locals_, tuple(contiguous), owners, mark_computed(locals_))
 
 
-def _mark_computed(tensors: Sequence[torch.Tensor]) -> tuple[torch.cuda.Event, ...]:
+def mark_computed(tensors: Sequence[torch.Tensor]) -> tuple[torch.cuda.Event, ...]:
     """An event on the current stream of every GPU that holds a shard."""
     events = []
     for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
-        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(device))
         events.append(event)
     return tuple(events)

@@ -100,8 +100,13 @@ class Bridge:
         return bridge
 
     def _ensure_session(self, device: torch.device | None) -> Session:
-        """The session; a new one if it is over, or if the weights have moved to another device."""
-        if self._session is not None and (self._session.closed or self._session.device != device):
+        """The session; a new one if it is over, or if it was made before the weights came to a GPU.
+
+        Weights on another GPU than the session's, or back in host memory, are sent from a snapshot: every
+        rank must decide alike, and this one cannot ask.
+        """
+        gpu_came = self._session is not None and self._session.device is None and device is not None
+        if self._session is not None and (self._session.closed or gpu_came):
             self._session.close()
             self._session = None
         if self._session is None:
@@ -191,11 +196,13 @@ class Bridge:
 
     def _collect(self, model: nn.Module, session: Session) -> tuple[LocalShards, Guarded]:
         known = self._catalogue
-        if known is None or not known.holds(model, session.mapping):
-            shards = collect(model, session.mapping, rank=session.rank)
-            self._catalogue = known = Catalogue(model, session.mapping, shards, list(model.parameters()))
+        if known is not None and (shards := known.find(model, session.mapping)) is not None:
             return shards, known.guarded
-        return known.shards.again(), known.guarded
+        shards = collect(model, session.mapping, rank=session.rank)
+        # The shards too: an optimizer may hold views of their memory, and not the parameters.
+        guarded = Guarded([*model.parameters(), *shards.tensors])
+        self._catalogue = Catalogue(model, session.mapping, shards, guarded)
+        return shards, guarded
 
     def _broadcast(
         self,
@@ -220,7 +227,8 @@ class Bridge:
                 session.refuse_round(str(err))
                 raise
             job = session.submit(shards, call=self._calls, version=version, partial=partial)
-            guard = StepGuard(guarded, job.wait_released, module=module)
+            holding = [*shards.owners, *shards.tensors]
+            guard = StepGuard(guarded, job.wait_released, module=module, holding=holding)
             self._pending = PendingBroadcast(job, guard)
             if not blocking:
                 return self._pending
@@ -232,6 +240,7 @@ class Bridge:
                 if attempt or not session.stale:
                     raise
             else:
+                self._pending = None
                 self._base = (session.mapping.run_dir, receipt.version)
                 return receipt
         raise AssertionError("unreachable: the second attempt returns or raises")

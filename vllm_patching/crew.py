@@ -18,9 +18,9 @@ from vllm_patching.channel import Channel, ChannelClosed
 
 logger = logging.getLogger(__name__)
 
-END_TIMEOUT_S = 5.0
+END_TIMEOUT_S = 30.0  # a process with a GPU takes its time to be taken apart
 DEATH_POLL_S = 0.2
-START_TIMEOUT_S = 180.0  # importing torch, and maybe vLLM, on a busy node; no matter of heartbeats
+START_TIMEOUT_S = 5.0  # the daemon does nothing else meanwhile; whoever waits asks again
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,14 @@ class Crew:
         self._ending = True
         for process in self.processes.values():
             process.kill()
-        for process in self.processes.values():
-            process.wait(END_TIMEOUT_S)
+        for rank, process in self.processes.items():
+            try:
+                process.wait(END_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                raise TransferError(
+                    f"{self.describe(rank)} does not end {END_TIMEOUT_S:g} s after SIGKILL; another one must "
+                    "not write the same memory beside it. See its kernel stack, and the GPU's state"
+                ) from None
         for channel in self._channels.values():
             channel.close()
 

@@ -48,9 +48,11 @@ class _Physical:
 
     def allocate(self, span: int) -> Any:
         """Allocate one half; returns its handle."""
+        torch.cuda.empty_cache()
         return cuda.check(
             self._cu.cuMemCreate(span, self._properties, 0),
-            f"allocating {span / 2**30:.2f} GiB for one half of the weights",
+            f"allocating {span / 2**30:.2f} GiB for one half of the weights (the GPU must hold them twice: "
+            "use a larger --tensor-parallel-size, a smaller model, or a GPU that nobody else uses)",
         )
 
     def export(self, handle: Any) -> int:
@@ -67,7 +69,11 @@ class _Physical:
     def map(self, address: int, span: int, handle: Any) -> None:
         """Put physical memory under an address range."""
         cuda.check(self._cu.cuMemMap(address, span, 0, handle, 0), f"mapping {span} bytes of device memory")
-        cuda.check(self._cu.cuMemSetAccess(address, span, [self._access], 1), "allowing access to a half")
+        try:
+            cuda.check(self._cu.cuMemSetAccess(address, span, [self._access], 1), "allowing access to a half")
+        except DeviceError:
+            self.unmap(address, span)
+            raise
 
     def unmap(self, address: int, span: int) -> None:
         """Take the physical memory from under an address range."""

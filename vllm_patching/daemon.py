@@ -247,10 +247,12 @@ class Daemon:
             return None
 
     def _admit(self, request: rendezvous.Request) -> None:
-        if refusal := self._refusal(request):
-            logger.warning("refused a trainer (pid %d on %s): %s", request.pid, request.host, refusal)
-            incomplete = not self.registry.complete
-            self._answer(rendezvous.Answer(session=request.session, refusal=refusal, try_again=incomplete))
+        refusal = self._refusal(request)
+        unready = "" if refusal else self._unreadiness()
+        if refusal or unready:
+            reason, try_again = refusal or unready, bool(unready) or not self.registry.complete
+            logger.warning("refused a trainer (pid %d on %s): %s", request.pid, request.host, reason)
+            self._answer(rendezvous.Answer(session=request.session, refusal=reason, try_again=try_again))
             return
         assert self.crew is not None
         assert self.mapping is not None
@@ -307,6 +309,10 @@ class Daemon:
             return f"another trainer is connected (epoch {self.epoch.epoch}): {self.epoch.trainer}"
         if not self.registry.complete:
             return f"the server is not complete: {self.last_error}"
+        return ""
+
+    def _unreadiness(self) -> str:
+        """Why no round can begin yet; the trainer asks again."""
         assert self.crew is not None
         try:
             self.crew.wait_all()  # before the answer: the trainer's deadlines start with it

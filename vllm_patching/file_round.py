@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STAGE_FILE_TIMEOUT_S = 600.0
+READY_TIMEOUT_S = 60.0  # updaters that were just started import torch
 
 
 def stage_file(daemon: Daemon, event: Notified) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def stage_file(daemon: Daemon, event: Notified) -> dict[str, Any]:
         assert daemon.crew is not None
         assert daemon.registry.control is not None
         start = time.monotonic()
-        daemon.crew.wait_all()
+        daemon.crew.wait_all(timeout_s=READY_TIMEOUT_S)
         page = daemon.registry.control
         halves = {r: {"half": inactive_half(page, r)} for r in range(daemon.crew.num_ranks)}
         try:

@@ -121,7 +121,7 @@ class Updater:
             return GLOO
         where = self._where[trainer]
         if self._engines is None:
-            why_not = "its weights are on a GPU" if where.gpu else peer_memory.can_pull(where)
+            why_not = "its weights are on a GPU" if where.on_gpu else peer_memory.can_pull(where)
             if not why_not:
                 return PULL
         else:
@@ -138,7 +138,8 @@ class Updater:
 
     def _why_no_gpu_pull(self, where: peer_memory.Whereabouts) -> str:
         if where.gpu is None:
-            return "its weights are in host memory, this server's on a GPU"
+            place = "on a GPU that cannot be shown" if where.on_gpu else "in host memory"
+            return f"its weights are {place}, this server's on a GPU"
         if where.boot_id != rendezvous.boot_id():
             return f"{where.host} is another host"
         return device_memory.can_pull(where.gpu, self.halves.device)
@@ -170,6 +171,7 @@ class Updater:
         if partial:
             # The inactive half is a version old: bring it up to date before changing a part of it.
             self.halves.halves[half].copy_(self.halves.halves[1 - half])
+            self.halves.synchronize()  # or it might overtake what arrives on other streams
         return Staging(self.halves.halves[half], self.rank_map.targets)
 
     def _receive(self, plan: Plan, lanes: Sequence[Lane], joint: str, staging: Staging) -> None:
@@ -298,6 +300,14 @@ def _serve(channel: Channel, updater: Updater) -> NoReturn:
         except BridgeError as err:
             logger.error("rank %d: %s failed: %s", updater.rank, kind, err)
             answer = {"type": "failed", "error": str(err)}
+        except (
+            RuntimeError,
+            OSError,
+        ) as err:  # torch's: out of memory, a lost device; this is the end
+            logger.exception("rank %d: %s failed", updater.rank, kind)
+            reason = f"{type(err).__name__}: {rendezvous.first_line(err)}"
+            channel.send({"type": "failed", "error": f"updater {updater.rank} ended: {reason}"})
+            raise SystemExit(1) from err
         channel.send(answer)
 
 

@@ -78,10 +78,13 @@ class WorkerBridge:
     def commit(self, version: int) -> None:
         """Make the staged half live. Never raises: failures go to the control page and the log."""
         assert self.slot is not None, "no commit can be requested before the daemon has answered"
+        self._pending = 0
+        if version <= self.version:
+            return
         start = time.perf_counter_ns()
         try:
             self.arena.flip(1 - self.arena.active)
-        except (OSError, BridgeError):
+        except (OSError, RuntimeError, BridgeError):  # RuntimeError: torch's, of a lost device
             logger.exception("rank %d: version %d could not be flipped in", self.rank, version)
             self.slot.fail()
             return

@@ -5,11 +5,21 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
 
 from bridge.errors import ConfigError, DeviceError
+
+
+def _bindings(name: str) -> Any:
+    try:
+        return importlib.import_module(f"cuda.bindings.{name}")
+    except ImportError as err:
+        raise ConfigError(
+            "cuda-bindings is not installed, which torch's CUDA builds bring along: pip install cuda-bindings"
+        ) from err
 
 
 def driver() -> Any:
@@ -18,13 +28,7 @@ def driver() -> Any:
     Raises:
         ConfigError: it is not installed.
     """
-    try:
-        from cuda.bindings import driver as found
-    except ImportError as err:
-        raise ConfigError(
-            "cuda-bindings is not installed, which torch's CUDA builds bring along: pip install cuda-bindings"
-        ) from err
-    return found
+    return _bindings("driver")
 
 
 def check(result: tuple[Any, ...], what: str) -> Any:
@@ -41,8 +45,7 @@ def check(result: tuple[Any, ...], what: str) -> Any:
 
 def use(device: torch.device) -> None:
     """Make ``device``'s primary context current in this thread, for torch and for the driver's calls."""
-    from cuda.bindings import runtime
-
+    runtime = _bindings("runtime")
     torch.cuda.init()  # type: ignore[no-untyped-call]
     torch.cuda.set_device(device)
     check(runtime.cudaSetDevice(device.index), f"using {device}")
@@ -102,11 +105,27 @@ class OwnMemory:
             DeviceError: the device has no such memory left.
         """
         self.nbytes = nbytes
-        self._address = int(check(driver().cuMemAlloc(nbytes), f"allocating {nbytes} bytes on {device}"))
+        self._address = self._allocate(device)
         self.tensor = bytes_at(self._address, nbytes, device)
 
+    def _allocate(self, device: torch.device) -> int:
+        what = f"allocating {self.nbytes} bytes on {device}"
+        try:
+            return int(check(driver().cuMemAlloc(self.nbytes), what))
+        except DeviceError:
+            torch.cuda.empty_cache()  # what torch keeps for itself may be all that is missing
+        try:
+            return int(check(driver().cuMemAlloc(self.nbytes), what))
+        except DeviceError as err:
+            free, total = torch.cuda.mem_get_info(device)
+            raise DeviceError(
+                f"{err}; {free / 2**30:.2f} of {total / 2**30:.2f} GiB are free. Weights that are read where "
+                "they lie need none of it: train in the server's dtype, without expandable segments, or "
+                "shard over more ranks; or serve with --transport gloo"
+            ) from err
+
     def free(self) -> None:
-        """Give the memory back; ``tensor`` must not be used afterwards."""
+        """Give the memory back; ``tensor`` must not be used afterwards. The device must be current."""
         check(driver().cuMemFree(self._address), "freeing device memory")
 
 
@@ -120,8 +139,7 @@ def copy_rows(
     Raises:
         DeviceError: the copy could not be enqueued.
     """
-    from cuda.bindings import runtime
-
+    runtime = _bindings("runtime")
     kind = runtime.cudaMemcpyKind.cudaMemcpyDefault
     if rows == 1:
         result = runtime.cudaMemcpyAsync(dst, src, width, kind, stream.cuda_stream)

@@ -154,18 +154,27 @@ class DeviceNonce:
     def __init__(self, device: torch.device) -> None:
         self._nonce = secrets.token_bytes(_NONCE_BYTES)
         self._device = device
-        cuda.use(device)
-        self._memory = cuda.OwnMemory(_NONCE_BYTES, device)
-        self._memory.tensor.copy_(torch.frombuffer(bytearray(self._nonce), dtype=torch.uint8))
-        torch.cuda.synchronize(device)
+        with torch.cuda.device(device):  # the user's thread: its own device is current again afterwards
+            cuda.use(device)
+            self._memory = cuda.OwnMemory(_NONCE_BYTES, device)
+            self._memory.tensor.copy_(torch.frombuffer(bytearray(self._nonce), dtype=torch.uint8))
+            torch.cuda.current_stream(device).synchronize()
 
     def whereabouts(self) -> DeviceWhereabouts:
         """This rank's GPU, for the other side to probe."""
-        shown = Exports().exhibit([self._memory.tensor])
+        with torch.cuda.device(self._device):
+            cuda.use(self._device)
+            shown = Exports().exhibit([self._memory.tensor])
         (allocation,) = shown.allocations
         return DeviceWhereabouts(
             uuid=cuda.uuid_of(self._device), nonce=self._nonce.hex(), allocation=allocation
         )
+
+    def close(self) -> None:
+        """Give the memory back; nobody can probe any more."""
+        with torch.cuda.device(self._device):
+            cuda.use(self._device)
+            self._memory.free()
 
 
 def can_pull(peer: DeviceWhereabouts, device: torch.device) -> str:

@@ -125,6 +125,14 @@ class Showcase:
             assert self._memory is not None
             yield self._memory.tensor[start : start + size]
 
+    def close(self) -> None:
+        """Give the snapshot's memory back; no updater may be reading any more."""
+        if self._memory is not None:
+            with torch.cuda.device(self.device):
+                cuda.use(self.device)
+                self._memory.free()
+            self._memory = None
+
     def _say(self, tensors: Sequence[torch.Tensor], reasons: Sequence[str]) -> None:
         moved = [(t, why) for t, why in zip(tensors, reasons, strict=True) if why]
         kinds = ", ".join(sorted({why for _, why in moved}))

@@ -48,7 +48,7 @@ Run = tuple[int, int, int]
 class Whereabouts(msgspec.Struct, frozen=True, kw_only=True):
     """Where a process's memory can be found, and a nonce at a known address to prove it.
 
-    ``gpu`` is set where the rank's weights are on a GPU.
+    ``on_gpu`` says that the rank's weights are on a GPU, and ``gpu`` how its memory can be mapped, if it can.
     """
 
     boot_id: str
@@ -56,6 +56,7 @@ class Whereabouts(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     nonce_address: int
     nonce: str
+    on_gpu: bool = False
     gpu: DeviceWhereabouts | None = None
 
 
@@ -66,7 +67,7 @@ class Nonce:
         self._bytes = secrets.token_bytes(32)
         self._buffer = ctypes.create_string_buffer(self._bytes, 32)
 
-    def whereabouts(self, host: str, gpu: DeviceWhereabouts | None) -> Whereabouts:
+    def whereabouts(self, host: str, *, on_gpu: bool, gpu: DeviceWhereabouts | None) -> Whereabouts:
         """This process, for the other side to probe."""
         return Whereabouts(
             boot_id=boot_id(),
@@ -74,6 +75,7 @@ class Nonce:
             host=host,
             nonce_address=ctypes.addressof(self._buffer),
             nonce=self._bytes.hex(),
+            on_gpu=on_gpu,
             gpu=gpu,
         )
 

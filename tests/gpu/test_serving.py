@@ -110,6 +110,23 @@ def test_weights_that_are_not_read_in_place(
             assert live.api.greedy() == fresh[index]
 
 
+def test_one_parameter_is_laid_over_the_version_that_is_served(live: Server, sets: list[Path]) -> None:
+    """The other half is a version old: it is brought up to date first, and what arrives comes after."""
+    name = "model.layers.1.mlp.down_proj.weight"
+    with training("plain", sets[0], logdir=live.logdir, env=ON_GPU) as trainers:
+        trainers.must("load", path=str(sets[0]))
+        trainers.must("broadcast")
+        seen = [live.api.greedy()]
+        for value in (0.01, -0.02, 0.03):
+            receipt = trainers.must("single", name=name, value=value)[0]
+            assert receipt["transport"] == "pull-gpu"
+            by_part = live.api.greedy()
+            trainers.must("broadcast")
+            assert live.api.greedy() == by_part
+            assert by_part not in seen
+            seen.append(by_part)
+
+
 def test_a_soak_leaves_memory_and_descriptors_as_they_were(live: Server, sets: list[Path]) -> None:
     def state(pids: list[int]) -> SimpleNamespace:
         used = torch.cuda.mem_get_info(0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import nn
 
 from bridge.catalogue import Catalogue
+from bridge.guard import Guarded
 from bridge.protocol.mapping import Mapping
 from bridge.sharding import canonical_names, collect
 from tests.support.mappings import identity_mapping, shapes_of
@@ -26,17 +29,17 @@ def made() -> tuple[Model, Mapping, Catalogue]:
     model = Model()
     mapping = identity_mapping(("checkpoint", shapes_of(canonical_names(model))))
     shards = collect(model, mapping, rank=0)
-    return model, mapping, Catalogue(model, mapping, shards, list(model.parameters()))
+    return model, mapping, Catalogue(model, mapping, shards, Guarded(model.parameters()))
 
 
 def test_an_optimizer_step_changes_nothing_that_matters() -> None:
     model, mapping, catalogue = made()
-    assert catalogue.holds(model, mapping)
+    assert catalogue.find(model, mapping) is not None
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     torch.optim.SGD(model.parameters(), lr=0.5).step()
-    assert catalogue.holds(model, mapping)
-    again = catalogue.shards.again()
+    again = catalogue.find(model, mapping)
+    assert again is not None
     fresh = collect(model, mapping, rank=0)
     assert again.layout == fresh.layout
     assert all(torch.equal(a, b) for a, b in zip(again.tensors, fresh.tensors, strict=True))
@@ -54,12 +57,25 @@ def move_memory(model: Model) -> None:
     model.embed.weight.data = model.embed.weight.detach().clone()
 
 
+def turn(model: Model) -> None:
+    model.layers[0].weight.data = model.layers[0].weight.data.t()
+
+
 def change_dtype(model: Model) -> None:
     model.half()
 
 
 def add_module(model: Model) -> None:
     model.head = nn.Linear(4, 2)
+
+
+def test_nothing_is_kept_alive() -> None:
+    model, _, catalogue = made()
+    memory = [weakref.ref(parameter) for parameter in model.parameters()]
+    del model
+    gc.collect()
+    assert [reference() for reference in memory] == [None] * len(memory)
+    assert catalogue.guarded.ids
 
 
 def replace_buffer(model: Model) -> None:
@@ -76,6 +92,7 @@ def drop_parameter(model: Model) -> None:
         replace_parameter,
         replace_module,
         move_memory,
+        turn,
         change_dtype,
         add_module,
         replace_buffer,
@@ -85,14 +102,14 @@ def drop_parameter(model: Model) -> None:
 def test_any_other_change_is_noticed(change: Callable[[Model], None]) -> None:
     model, mapping, catalogue = made()
     change(model)
-    assert not catalogue.holds(model, mapping)
+    assert catalogue.find(model, mapping) is None
 
 
 def test_another_model_or_mapping_is_not_the_same() -> None:
     model, mapping, catalogue = made()
-    assert not catalogue.holds(Model(), mapping)
+    assert catalogue.find(Model(), mapping) is None
     other = identity_mapping(("checkpoint", shapes_of(canonical_names(model))))
-    assert not catalogue.holds(model, other)
+    assert catalogue.find(model, other) is None
 
 
 def test_a_parameter_that_was_copied_is_copied_again() -> None:
@@ -102,4 +119,4 @@ def test_a_parameter_that_was_copied_is_copied_again() -> None:
     mapping = identity_mapping(("checkpoint", shapes_of(canonical_names(model))))
     shards = collect(model, mapping, rank=0)
     assert not all(shards.contiguous)
-    assert not Catalogue(model, mapping, shards, list(model.parameters())).holds(model, mapping)
+    assert Catalogue(model, mapping, shards, Guarded(())).find(model, mapping) is None
