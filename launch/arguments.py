@@ -161,13 +161,7 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("transfer")
     _flag(group, "--transport", str, d.transport, "pull: from the trainer's memory, same host", TRANSPORTS)
     _flag(group, "--checksum", str, d.checksum, "which rounds GPUs sum at both ends", CHECKSUM)
-    _flag(
-        group,
-        "--bucket-bytes",
-        int,
-        d.bucket_bytes,
-        "0: 64 MiB on CPUs, 256 MiB on GPUs",
-    )
+    _flag(group, "--bucket-bytes", int, d.bucket_bytes, "0: 64 MiB on CPUs, 256 MiB on GPUs")
     _flag(
         group,
         "--prefix-cache",

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from bridge.errors import MappingError
+from bridge.protocol.region import Dim, merge_dims
 
 CONSTANT = -(1 << 61)  # address of an element that holds a constant, not a source's value
 KEEP = -(1 << 60)  # address of an element that the operation leaves as it is
@@ -43,15 +44,12 @@ def last_index(size: Sequence[int], stride: Sequence[int]) -> int:
 
 def coalesce(piece: Piece) -> Piece:
     """The same copy with its dimensions in destination order and mergeable ones merged: a normal form."""
-    rows = [row for row in zip(piece.size, piece.src_stride, piece.dst_stride, strict=True) if row[0] != 1]
-    rows.sort(key=lambda row: (row[2], row[1]), reverse=True)
-    merged: list[tuple[int, int, int]] = []
-    for size, src, dst in rows:
-        if merged and merged[-1][1] == size * src and merged[-1][2] == size * dst:
-            merged[-1] = (merged[-1][0] * size, src, dst)
-        else:
-            merged.append((size, src, dst))
-    sizes, srcs, dsts = zip(*(merged or [(1, 1, 1)]), strict=True)
+    dims = sorted(
+        (Dim(*dim) for dim in zip(piece.size, piece.src_stride, piece.dst_stride, strict=True)),
+        key=lambda dim: (dim.dst, dim.src),
+        reverse=True,
+    )
+    sizes, srcs, dsts = zip(*(merge_dims(dims) or [Dim(1, 1, 1)]), strict=True)
     return Piece(sizes, piece.address, srcs, piece.offset, dsts)
 
 

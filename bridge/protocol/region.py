@@ -11,7 +11,7 @@ All offsets, strides, sizes and steps are counted in elements.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from bridge.errors import MappingError
@@ -56,8 +56,8 @@ class Piece(NamedTuple):
         return math.prod(self.size)
 
 
-class _Dim(NamedTuple):
-    """One dimension of a view before it is tied: count, source stride, target stride."""
+class Dim(NamedTuple):
+    """One dimension of a strided copy: count, source stride, target stride."""
 
     length: int
     src: int
@@ -67,7 +67,7 @@ class _Dim(NamedTuple):
 class _View(NamedTuple):
     src_offset: int
     dst_offset: int
-    dims: tuple[_Dim, ...]
+    dims: tuple[Dim, ...]
 
 
 class _Grid(NamedTuple):
@@ -88,16 +88,16 @@ def row_major(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def _merge(dims: Sequence[_Dim]) -> list[_Dim]:
+def merge_dims(dims: Iterable[Dim]) -> list[Dim]:
     """Drop dims of 1, and join neighbours that both sides walk without a break."""
-    merged: list[_Dim] = []
+    merged: list[Dim] = []
     for count, src, dst in dims:
         if count == 1:
             continue
         outer = 1
         if merged and merged[-1].src == count * src and merged[-1].dst == count * dst:
             outer = merged.pop().length
-        merged.append(_Dim(outer * count, src, dst))
+        merged.append(Dim(outer * count, src, dst))
     return merged
 
 
@@ -124,7 +124,7 @@ def box_write(write: Write, source: Source, *, target: str) -> tuple[Box, ...]:
             f"{source.numel} (size {write.size}, strides {write.src_stride}, shape {source.shape})"
         )
     grid = _grid(source.shape)
-    dims = _merge([_Dim(*dim) for dim in zip(write.size, write.src_stride, write.dst_stride, strict=True)])
+    dims = merge_dims([Dim(*dim) for dim in zip(write.size, write.src_stride, write.dst_stride, strict=True)])
     pending = [_View(write.src_offset, write.dst_offset, tuple(dims))]
     boxes: list[Box] = []
     while pending:
@@ -183,25 +183,25 @@ def _split(view: _View, j: int, *, step: int, extent: int, first: int, rest: int
         period = extent // step
         head = min(count, period - first // step) if first >= step else 0
         passes, tail = divmod(count - head, period)
-        whole = (_Dim(passes, period * src, period * dst), _Dim(period, src, dst))
+        whole = (Dim(passes, period * src, period * dst), Dim(period, src, dst))
         after = head + passes * period
         parts = [
-            _part(view, j, 0, (_Dim(head, src, dst),)),
+            _part(view, j, 0, (Dim(head, src, dst),)),
             _part(view, j, head, whole),
-            _part(view, j, after, (_Dim(tail, src, dst),)),
+            _part(view, j, after, (Dim(tail, src, dst),)),
         ]
         return [part for part in parts if part is not None]
     if rest == 0:
         head = (extent - 1 - first) // step + 1
         parts = [
-            _part(view, j, 0, (_Dim(head, src, dst),)),
-            _part(view, j, head, (_Dim(count - head, src, dst),)),
+            _part(view, j, 0, (Dim(head, src, dst),)),
+            _part(view, j, head, (Dim(count - head, src, dst),)),
         ]
         return [part for part in parts if part is not None]
     return _enumerate(view, j)
 
 
-def _part(view: _View, j: int, first: int, dims: tuple[_Dim, ...]) -> _View | None:
+def _part(view: _View, j: int, first: int, dims: tuple[Dim, ...]) -> _View | None:
     """``view`` from index ``first`` of dim ``j`` on, with that dim replaced; None if it is empty."""
     if not all(dim.length for dim in dims):
         return None
@@ -304,16 +304,16 @@ def _localise(box: Box, offset: Sequence[int], strides: Sequence[int]) -> Piece:
     for start, low, stride in zip(box.start, offset, strides, strict=True):
         src_offset += (start - low) * stride
     # A broadcast axis has step 0, whatever stride BROADCAST picks here.
-    dims = [_Dim(n, step * strides[k] if step else 0, dst) for k, step, n, dst in box.axes]
+    dims = [Dim(n, step * strides[k] if step else 0, dst) for k, step, n, dst in box.axes]
     if len(dims) > 1:
         # The order in which elements travel is free; the target's memory order leaves the longest runs.
         dims.sort(key=_memory_order)
-        dims = _merge(dims)
+        dims = merge_dims(dims)
     if not dims:
         return Piece((), src_offset, (), box.dst_offset, ())
     size, src, dst = zip(*dims, strict=True)
     return Piece(size, src_offset, src, box.dst_offset, dst)
 
 
-def _memory_order(dim: _Dim) -> tuple[int, int]:
+def _memory_order(dim: Dim) -> tuple[int, int]:
     return -dim.dst, -dim.src

@@ -13,6 +13,7 @@ import torch
 
 from bridge.errors import ConfigError
 from bridge.protocol.messages import DIGEST_BYTES
+from bridge.protocol.region import Dim, merge_dims
 
 _BLOCK = 4096  # elements a program reads at a time
 _BLOCKS_PER_PROGRAM = 16
@@ -73,17 +74,9 @@ class DeviceChecksums:
 
 def _as_rows(tensor: torch.Tensor) -> torch.Tensor:
     """The same elements in the same order as [rows, cols], rows contiguous; a copy if need be."""
-    size, stride = list(tensor.shape) or [1], list(tensor.stride()) or [1]
-    merged: list[tuple[int, int]] = []
-    for n, s in zip(size, stride, strict=True):
-        if n == 1:
-            continue
-        if merged and merged[-1][1] == n * s:
-            merged[-1] = (merged[-1][0] * n, s)
-        else:
-            merged.append((n, s))
-    if not merged or (len(merged) == 1 and merged[0][1] == 1):
+    dims = merge_dims(Dim(n, s, s) for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    if not dims or (len(dims) == 1 and dims[0].src == 1):
         return tensor.as_strided((1, tensor.numel()), (tensor.numel(), 1))
-    if len(merged) == 2 and merged[1][1] == 1:
-        return tensor.as_strided((merged[0][0], merged[1][0]), (merged[0][1], 1))
+    if len(dims) == 2 and dims[1].src == 1:
+        return tensor.as_strided((dims[0].length, dims[1].length), (dims[0].src, 1))
     return tensor.contiguous().view(1, -1)

@@ -16,6 +16,7 @@ import msgspec
 import torch
 
 from bridge.protocol.plan import Bucket, Copy, Lane
+from bridge.protocol.region import Dim, merge_dims
 from bridge.wire import cuda, device_memory
 from bridge.wire.device_checksum import DeviceChecksums
 from bridge.wire.transport import (
@@ -307,13 +308,13 @@ def rows_of(copy: Copy) -> Iterator[Rows]:
 
     Destination offsets are relative to the copy's first element.
     """
-    dims = _merged(copy)
+    dims = merge_dims(Dim(*dim) for dim in zip(copy.size, copy.src_stride, copy.dst_stride, strict=True))
     width = 1
     if dims and dims[-1][1] == dims[-1][2] == 1:
         width = dims.pop()[0]
     rows, src_pitch, dst_pitch = dims.pop() if dims else (1, width, width)
     if min(src_pitch, dst_pitch) < width:  # overlapping or reversed rows are no rows to a copy engine
-        dims.append((rows, src_pitch, dst_pitch))
+        dims.append(Dim(rows, src_pitch, dst_pitch))
         rows, src_pitch, dst_pitch = 1, width, width
     for index in itertools.product(*(range(n) for n, _, _ in dims)):
         yield Rows(
@@ -324,16 +325,3 @@ def rows_of(copy: Copy) -> Iterator[Rows]:
             dst_pitch=dst_pitch,
             width=width,
         )
-
-
-def _merged(copy: Copy) -> list[tuple[int, int, int]]:
-    """(size, source stride, destination stride) of each dimension, with those that run on merged."""
-    dims: list[tuple[int, int, int]] = []
-    for n, src, dst in zip(copy.size, copy.src_stride, copy.dst_stride, strict=True):
-        if n == 1:
-            continue
-        if dims and dims[-1][1] == n * src and dims[-1][2] == n * dst:
-            dims[-1] = (dims[-1][0] * n, src, dst)
-        else:
-            dims.append((n, src, dst))
-    return dims
