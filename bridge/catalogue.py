@@ -43,7 +43,7 @@ class Catalogue:
         modules = list(model.modules())
         self._sharded = [weakref.ref(module) for module in modules if isinstance(module, FSDPModule)]
         self._tree = [(weakref.ref(module), _contents(module)) for module in modules]
-        self._owners = [(weakref.ref(owner), _geometry(owner)) for owner in shards.owners]
+        self._owners = [(weakref.ref(owner), _geometry(_local(owner))) for owner in shards.owners]
 
     def find(self, model: nn.Module, mapping: Mapping) -> LocalShards | None:
         """What ``collect`` would find now, or None if it must look again."""
@@ -56,19 +56,24 @@ class Catalogue:
         for reference, contents in self._tree:
             if (found := reference()) is None or _contents(found) != contents:
                 return None
-        owners = [reference() for reference, _ in self._owners]
-        for owner, (_, geometry) in zip(owners, self._owners, strict=True):
-            if owner is None or _geometry(owner) != geometry:
+        held, tensors = [], []
+        for owned, geometry in self._owners:
+            if (owner := owned()) is None or _geometry(local := _local(owner)) != geometry:
                 return None
-        held = [owner for owner in owners if owner is not None]
-        tensors = [_local(owner).detach() for owner in held]
+            held.append(owner)
+            tensors.append(local.detach())
         return LocalShards(self._layout, tensors, self._contiguous, held, mark_computed(tensors))
 
 
-def _contents(module: nn.Module) -> tuple[tuple[Any, ...], ...]:
-    """Which objects a module holds under which names."""
-    tables = (module._modules, module._parameters, module._buffers)
-    return tuple((*table, *map(id, table.values())) for table in tables)
+def _contents(module: nn.Module) -> list[Any]:
+    """Which objects a module holds under which names: names are strings, objects numbers, tables end in 0."""
+    found: list[Any] = []
+    for table in (module._modules, module._parameters, module._buffers):
+        if table:  # most are empty, and there are thousands
+            found += table
+            found += map(id, table.values())
+        found.append(0)
+    return found
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
@@ -76,6 +81,5 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
-def _geometry(tensor: torch.Tensor) -> _Geometry:
-    local = _local(tensor)
+def _geometry(local: torch.Tensor) -> _Geometry:
     return local.data_ptr(), local.dtype, local.shape, local.stride()

@@ -32,7 +32,7 @@ class Staging:
         self._targets = targets
         self._scratch: dict[int, torch.Tensor] = {}
         self._missing: dict[int, int] = {}
-        self._flat = [None if t.transform else self._flatten(t) for t in targets]
+        self._flat: dict[int, torch.Tensor] = {}  # made on demand: hundreds would hold up the first copy
 
     def _flatten(self, target: Target) -> torch.Tensor:
         # Writes address a target by strides from its first element, which may reach beyond nbytes
@@ -43,14 +43,17 @@ class Staging:
 
     def view(self, target: int, size: tuple[int, ...], offset: int, stride: tuple[int, ...]) -> torch.Tensor:
         """The elements of one copy, to be written by the caller, who then reports ``landed``."""
-        flat = self._flat[target]
-        if flat is None:
+        if not self.is_direct(target):
             flat = self._scratch_of(target)
+        elif (known := self._flat.get(target)) is not None:
+            flat = known
+        else:
+            flat = self._flat[target] = self._flatten(self._targets[target])
         return flat.as_strided(size, stride, flat.storage_offset() + offset)
 
     def is_direct(self, target: int) -> bool:
         """Whether bytes may be written straight into the half."""
-        return self._flat[target] is not None
+        return not self._targets[target].transform
 
     def _scratch_of(self, index: int) -> torch.Tensor:
         if index not in self._scratch:

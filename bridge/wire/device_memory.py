@@ -85,6 +85,17 @@ class Exports:
         """
         return self._of(tensor.data_ptr())[1] is not None
 
+    def still_stand(self) -> bool:
+        """Whether every allocation of the last exhibit is still the one it was."""
+        cu = cuda.driver()
+        identity = cu.CUpointer_attribute.CU_POINTER_ATTRIBUTE_BUFFER_ID
+        for buffer_id, (base, allocation) in self._known.items():
+            if allocation is not None:
+                code, found = cu.cuPointerGetAttribute(identity, base)
+                if int(code) != 0 or int(found) != buffer_id:  # an error: nothing is allocated there now
+                    return False
+        return True
+
     def exhibit(self, tensors: Sequence[torch.Tensor]) -> Exhibit:
         """Say where ``tensors`` lie; all of them on the current device, and able to be shown.
 
@@ -115,6 +126,21 @@ class PeerAllocations:
 
     def __init__(self) -> None:
         self._mapped: dict[tuple[int, bytes], int] = {}
+        self._message = b""
+        self._places: tuple[list[int], list[torch.dtype]] = ([], [])
+
+    def read(self, message: bytes) -> tuple[list[int], list[torch.dtype]]:
+        """Address in this process and dtype of each shard, of an encoded ``Exhibit``.
+
+        Raises:
+            DeviceError: CUDA refused to map an allocation.
+        """
+        if message != self._message:  # the same message names the same allocations, which are still mapped
+            shown = msgspec.msgpack.decode(message, type=Exhibit)
+            self._message = b""  # until all of it is mapped
+            self._places = self.refresh(shown), [getattr(torch, place.dtype) for place in shown.shards]
+            self._message = message
+        return self._places
 
     def refresh(self, shown: Exhibit) -> list[int]:
         """Map what is new, unmap what is gone; returns the address of each shard in this process.
@@ -132,6 +158,7 @@ class PeerAllocations:
 
     def close(self) -> None:
         """Unmap everything."""
+        self._message = b""
         while self._mapped:
             _unmap(self._mapped.popitem()[1])
 

@@ -92,7 +92,7 @@ def test_memory_that_moved_is_read_where_it_is_now(device: torch.device) -> None
     stream = torch.cuda.current_stream()
     for number in range(moves + 1):
         assert ours.poll(60)
-        (address,) = known.refresh(ours.recv())
+        (address,), _ = known.read(ours.recv())
         cuda.copy_rows(found.data_ptr(), 0, address, 0, width=1024, rows=1, stream=stream)
         stream.synchronize()
         assert found.unique().tolist() == [number]

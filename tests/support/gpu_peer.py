@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from bridge.wire import cuda, device_memory
+from bridge.wire import cuda
+from bridge.wire.device_transport import Showcase
 from vllm_patching.cuda_arena import CudaHalves
 
 
@@ -26,11 +27,13 @@ def show(pipe: Any, nbytes: int, moves: int) -> None:
     """Show a tensor, then replace it by another one ``moves`` times; each holds its own number."""
     device = torch.device("cuda", 0)
     cuda.use(device)
-    exports = device_memory.Exports()
+    showcase = Showcase(device)
     for number in range(moves + 1):
         data = torch.full((nbytes,), number, dtype=torch.uint8, device=device)
         torch.cuda.synchronize()
-        pipe.send(exports.exhibit([data[256:]]))
+        shown = [showcase.prepare([data[256:]], [torch.uint8]).message for _ in range(2)]
+        assert shown[0] == shown[1], "nothing moved between the two"
+        pipe.send(shown[1])
         pipe.recv()
         del data
         torch.cuda.empty_cache()
