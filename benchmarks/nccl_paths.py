@@ -144,7 +144,7 @@ def main() -> int:
     quiet = [s for end, s in steps if not any(a <= end and end - s <= b for a, b in inside)]
     result: dict[str, Any] = {
         "command": " ".join([Path(sys.executable).name, *sys.argv]),
-        "hardware": f"2 x {torch.cuda.get_device_name(0)}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}",
+        "hardware": f"2 x {torch.cuda.get_device_name(0)}, NCCL {torch.cuda.nccl.version()}",
         "bytes": TOTAL,
         "decode_step_ms": {"median": 1e3 * statistics.median(quiet), "max": 1e3 * max(quiet)},
         "runs": [],

@@ -29,10 +29,12 @@ class Staging:
     def __init__(self, half: torch.Tensor, targets: Sequence[Target]) -> None:
         """``half`` is uint8 [arena_bytes]; ``targets`` are the rank's, in mapping order."""
         self._half = half
+        self._start = half.data_ptr()
         self._targets = targets
         self._scratch: dict[int, torch.Tensor] = {}
         self._missing: dict[int, int] = {}
-        self._flat: dict[int, torch.Tensor] = {}  # made on demand: hundreds would hold up the first copy
+        # Made on demand: hundreds at once would hold up the first copy.
+        self._flat: dict[int, torch.Tensor] = {}
 
     def _flatten(self, target: Target) -> torch.Tensor:
         # Writes address a target by strides from its first element, which may reach beyond nbytes
@@ -43,13 +45,21 @@ class Staging:
 
     def view(self, target: int, size: tuple[int, ...], offset: int, stride: tuple[int, ...]) -> torch.Tensor:
         """The elements of one copy, to be written by the caller, who then reports ``landed``."""
-        if not self.is_direct(target):
-            flat = self._scratch_of(target)
-        elif (known := self._flat.get(target)) is not None:
-            flat = known
-        else:
-            flat = self._flat[target] = self._flatten(self._targets[target])
+        flat = self._whole(target)
         return flat.as_strided(size, stride, flat.storage_offset() + offset)
+
+    def address(self, target: int) -> int:
+        """Where the first byte of ``target`` is, for writers that need no tensor."""
+        if self.is_direct(target):
+            return self._start + self._targets[target].offset
+        return self._scratch_of(target).data_ptr()
+
+    def _whole(self, target: int) -> torch.Tensor:
+        if not self.is_direct(target):
+            return self._scratch_of(target)
+        if target not in self._flat:
+            self._flat[target] = self._flatten(self._targets[target])
+        return self._flat[target]
 
     def is_direct(self, target: int) -> bool:
         """Whether bytes may be written straight into the half."""

@@ -29,6 +29,7 @@ from bridge.protocol.holders import CASTS
 from bridge.protocol.mapping import Mapping, RankMap
 from bridge.protocol.plan import Lane, Plan
 from bridge.wire import device_memory, peer_memory, rendezvous
+from bridge.wire.copy_jobs import LaneSteps
 from bridge.wire.device_checksum import DeviceChecksums
 from bridge.wire.device_memory import PeerAllocations
 from bridge.wire.device_transport import DevicePullSink, Engines, SummedRounds
@@ -52,6 +53,7 @@ from vllm_patching.staging import Staging, torch_dtype, writes_by_source
 logger = logging.getLogger("vllm_patching.updater")  # __name__ is __main__ here
 
 CONNECT_TIMEOUT_S = 30.0
+KEPT_PLANS = 4  # copy jobs of so many plans are kept; a training run has one, or two
 _PR_SET_PDEATHSIG = 1
 
 
@@ -86,6 +88,7 @@ class Updater:
         self._where: list[peer_memory.Whereabouts] = []
         self._buffers: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
         self._shown: defaultdict[int, PeerAllocations] = defaultdict(PeerAllocations)
+        self._steps: dict[tuple[bytes, int], LaneSteps] = {}
         self._engines = Engines(halves.device) if halves.device.type == "cuda" else None
 
     def prepare(self) -> None:
@@ -159,7 +162,7 @@ class Updater:
             )
         start = time.perf_counter()
         staging = self._staging(half, partial=description.partial)
-        lanes = [lane for lane in plan.lanes if lane.inference == self.rank]
+        lanes = self._lanes(plan)
         self._receive(plan, lanes, joint, staging)
         staging.finish()
         self.halves.synchronize()
@@ -173,6 +176,14 @@ class Updater:
             self.halves.halves[half].copy_(self.halves.halves[1 - half])
             self.halves.synchronize()  # or it might overtake what arrives on other streams
         return Staging(self.halves.halves[half], self.rank_map.targets)
+
+    def _lanes(self, plan: Plan) -> list[Lane]:
+        lanes = [lane for lane in plan.lanes if lane.inference == self.rank]
+        if all(self._links[lane.trainer] == GPU_PULL for lane in lanes):
+            # Updaters that begin with different trainers share the trainers' links better.
+            start = self.rank % max(len(lanes), 1)
+            lanes = lanes[start:] + lanes[:start]
+        return lanes
 
     def _receive(self, plan: Plan, lanes: Sequence[Lane], joint: str, staging: Staging) -> None:
         checked = self._summed.includes(plan.digest)
@@ -198,13 +209,23 @@ class Updater:
         )
         if self._links[lane.trainer] == GPU_PULL:
             assert self._engines is not None
-            peer = self._shown[lane.trainer]
-            return DevicePullSink(link, lane, peer, self._engines, checked=checked)
+            streams = self._engines.share(lane.trainer, sum(one.inference == self.rank for one in plan.lanes))
+            peer, steps = self._shown[lane.trainer], self._lane_steps(plan, lane)
+            return DevicePullSink(link, lane, peer, steps, self._engines, streams, checked=checked)
         if self._links[lane.trainer] == PULL:
             _, layouts, _ = self.meeting.plan(joint)
             return PullSink(link, where.pid, layouts[lane.trainer])
         dtypes = [torch_dtype(target.dtype) for target in self.rank_map.targets]
         return GlooSink(link, lane, dtypes, self._buffers[lane.trainer])
+
+    def _lane_steps(self, plan: Plan, lane: Lane) -> LaneSteps:
+        """The lane's copy jobs; those of other plans but the last few are forgotten."""
+        key = (plan.digest, lane.trainer)
+        if key not in self._steps:
+            while len(self._steps) >= KEPT_PLANS * max(len(self._links), 1):
+                del self._steps[next(iter(self._steps))]
+            self._steps[key] = LaneSteps([torch_dtype(target.dtype) for target in self.rank_map.targets])
+        return self._steps[key]
 
     def stage_file(self, *, path: str, half: int) -> dict[str, Any]:
         """Stage a whole version from safetensors files (a file, or a folder of them).

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from bridge.errors import ConfigError, DeviceError
 
 
+@functools.cache
 def _bindings(name: str) -> Any:
     try:
         return importlib.import_module(f"cuda.bindings.{name}")
@@ -129,6 +131,13 @@ class OwnMemory:
         check(driver().cuMemFree(self._address), "freeing device memory")
 
 
+@functools.cache
+def _copying() -> tuple[Any, Any]:
+    # Looking names up in the bindings takes longer than the calls they are for.
+    runtime = _bindings("runtime")
+    return runtime, runtime.cudaMemcpyKind.cudaMemcpyDefault
+
+
 def copy_rows(
     dst: int, dst_pitch: int, src: int, src_pitch: int, *, width: int, rows: int, stream: torch.cuda.Stream
 ) -> None:
@@ -139,8 +148,7 @@ def copy_rows(
     Raises:
         DeviceError: the copy could not be enqueued.
     """
-    runtime = _bindings("runtime")
-    kind = runtime.cudaMemcpyKind.cudaMemcpyDefault
+    runtime, kind = _copying()
     if rows == 1:
         result = runtime.cudaMemcpyAsync(dst, src, width, kind, stream.cuda_stream)
     else:

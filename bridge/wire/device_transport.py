@@ -16,12 +16,11 @@ import msgspec
 import torch
 
 from bridge.protocol.plan import Bucket, Copy, Lane
-from bridge.protocol.region import Dim, merge_dims
 from bridge.wire import cuda, device_memory
+from bridge.wire.copy_jobs import LaneSteps, Step
 from bridge.wire.device_checksum import DeviceChecksums
 from bridge.wire.transport import (
     ADDRESS_TAG,
-    DIRECT_RUN_BYTES,
     DataLink,
     Landing,
     compare_digests,
@@ -38,6 +37,7 @@ _SLOT_ALIGNMENT = 256  # bytes, as torch's own allocator aligns
 # The updater's kernels take turns with the forward's on the whole GPU, and each turn costs the forward some
 # milliseconds whatever its length: so there are few.
 SUM_BATCH_BYTES = 2 << 30
+COPY_STREAMS = 8
 
 
 class SummedRounds:
@@ -188,21 +188,20 @@ class DevicePullSource:
 
 
 class Engines:
-    """An updater's streams: two take turns at copies, so that the gap after one is filled by the other; sums
-    follow the copies bucket by bucket on a third.
-    """
+    """An updater's streams: for copies, and one on which sums follow them bucket by bucket."""
 
     def __init__(self, device: torch.device) -> None:
         cuda.use(device)
         self.device = device
-        self.copies = tuple(torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
+        self._copies = tuple(torch.cuda.Stream(device) for _ in range(COPY_STREAMS))  # type: ignore[no-untyped-call]
         self.sums = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._turn = 0
 
-    def next_copies(self) -> torch.cuda.Stream:
-        """The stream whose turn it is."""
-        self._turn = 1 - self._turn
-        return self.copies[self._turn]
+    def share(self, lane: int, lanes: int) -> tuple[torch.cuda.Stream, ...]:
+        """The streams of one lane of several: of its own, so that all trainers are read at once.
+
+        A single lane gets two that take turns, so that the gap after one copy is filled by the other.
+        """
+        return self._copies[:2] if lanes == 1 else (self._copies[lane % COPY_STREAMS],)
 
 
 class DevicePullSink:
@@ -213,13 +212,19 @@ class DevicePullSink:
         link: DataLink,
         lane: Lane,
         peer: device_memory.PeerAllocations,
+        steps: LaneSteps,
         engines: Engines,
+        streams: Sequence[torch.cuda.Stream],
         *,
         checked: bool,
     ) -> None:
+        """``streams`` are the lane's share of ``engines``; copies take turns on them."""
         self._link = link
         self._peer = peer
+        self._steps = steps
         self._engines = engines
+        self._streams = streams
+        self._turns = itertools.cycle(streams)
         self._sums = DeviceChecksums(len(lane.buckets), engines.device, engines.sums) if checked else None
         self._addresses: list[int] = []
         self._dtypes: list[torch.dtype] = []
@@ -231,13 +236,17 @@ class DevicePullSink:
         data = torch.empty(int(size), dtype=torch.uint8)
         message = self._link.receive(data, ADDRESS_TAG, "the shards' places").numpy().tobytes()
         self._addresses, self._dtypes = self._peer.read(message)
+        self._steps.use(self._dtypes)
 
     def move(self, bucket: Bucket, landing: Landing) -> None:
-        for copy in bucket.copies:
-            place = landing.view(copy.target, copy.size, copy.dst_offset, copy.dst_stride)
-            arrived = self._pull(copy, place)
-            landing.landed(copy.target, place.numel())
+        for step in self._steps.of(bucket):
+            copy = step.copy
+            arrived = None if step.jobs else self._fetch(copy, _place(landing, copy))
+            if arrived is None:
+                self._pull(step, landing.address(copy.target))
+            landing.landed(copy.target, step.numel)
             if self._sums is not None:
+                arrived = _place(landing, copy) if arrived is None else arrived
                 self._unsummed.append((bucket.index, arrived))
                 self._unsummed_bytes += arrived.nbytes
         if self._unsummed_bytes >= SUM_BATCH_BYTES:
@@ -245,37 +254,33 @@ class DevicePullSink:
 
     def _sum(self) -> None:
         assert self._sums is not None
-        for stream in self._engines.copies:
+        for stream in self._streams:
             self._engines.sums.wait_stream(stream)
         for bucket, tensor in self._unsummed:
             tensor.record_stream(self._engines.sums)
             self._sums.add(bucket, tensor)
         self._unsummed, self._unsummed_bytes = [], 0
 
-    def _pull(self, copy: Copy, place: torch.Tensor) -> torch.Tensor:
-        """Enqueue one copy; returns the elements as the trainer holds them, for the sums."""
-        dtype = self._dtypes[copy.shard]
-        address = self._addresses[copy.shard] + copy.src_offset * dtype.itemsize
-        rows = list(rows_of(copy))
-        if place.dtype != dtype or rows[0].width * dtype.itemsize < DIRECT_RUN_BYTES < place.nbytes:
-            return self._fetch(copy, place, address, dtype)
-        unit, stream = dtype.itemsize, self._engines.next_copies()
-        for row in rows:
+    def _pull(self, step: Step, target: int) -> None:
+        """Enqueue one copy's jobs; ``target`` is the address of its target."""
+        shard, stream = self._addresses[step.copy.shard], next(self._turns)
+        for job in step.jobs:
             cuda.copy_rows(
-                place.data_ptr() + row.dst * unit,
-                row.dst_pitch * unit,
-                address + row.src * unit,
-                row.src_pitch * unit,
-                width=row.width * unit,
-                rows=row.rows,
+                target + job.dst,
+                job.dst_pitch,
+                shard + job.src,
+                job.src_pitch,
+                width=job.width,
+                rows=job.rows,
                 stream=stream,
             )
-        return place
 
-    def _fetch(self, copy: Copy, place: torch.Tensor, address: int, dtype: torch.dtype) -> torch.Tensor:
-        """Copy the span that the elements lie in, then pick and cast them on this side."""
+    def _fetch(self, copy: Copy, place: torch.Tensor) -> torch.Tensor:
+        """Copy the span that the elements lie in, pick and cast them here; returns them as they came."""
+        dtype = self._dtypes[copy.shard]
+        address = self._addresses[copy.shard] + copy.src_offset * dtype.itemsize
         span = 1 + sum((n - 1) * s for n, s in zip(copy.size, copy.src_stride, strict=True))
-        stream = self._engines.next_copies()
+        stream = next(self._turns)
         with torch.cuda.stream(stream):
             scratch = torch.empty(span, dtype=dtype, device=self._engines.device)
             nbytes = span * dtype.itemsize
@@ -292,43 +297,11 @@ class DevicePullSink:
         """
         if self._unsummed:
             self._sum()
-        for stream in self._engines.copies:
+        for stream in self._streams:
             stream.synchronize()
         if self._sums is not None:
             compare_digests(self._link, self._sums.digests())
 
 
-@dataclass(frozen=True)
-class Rows:
-    """A part of a copy that one strided copy-engine job can do; all in elements."""
-
-    src: int
-    dst: int
-    rows: int
-    src_pitch: int
-    dst_pitch: int
-    width: int
-
-
-def rows_of(copy: Copy) -> Iterator[Rows]:
-    """Cut a copy into jobs: a contiguous run, repeated at a pitch; outer dimensions become separate jobs.
-
-    Destination offsets are relative to the copy's first element.
-    """
-    dims = merge_dims(Dim(*dim) for dim in zip(copy.size, copy.src_stride, copy.dst_stride, strict=True))
-    width = 1
-    if dims and dims[-1][1] == dims[-1][2] == 1:
-        width = dims.pop()[0]
-    rows, src_pitch, dst_pitch = dims.pop() if dims else (1, width, width)
-    if min(src_pitch, dst_pitch) < width:  # overlapping or reversed rows are no rows to a copy engine
-        dims.append(Dim(rows, src_pitch, dst_pitch))
-        rows, src_pitch, dst_pitch = 1, width, width
-    for index in itertools.product(*(range(n) for n, _, _ in dims)):
-        yield Rows(
-            src=sum(i * s for i, (_, s, _) in zip(index, dims, strict=True)),
-            dst=sum(i * d for i, (_, _, d) in zip(index, dims, strict=True)),
-            rows=rows,
-            src_pitch=src_pitch,
-            dst_pitch=dst_pitch,
-            width=width,
-        )
+def _place(landing: Landing, copy: Copy) -> torch.Tensor:
+    return landing.view(copy.target, copy.size, copy.dst_offset, copy.dst_stride)

@@ -41,6 +41,9 @@ class Landing(Protocol):
     def view(self, target: int, size: tuple[int, ...], offset: int, stride: tuple[int, ...]) -> torch.Tensor:
         """The elements of one copy in their final place."""
 
+    def address(self, target: int) -> int:
+        """Where the first byte of ``target`` is."""
+
     def landed(self, target: int, count: int) -> None:
         """``count`` elements of ``target`` have been written."""
 

@@ -124,6 +124,7 @@ def random_copy(choose: random.Random) -> tuple[Copy, int, int]:
 @pytest.mark.parametrize("seed", range(40))
 def test_strided_copies_land_as_torch_would_put_them(device: torch.device, seed: int) -> None:
     from bridge.protocol.plan import Bucket, Lane
+    from bridge.wire.copy_jobs import LaneSteps
     from bridge.wire.device_memory import PeerAllocations
     from bridge.wire.device_transport import DevicePullSink, Engines
 
@@ -132,14 +133,21 @@ def test_strided_copies_land_as_torch_would_put_them(device: torch.device, seed:
     dtype = torch.float32 if seed % 5 == 0 else torch.bfloat16
     target = torch.zeros(target_numel, device=device, dtype=dtype)
     lane = Lane(trainer=0, inference=0, buckets=(Bucket(index=0, nbytes=0, copies=(copy,)),))
-    sink = DevicePullSink(None, lane, PeerAllocations(), Engines(device), checked=False)  # type: ignore[arg-type]
+    engines, steps = Engines(device), LaneSteps([dtype])
+    sink = DevicePullSink(
+        None, lane, PeerAllocations(), steps, engines, engines.share(0, 1 + seed % 2), checked=False
+    )  # type: ignore[arg-type]
     sink._addresses, sink._dtypes = [source.data_ptr()], [torch.bfloat16]
+    steps.use(sink._dtypes)
 
     class Landing:
         def view(
             self, _target: int, size: tuple[int, ...], offset: int, stride: tuple[int, ...]
         ) -> torch.Tensor:
             return target.as_strided(size, stride, offset)
+
+        def address(self, _target: int) -> int:
+            return target.data_ptr()
 
         def landed(self, _target: int, _count: int) -> None: ...
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.protocol.plan import Copy
-from bridge.wire.device_transport import SummedRounds, rows_of
+from bridge.protocol.plan import Bucket, Copy
+from bridge.wire.copy_jobs import LaneSteps, rows_of
+from bridge.wire.device_transport import SummedRounds
+from bridge.wire.transport import DIRECT_RUN_BYTES
 
 REPO = Path(__file__).parents[2]
 
@@ -50,6 +55,42 @@ def test_jobs_move_every_element_to_its_place(copy: Copy) -> None:
             source.as_strided(shape, (job.src_pitch, 1), job.src)
         )
     assert torch.equal(found, expected)
+
+
+@given(copies(), st.integers(0, 3), st.integers(0, 3))
+def test_a_lane_s_jobs_move_every_byte_to_its_place(copy: Copy, src_offset: int, dst_offset: int) -> None:
+    copy = msgspec.structs.replace(copy, src_offset=src_offset, dst_offset=dst_offset)
+    # Wide enough elements that short runs are jobs too.
+    source = torch.arange(1, 1 + src_offset + span(copy.size, copy.src_stride)).to(torch.complex128)
+    expected = torch.zeros(dst_offset + span(copy.size, copy.dst_stride), dtype=source.dtype)
+    found = expected.clone()
+    expected.as_strided(copy.size, copy.dst_stride, dst_offset).copy_(
+        source.as_strided(copy.size, copy.src_stride, src_offset)
+    )
+    steps = LaneSteps([source.dtype])
+    steps.use([source.dtype])
+    (step,) = steps.of(Bucket(index=0, nbytes=0, copies=(copy,)))
+    assert step.numel == math.prod(copy.size)
+    if not step.jobs:
+        assert source.dtype.itemsize < DIRECT_RUN_BYTES < step.numel * source.dtype.itemsize
+    for job in step.jobs:
+        for row in range(job.rows):
+            ctypes.memmove(
+                found.data_ptr() + job.dst + row * job.dst_pitch,
+                source.data_ptr() + job.src + row * job.src_pitch,
+                job.width,
+            )
+    assert not step.jobs or torch.equal(found, expected)
+
+
+def test_a_lane_s_steps_follow_the_dtypes_that_are_shown() -> None:
+    copy = Copy(shard=0, target=0, size=(512,), src_offset=4, src_stride=(1,), dst_offset=8, dst_stride=(1,))
+    bucket = Bucket(index=0, nbytes=0, copies=(copy,))
+    steps = LaneSteps([torch.bfloat16])
+    steps.use([torch.bfloat16])
+    assert [(job.src, job.dst, job.width) for job in steps.of(bucket)[0].jobs] == [(8, 16, 1024)]
+    steps.use([torch.float32])
+    assert steps.of(bucket)[0].jobs == ()
 
 
 def test_a_contiguous_copy_is_one_job() -> None:
