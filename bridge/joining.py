@@ -20,15 +20,17 @@ from bridge.errors import (
     ConfigError,
     DeviceError,
     MappingError,
+    PeerLost,
     RendezvousError,
     RendezvousRefused,
 )
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import Mapping, Rendezvous
 from bridge.protocol.messages import PROTOCOL_VERSION
-from bridge.wire import peer_memory, rendezvous
+from bridge.wire import nccl, peer_memory, rendezvous
 from bridge.wire.device_memory import DeviceNonce
 from bridge.wire.meeting import Meeting
+from bridge.wire.transport import NCCL
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,8 @@ RETRY_S = 0.5
 class Joined:
     """What a trainer rank has once it has met the others.
 
-    ``peers`` names the control ranks this one talks to; ``links`` has the transport of each inference rank.
+    ``peers`` names the control ranks this one talks to; ``links`` has the transport of each inference
+    rank, and ``pairs`` the communicators of those that NCCL joins.
     The nonces are only kept alive: updaters may probe for them as long as the epoch lasts.
     """
 
@@ -47,6 +50,7 @@ class Joined:
     data: rendezvous.Group
     peers: dict[int, str]
     links: list[str]
+    pairs: dict[int, nccl.Pair]
     nonce: peer_memory.Nonce
     device_nonce: DeviceNonce | None
 
@@ -167,7 +171,7 @@ def meet(
     nonce = peer_memory.Nonce()
     peer_memory.allow_reader(answer.daemon_pid)
     device_nonce = _device_nonce(device)
-    gpu = None if device_nonce is None else device_nonce.whereabouts()
+    gpu = None if device_nonce is None else device_nonce.whereabouts(nccl=nccl.version())
     where = nonce.whereabouts(socket.gethostname(), on_gpu=device is not None, gpu=gpu)
     meeting.publish_whereabouts(rank, where)
     address = rendezvous.local_address(place.host, place.port)
@@ -189,7 +193,35 @@ def meet(
         timeout_s=timeout_s,
     )
     links = [meeting.links(k)[rank] for k in range(answer.num_inference_ranks)]
-    return Joined(control, data, _peers(meeting, ranks, answer, place), links, nonce, device_nonce)
+    pairs = _pairs(links, store, answer, rank, device)
+    return Joined(control, data, _peers(meeting, ranks, answer, place), links, pairs, nonce, device_nonce)
+
+
+def _pairs(
+    links: list[str],
+    store: rendezvous.Store,
+    answer: rendezvous.Answer,
+    rank: int,
+    device: torch.device | None,
+) -> dict[int, nccl.Pair]:
+    """Join the updaters that chose NCCL, in the order in which they join the trainers."""
+    pairs: dict[int, nccl.Pair] = {}
+    for inference, link in enumerate(links):
+        if link == NCCL:
+            assert device is not None, "an updater chose NCCL for a trainer that has no GPU"
+            try:
+                pairs[inference] = nccl.Pair(
+                    nccl.store_of(store, answer.epoch, rank, inference),
+                    device=device,
+                    is_trainer=True,
+                    who=f"the updater of inference rank {inference}",
+                    timeout_s=answer.deadline_s * 2,
+                )
+            except PeerLost:
+                for pair in pairs.values():
+                    pair.abort()
+                raise
+    return pairs
 
 
 def _device_nonce(device: torch.device | None) -> DeviceNonce | None:

@@ -11,9 +11,12 @@ from bridge.protocol.plan import Lane, Plan
 from bridge.sharding import LocalShards
 from bridge.wire import cuda
 from bridge.wire.device_transport import DevicePullSource, Showcase, Shown, SummedRounds
+from bridge.wire.nccl import Pair
+from bridge.wire.nccl_transport import NcclSource, Workspace
 from bridge.wire.rendezvous import Group
 from bridge.wire.transport import (
     GPU_PULL,
+    NCCL,
     PULL,
     SLOWEST_BYTES_PER_S,
     DataLink,
@@ -37,9 +40,11 @@ class Mover:
         world_size: int,
         deadline_s: float,
         device: torch.device | None,
+        pairs: dict[int, Pair],
         checksum: str,
     ) -> None:
-        """``links`` has the transport of each inference rank; ``device`` is the weights' GPU, if any.
+        """``links`` has the transport of each inference rank; ``device`` is the weights' GPU, if any;
+        ``pairs`` are the NCCL communicators of those that use it, which are this mover's from now on.
 
         ``checksum`` says in which rounds device memory is summed (``SummedRounds``).
         """
@@ -51,6 +56,8 @@ class Mover:
         self._deadline_s = deadline_s
         self._device = device
         self._summed = SummedRounds(checksum)
+        self._pairs = pairs
+        self._workspace = Workspace(device) if device is not None and pairs else None
         self._buffers = SendBuffers()
         self._showcase: Showcase | None = None
         self._wanted: tuple[bytes, list[torch.dtype]] = (b"", [])
@@ -62,6 +69,13 @@ class Mover:
             PeerLost: an updater is gone, or silent for longer than the deadline.
             DeviceError: CUDA refused to show or to snapshot a shard.
         """
+        try:
+            self._move(plan, shards, before)
+        except BaseException:
+            self._abort_pairs()  # or a kernel would wait for ever on this GPU
+            raise
+
+    def _move(self, plan: Plan, shards: LocalShards, before: Callable[[int], None]) -> None:
         if self._device is not None:
             cuda.use(self._device)
         lanes = [lane for lane in plan.lanes if lane.trainer == self._rank]
@@ -79,10 +93,16 @@ class Mover:
             source.close()
 
     def close(self) -> None:
-        """Give back the device memory that was taken beside the weights."""
+        """Give back the device memory that was taken beside the weights, and leave NCCL."""
+        self._abort_pairs()
+        self._workspace = None
         if self._showcase is not None:
             self._showcase.close()
             self._showcase = None
+
+    def _abort_pairs(self) -> None:
+        for pair in self._pairs.values():
+            pair.abort()
 
     def _show(self, plan: Plan, lanes: Sequence[Lane], tensors: Sequence[torch.Tensor]) -> Shown | None:
         if not any(self._links[lane.inference] == GPU_PULL for lane in lanes):
@@ -129,4 +149,9 @@ class Mover:
         if transport == PULL:
             return PullSource(link, tensors)
         targets = self._mapping.ranks[lane.inference].targets
-        return GlooSource(link, tensors, [getattr(torch, target.dtype) for target in targets], self._buffers)
+        wire_dtypes = [getattr(torch, target.dtype) for target in targets]
+        if transport == NCCL:
+            assert self._workspace is not None
+            pair = self._pairs[lane.inference]
+            return NcclSource(link, pair, tensors, wire_dtypes, lane, self._workspace, checked=checked)
+        return GlooSource(link, tensors, wire_dtypes, self._buffers)

@@ -145,6 +145,7 @@ class Session:
             world_size=self.world_size,
             deadline_s=answer.deadline_s,
             device=device,
+            pairs=self._joined.pairs,
             checksum=answer.checksum,
         )
         self._control = ControlGroup(

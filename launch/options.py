@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bridge.errors import ConfigError
 
-TRANSPORTS = ("auto", "pull", "gloo")
+TRANSPORTS = ("auto", "pull", "nccl", "gloo")
 PREFIX_CACHE = ("salt", "keep")
 CHECKSUM = ("first", "always", "off")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")

@@ -28,15 +28,17 @@ from bridge.errors import BridgeError, MappingError, ProtocolError, TransferErro
 from bridge.protocol.holders import CASTS
 from bridge.protocol.mapping import Mapping, RankMap
 from bridge.protocol.plan import Lane, Plan
-from bridge.wire import device_memory, peer_memory, rendezvous
+from bridge.wire import device_memory, nccl, peer_memory, rendezvous
 from bridge.wire.copy_jobs import LaneSteps
 from bridge.wire.device_checksum import DeviceChecksums
 from bridge.wire.device_memory import PeerAllocations
 from bridge.wire.device_transport import DevicePullSink, Engines, SummedRounds
 from bridge.wire.meeting import Meeting
+from bridge.wire.nccl_transport import NcclSink, Workspace
 from bridge.wire.transport import (
     GLOO,
     GPU_PULL,
+    NCCL,
     PULL,
     SLOWEST_BYTES_PER_S,
     DataLink,
@@ -89,6 +91,8 @@ class Updater:
         self._buffers: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
         self._shown: defaultdict[int, PeerAllocations] = defaultdict(PeerAllocations)
         self._steps: dict[tuple[bytes, int], LaneSteps] = {}
+        self._pairs: dict[int, nccl.Pair] = {}
+        self._workspace: Workspace | None = None
         self._engines = Engines(halves.device) if halves.device.type == "cuda" else None
 
     def prepare(self) -> None:
@@ -117,12 +121,31 @@ class Updater:
             address=order.address,
             timeout_s=order.deadline_s,
         )
+        self._pairs = self._join_pairs(order, store)
         return {"type": "joined", "links": self._links}
+
+    def _join_pairs(self, order: Join, store: rendezvous.Store) -> dict[int, nccl.Pair]:
+        pairs = {
+            trainer: nccl.Pair(
+                nccl.store_of(store, order.epoch, trainer, self.rank),
+                device=self.halves.device,
+                is_trainer=False,
+                who=f"trainer rank {trainer} (pid {self._where[trainer].pid} on {self._where[trainer].host})",
+                timeout_s=order.deadline_s,
+            )
+            for trainer, link in enumerate(self._links)
+            if link == NCCL
+        }
+        if pairs:
+            self._workspace = Workspace(self.halves.device)
+        return pairs
 
     def _choose(self, trainer: int, transport: str) -> str:
         if transport == GLOO:
             return GLOO
         where = self._where[trainer]
+        if transport == NCCL:
+            return self._insist(transport, trainer, self._why_no_nccl(where))
         if self._engines is None:
             why_not = "its weights are on a GPU" if where.on_gpu else peer_memory.can_pull(where)
             if not why_not:
@@ -132,12 +155,26 @@ class Updater:
             if not why_not:
                 return GPU_PULL
         if transport == PULL:
+            return self._insist(transport, trainer, why_not)
+        why_no_nccl = self._why_no_nccl(where)
+        chosen = GLOO if why_no_nccl else NCCL
+        if self._engines is not None:
+            why_not += f"; nor by nccl: {why_no_nccl}" if why_no_nccl else ""
+        logger.info("rank %d takes trainer rank %d's buckets by %s: %s", self.rank, trainer, chosen, why_not)
+        return chosen
+
+    def _insist(self, transport: str, trainer: int, why_not: str) -> str:
+        if why_not:
             raise TransferError(
-                f"--transport pull was asked for, but updater {self.rank} cannot pull from trainer rank "
-                f"{trainer}: {why_not}"
+                f"--transport {transport} was asked for, but updater {self.rank} cannot take trainer rank "
+                f"{trainer}'s buckets so: {why_not}"
             )
-        logger.info("rank %d takes trainer rank %d's buckets by gloo: %s", self.rank, trainer, why_not)
-        return GLOO
+        return transport
+
+    def _why_no_nccl(self, where: peer_memory.Whereabouts) -> str:
+        if self._engines is None:
+            return "this server's weights are in host memory"
+        return nccl.why_not(where.gpu, self.halves.device)
 
     def _why_no_gpu_pull(self, where: peer_memory.Whereabouts) -> str:
         if where.gpu is None:
@@ -216,6 +253,9 @@ class Updater:
             _, layouts, _ = self.meeting.plan(joint)
             return PullSink(link, where.pid, layouts[lane.trainer])
         dtypes = [torch_dtype(target.dtype) for target in self.rank_map.targets]
+        if self._links[lane.trainer] == NCCL:
+            assert self._workspace is not None
+            return NcclSink(link, self._pairs[lane.trainer], lane, dtypes, self._workspace, checked=checked)
         return GlooSink(link, lane, dtypes, self._buffers[lane.trainer])
 
     def _lane_steps(self, plan: Plan, lane: Lane) -> LaneSteps:

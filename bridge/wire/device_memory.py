@@ -44,9 +44,10 @@ class Exhibit(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeviceWhereabouts(msgspec.Struct, frozen=True, kw_only=True):
-    """A trainer rank's GPU, and a nonce in its memory for others to probe."""
+    """A trainer rank's GPU, its NCCL ("" without), and a nonce in its memory for others to probe."""
 
     uuid: str
+    nccl: str = ""
     nonce: str
     allocation: Allocation
 
@@ -187,14 +188,14 @@ class DeviceNonce:
             self._memory.tensor.copy_(torch.frombuffer(bytearray(self._nonce), dtype=torch.uint8))
             torch.cuda.current_stream(device).synchronize()
 
-    def whereabouts(self) -> DeviceWhereabouts:
-        """This rank's GPU, for the other side to probe."""
+    def whereabouts(self, *, nccl: str) -> DeviceWhereabouts:
+        """This rank's GPU, for the other side to probe; ``nccl`` is its version of that."""
         with torch.cuda.device(self._device):
             cuda.use(self._device)
             shown = Exports().exhibit([self._memory.tensor])
         (allocation,) = shown.allocations
         return DeviceWhereabouts(
-            uuid=cuda.uuid_of(self._device), nonce=self._nonce.hex(), allocation=allocation
+            uuid=cuda.uuid_of(self._device), nccl=nccl, nonce=self._nonce.hex(), allocation=allocation
         )
 
     def close(self) -> None:

@@ -20,8 +20,9 @@ import torch
 import torch.distributed as dist
 
 # torch.distributed exports the stores, but does not say so to type checkers.
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore as PrefixStore  # type: ignore[attr-defined]
 from torch.distributed import Store as Store  # type: ignore[attr-defined]
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from bridge.errors import RendezvousError, RendezvousRefused
 

@@ -6,6 +6,7 @@ buckets in the same order. The transports:
 ========  ==========================================================================================
 pull      one host: the sink reads slices straight from the trainer's memory into their final place
 pull-gpu  the same between GPUs, by their copy engines (``device_transport``)
+nccl      the same GPUs on two hosts (``nccl_transport``)
 gloo      anywhere: the source packs the slices the sink needs (cast to the target's dtype) and sends
 ========  ==========================================================================================
 
@@ -29,7 +30,7 @@ from bridge.wire import peer_memory
 from bridge.wire.checksum import Checksum, as_bytes, checksum_of
 from bridge.wire.rendezvous import Group, first_line
 
-PULL, GPU_PULL, GLOO = "pull", "pull-gpu", "gloo"
+PULL, GPU_PULL, NCCL, GLOO = "pull", "pull-gpu", "nccl", "gloo"
 ADDRESS_TAG, DIGEST_TAG, BUCKET_TAG = 11, 12, 100
 SLOWEST_BYTES_PER_S = 50e6  # a transfer slower than this is taken for dead
 DIRECT_RUN_BYTES = 512  # shorter runs cost more as iovecs than reading the span and picking from it
@@ -55,6 +56,7 @@ class DataLink:
         self._group = group
         self._peer = peer
         self.who = who
+        self.timeout_s = timeout_s
         self._timeout = timedelta(seconds=timeout_s)
 
     def post_send(self, tensor: torch.Tensor, tag: int) -> dist.Work:

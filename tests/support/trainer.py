@@ -2,7 +2,8 @@
 
     python -m support.trainer KIND CHECKPOINT DTYPE      (RANK, WORLD_SIZE, MASTER_*, LOGDIR are set)
 
-KIND is plain, ddp or fsdp2. Commands: load, broadcast, wait, step, single, notify, heartbeat, close, memory.
+KIND is plain, ddp or fsdp2. Commands: load, broadcast, wait, step, single, notify, heartbeat, close, memory
+and others: the methods of ``Trainer``.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ class Trainer:
         with torch.no_grad():
             for index, mine in enumerate(self.model.parameters()):
                 generator = torch.Generator().manual_seed(seed * 100003 + index)
-                mine.flatten()[:64].add_(torch.rand(min(64, mine.numel()), generator=generator) * 1e-3)
+                mine.flatten()[:64].add_(
+                    (torch.rand(min(64, mine.numel()), generator=generator) * 1e-3).to(mine.device)
+                )
         return {}
 
     def broadcast(self, blocking: bool = True, version: int | None = None) -> dict[str, Any]:
@@ -81,6 +84,16 @@ class Trainer:
         import msgspec
 
         return {"seconds": seconds, **msgspec.to_builtins(result)}
+
+    def until_it_fails(self) -> dict[str, Any]:
+        """Broadcast again and again; the error is the answer."""
+        while True:
+            self.broadcast()
+
+    def synchronize(self) -> dict[str, Any]:
+        """Wait for everything on this rank's GPU."""
+        torch.cuda.synchronize()
+        return {}
 
     def wait(self) -> dict[str, Any]:
         import msgspec

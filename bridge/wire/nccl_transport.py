@@ -1,0 +1,270 @@
+"""NCCL between GPUs of two hosts: each slice is sent from where it lies to where it belongs.
+
+Point to point, because measured beside a broadcast it is as fast for one receiver, and an all-gather carries
+the receiver's share of nothing (``benchmarks/nccl_paths.py``); several slices leave in one launch. A slice
+that is contiguous at an end is not copied there; what is not, or is cast, goes through a buffer of one
+bucket. Both ends launch when a word on the Gloo link has said that the other stands at the same bucket, so
+that no kernel spins on the GPU that serves, waiting for a trainer that is late.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from bridge.errors import PeerLost
+from bridge.protocol.plan import Bucket, Copy, Lane
+from bridge.wire.device_checksum import DeviceChecksums
+from bridge.wire.nccl import Pair
+from bridge.wire.transport import DataLink, Landing, compare_digests, pick, send_digests
+
+GO_TAG, ARRIVED_TAG = 13, 14
+SMALL_BYTES = 1 << 20  # slices below this travel in one message with their neighbours
+_ALIGNMENT = 16  # bytes; of every slice within a message
+_POLL_S = 0.0002
+
+
+@dataclass(frozen=True)
+class Message:
+    """Copies of one bucket that travel as one run of bytes: (copy, offset in the run), and its length."""
+
+    copies: tuple[tuple[Copy, int], ...]
+    nbytes: int
+
+
+def messages_of(bucket: Bucket, wire_dtypes: Sequence[torch.dtype]) -> Iterator[Message]:
+    """Cut a bucket into messages; both ends do it alike. ``wire_dtypes`` are the targets', by index."""
+    small: list[tuple[Copy, int]] = []
+    end = 0
+    for copy in bucket.copies:
+        nbytes = math.prod(copy.size) * wire_dtypes[copy.target].itemsize
+        if nbytes >= SMALL_BYTES:
+            if small:
+                yield Message(tuple(small), end)
+                small, end = [], 0
+            yield Message(((copy, 0),), nbytes)
+        elif nbytes:
+            small.append((copy, end))
+            end += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+    if small:
+        yield Message(tuple(small), end)
+
+
+def as_run(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor | None:
+    """The tensor's bytes as uint8 [nbytes] where they lie; None if NCCL cannot take them from there."""
+    if tensor.device == device and tensor.dtype == dtype and tensor.is_contiguous():
+        return tensor.reshape(-1).view(torch.uint8)
+    return None
+
+
+class _Buffer:
+    """Device memory that grows to the largest bucket that needs any."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8, device=device)
+        self._end = 0
+
+    def begin(self, nbytes: int) -> None:
+        """Start a bucket that needs ``nbytes``; on the stream that uses the memory."""
+        if self._memory.numel() < nbytes:
+            self._memory = torch.empty(0, dtype=torch.uint8, device=self._memory.device)
+            self._memory = torch.empty(nbytes, dtype=torch.uint8, device=self._memory.device)
+        self._end = 0
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        """The next ``nbytes``, aligned for every dtype."""
+        start = self._end
+        self._end += -(-nbytes // 256) * 256
+        return self._memory[start : start + nbytes]
+
+
+def _room(nbytes: int) -> int:
+    return -(-nbytes // 256) * 256
+
+
+class Workspace:
+    """What all NCCL lanes of one process share: a stream, two buffers, and what they still hold."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self.stream):
+            self._slots = [_Buffer(device), _Buffer(device)]
+        self._works: list[dist.Work | None] = [None, None]
+        self._next = 0
+
+    def slot(self, nbytes: int) -> _Buffer:
+        """A buffer for one bucket; the stream waits until what was in it has travelled."""
+        self._next = 1 - self._next
+        if (work := self._works[self._next]) is not None:
+            work.wait()  # the current stream does, not this thread
+        self._slots[self._next].begin(nbytes)
+        return self._slots[self._next]
+
+    def posted(self, work: dist.Work) -> None:
+        """The slot's contents travel with ``work``."""
+        self._works[self._next] = work
+
+
+class NcclSource:
+    """The trainer's end of a lane."""
+
+    def __init__(
+        self,
+        link: DataLink,
+        pair: Pair,
+        tensors: Sequence[torch.Tensor],
+        wire_dtypes: Sequence[torch.dtype],
+        lane: Lane,
+        workspace: Workspace,
+        *,
+        checked: bool,
+    ) -> None:
+        """``wire_dtypes`` are the inference rank's target dtypes, by target index."""
+        self._link = link
+        self._pair = pair
+        self._tensors = tensors
+        self._wire_dtypes = wire_dtypes
+        self._workspace = workspace
+        self._sums = (
+            DeviceChecksums(len(lane.buckets), workspace.device, workspace.stream) if checked else None
+        )
+
+    def open(self) -> None:
+        """Nothing: the first bucket's word says it all."""
+
+    def move(self, bucket: Bucket) -> None:
+        workspace, messages = self._workspace, list(messages_of(bucket, self._wire_dtypes))
+        with torch.cuda.stream(workspace.stream), torch.no_grad():
+            found = [self._where_it_lies(message) for message in messages]
+            need = sum(_room(m.nbytes) for m, run in zip(messages, found, strict=True) if run is None)
+            slot = workspace.slot(need)
+            runs = [
+                self._pack(message, slot.take(message.nbytes)) if run is None else run
+                for message, run in zip(messages, found, strict=True)
+            ]
+            if self._sums is not None:
+                for run in runs:
+                    self._sums.add(bucket.index, run)
+            self._link.send(torch.tensor([bucket.index]), GO_TAG, f"the word for bucket {bucket.index}")
+            workspace.posted(self._pair.send(runs))
+
+    def _where_it_lies(self, message: Message) -> torch.Tensor | None:
+        if len(message.copies) > 1:
+            return None
+        ((copy, _),) = message.copies
+        dtype = self._wire_dtypes[copy.target]
+        return as_run(pick(self._tensors[copy.shard], copy), self._workspace.device, dtype)
+
+    def _pack(self, message: Message, run: torch.Tensor) -> torch.Tensor:
+        if len(message.copies) > 1:
+            run.zero_()  # the gaps of alignment travel too, and are summed
+        for copy, offset in message.copies:
+            dtype = self._wire_dtypes[copy.target]
+            nbytes = math.prod(copy.size) * dtype.itemsize
+            place = run[offset : offset + nbytes].view(dtype).view(copy.size)
+            place.copy_(pick(self._tensors[copy.shard], copy))
+        return run
+
+    def close(self) -> None:
+        # On the link first: it notices a dead peer, which a wait for the GPU would not.
+        self._link.receive(torch.empty(1, dtype=torch.int64), ARRIVED_TAG, "the word that all has arrived")
+        self._workspace.stream.synchronize()
+        if self._sums is not None:
+            send_digests(self._link, self._sums.digests())
+
+
+class NcclSink:
+    """The updater's end of a lane."""
+
+    def __init__(
+        self,
+        link: DataLink,
+        pair: Pair,
+        lane: Lane,
+        wire_dtypes: Sequence[torch.dtype],
+        workspace: Workspace,
+        *,
+        checked: bool,
+    ) -> None:
+        """``wire_dtypes`` are the rank's target dtypes, by target index."""
+        self._link = link
+        self._pair = pair
+        self._wire_dtypes = wire_dtypes
+        self._workspace = workspace
+        self._sums = (
+            DeviceChecksums(len(lane.buckets), workspace.device, workspace.stream) if checked else None
+        )
+
+    def open(self) -> None:
+        """Nothing: receiving the first word says that this end is ready."""
+
+    def move(self, bucket: Bucket, landing: Landing) -> None:
+        workspace, messages = self._workspace, list(messages_of(bucket, self._wire_dtypes))
+        word = self._link.receive(
+            torch.empty(1, dtype=torch.int64), GO_TAG, f"the word for bucket {bucket.index}"
+        )
+        if int(word) != bucket.index:
+            raise PeerLost(f"{self._link.who} is at bucket {int(word)}, this updater at {bucket.index}")
+        with torch.cuda.stream(workspace.stream), torch.no_grad():
+            found = [self._where_it_belongs(message, landing) for message in messages]
+            need = sum(_room(m.nbytes) for m, run in zip(messages, found, strict=True) if run is None)
+            slot = workspace.slot(need)
+            runs = [
+                slot.take(message.nbytes) if run is None else run
+                for message, run in zip(messages, found, strict=True)
+            ]
+            self._pair.receive(runs).wait()  # the stream does, not this thread
+            for message, run, place in zip(messages, runs, found, strict=True):
+                if self._sums is not None:
+                    self._sums.add(bucket.index, run)
+                if place is None:
+                    self._unpack(message, run, landing)
+        for message in messages:
+            for copy, _ in message.copies:
+                landing.landed(copy.target, math.prod(copy.size))
+
+    def _where_it_belongs(self, message: Message, landing: Landing) -> torch.Tensor | None:
+        if len(message.copies) > 1:
+            return None
+        ((copy, _),) = message.copies
+        place = landing.view(copy.target, copy.size, copy.dst_offset, copy.dst_stride)
+        return as_run(place, self._workspace.device, self._wire_dtypes[copy.target])
+
+    def _unpack(self, message: Message, run: torch.Tensor, landing: Landing) -> None:
+        for copy, offset in message.copies:
+            dtype = self._wire_dtypes[copy.target]
+            nbytes = math.prod(copy.size) * dtype.itemsize
+            place = landing.view(copy.target, copy.size, copy.dst_offset, copy.dst_stride)
+            place.copy_(run[offset : offset + nbytes].view(dtype).view(copy.size))
+
+    def close(self) -> None:
+        """Wait for the last byte, say so, then compare: nothing is written to the half after this.
+
+        Raises:
+            PeerLost: the last byte did not come in time.
+            ChecksumMismatch: what arrived is not what was sent.
+        """
+        self._wait_for_the_gpu()
+        self._link.send(torch.ones(1, dtype=torch.int64), ARRIVED_TAG, "the word that all has arrived")
+        if self._sums is not None:
+            compare_digests(self._link, self._sums.digests())
+
+    def _wait_for_the_gpu(self) -> None:
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record(self._workspace.stream)
+        deadline = time.monotonic() + self._link.timeout_s
+        pause = threading.Event()
+        # CUDA's own wait knows no deadline, and a peer that died leaves the last receive waiting.
+        while not done.query():  # type: ignore[no-untyped-call]
+            if time.monotonic() > deadline:
+                raise PeerLost(
+                    f"lost {self._link.who}: its last bytes did not arrive within {self._link.timeout_s:g} s"
+                )
+            pause.wait(_POLL_S)
