@@ -247,20 +247,21 @@ class Bench:
         for what in systems:
             say(f"spaced updates by {what}")
             found[f"spaced_{what}"] = self.stretch(what, pace_s=args.pace, updates=args.updates)
-        for what in systems:
+        for what in () if args.no_frequent else systems:
             say(f"frequent updates by {what}")
             found[f"frequent_{what}"] = self.stretch(what, pace_s=args.rate, updates=10_000)
-        found["quiet_again"] = self.stretch(None, pace_s=1.0, updates=0)
+        if not args.no_frequent:
+            found["quiet_again"] = self.stretch(None, pace_s=1.0, updates=0)
         return found
 
 
 def summary(found: dict[str, Any], nbytes: int) -> dict[str, Any]:
     """The figures that the bars speak of; milliseconds, GB/s, shares."""
     median = statistics.median
-    quiet = median([found["quiet"]["steps_per_s"], found["quiet_again"]["steps_per_s"]])
+    quiet = median(found[name]["steps_per_s"] for name in ("quiet", "quiet_again") if name in found)
     result: dict[str, Any] = {"model_bytes": nbytes, "quiet_steps_per_s": quiet}
     for what in found["idle"]:
-        spaced, frequent, idle = found[f"spaced_{what}"], found[f"frequent_{what}"], found["idle"][what]
+        spaced, frequent, idle = found[f"spaced_{what}"], found.get(f"frequent_{what}"), found["idle"][what]
         idle_s = median(e.get("stage_s", e["end"] - e["start"]) for e in idle)
         result[what] = {
             "updates": len(spaced["stall_ms"]),
@@ -270,9 +271,10 @@ def summary(found: dict[str, Any], nbytes: int) -> dict[str, Any]:
             "publish_to_committed_ms": median(spaced["update_ms"]),
             "idle_gb_per_s": nbytes / idle_s / 1e9,
             "idle_ms": 1e3 * median(e["end"] - e["start"] for e in idle),
-            "throughput_kept": frequent["steps_per_s"] / quiet,
-            "frequent_updates": len(frequent["update_ms"]),
-            "failures": spaced["failures"] + frequent["failures"],
+            "throughput_kept_spaced": spaced["steps_per_s"] / quiet,
+            "throughput_kept": frequent and frequent["steps_per_s"] / quiet,
+            "frequent_updates": frequent and len(frequent["update_ms"]),
+            "failures": spaced["failures"] + (frequent["failures"] if frequent else []),
         }
     result["bridge"]["flip_ms"] = median(found["spaced_bridge"]["flip_ms"])
     result["bridge"]["not_blocking_call_ms"] = 1e3 * median(e["call_s"] for e in found["not_blocking"])
@@ -346,6 +348,7 @@ def main() -> int:
     parser.add_argument("--shared", action="store_true", help="trainer and server on one GPU")
     parser.add_argument("--no-native", action="store_true", help="NCCL cannot join two ranks on one GPU")
     parser.add_argument("--no-floors", action="store_true")
+    parser.add_argument("--no-frequent", action="store_true", help="spaced updates only")
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=1800)
     parser.add_argument("--updates", type=int, default=20)
