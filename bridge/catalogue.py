@@ -61,7 +61,7 @@ class Catalogue:
             if (owner := owned()) is None or _geometry(local := _local(owner)) != geometry:
                 return None
             held.append(owner)
-            tensors.append(local.detach())
+            tensors.append(local)
         return LocalShards(self._layout, tensors, self._contiguous, held, mark_computed(tensors))
 
 

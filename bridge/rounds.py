@@ -69,6 +69,7 @@ class Job:
         self.call = call
         self.partial = partial
         self.started = time.monotonic()
+        self.nbytes = sum(part.numel() * part.element_size() for part in shards.tensors)
         self.released = threading.Event()
         self.finished = threading.Event()
         self.receipt: Receipt | None = None
@@ -227,6 +228,7 @@ class Session:
 
     # --- the background thread ---------------------------------------------------------------------
 
+    @torch.no_grad()
     def _run(self) -> None:
         while True:
             item = self._inbox.get()
@@ -327,10 +329,11 @@ class Session:
         return max(self.config.commit_timeout_s, self._answer.commit_timeout_s)
 
     def _next_actions(self, job: Job) -> list[Action]:
-        nbytes = sum(t.numel() * t.element_size() for t in job.shards.tensors)
         # Longer than the daemon's own limits, so that its reason arrives rather than our impatience.
         limit_s = (
-            self._patience_s + 2 * self._answer.deadline_s + nbytes * self.world_size / SLOWEST_BYTES_PER_S
+            self._patience_s
+            + 2 * self._answer.deadline_s
+            + job.nbytes * self.world_size / SLOWEST_BYTES_PER_S
         )
         machine = self._coordinator if self.rank == 0 else self._member
         if self._early:

@@ -41,10 +41,11 @@ Named = nn.Module | Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tenso
 class LocalShards:
     """This rank's part of one broadcast.
 
-    ``tensors`` are detached, contiguous and aligned with ``layout.shards``. They share the parameters'
-    memory, except where ``contiguous`` is False: there the parameter was not contiguous, and the tensor is a
-    copy taken when the shards were collected. ``owners`` are the parameters. ``computed`` are events on the
-    collecting streams, one for each GPU: the values are there once they have passed.
+    ``tensors`` are contiguous and aligned with ``layout.shards``; whoever reads them switches gradients off.
+    They share the parameters' memory, except where ``contiguous`` is False: there the parameter was not
+    contiguous, and the tensor is a copy taken when the shards were collected. ``owners`` are the parameters.
+    ``computed`` are events on the collecting streams, one for each GPU: the values are there once they have
+    passed.
     """
 
     layout: Layout
@@ -302,7 +303,7 @@ def _shards(
 def mark_computed(tensors: Sequence[torch.Tensor]) -> tuple[torch.cuda.Event, ...]:
     """An event on the current stream of every GPU that holds a shard."""
     events = []
-    for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+    for device in {tensor.get_device() for tensor in tensors} - {-1}:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(device))
         events.append(event)

@@ -38,6 +38,7 @@ class Meeting:
         self._timeout_s = timeout_s
         self._plans: dict[str, tuple[Plan, tuple[Layout, ...], Round]] = {}
         self._published: set[bytes] = set()
+        self._last: tuple[Layout | None, bytes] = (None, b"")
 
     def _key(self, *parts: object) -> str:
         return "/".join([f"e{self._epoch}", *map(str, parts)])
@@ -56,11 +57,14 @@ class Meeting:
 
     def publish_layout(self, layout: Layout) -> bytes:
         """Store a trainer rank's layout; returns its digest."""
+        if layout is self._last[0]:  # as in every round of an unchanged model
+            return self._last[1]
         data = msgspec.msgpack.encode(layout)
         digest = blake3.blake3(data).digest(DIGEST_BYTES)
         if digest not in self._published:
             self._set(self._key("layout", digest.hex()), data)
             self._published.add(digest)
+        self._last = layout, digest
         return digest
 
     def publish_round(self, layouts: Sequence[bytes], *, partial: bool, bucket_bytes: int) -> str:
