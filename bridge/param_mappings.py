@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from bridge import environment
+from bridge import environment, zero3
 from bridge.errors import ConfigError, MappingError
 from bridge.protocol.mapping import CONFIG_NAME, ParamMapping, write_atomically
 from bridge.sharding import canonical_names, local_tensor
@@ -68,7 +68,7 @@ def export_param_mappings(
     rows = {
         name: ParamMapping(
             vllm_name=name,
-            shape=tuple(tensor.shape),
+            shape=zero3.full_shape(tensor),
             local_shape=tuple(local_tensor(tensor).shape),
             dtype=str(tensor.dtype).removeprefix("torch."),
             tp_shard_dim=dims.get(name),

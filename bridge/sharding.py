@@ -1,7 +1,8 @@
 """What this trainer rank holds of each tensor the server wants: model in, boxes out. Nothing is gathered.
 
 A box is (offset, shape) in the whole tensor. Plain tensors are whole; a DTensor (FSDP2, HSDP, tensor
-parallel, any mesh) is the box its placements give. What cannot be said as one box is refused by name.
+parallel, any mesh) is the box its placements give; ZeRO-3's runs are several (``zero3``). What cannot be said
+so is refused by name.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.distributed.tensor.placement_types import Shard as ShardPlacement
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from bridge import zero3
 from bridge.errors import MappingError, TransferError
 from bridge.protocol.holders import CASTS
 from bridge.protocol.mapping import Mapping as MappingDocument
@@ -45,7 +47,7 @@ class LocalShards:
     They share the parameters' memory, except where ``contiguous`` is False: there the parameter was not
     contiguous, and the tensor is a copy taken when the shards were collected. ``owners`` are the parameters.
     ``computed`` are events on the collecting streams, one for each GPU: the values are there once they have
-    passed.
+    passed. ``lasting`` is False where an owner's memory is no guide to a later broadcast's (ZeRO-3).
     """
 
     layout: Layout
@@ -53,6 +55,7 @@ class LocalShards:
     contiguous: tuple[bool, ...] = field(repr=False)
     owners: list[torch.Tensor] = field(default_factory=list, repr=False)
     computed: tuple[torch.cuda.Event, ...] = field(default=(), repr=False)
+    lasting: bool = True
 
     def wait_computed(self, *, timeout_s: float) -> None:
         """Wait until the GPU has computed the values, as of when the shards were collected.
@@ -193,11 +196,6 @@ def _box(
 
 def _tensor_fault(tensor: torch.Tensor, local: torch.Tensor) -> str:
     """Why the memory of a tensor is not that of its values, or ""."""
-    if hasattr(tensor, "ds_id") and tensor.numel() != getattr(tensor, "ds_numel", -1):
-        return (
-            "is partitioned by DeepSpeed ZeRO-3; use FSDP2 or ZeRO-2, or broadcast inside "
-            "deepspeed.zero.GatheredParameters"
-        )
     if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
         return "is not initialised yet; run a forward pass first"
     if hasattr(local, "__tensor_flatten__"):
@@ -267,7 +265,7 @@ def collect_single(name: str, tensor: torch.Tensor, mapping: MappingDocument, *,
         sizes = ", ".join(f"{len(v.sources)} {v.name} names" for v in mapping.vocabularies)
         raise _faulty([f"{name}: the server knows no such parameter among {sizes}"], mapping, rank)
     # Both vocabularies may know the name, but for tensors of different shape.
-    vocabulary, index, source = next((h for h in homes if h[2].shape == tuple(tensor.shape)), homes[0])
+    vocabulary, index, source = next((h for h in homes if h[2].shape == zero3.full_shape(tensor)), homes[0])
     faults = [f"{name}: the server's loader drops it, so sending it changes nothing"]
     dropped = name in vocabulary.unused
     return _shards([(index, source, tensor)], mapping, vocabulary, rank, faults if dropped else [])
@@ -281,23 +279,35 @@ def _shards(
     faults: list[str],
 ) -> LocalShards:
     targets = _target_dtypes(mapping, vocabulary.name)
-    boxes, shards, locals_, contiguous, owners = _Boxes(), [], [], [], []
+    boxes, shards, locals_, contiguous, owners, lasting = _Boxes(), [], [], [], [], True
     for index, source, tensor in present:
-        local = local_tensor(tensor)
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        fault = _tensor_fault(tensor, local) or _fit_fault(source, tensor, dtype, targets.get(index, {}))
-        box = fault or boxes.of(tensor, local)
-        if isinstance(box, str):
-            faults.append(f"{source.name}: {box}")
-        elif box is not None and 0 not in box[1]:
-            shards.append(Shard(source=index, offset=box[0], shape=box[1], dtype=dtype))
+        lasting = lasting and not zero3.is_partitioned(tensor)
+        held = _held(source, tensor, targets.get(index, {}), boxes)
+        if isinstance(held, str):
+            faults.append(f"{source.name}: {held}")
+            continue
+        for box, local in held:
+            shards.append(Shard(source=index, offset=box[0], shape=box[1], dtype=_dtype_name(tensor)))
             contiguous.append(local.is_contiguous())
             locals_.append(local.detach().contiguous())
             owners.append(tensor)
     if faults:
         raise _faulty(faults, mapping, rank, vocabulary)
     layout = Layout(rank=rank, vocabulary=vocabulary.name, shards=tuple(shards))
-    return LocalShards(layout, locals_, tuple(contiguous), owners, mark_computed(locals_))
+    return LocalShards(layout, locals_, tuple(contiguous), owners, mark_computed(locals_), lasting)
+
+
+def _held(
+    source: Source, tensor: torch.Tensor, targets: Mapping[str, str], boxes: _Boxes
+) -> list[tuple[Box, torch.Tensor]] | str:
+    """What this rank holds of one tensor, box by box; a string is why that cannot be said."""
+    if zero3.is_partitioned(tensor):
+        return _fit_fault(source, tensor, targets) or zero3.parts(tensor)
+    local = local_tensor(tensor)
+    box = _tensor_fault(tensor, local) or _fit_fault(source, tensor, targets) or boxes.of(tensor, local)
+    if isinstance(box, str):
+        return box
+    return [] if box is None or 0 in box[1] else [(box, local)]
 
 
 def mark_computed(tensors: Sequence[torch.Tensor]) -> tuple[torch.cuda.Event, ...]:
@@ -322,10 +332,15 @@ def current_gpu() -> torch.device | None:
     return None
 
 
-def _fit_fault(source: Source, tensor: torch.Tensor, dtype: str, targets: Mapping[str, str]) -> str:
+def _dtype_name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _fit_fault(source: Source, tensor: torch.Tensor, targets: Mapping[str, str]) -> str:
     """How a tensor differs from its source in shape, or from its targets in dtype; or ""."""
-    if tuple(tensor.shape) != source.shape:
-        return f"the model's has shape {tuple(tensor.shape)}, the server's {source.shape}"
+    if (shape := zero3.full_shape(tensor)) != source.shape:
+        return f"the model's has shape {shape}, the server's {source.shape}"
+    dtype = _dtype_name(tensor)
     for target, name in targets.items():
         if target != dtype and (dtype, target) not in CASTS:
             return f"the model's is {dtype}, which is not cast to the server's {target} ({name})"

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import atexit
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal, Self, overload
 
 import torch
 from torch import nn
 
-from bridge import environment
+from bridge import environment, zero3
 from bridge.catalogue import Catalogue
 from bridge.config import BridgeConfig
 from bridge.errors import BridgeError, ConfigError
@@ -134,7 +134,8 @@ class Bridge:
         """Send the model's weights and make them live; every trainer rank calls it.
 
         Args:
-            model: a plain module, DDP, or FSDP2 (DTensor parameters). Each rank sends the shards it holds.
+            model: a plain module, DDP, FSDP2 or tensor parallel (DTensor parameters), or one that DeepSpeed
+                partitions (ZeRO-3). Each rank sends the shards it holds.
                 float32 master weights are cast to the server's dtype on the way.
             blocking: wait until the version is live. With False the call returns at once; the next step of an
                 optimizer over these parameters waits by itself until the weights have been read.
@@ -150,6 +151,7 @@ class Bridge:
         return self._broadcast(
             lambda session: self._collect(model, session),
             device_of(model.parameters()),
+            parameters=model.parameters,
             module=model,
             blocking=blocking,
             version=version,
@@ -189,6 +191,7 @@ class Bridge:
         return self._broadcast(
             gather,
             device_of([tensor]),
+            parameters=lambda: [tensor],
             blocking=blocking,
             version=version,
             partial=True,
@@ -201,7 +204,7 @@ class Bridge:
         shards = collect(model, session.mapping, rank=session.rank)
         # The shards too: an optimizer may hold views of their memory, and not the parameters.
         guarded = Guarded([*model.parameters(), *shards.tensors])
-        self._catalogue = Catalogue(model, session.mapping, shards, guarded)
+        self._catalogue = Catalogue(model, session.mapping, shards, guarded) if shards.lasting else None
         return shards, guarded
 
     def _broadcast(
@@ -209,12 +212,18 @@ class Bridge:
         gather: Callable[[Session], tuple[LocalShards, Guarded]],
         device: torch.device | None,
         *,
+        parameters: Callable[[], Iterable[torch.Tensor]],
         module: nn.Module | None = None,
         blocking: bool,
         version: int | None,
         partial: bool,
     ) -> Receipt | PendingBroadcast:
         environment.check_enabled()
+        if not blocking and zero3.steps_by_itself(parameters()):
+            raise ConfigError(
+                "blocking=False needs an optimizer step that can be made to wait, and DeepSpeed's ZeRO has "
+                "none; call with blocking=True"
+            )
         self._finish_pending()
         self._calls += 1
         for attempt in range(2):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import threading
-import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,14 +21,7 @@ from bridge.param_mappings import export_param_mappings, load_param_mappings
 from bridge.protocol.plan import build_plan
 from bridge.sharding import LocalShards, canonical_names, collect, collect_single
 from tests.support.mappings import identity_mapping, shapes_of
-
-JOIN_TIMEOUT_S = 40
-
-# Forked from a process that has imported torch already and does nothing else: seconds cheaper than spawn.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch._dynamo"]
-)
+from tests.support.ranks import run_ranks
 
 
 class Mlp(nn.Module):
@@ -255,43 +245,6 @@ def assert_within(event: threading.Event) -> None:
 
 
 # --- running them -------------------------------------------------------------------------------------------
-
-
-def _rank(scenario: str, rank: int, world_size: int, path: Path) -> None:
-    torch.set_num_threads(1)
-    try:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=world_size
-        )
-        globals()[scenario](path)
-        dist.barrier()
-        dist.destroy_process_group()
-    except BaseException:
-        (path / f"rank{rank}.txt").write_text(traceback.format_exc())
-        raise
-
-
-def run_ranks(scenario: Callable[[Path], None], world_size: int, path: Path) -> None:
-    """Run ``scenario`` in ``world_size`` processes; the first failure ends all of them."""
-    ranks = [
-        _context.Process(target=_rank, args=(scenario.__name__, rank, world_size, path), daemon=True)
-        for rank in range(world_size)
-    ]
-    for process in ranks:
-        process.start()
-    deadline = time.monotonic() + JOIN_TIMEOUT_S
-    while any(p.is_alive() for p in ranks) and time.monotonic() < deadline:
-        if any(p.exitcode for p in ranks):
-            break
-        multiprocessing.connection.wait([p.sentinel for p in ranks if p.is_alive()], timeout=1)
-    stuck = [i for i, p in enumerate(ranks) if p.is_alive()]
-    for process in ranks:
-        process.kill()
-        process.join()
-    failures = "\n".join(file.read_text() for file in sorted(path.glob("rank*.txt")))
-    assert not failures, failures
-    assert not stuck, f"ranks {stuck} did not end within {JOIN_TIMEOUT_S} s"
-    assert [p.exitcode for p in ranks] == [0] * world_size
 
 
 @pytest.mark.processes

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from bridge import guard
+from bridge import guard, zero3
 from bridge.errors import ConfigError, MappingError, RoundAborted
 from bridge.guard import Guarded, StepGuard
 from bridge.param_mappings import export_param_mappings, load_param_mappings
@@ -230,6 +234,8 @@ def test_casts(trained: str, served: str, digest: str) -> None:
 def partitioned() -> torch.Tensor:
     parameter = nn.Parameter(torch.empty(0))
     parameter.ds_id, parameter.ds_numel, parameter.ds_shape = 0, 2, torch.Size([2])
+    parameter.ds_tensor = torch.ones(1)
+    parameter.ds_tensor.status = SimpleNamespace(name="NOT_AVAILABLE")
     return parameter
 
 
@@ -242,7 +248,7 @@ def wrapped() -> torch.Tensor:
 @pytest.mark.parametrize(
     ("tensor", "reason"),
     [
-        (partitioned, "DeepSpeed ZeRO-3; use FSDP2 or ZeRO-2"),
+        (partitioned, "offloaded to NVMe by DeepSpeed"),
         (lambda: torch.empty(2, device="meta"), "on the meta device"),
         (lambda: torch.ones(2).to_sparse(), "stored as torch.sparse_coo"),
         (nn.UninitializedParameter, "not initialised yet"),
@@ -253,6 +259,19 @@ def test_memory_that_does_not_hold_the_values_is_refused_by_name(tensor, reason:
     mapping = identity_mapping(("checkpoint", {"a": (2,), "b": (2,)}))
     with pytest.raises(MappingError, match=rf"^1 fault\(s\)[^\n]*\n  a: .*{reason}"):
         collect({"a": tensor(), "b": torch.ones(2)}, mapping, rank=0)
+
+
+@given(st.lists(st.integers(1, 4), max_size=4), st.data())
+def test_a_run_of_elements_is_made_of_contiguous_boxes(shape: list[int], data: st.DataObject) -> None:
+    whole = torch.arange(math.prod(shape)).view(shape)
+    start = data.draw(st.integers(0, whole.numel()))
+    end = data.draw(st.integers(0, whole.numel()))
+    found = []
+    for offset, extent in zero3.boxes_of_run(tuple(shape), start, end):
+        box = whole[tuple(slice(lo, lo + n) for lo, n in zip(offset, extent, strict=True))]
+        assert tuple(box.shape) == extent
+        found += box.flatten().tolist()
+    assert found == list(range(start, end))
 
 
 def test_a_gathered_zero3_parameter_is_whole() -> None:

@@ -1,0 +1,121 @@
+"""DeepSpeed ZeRO-3 over real ranks: runs of flattened parameters, put together, are the whole tensors."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from bridge import zero3
+from bridge.errors import MappingError
+from bridge.protocol.plan import build_plan
+from bridge.sharding import canonical_names, collect
+from tests.support.mappings import identity_mapping, shapes_of
+from tests.support.ranks import run_ranks
+
+CONFIG: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": 1,
+    "bf16": {"enabled": True},
+    # Small parameters are kept whole on every rank, the others are partitioned.
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 12},
+    "optimizer": {"type": "AdamW", "params": {"lr": 0.1, "torch_adam": True}},
+}
+
+
+class Net(nn.Module):
+    """Parameters of one to three dimensions, in sizes that 2 and 3 do not divide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 7)
+        self.experts = nn.Parameter(torch.randn(3, 5, 7))
+        self.norm = nn.Parameter(torch.ones(7))
+        self.bias = nn.Parameter(torch.zeros(17))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = self.embed(tokens) * self.norm
+        return torch.einsum("bsh,eih->bsei", hidden, self.experts).sum() + self.bias.sum()
+
+
+def engine(world_size: int) -> Any:
+    os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK=str(dist.get_rank()))
+    import deepspeed
+
+    # Else it compiles a collective of its own first, under a lock that a killed process leaves behind.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    torch.manual_seed(3)
+    model = Net()
+    config = {**CONFIG, "train_batch_size": world_size}
+    return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+
+
+def whole(model: Any) -> dict[str, torch.Tensor]:
+    """What DeepSpeed itself gathers."""
+    import deepspeed
+
+    found = {}
+    for name, parameter in model.module.named_parameters():
+        with deepspeed.zero.GatheredParameters(parameter):
+            found[name] = parameter.detach().clone()
+    return found
+
+
+def step(model: Any) -> None:
+    model.backward(model(torch.arange(4)[None]))
+    model.step()
+
+
+def partitioned(_: Path) -> None:
+    world_size = dist.get_world_size()
+    model = engine(world_size)
+    expected = whole(model)
+    mapping = identity_mapping(("checkpoint", shapes_of(expected)))
+    for _round in range(2):
+        shards = collect(model, mapping, rank=dist.get_rank())
+        gathered: list[Any] = [None] * world_size
+        dist.all_gather_object(gathered, (shards.layout, shards.tensors))
+        found = {n: torch.full_like(t, float("nan")) for n, t in expected.items()}
+        names = [source.name for source in mapping.vocabularies[0].sources]
+        for layout, tensors in gathered:
+            for shard, tensor in zip(layout.shards, tensors, strict=True):
+                box = tuple(slice(lo, lo + n) for lo, n in zip(shard.offset, shard.shape, strict=True))
+                found[names[shard.source]][box] = tensor
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor), name
+        plan = build_plan(mapping, [layout for layout, _ in gathered], bucket_bytes=64)
+        assert plan.total_bytes == sum(t.nbytes for t in expected.values())
+        # Nothing was gathered or copied: what a rank shows is its own partition.
+        owned = {p.ds_tensor.untyped_storage().data_ptr() for p in model.module.parameters()}
+        mine = [
+            t for t, owner in zip(shards.tensors, shards.owners, strict=True) if zero3.is_partitioned(owner)
+        ]
+        assert mine
+        assert {t.untyped_storage().data_ptr() for t in mine} <= owned
+        assert not shards.lasting
+        step(model)
+        before, expected = expected, whole(model)
+        assert not torch.equal(before["experts"], expected["experts"])
+
+
+def refusals(_: Path) -> None:
+    model = engine(dist.get_world_size())
+    assert zero3.steps_by_itself(model.module.parameters())
+    expected = whole(model)
+    wrong = {**shapes_of(expected), "experts": (3, 5, 8)}
+    with pytest.raises(MappingError, match=r"experts: the model's has shape \(3, 5, 7\)"):
+        collect(model, identity_mapping(("checkpoint", wrong)), rank=dist.get_rank())
+    parameter = dict(canonical_names(model))["experts"]
+    parameter.ds_tensor = parameter.ds_tensor.to(torch.float16)  # type: ignore[attr-defined]
+    with pytest.raises(MappingError, match=r"quantised torch\.float16"):
+        collect(model, identity_mapping(("checkpoint", shapes_of(expected))), rank=dist.get_rank())
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("scenario", "world_size"), [(partitioned, 2), (partitioned, 3), (refusals, 2)])
+def test_ranks(scenario: Any, world_size: int, tmp_path: Path) -> None:
+    run_ranks(scenario, world_size, tmp_path)
