@@ -2,7 +2,7 @@
 
     python -m support.trainer KIND CHECKPOINT DTYPE      (RANK, WORLD_SIZE, MASTER_*, LOGDIR are set)
 
-KIND is plain, ddp or fsdp2. Commands: load, broadcast, wait, step, single, notify, heartbeat, close, memory
+KIND is plain, ddp, fsdp2 or zero3. Commands: load, broadcast, wait, step, single, notify, heartbeat, close, memory
 and others: the methods of ``Trainer``.
 """
 
@@ -13,6 +13,8 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -39,7 +41,39 @@ def build(kind: str, checkpoint: Path, dtype: torch.dtype) -> nn.Module:
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
+    if kind == "zero3":
+        return partitioned(model)
     return model
+
+
+def partitioned(model: nn.Module) -> nn.Module:
+    """The model under DeepSpeed's ZeRO-3, small parameters whole on every rank."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    # Else it compiles a collective of its own first, under a lock that a killed process leaves behind.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "train_batch_size": dist.get_world_size(),
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 200},
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.0, "torch_adam": True}},
+    }
+    engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+    return engine.module
+
+
+@contextmanager
+def whole(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A parameter that may be written; ZeRO-3 gathers it for that, and partitions it again."""
+    if not hasattr(parameter, "ds_id"):
+        yield parameter
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
+        yield parameter
 
 
 class Trainer:
@@ -59,7 +93,8 @@ class Trainer:
                 full = other[name.removeprefix("module.")].to(mine.device)
                 if isinstance(mine, DTensor):
                     full = distribute_tensor(full, mine.device_mesh, mine.placements)
-                mine.copy_(full)
+                with whole(mine) as parameter:
+                    parameter.copy_(full)
         return {}
 
     def perturb(self, seed: int) -> dict[str, Any]:
