@@ -13,6 +13,7 @@ import gc
 import logging
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from bridge.wire.device_checksum import DeviceChecksums
 from vllm_patching import arena as arenas
 from vllm_patching import compat, coverage, sources, tracing
 from vllm_patching.arena import SEGMENT_ALIGNMENT, Arena
+from vllm_patching.fixed_arena import IN_PLACE
 from vllm_patching.staging import Staging, writes_by_source
 
 logger = logging.getLogger(__name__)
@@ -230,7 +232,12 @@ def rehome(loaded: Loaded, *, rank: int) -> tuple[Arena, dict[str, Any]]:
     """
     homes = find_homes(loaded)
     offsets, nbytes = _lay_out(homes)
-    arena = arenas.allocate(nbytes, _device_of(homes))
+    arena = arenas.allocate(
+        nbytes,
+        _device_of(homes),
+        staging=os.environ.get("BRIDGE_STAGING", "double"),
+        flip=os.environ.get("BRIDGE_FLIP", "auto"),
+    )
     targets = [_target(home, offsets) for home in homes]
     _move(homes, offsets, arena)
     names = {home.name: index for index, home in enumerate(homes)}
@@ -245,7 +252,7 @@ def rehome(loaded: Loaded, *, rank: int) -> tuple[Arena, dict[str, Any]]:
     arena.open_second_half()
     _verify(loaded, rank_map, arena)
     seconds = arena.warm()
-    logger.info("rank %d: both halves warm in %.1f s", rank, seconds)
+    logger.info("rank %d: memory (%s) warm in %.1f s", rank, arena.kind, seconds)
     vocabularies = [
         Vocabulary(name=n, sources=tuple(s), unused=tuple(loaded.traces[n].unused))
         for n, s in loaded.vocabularies.items()
@@ -312,24 +319,26 @@ def _writes(trace: tracing.Trace, names: dict[str, int]) -> tuple[Write, ...]:
 
 
 def _move(homes: list[Home], offsets: dict[int, int], arena: Arena) -> None:
-    """Point every tensor over a moved storage at the arena, whoever holds it."""
-    segments: dict[int, torch.UntypedStorage] = {}
-    for home in homes:
-        storage = home.live.untyped_storage()
-        key = storage.data_ptr()
-        if key in segments:
-            continue
+    """Point every tensor over a moved storage at the arena, whoever holds it.
+
+    One storage after the other, each freed when it has moved, so that host memory holds little twice.
+    """
+    # Parameters, buffers, plain attributes and views alike: whatever Python can still reach. All are found
+    # before the first storage is freed, as a freed address may be given to another.
+    holders: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
+    for obj in gc.get_objects():
+        if issubclass(type(obj), torch.Tensor) and _is_plain(obj) and obj.numel():
+            holders[_storage_key(obj)].append(obj)
+    moving = {_storage_key(home.live): home.live for home in homes}
+    for key, one in moving.items():
+        storage = one.untyped_storage()
         segment = arena.live(offsets[key], storage.nbytes())
         segment.copy_(torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage))
-        segments[key] = segment.untyped_storage()
-    # Parameters, buffers, plain attributes and views alike: whatever Python can still reach. Two passes,
-    # as the storages must not be freed (and their addresses reused) while others still point at them.
-    found = [obj for obj in gc.get_objects() if issubclass(type(obj), torch.Tensor) and _is_plain(obj)]
-    moved = [(t, segments[key]) for t in found if (key := _storage_key(t)) in segments and t.numel()]
-    for tensor, segment_storage in moved:
-        tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
-            segment_storage, tensor.storage_offset(), tensor.size(), tensor.stride()
-        )
+        del storage
+        for tensor in holders.pop(key):
+            tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
+                segment.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride()
+            )
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -341,16 +350,26 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def _verify(loaded: Loaded, rank_map: RankMap, arena: Arena) -> None:
-    """Apply the checkpoint through the mapping to the second half; it must equal the live one."""
+    """Apply the checkpoint through the mapping to the second half; it must equal the live one.
+
+    Without a second half it is applied over the live one, whose digests were taken before.
+    """
     if "checkpoint" not in loaded.traces or os.environ.get("BRIDGE_VERIFY_MAPPING", "1") == "0":
         logger.warning("the mapping was not compared with a checkpoint")
         return
     start = time.perf_counter()
-    other = arena.half(1 - arena.active)
-    other.copy_(arena.half(arena.active))
+    live = arena.half(arena.active)
+    in_place = arena.kind == IN_PLACE
+    before = [_digest(_span(live, target)) for target in rank_map.targets] if in_place else []
+    fills = _filled(loaded, rank_map, live, keep=in_place)
+    other = live if in_place else arena.half(1 - arena.active)
+    if not in_place:
+        other.copy_(live)
     for target in rank_map.targets:  # what the mapping does not write must not pass by being equal
-        other[target.offset : target.offset + target.nbytes] = 0xA5
-    _restore_fills(loaded, rank_map, arena, other)
+        _span(other, target).fill_(0xA5)
+    to = Staging(other, rank_map.targets)
+    for where, values in fills:
+        to.view(*where).copy_(values)
     staging = Staging(other, rank_map.targets)
     for write in rank_map.writes["checkpoint"]:  # nor what the loader fills first and writes later
         if staging.is_direct(write.target):
@@ -361,11 +380,14 @@ def _verify(loaded: Loaded, rank_map: RankMap, arena: Arena) -> None:
         for name, tensor in compat.loader_weights(loaded.loader, loaded.model_config, loaded.model):
             staging.apply(grouped.pop(listed[name], ()), tensor)
     staging.finish()
-    live = arena.half(arena.active)
     differing = [
         target.name
-        for target in rank_map.targets
-        if not torch.equal(live[(span := slice(target.offset, target.offset + target.nbytes))], other[span])
+        for index, target in enumerate(rank_map.targets)
+        if not (
+            _digest(_span(other, target)) == before[index]
+            if in_place
+            else torch.equal(_span(live, target), _span(other, target))
+        )
     ]
     if differing:
         listing = "\n  ".join(differing)
@@ -377,13 +399,27 @@ def _verify(loaded: Loaded, rank_map: RankMap, arena: Arena) -> None:
     logger.info("mapping verified bitwise against the checkpoint in %.1f s", time.perf_counter() - start)
 
 
-def _restore_fills(loaded: Loaded, rank_map: RankMap, arena: Arena, other: torch.Tensor) -> None:
-    """Pads come from no checkpoint: take them from the live half, at the places the loader filled."""
-    live = arena.half(arena.active)
+def _span(half: torch.Tensor, target: Target) -> torch.Tensor:
+    return half[target.offset : target.offset + target.nbytes]
+
+
+_Where = tuple[int, tuple[int, ...], int, tuple[int, ...]]
+
+
+def _filled(
+    loaded: Loaded, rank_map: RankMap, live: torch.Tensor, *, keep: bool
+) -> list[tuple[_Where, torch.Tensor]]:
+    """Pads come from no checkpoint: the places that the loader filled, and the live half's values there.
+
+    ``keep`` copies the values, for when the live half is about to be written over.
+    """
     names = {t.name: i for i, t in enumerate(rank_map.targets)}
-    to, since = Staging(other, rank_map.targets), Staging(live, rank_map.targets)
+    since = Staging(live, rank_map.targets)
+    found = []
     for fill in loaded.traces["checkpoint"].fills:
-        if (index := names.get(fill.target)) is None or not to.is_direct(index):
+        if (index := names.get(fill.target)) is None or not since.is_direct(index):
             continue
         where = (index, fill.size, fill.dst_offset, fill.dst_stride)
-        to.view(*where).copy_(since.view(*where))
+        values = since.view(*where)
+        found.append((where, values.clone() if keep else values))
+    return found
