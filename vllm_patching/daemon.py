@@ -73,6 +73,7 @@ class Daemon:
         self.failed = ""
         self._first_death = ""
         self._given_up = ""
+        self._closing = False
         self.last_error: str | None = None
         self.last_round: dict[str, Any] | None = None
         self.vllm_pids: set[int] = set()
@@ -125,7 +126,9 @@ class Daemon:
     @property
     def in_round(self) -> bool:
         """Whether a trainer's round is under way; it has deadlines of its own."""
-        return self.epoch is not None and self.epoch.machine.state not in (State.IDLE, State.CLOSED)
+        if self._closing:  # of what was torn it is not yet known why
+            return self.swap is not None and bool(self.swap.torn)
+        return self.epoch is not None and self.epoch.machine.state is not State.IDLE
 
     def _handle(self, event: Any) -> None:
         if isinstance(event, Lost):
@@ -168,10 +171,10 @@ class Daemon:
 
     def _close_epoch(self, epoch: Epoch) -> None:
         assert self.swap is not None
-        self.epoch = None
+        self.epoch, self._closing = None, True
         epoch.close()
-        # Only now: no updater writes any more.
-        self.swap.abandon(epoch.closed or "the trainer left")
+        self.swap.abandon(epoch.closed or "the trainer left")  # only now: no updater writes any more
+        self._closing = False
         served = "nothing is served" if self.swap.torn else f"version {self.live_version} is served on"
         if epoch.closed:
             self.aborted += 1

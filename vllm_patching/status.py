@@ -30,6 +30,7 @@ def describe(daemon: Daemon) -> dict[str, Any]:
         "detail": daemon.failed or (daemon.swap.torn if state == "torn" and daemon.swap else detail),
         "weight_version": min((page.slot(r).version for r in ranks), default=0) if page else 0,
         "requested_version": daemon.version,
+        "writing": page.writing if page else 0,
         "epoch": daemon.epochs,
         "model": mapping.model if mapping else "",
         "world_size": world_size,

@@ -62,6 +62,7 @@ class Streams:
         self._api, self._tokens = api, tokens
         self._stop = threading.Event()
         self.finished: list[tuple[str, int]] = []
+        self._counts = [0] * width
         self.failures: list[str] = []
         self.started = threading.Barrier(width + 1)
         self._threads = [threading.Thread(target=self._run, args=(i,), daemon=True) for i in range(width)]
@@ -79,6 +80,7 @@ class Streams:
             try:
                 for _, choice in self._api.stream(prompt, headers={"X-Request-Id": request}, **sampling):
                     count += len(choice.get("token_ids") or ())
+                    self._counts[index] += len(choice.get("token_ids") or ())
                     reason = choice.get("finish_reason") or reason
                     if first:
                         self.started.wait(60)
@@ -89,6 +91,15 @@ class Streams:
             if reason != "length" or count != self._tokens:
                 self.failures.append(f"request {index}: {count} of {self._tokens} tokens, ended by {reason}")
             self.finished.append((request, count))
+
+    @property
+    def produced(self) -> int:
+        """Tokens that have come so far, of all requests."""
+        return sum(self._counts)
+
+    def alive(self) -> list[bool]:
+        """Which of the requests are in flight."""
+        return [thread.is_alive() for thread in self._threads]
 
     def stop(self) -> None:
         """Let those in flight finish."""
