@@ -112,7 +112,9 @@ def allocate(nbytes: int, device: torch.device, *, staging: str, flip: str) -> A
         kind = _choose(staging, flip, lambda: cuda_arena.why_no_remap(device), nbytes)
         if kind == REMAP:
             return cuda_arena.CudaArena(nbytes, device)
-        return FixedArena(nbytes, lambda which: cuda_memory.DeviceMemory(nbytes, device, which), kind=kind)
+        in_pieces = kind == IN_PLACE and not cuda_arena.why_no_remap(device)
+        memory = cuda_memory.PiecedMemory if in_pieces else cuda_memory.DeviceMemory
+        return FixedArena(nbytes, lambda which: memory(nbytes, device, which), kind=kind)
     raise ConfigError(f"the weights are on {device}; the bridge knows CPUs and CUDA devices")
 
 
@@ -135,8 +137,10 @@ def _choose(staging: str, flip: str, why_no_remap: Callable[[], str], nbytes: in
     return COPY
 
 
-def adopt(fds: tuple[int, ...], nbytes: int, gpu: str, handles: tuple[str, ...] = ()) -> Halves:
-    """Another process's halves; ``gpu`` is the UUID of the device they are on, "" for the host's memory.
+def adopt(fds: tuple[int, ...], nbytes: int, gpu: str, handles: tuple[str, ...], kind: str) -> Halves:
+    """Another process's halves, of an arena of that kind, as it exported them.
+
+    ``gpu`` is the UUID of the device they are on, "" for the host's memory.
 
     Raises:
         ConfigError: what came is not one or two halves of that size, or the device is not visible here.
@@ -149,10 +153,10 @@ def adopt(fds: tuple[int, ...], nbytes: int, gpu: str, handles: tuple[str, ...] 
     from bridge.wire import cuda
 
     device = cuda.device_by_uuid(gpu)
-    if handles:
-        from vllm_patching.cuda_memory import ShownHalves
+    if kind != REMAP:
+        from vllm_patching.cuda_memory import PiecedHalves, ShownHalves
 
-        return ShownHalves(handles, nbytes, device)
+        return ShownHalves(handles, nbytes, device) if handles else PiecedHalves(fds, nbytes, device)
     from vllm_patching.cuda_arena import CudaHalves
 
     return CudaHalves(fds, nbytes, device)

@@ -200,9 +200,10 @@ class HostMemory:
             OSError: the kernel refuses, which the message says of ``which`` half.
         """
         self._nbytes = max(1, nbytes)
-        self.fd: int = os.memfd_create("bridge-half", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, self._nbytes)
-        result = _libc.mmap(None, self._nbytes, _READ_WRITE, mmap.MAP_SHARED, self.fd, 0)
+        fd = os.memfd_create("bridge-half", os.MFD_CLOEXEC)
+        self.fds = (fd,)
+        os.ftruncate(fd, self._nbytes)
+        result = _libc.mmap(None, self._nbytes, _READ_WRITE, mmap.MAP_SHARED, fd, 0)
         self._address = _check(result, f"mapping {nbytes} bytes for {which} of the weights")
 
     def bytes(self, offset: int, nbytes: int) -> torch.Tensor:
@@ -216,7 +217,8 @@ class HostMemory:
 
     def free(self) -> None:
         _libc.munmap(self._address, self._nbytes)
-        os.close(self.fd)
+        for fd in self.fds:
+            os.close(fd)
 
 
 class CpuHalves:

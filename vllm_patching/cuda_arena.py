@@ -18,12 +18,17 @@ from bridge.errors import ConfigError, DeviceError
 from bridge.wire import cuda
 
 NO_ROOM = (
-    "use a larger --tensor-parallel-size, a smaller model, a GPU that nobody else uses, or serve --staging "
-    "in-place, which needs no second half, and where generation stands still for the length of every transfer"
+    "use a larger --tensor-parallel-size, a smaller model, a GPU that nobody else uses, or, unless that is "
+    "done already, serve --staging in-place, which holds the weights once and stands still for every transfer"
 )
 
 
-class _Physical:
+def _free() -> str:
+    free, total = torch.cuda.mem_get_info()
+    return f"{free / 2**30:.2f} of {total / 2**30:.2f} GiB are free"
+
+
+class Physical:
     """How this process allocates, exports, imports and maps physical memory of one device."""
 
     def __init__(self, device: torch.device) -> None:
@@ -52,12 +57,11 @@ class _Physical:
         return int(cuda.check(result, f"reserving {span} bytes of device addresses"))
 
     def allocate(self, span: int) -> Any:
-        """Allocate one half; returns its handle."""
+        """Allocate one half, or a piece of one; returns its handle."""
         torch.cuda.empty_cache()
         return cuda.check(
             self._cu.cuMemCreate(span, self._properties, 0),
-            f"allocating {span / 2**30:.2f} GiB for one half of the weights (the GPU must hold them twice: "
-            f"{NO_ROOM})",
+            f"allocating {span / 2**30:.2f} GiB for the weights ({_free()}; {NO_ROOM})",
         )
 
     def export(self, handle: Any) -> int:
@@ -110,7 +114,7 @@ def why_no_remap(device: torch.device) -> str:
         if not int(cuda.check(cu.cuDeviceGetAttribute(attribute, ordinal), f"asking for {what}")):
             return f"{device} does not support {what}"
     try:  # a driver or container may refuse what the device could do
-        physical = _Physical(device)
+        physical = Physical(device)
         handle = physical.allocate(physical.granularity)
         try:
             os.close(physical.export(handle))
@@ -135,7 +139,7 @@ class CudaArena:
         self.nbytes = nbytes
         self.active = 0
         self._device = device
-        self._physical = _Physical(device)
+        self._physical = Physical(device)
         self._span = self._physical.span(nbytes)
         self._live = self._physical.reserve(self._span)
         self._parking = self._physical.reserve(self._span)
@@ -242,7 +246,7 @@ class CudaHalves:
             raise ConfigError(f"expected the descriptors of two halves, received {len(fds)}")
         self.nbytes = nbytes
         self.device = device
-        physical = _Physical(device)
+        physical = Physical(device)
         span = physical.span(nbytes)
         halves = []
         for fd in fds:

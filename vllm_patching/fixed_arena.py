@@ -21,8 +21,8 @@ class Memory(Protocol):
     """One half: memory of this process that another one may map, by descriptor or by CUDA IPC handle."""
 
     @property
-    def fd(self) -> int | None:
-        """Its descriptor, if it has one."""
+    def fds(self) -> tuple[int, ...]:
+        """Its descriptors, in order of address; none if it has a handle."""
 
     @property
     def handle(self) -> str:
@@ -85,7 +85,7 @@ class FixedArena:
         return time.perf_counter() - start
 
     def export(self) -> tuple[int, ...]:
-        return tuple(half.fd for half in self._halves if half.fd is not None)
+        return tuple(fd for half in self._halves for fd in half.fds)
 
     def handles(self) -> tuple[str, ...]:
         return tuple(half.handle for half in self._halves if half.handle)

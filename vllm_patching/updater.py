@@ -405,9 +405,10 @@ def _run(run_dir: Path, rank: int) -> int:
         logger.error("the daemon refused updater %d: %s", rank, welcome)
         return 1
     mapping = msgspec.convert(welcome["mapping"], Mapping)
-    halves = adopt(fds, mapping.ranks[rank].arena_bytes, welcome["gpu"], tuple(welcome["handles"]))
+    handles, kind = tuple(welcome["handles"]), welcome["arena"]
+    halves = adopt(fds, mapping.ranks[rank].arena_bytes, welcome["gpu"], handles, kind)
     channel.sock.settimeout(None)
-    updater = Updater(rank, mapping, halves, channel, arena=welcome["arena"])
+    updater = Updater(rank, mapping, halves, channel, arena=kind)
     updater.prepare()
     channel.send({"type": "ready"})
     _serve(channel, updater)
