@@ -19,23 +19,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import blake3
 import msgspec
 import torch
 from torch import nn
 
 from bridge.errors import BridgeError, ConfigError, MappingError
 from bridge.protocol.mapping import RankMap, Source, Target, Vocabulary, Write
-from bridge.wire.device_checksum import DeviceChecksums
 from vllm_patching import arena as arenas
-from vllm_patching import compat, coverage, sources, tracing
+from vllm_patching import compat, coverage, sources, tracing, verification
 from vllm_patching.arena import SEGMENT_ALIGNMENT, Arena
-from vllm_patching.fixed_arena import IN_PLACE
-from vllm_patching.staging import Staging, writes_by_source
+from vllm_patching.verification import digest
 
 logger = logging.getLogger(__name__)
-
-_POISON = -77  # no layer of weights has it everywhere
 
 _loaders: list[Any] = []
 _pending: list[Loaded] = []
@@ -122,7 +117,7 @@ def before_processing(model: nn.Module, model_config: Any) -> None:
     loaded.names = set(tensors)
     for trace in loaded.traces.values():
         for name in {write.target for write in trace.writes} - loaded.places.keys():
-            loaded.places[name] = Place(tensors[name].detach(), _digest(tensors[name]))
+            loaded.places[name] = Place(tensors[name].detach(), digest(tensors[name]))
     _pending.append(loaded)
     logger.info(
         "traced %s in %.2f s: %s",
@@ -130,16 +125,6 @@ def before_processing(model: nn.Module, model_config: Any) -> None:
         time.perf_counter() - start,
         ", ".join(f"{len(t.writes)} writes by {n} names" for n, t in loaded.traces.items()),
     )
-
-
-def _digest(tensor: torch.Tensor) -> bytes:
-    """Of a tensor's elements, to see whether they change; on a GPU without bringing them to the host."""
-    flat = tensor.detach().contiguous().view(-1)
-    if flat.is_cuda:
-        sums = DeviceChecksums(1, flat.device, torch.cuda.current_stream(flat.device))
-        sums.add(0, flat)
-        return sums.digests()[0]
-    return blake3.blake3(flat.view(torch.uint8).numpy().data).digest()
 
 
 def finish(model: nn.Module) -> Loaded:
@@ -202,7 +187,7 @@ def _find_home(
 ) -> Home | str:
     old = place.tensor
     if _storage_key(old) in alive:
-        if _digest(old) != place.digest:
+        if digest(old) != place.digest:
             return f"{name} {tuple(old.shape)} was changed in place after loading"
         return Home(name, old, old, "")
     if now is None or not now.numel():
@@ -250,7 +235,7 @@ def rehome(loaded: Loaded, *, rank: int) -> tuple[Arena, dict[str, Any]]:
     loaded.places.clear()
     homes.clear()  # the last holders of what moved
     arena.open_second_half()
-    _verify(loaded, rank_map, arena)
+    verification.verify(loaded, rank_map, arena)
     seconds = arena.warm()
     logger.info("rank %d: memory (%s) warm in %.1f s", rank, arena.kind, seconds)
     vocabularies = [
@@ -347,79 +332,3 @@ def _is_plain(tensor: torch.Tensor) -> bool:
         and tensor.layout is torch.strided
         and type(tensor).__name__ != "FakeTensor"
     )
-
-
-def _verify(loaded: Loaded, rank_map: RankMap, arena: Arena) -> None:
-    """Apply the checkpoint through the mapping to the second half; it must equal the live one.
-
-    Without a second half it is applied over the live one, whose digests were taken before.
-    """
-    if "checkpoint" not in loaded.traces or os.environ.get("BRIDGE_VERIFY_MAPPING", "1") == "0":
-        logger.warning("the mapping was not compared with a checkpoint")
-        return
-    start = time.perf_counter()
-    live = arena.half(arena.active)
-    in_place = arena.kind == IN_PLACE
-    before = [_digest(_span(live, target)) for target in rank_map.targets] if in_place else []
-    fills = _filled(loaded, rank_map, live, keep=in_place)
-    other = live if in_place else arena.half(1 - arena.active)
-    if not in_place:
-        other.copy_(live)
-    for target in rank_map.targets:  # what the mapping does not write must not pass by being equal
-        _span(other, target).fill_(0xA5)
-    to = Staging(other, rank_map.targets)
-    for where, values in fills:
-        to.view(*where).copy_(values)
-    staging = Staging(other, rank_map.targets)
-    for write in rank_map.writes["checkpoint"]:  # nor what the loader fills first and writes later
-        if staging.is_direct(write.target):
-            staging.view(write.target, write.size, write.dst_offset, write.dst_stride).fill_(_POISON)
-    listed = {s.name: i for i, s in enumerate(loaded.vocabularies["checkpoint"])}
-    grouped = writes_by_source(rank_map.writes["checkpoint"])
-    with torch.no_grad():
-        for name, tensor in compat.loader_weights(loaded.loader, loaded.model_config, loaded.model):
-            staging.apply(grouped.pop(listed[name], ()), tensor)
-    staging.finish()
-    differing = [
-        target.name
-        for index, target in enumerate(rank_map.targets)
-        if not (
-            _digest(_span(other, target)) == before[index]
-            if in_place
-            else torch.equal(_span(live, target), _span(other, target))
-        )
-    ]
-    if differing:
-        listing = "\n  ".join(differing)
-        raise MappingError(
-            f"the checkpoint of {loaded.model_config.model}, applied through the traced mapping, differs "
-            f"from what vLLM loaded, in {len(differing)} tensor(s); the loader does arithmetic the trace "
-            f"cannot see:\n  {listing}"
-        )
-    logger.info("mapping verified bitwise against the checkpoint in %.1f s", time.perf_counter() - start)
-
-
-def _span(half: torch.Tensor, target: Target) -> torch.Tensor:
-    return half[target.offset : target.offset + target.nbytes]
-
-
-_Where = tuple[int, tuple[int, ...], int, tuple[int, ...]]
-
-
-def _filled(
-    loaded: Loaded, rank_map: RankMap, live: torch.Tensor, *, keep: bool
-) -> list[tuple[_Where, torch.Tensor]]:
-    """Pads come from no checkpoint: the places that the loader filled, and the live half's values there.
-
-    ``keep`` copies the values, for when the live half is about to be written over.
-    """
-    names = {t.name: i for i, t in enumerate(rank_map.targets)}
-    since = Staging(live, rank_map.targets)
-    found = []
-    for fill in loaded.traces["checkpoint"].fills:
-        if (index := names.get(fill.target)) is None or not since.is_direct(index):
-            continue
-        where = (index, fill.size, fill.dst_offset, fill.dst_stride)
-        values = since.view(*where)
-        found.append((where, values.clone() if keep else values))
-    return found

@@ -27,8 +27,7 @@ import torch
 from safetensors import safe_open
 
 from bridge import telemetry
-from bridge.errors import BridgeError, MappingError, ProtocolError, TransferError
-from bridge.protocol.holders import CASTS
+from bridge.errors import BridgeError, ProtocolError, TransferError
 from bridge.protocol.mapping import Mapping, RankMap
 from bridge.protocol.plan import Lane, Plan
 from bridge.wire import device_memory, peer_memory, rendezvous
@@ -46,11 +45,10 @@ from bridge.wire.transport import (
     PullSink,
     Sink,
 )
-from vllm_patching import compat
+from vllm_patching import compat, update_files
 from vllm_patching.arena import Halves, adopt
 from vllm_patching.channel import Channel, ChannelClosed
 from vllm_patching.fixed_arena import COPY
-from vllm_patching.sources import SAFETENSORS_DTYPES
 from vllm_patching.staging import Staging, torch_dtype, writes_by_source
 
 logger = logging.getLogger("vllm_patching.updater")  # __name__ is __main__ here
@@ -261,8 +259,8 @@ class Updater:
         """
         start = time.perf_counter()
         files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [Path(path)]
-        found = _index(files)
-        name = _match_vocabulary(self.mapping, self.rank_map, found)
+        found = update_files.index(files)
+        name = update_files.match_vocabulary(self.mapping, self.rank_map, found)
         listed = self.mapping.vocabulary(name).sources
         grouped = writes_by_source(self.rank_map.writes[name])
         self._ask_leave(leave_s)
@@ -280,57 +278,6 @@ class Updater:
         self.halves.synchronize()
         self._in_step = self._copies
         return {"bytes": nbytes, "seconds": time.perf_counter() - start, "transport": "file"}
-
-
-def _names(file: Path) -> list[str]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return list(opened.keys())
-    except Exception as err:  # safetensors raises its own type from Rust, and OSError
-        raise MappingError(f"{file} is not a whole safetensors file: {err}") from err
-
-
-def _index(files: list[Path]) -> dict[str, Path]:
-    """Which file holds which tensor.
-
-    Raises:
-        MappingError: there is no file, or a tensor lies in two: which one counts is anybody's guess.
-    """
-    found: dict[str, Path] = {}
-    twice = []
-    for file in files:
-        for name in _names(file):
-            if name in found:
-                twice.append(f"{name}: in {found[name].name} and in {file.name}")
-            found[name] = file
-    if twice or not found:
-        listing = "\n  ".join(twice) or "no tensor there"
-        raise MappingError(f"{len(twice)} fault(s) in the update's files:\n  {listing}")
-    return found
-
-
-def _match_vocabulary(mapping: Mapping, rank_map: RankMap, found: dict[str, Path]) -> str:
-    """The vocabulary whose needed sources are all in the files, with their shapes and dtypes checked."""
-    best = max(mapping.vocabularies, key=lambda v: len({s.name for s in v.sources} & found.keys()))
-    known = {source.name: source for source in best.sources}
-    unused = set(best.unused)
-    faults = [f"{name}: missing" for name in known.keys() - found.keys() - unused]
-    faults += [f"{name}: not a parameter of this model" for name in found.keys() - known.keys() - unused]
-    needed = {
-        best.sources[w.source].name: rank_map.targets[w.target].dtype for w in rank_map.writes[best.name]
-    }
-    for name in sorted(known.keys() & found.keys()):
-        with safe_open(found[name], framework="pt") as file:
-            tensor = file.get_slice(name)
-            shape, dtype = tuple(tensor.get_shape()), SAFETENSORS_DTYPES.get(tensor.get_dtype(), "unknown")
-        if shape != known[name].shape:
-            faults.append(f"{name}: shape {shape}, expected {known[name].shape}")
-        if (to := needed.get(name)) is not None and dtype != to and (dtype, to) not in CASTS:
-            faults.append(f"{name}: dtype {dtype} cannot be cast to {to} without loss of meaning")
-    if faults:
-        listing = "\n  ".join(sorted(faults))
-        raise MappingError(f"{len(faults)} fault(s) in the update for {mapping.model}:\n  {listing}")
-    return best.name
 
 
 def _serve(channel: Channel, updater: Updater) -> NoReturn:
