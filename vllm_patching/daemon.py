@@ -74,6 +74,7 @@ class Daemon:
         self._first_death = ""
         self._given_up = ""
         self._closing = False
+        self.filing = False  # whether a version is being staged from a file
         self.last_error: str | None = None
         self.last_round: dict[str, Any] | None = None
         self.vllm_pids: set[int] = set()
@@ -125,8 +126,8 @@ class Daemon:
 
     @property
     def in_round(self) -> bool:
-        """Whether a trainer's round is under way; it has deadlines of its own."""
-        if self._closing:  # of what was torn it is not yet known why
+        """Whether a round is under way; it has deadlines of its own."""
+        if self.filing or self._closing:  # in place, until it is known whether and why the weights are torn
             return self.swap is not None and bool(self.swap.torn)
         return self.epoch is not None and self.epoch.machine.state is not State.IDLE
 

@@ -31,6 +31,7 @@ def stage_file(daemon: Daemon, event: Notified) -> dict[str, Any]:
         start = time.monotonic()
         daemon.crew.wait_all(timeout_s=READY_TIMEOUT_S)
         orders = daemon.swap.orders()
+        daemon.filing = True
         try:
             daemon.crew.order({"type": "stage_file", "path": event.path}, orders)
             reports = _await_reports(daemon, daemon.crew, lambda: _open(daemon, version))
@@ -46,6 +47,8 @@ def stage_file(daemon: Daemon, event: Notified) -> dict[str, Any]:
         daemon.last_error = error
         logger.error("update from %s: %s", event.path, error)
         return {"type": "update_result", "ok": False, "version": daemon.live_version, "error": error}
+    finally:
+        daemon.filing = False
     daemon.committed += 1
     daemon.last_round = {
         "version": version,

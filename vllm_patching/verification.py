@@ -86,7 +86,8 @@ def verify(loaded: Loaded, rank_map: RankMap, arena: Arena) -> None:
             f"from what vLLM loaded, in {len(differing)} tensor(s); the loader does arithmetic the trace "
             f"cannot see:\n  {listing}"
         )
-    logger.info("mapping verified bitwise against the checkpoint in %.1f s", time.perf_counter() - start)
+    how = "by digests" if in_place else "bitwise"
+    logger.info("mapping verified %s against the checkpoint in %.1f s", how, time.perf_counter() - start)
 
 
 def _span(half: torch.Tensor, target: Target) -> torch.Tensor:
