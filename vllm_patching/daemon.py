@@ -206,6 +206,7 @@ class Daemon:
         data = mapping_file.encode(
             msgspec.structs.replace(mapping, rendezvous=meeting, run_dir=str(args.run_dir))
         )
+        self._prepare_swap()  # before anybody can be told that the server is ready
         self.mapping = mapping_file.decode(data, origin="the mapping just built")
         path = args.logdir / CONFIG_NAME
         mapping_file.write_atomically(path, data)
@@ -217,7 +218,6 @@ class Daemon:
             meeting.host,
             meeting.port,
         )
-        self._prepare_swap()
         self.new_crew()
         self._doorman_thread = start_thread("bridge-doorman", self._doorman)
         self._shm = residue.snapshot(self.vllm_pids)
