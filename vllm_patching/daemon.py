@@ -172,14 +172,15 @@ class Daemon:
 
     def _close_epoch(self, epoch: Epoch) -> None:
         assert self.swap is not None
+        if epoch.closed:
+            self.aborted += 1
+            self.last_error = epoch.closed  # before the epoch is seen to be over
         self.epoch, self._closing = None, True
         epoch.close()
         self.swap.abandon(epoch.closed or "the trainer left")  # only now: no updater writes any more
         self._closing = False
-        served = "nothing is served" if self.swap.torn else f"version {self.live_version} is served on"
         if epoch.closed:
-            self.aborted += 1
-            self.last_error = epoch.closed
+            served = "nothing is served" if self.swap.torn else f"version {self.live_version} is served on"
             logger.error("epoch %d ended: %s; %s", epoch.epoch, epoch.closed, served)
         else:
             logger.info("epoch %d ended in order at version %d", epoch.epoch, self.live_version)
