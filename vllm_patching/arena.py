@@ -130,7 +130,7 @@ def _choose(staging: str, flip: str, why_no_remap: Callable[[], str], nbytes: in
         raise ConfigError(f"--flip remap was asked for, but {why_not}; use --flip auto or --flip copy")
     logger.warning(
         "--flip auto takes copy, since %s: each flip copies %d MiB within the device's memory while the rank "
-        "stands still (a GPU takes about 0.5 ms for a GiB, a CPU 100 to 300 ms)",
+        "stands still (a GPU takes about 0.5 ms for a GiB, a CPU about 100 ms)",
         why_not,
         nbytes >> 20,
     )
