@@ -45,7 +45,8 @@ CLOSE_TIMEOUT_S = 3.0
 
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True):
-    """What one broadcast did. Seconds are wall-clock; ``flip_s`` is the longest stand-still of a rank.
+    """What one broadcast did. Seconds are wall-clock; ``flip_s`` is the longest stand-still of a rank, which
+    with ``serve --staging in-place`` spans the transfer.
 
     ``bytes`` counts what reached the inference ranks; ``transfer_s`` moving it, ``stage_s`` from the start
     of the round to every rank holding it, ``total_s`` the whole broadcast as this rank saw it.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bridge.errors import ConfigError, RendezvousError
-from launch.options import CHECKSUM, LOG_LEVELS, PREFIX_CACHE, TRANSPORTS, ServeOptions
+from launch.options import CHECKSUM, FLIP, LOG_LEVELS, PREFIX_CACHE, STAGING, TRANSPORTS, ServeOptions
 
 PROGRAM = "python -m bridge.launch"
 EPILOG = f"""exit codes:
@@ -170,12 +170,17 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
         "keep: reuse blocks of older weights, inexact",
         PREFIX_CACHE,
     )
+    _flag(
+        group, "--staging", str, d.staging, "in-place: weights held once; pauses for each transfer", STAGING
+    )
+    _flag(group, "--flip", str, d.flip, "how two halves change places; auto: remap if possible", FLIP)
     group.add_argument("--http", action="store_true", help="serve /bridge/* beside /v1 (default: off)")
 
     group = parser.add_argument_group("patience, in seconds")
     _flag(group, "--heartbeat-interval", float, d.heartbeat_interval_s, "between signs of life, both ways")
     _flag(group, "--deadline", float, d.deadline_s, "silence that ends a round")
     _flag(group, "--commit-timeout", float, d.commit_timeout_s, "for all ranks to reach a batch boundary")
+    _flag(group, "--repair-timeout", float, d.repair_timeout_s, "for torn weights (in-place) to be repaired")
     _flag(group, "--start-timeout", float, d.start_timeout_s, "until the server must be ready")
     _flag(group, "--shutdown-timeout", float, d.shutdown_timeout_s, "between asking and SIGKILL")
     _flag(group, "--max-daemon-restarts", int, d.max_daemon_restarts, "a count; then everything ends")
@@ -223,9 +228,12 @@ def make_options(
         heartbeat_interval_s=args.heartbeat_interval,
         deadline_s=args.deadline,
         commit_timeout_s=args.commit_timeout,
+        repair_timeout_s=args.repair_timeout,
         bucket_bytes=args.bucket_bytes,
         transport=args.transport,
         checksum=args.checksum,
+        staging=args.staging,
+        flip=args.flip,
         prefix_cache=args.prefix_cache,
         update_dir=args.update_dir,
         http=args.http,

@@ -102,6 +102,8 @@ def vllm_command(options: ServeOptions, run_dir: Path, environ: Mapping[str, str
         "BRIDGE_RUN_DIR": str(run_dir),
         "BRIDGE_LOGDIR": str(options.logdir.absolute()),
         "BRIDGE_PREFIX_CACHE": options.prefix_cache,
+        "BRIDGE_STAGING": options.staging,
+        "BRIDGE_FLIP": options.flip,
         "BRIDGE_HTTP": str(int(options.http)),
         "BRIDGE_LOG_LEVEL": options.log_level,
         "PYTHONUNBUFFERED": "1",  # a line that explains a crash must reach the log before it
@@ -126,6 +128,7 @@ def daemon_command(options: ServeOptions, run_dir: Path, *, launcher_pid: int) -
         "--heartbeat-interval": f"{options.heartbeat_interval_s:g}",
         "--deadline": f"{options.deadline_s:g}",
         "--commit-timeout": f"{options.commit_timeout_s:g}",
+        "--repair-timeout": f"{options.repair_timeout_s:g}",
         "--bucket-bytes": options.bucket_bytes,
         "--transport": options.transport,
         "--checksum": options.checksum,

@@ -16,6 +16,8 @@ from bridge.errors import ConfigError
 TRANSPORTS = ("auto", "pull", "nccl", "gloo")
 PREFIX_CACHE = ("salt", "keep")
 CHECKSUM = ("first", "always", "off")
+STAGING = ("double", "in-place")
+FLIP = ("auto", "remap", "copy")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 # vLLM's spellings; the last one given wins, as in argparse.
@@ -46,9 +48,12 @@ class ServeOptions:
     heartbeat_interval_s: float = 2.0
     deadline_s: float = 15.0
     commit_timeout_s: float = 120.0
+    repair_timeout_s: float = 600.0
     bucket_bytes: int = 0  # by device
     transport: str = "auto"
     checksum: str = "first"
+    staging: str = "double"
+    flip: str = "auto"
     prefix_cache: str = "salt"
     update_dir: Path | None = None  # None: <logdir>/updates
     http: bool = False
@@ -66,9 +71,20 @@ class ServeOptions:
         """Values that cannot work, each as a sentence."""
         faults = [
             f"{_flag(name)} is {getattr(self, name):g}, it must be above 0 seconds"
-            for name in ("heartbeat_interval_s", "deadline_s", "commit_timeout_s", "start_timeout_s")
+            for name in (
+                "heartbeat_interval_s",
+                "deadline_s",
+                "commit_timeout_s",
+                "repair_timeout_s",
+                "start_timeout_s",
+            )
             if getattr(self, name) <= 0
         ]
+        if self.staging == "in-place" and self.flip != "auto":
+            faults.append(
+                f"--flip {self.flip} says how two halves change places, and --staging in-place has one; "
+                "leave --flip out"
+            )
         if self.shutdown_timeout_s < 0:
             faults.append(f"--shutdown-timeout is {self.shutdown_timeout_s:g}, it cannot be negative")
         if self.deadline_s < 2 * self.heartbeat_interval_s:

@@ -181,7 +181,7 @@ def _import_error(module: str) -> str:
 
 
 def check_model(options: ServeOptions, server: ServerView, around: Surroundings) -> list[Finding]:
-    """The model can be read, and its weights fit into memory twice."""
+    """The model can be read, and its weights fit into memory twice, or once if staged in place."""
     try:
         directory = footprint.find_model(options.model, around.environ)
         if directory is None:
@@ -193,32 +193,38 @@ def check_model(options: ServeOptions, server: ServerView, around: Surroundings)
         size = footprint.estimate(directory, dtype=server.dtype, load_format=server.load_format)
     except ConfigError as err:
         return [Finding("model", "fault", str(err))]
-    return [Finding("model", "ok", str(directory)), _memory_finding(size, around)]
+    copies = 1 if options.staging == "in-place" else 2
+    return [Finding("model", "ok", str(directory)), _memory_finding(size, copies, around)]
 
 
-def _memory_finding(size: footprint.Footprint, around: Surroundings) -> Finding:
+def _memory_finding(size: footprint.Footprint, copies: int, around: Surroundings) -> Finding:
     one = f"{size.weight_bytes / MIB:,.0f} MiB of weights ({size.origin})"
     if _on_gpu():
+        times = "twice" if copies == 2 else "once"
         return Finding(
-            "memory", "note", f"{one}; the GPUs must hold them twice, which vLLM's start will tell"
+            "memory", "note", f"{one}; the GPUs must hold them {times}, which vLLM's start will tell"
         )
     kv_gib = around.environ.get("VLLM_CPU_KVCACHE_SPACE", "")
     kv_bytes = int(kv_gib) << 30 if kv_gib.isdecimal() else 0
-    need = 2 * size.weight_bytes + kv_bytes
+    need = copies * size.weight_bytes + kv_bytes
     available, limit = footprint.available_memory(around.cgroup_root)
-    text = f"2 x {one}"
+    text = f"{copies} x {one}"
     if kv_bytes:
         text += f" + {kv_bytes / MIB:,.0f} MiB of VLLM_CPU_KVCACHE_SPACE"
     text += f" = {need / MIB:,.0f} MiB needed, {available / MIB:,.0f} MiB {limit}"
     if need > available:
-        text += (
-            "; the live weights and the arriving ones need a copy each: take a smaller model or more memory"
-        )
+        if copies == 2:
+            text += (
+                "; the live weights and the arriving ones need a copy each: take a smaller model or more "
+                "memory, or --staging in-place, with which generation stands still for every transfer"
+            )
+        else:
+            text += "; take a smaller model or more memory"
         return Finding("memory", "fault", text)
     if not kv_gib:
         text += (
             "; VLLM_CPU_KVCACHE_SPACE is not set, so vLLM's KV cache takes all that --gpu-memory-utilization "
-            "allows, and does not know of the second copy: set it (GiB), or lower --gpu-memory-utilization"
+            "allows, whatever the bridge needs beside it: set it (GiB), or lower --gpu-memory-utilization"
         )
         return Finding("memory", "note", text)
     return Finding("memory", "ok", text)

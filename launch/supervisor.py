@@ -221,7 +221,7 @@ class Supervisor:
 
     def _welcome_back(self, due: float) -> None:
         status = probe.daemon_status(self.launch.run_dir)
-        if status is not None and status["state"] in ("ready", "round"):
+        if status is not None and status["state"] in ("ready", "round", "torn"):
             self._daemon_due = None
             logger.info(
                 "the daemon is back (pid %d), rendezvous %s", status["pids"]["daemon"], status["rendezvous"]

@@ -21,7 +21,7 @@ from bridge.errors import BridgeError, ProtocolError
 
 SOCKET_NAME = "daemon.sock"
 MAX_MESSAGE_BYTES = 1 << 30  # a mapping of a 10,000-tensor model is some tens of MB
-MAX_FDS = 8
+MAX_FDS = 64
 _LENGTH = struct.Struct("!I")
 _UCRED = struct.Struct("iII")
 

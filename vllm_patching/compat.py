@@ -353,6 +353,18 @@ def will_not_step(engine: Any) -> bool:
     return not scheduler.has_requests() or getattr(state, "name", "") == "PAUSED_ALL"
 
 
+def pause_all(scheduler: Any) -> Any:
+    """Stop ``scheduler`` as ``/pause?mode=keep`` does, which keeps requests; returns the state before.
+
+    ``set_pause_state`` with that state is the way back.
+    """
+    from vllm.v1.core.sched.interface import PauseState
+
+    before = scheduler.pause_state
+    scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    return before
+
+
 def resalt(request: Any, salt: str) -> None:
     """Give a request that holds no blocks another prefix-cache salt, and hash its blocks anew."""
     request.cache_salt = salt

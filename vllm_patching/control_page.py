@@ -11,8 +11,9 @@ from bridge.errors import ConfigError
 class ControlPage:
     """One page shared by daemon, engine and workers: what is wanted, and what each rank has done.
 
-    Single 8-byte words, each with one writer, so no lock is needed: ``requested`` is the daemon's;
-    a rank's slot (version, batch, flip nanoseconds, failures, active half, flips) is that worker's.
+    Single 8-byte words, each with one writer, so no lock is needed: ``requested``, ``hold``, ``writing`` and
+    ``writing_since_ns`` are the daemon's; ``held`` and ``stood_ns`` the engine's; a rank's slot (version,
+    batch, flip nanoseconds, failures, active half, flips) is that worker's.
     """
 
     MAGIC = 0x42524944_47453031
@@ -48,6 +49,54 @@ class ControlPage:
     @requested.setter
     def requested(self, version: int) -> None:
         self._words[2] = version
+
+    @property
+    def hold(self) -> int:
+        """The ticket for which the engine is asked to stand still; 0 to go on."""
+        return self._words[3]
+
+    @hold.setter
+    def hold(self, value: int) -> None:
+        self._words[3] = value
+
+    @property
+    def held(self) -> int:
+        """The ticket for which nothing runs on any rank; 0 where the engine goes on."""
+        return self._words[4]
+
+    @held.setter
+    def held(self, value: int) -> None:
+        self._words[4] = value
+
+    @property
+    def stood_ns(self) -> int:
+        """How long the newest stand-still lasted, in nanoseconds."""
+        return self._words[5]
+
+    @stood_ns.setter
+    def stood_ns(self, value: int) -> None:
+        self._words[5] = value
+
+    @property
+    def writing(self) -> int:
+        """The version that is being written over the live weights; 0 where these are whole.
+
+        Survives the daemon, as the page does: what it had begun to write is still torn after it.
+        """
+        return self._words[6]
+
+    @writing.setter
+    def writing(self, value: int) -> None:
+        self._words[6] = value
+
+    @property
+    def writing_since_ns(self) -> int:
+        """When ``writing`` began, by the monotonic clock that all processes of the host share."""
+        return self._words[7]
+
+    @writing_since_ns.setter
+    def writing_since_ns(self, value: int) -> None:
+        self._words[7] = value
 
     def slot(self, rank: int) -> RankSlot:
         """The words of one rank."""

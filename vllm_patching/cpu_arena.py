@@ -69,8 +69,30 @@ def bytes_at(address: int, nbytes: int) -> torch.Tensor:
     return torch.frombuffer((ctypes.c_ubyte * nbytes).from_address(address), dtype=torch.uint8)
 
 
+def why_no_remap() -> str:
+    """Why this kernel cannot move the page tables of shared memory, found by trying; "" if it can."""
+    nbytes = mmap.PAGESIZE
+    fd = os.memfd_create("bridge-probe", os.MFD_CLOEXEC)
+    address = _MAP_FAILED
+    try:
+        os.ftruncate(fd, nbytes)
+        address = _check(_libc.mmap(None, nbytes, _READ_WRITE, mmap.MAP_SHARED, fd, 0), "mapping a page")
+        moved = _libc.mremap(address, nbytes, nbytes, _MREMAP_MAYMOVE | _MREMAP_DONTUNMAP, None)
+        if moved == _MAP_FAILED:
+            reason = os.strerror(ctypes.get_errno())
+            return f"Linux {os.uname().release} cannot move shared page tables (mremap: {reason})"
+        _libc.munmap(moved, nbytes)
+        return ""
+    finally:
+        if address != _MAP_FAILED:
+            _libc.munmap(address, nbytes)
+        os.close(fd)
+
+
 class CpuArena:
     """Two memfds under one address range, for CPU workers. Owner: the worker process."""
+
+    kind = "remap"
 
     def __init__(self, nbytes: int) -> None:
         """Allocate both halves of ``nbytes`` bytes; pages are committed when first written.
@@ -106,6 +128,13 @@ class CpuArena:
 
     def export(self) -> tuple[int, ...]:
         return self._fds
+
+    def handles(self) -> tuple[str, ...]:
+        """None: halves in host memory have descriptors."""
+        return ()
+
+    def quiesce(self) -> None:
+        """Nothing: a CPU's forward has ended when its call returned."""
 
     def flip(self, to: int) -> None:
         """Put half ``to`` under the live range; no thread may be reading the range meanwhile.
@@ -159,18 +188,51 @@ class CpuArena:
             os.close(fd)
 
 
+class HostMemory:
+    """One half of a ``FixedArena`` in host memory: a memfd, mapped once."""
+
+    handle = ""
+
+    def __init__(self, nbytes: int, which: str) -> None:
+        """Map ``nbytes`` bytes; pages are committed when first written.
+
+        Raises:
+            OSError: the kernel refuses, which the message says of ``which`` half.
+        """
+        self._nbytes = max(1, nbytes)
+        fd = os.memfd_create("bridge-half", os.MFD_CLOEXEC)
+        self.fds = (fd,)
+        os.ftruncate(fd, self._nbytes)
+        result = _libc.mmap(None, self._nbytes, _READ_WRITE, mmap.MAP_SHARED, fd, 0)
+        self._address = _check(result, f"mapping {nbytes} bytes for {which} of the weights")
+
+    def bytes(self, offset: int, nbytes: int) -> torch.Tensor:
+        return bytes_at(self._address + offset, nbytes)
+
+    def copy_from(self, other: HostMemory) -> None:
+        ctypes.memmove(self._address, other._address, self._nbytes)
+
+    def quiesce(self) -> None:
+        """Nothing: a CPU's forward has ended when its call returned."""
+
+    def free(self) -> None:
+        _libc.munmap(self._address, self._nbytes)
+        for fd in self.fds:
+            os.close(fd)
+
+
 class CpuHalves:
-    """Another process's two halves, mapped for writing. Owner: an updater."""
+    """Another process's halves, mapped for writing. Owner: an updater."""
 
     def __init__(self, fds: tuple[int, ...], nbytes: int) -> None:
         """Map the halves of ``nbytes`` bytes each, and close ``fds``.
 
         Raises:
-            ConfigError: what came is not two halves of that size.
+            ConfigError: what came is not one or two halves of that size.
         """
         sizes = [os.fstat(fd).st_size for fd in fds]
-        if len(fds) != 2 or min(sizes) < nbytes:
-            raise ConfigError(f"expected two halves of {nbytes} bytes, received sizes {sizes}")
+        if len(fds) not in (1, 2) or min(sizes) < nbytes:
+            raise ConfigError(f"expected one or two halves of {nbytes} bytes, received sizes {sizes}")
         self.nbytes = nbytes
         self.device = torch.device("cpu")
         self._maps = [mmap.mmap(fd, max(nbytes, 1)) for fd in fds]

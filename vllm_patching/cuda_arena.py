@@ -17,8 +17,18 @@ import torch
 from bridge.errors import ConfigError, DeviceError
 from bridge.wire import cuda
 
+NO_ROOM = (
+    "use a larger --tensor-parallel-size, a smaller model, a GPU that nobody else uses, or, unless that is "
+    "done already, serve --staging in-place, which holds the weights once and stands still for every transfer"
+)
 
-class _Physical:
+
+def _free() -> str:
+    free, total = torch.cuda.mem_get_info()
+    return f"{free / 2**30:.2f} of {total / 2**30:.2f} GiB are free"
+
+
+class Physical:
     """How this process allocates, exports, imports and maps physical memory of one device."""
 
     def __init__(self, device: torch.device) -> None:
@@ -47,12 +57,11 @@ class _Physical:
         return int(cuda.check(result, f"reserving {span} bytes of device addresses"))
 
     def allocate(self, span: int) -> Any:
-        """Allocate one half; returns its handle."""
+        """Allocate one half, or a piece of one; returns its handle."""
         torch.cuda.empty_cache()
         return cuda.check(
             self._cu.cuMemCreate(span, self._properties, 0),
-            f"allocating {span / 2**30:.2f} GiB for one half of the weights (the GPU must hold them twice: "
-            "use a larger --tensor-parallel-size, a smaller model, or a GPU that nobody else uses)",
+            f"allocating {span / 2**30:.2f} GiB for the weights ({_free()}; {NO_ROOM})",
         )
 
     def export(self, handle: Any) -> int:
@@ -84,8 +93,42 @@ class _Physical:
         cuda.check(self._cu.cuMemRelease(handle), "releasing a half")
 
 
+def why_no_remap(device: torch.device) -> str:
+    """Why the memory under an address range cannot be exchanged on ``device``, found by trying; "" if it can.
+
+    Raises:
+        ConfigError: cuda-bindings is not installed.
+        DeviceError: CUDA does not know the device.
+    """
+    cuda.use(device)
+    cu = cuda.driver()
+    ordinal = cuda.check(cu.cuDeviceGet(device.index), f"finding {device}")
+    attributes = cu.CUdevice_attribute
+    for attribute, what in (
+        (attributes.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, "virtual memory management"),
+        (
+            attributes.CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED,
+            "showing memory by file descriptor",
+        ),
+    ):
+        if not int(cuda.check(cu.cuDeviceGetAttribute(attribute, ordinal), f"asking for {what}")):
+            return f"{device} does not support {what}"
+    try:  # a driver or container may refuse what the device could do
+        physical = Physical(device)
+        handle = physical.allocate(physical.granularity)
+        try:
+            os.close(physical.export(handle))
+        finally:
+            physical.release(handle)
+    except DeviceError as err:
+        return f"{device} refuses it: {err}"
+    return ""
+
+
 class CudaArena:
     """Two cuMemCreate allocations under one address range. Owner: the worker process."""
+
+    kind = "remap"
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         """Allocate the first half on ``device``; the second follows when the originals are gone.
@@ -96,7 +139,7 @@ class CudaArena:
         self.nbytes = nbytes
         self.active = 0
         self._device = device
-        self._physical = _Physical(device)
+        self._physical = Physical(device)
         self._span = self._physical.span(nbytes)
         self._live = self._physical.reserve(self._span)
         self._parking = self._physical.reserve(self._span)
@@ -120,8 +163,7 @@ class CudaArena:
         if free < self._span:
             raise DeviceError(
                 f"the second half of the weights needs {self._span / 2**30:.2f} GiB on {self._device}, "
-                f"{free / 2**30:.2f} of {total / 2**30:.2f} GiB are free; use a larger "
-                "--tensor-parallel-size, a smaller model, or a GPU that nobody else uses"
+                f"{free / 2**30:.2f} of {total / 2**30:.2f} GiB are free; {NO_ROOM}"
             )
         self._handles.append(self._physical.allocate(self._span))
 
@@ -145,6 +187,13 @@ class CudaArena:
         if not self._fds:
             self._fds = tuple(self._physical.export(handle) for handle in self._handles)
         return self._fds
+
+    def handles(self) -> tuple[str, ...]:
+        """None: these halves have descriptors."""
+        return ()
+
+    def quiesce(self) -> None:
+        torch.cuda.synchronize(self._device)
 
     def flip(self, to: int) -> None:
         """Put half ``to`` under the live range, once no kernel reads it any more.
@@ -197,7 +246,7 @@ class CudaHalves:
             raise ConfigError(f"expected the descriptors of two halves, received {len(fds)}")
         self.nbytes = nbytes
         self.device = device
-        physical = _Physical(device)
+        physical = Physical(device)
         span = physical.span(nbytes)
         halves = []
         for fd in fds:

@@ -26,21 +26,23 @@ from bridge.errors import BridgeError, RendezvousRefused, TransferError
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import CONFIG_NAME, Mapping, Rendezvous
 from bridge.protocol.messages import PROTOCOL_VERSION
+from bridge.protocol.session import State
 from bridge.wire import rendezvous
 from vllm_patching import residue
 from vllm_patching.arguments import parse_args
-from vllm_patching.channel import ChannelClosed, listen, socket_path
+from vllm_patching.boundary import Boundary
+from vllm_patching.channel import listen, socket_path
 from vllm_patching.crew import Crew, Report
 from vllm_patching.epoch import Epoch, Limits
 from vllm_patching.events import Broken, Heard, Lost, Notified, Requested, Stop
 from vllm_patching.file_round import stage_file
+from vllm_patching.fixed_arena import IN_PLACE
 from vllm_patching.frontdesk import FrontDesk, start_thread
-from vllm_patching.registry import Member, Registry
+from vllm_patching.registry import Registry
+from vllm_patching.swap import DoubleStaging, InPlaceStaging, Swap
 
 logger = logging.getLogger("vllm_patching.daemon")  # __name__ is __main__ here
 
-WAKE_INTERVAL_S = 0.05
-COMMIT_POLL_S = 0.0005
 DOORMAN_POLL_S = 0.05
 TICKET_GRACE_S = 2.0
 VLLM_EXIT_TIMEOUT_S = 20.0
@@ -60,6 +62,8 @@ class Daemon:
         self.mapping: Mapping | None = None
         self.store: Any = None
         self.secret = secrets.token_hex(16)
+        self.boundary: Boundary | None = None
+        self.swap: Swap | None = None
         self.crew: Crew | None = None
         self.epoch: Epoch | None = None
         self.epochs = 0
@@ -68,6 +72,9 @@ class Daemon:
         self.idle_deaths = 0
         self.failed = ""
         self._first_death = ""
+        self._given_up = ""
+        self._closing = False
+        self.filing = False  # whether a version is being staged from a file
         self.last_error: str | None = None
         self.last_round: dict[str, Any] | None = None
         self.vllm_pids: set[int] = set()
@@ -86,7 +93,7 @@ class Daemon:
         logger.info("listening on %s", socket_path(self.args.run_dir))
         try:
             while True:
-                event = self.events.get()
+                event = self._next_event()
                 if isinstance(event, Stop):
                     orphaned = os.getppid() != self.args.launcher_pid
                     why = f"the launcher (pid {self.args.launcher_pid}) died" if orphaned else event.why
@@ -102,6 +109,27 @@ class Daemon:
             return err.exit_code
         finally:
             self._end(listener)
+
+    def _next_event(self) -> Any:
+        """Wait for an event; None if the server was ended because torn weights were not repaired in time."""
+        due = self.swap.repair_due if self.swap is not None else None
+        if due is None or self.in_round or self._given_up:
+            return self.events.get()
+        try:
+            return self.events.get(timeout=max(0.0, due - time.monotonic()))
+        except queue.Empty:
+            assert self.swap is not None
+            assert self.boundary is not None
+            self._given_up = self.last_error = f"no complete round came in time: {self.swap.torn}"
+            self.boundary.end_engine(self._given_up)
+            return None
+
+    @property
+    def in_round(self) -> bool:
+        """Whether a round is under way; it has deadlines of its own."""
+        if self.filing or self._closing:  # in place, until it is known whether and why the weights are torn
+            return self.swap is not None and bool(self.swap.torn)
+        return self.epoch is not None and self.epoch.machine.state is not State.IDLE
 
     def _handle(self, event: Any) -> None:
         if isinstance(event, Lost):
@@ -128,8 +156,9 @@ class Daemon:
         """Do what the last event led to: a commit, the end of the epoch, or both."""
         if epoch.pending_commit is not None:
             version, epoch.pending_commit = epoch.pending_commit, None
+            assert self.swap is not None
             try:
-                flips = self.commit(version)
+                flips = self.swap.commit(version)
             except TransferError as err:
                 epoch.on_committed(None, str(err))
             else:
@@ -142,16 +171,19 @@ class Daemon:
             self._close_epoch(epoch)
 
     def _close_epoch(self, epoch: Epoch) -> None:
+        assert self.swap is not None
         if epoch.closed:
             self.aborted += 1
-            self.last_error = epoch.closed
-            logger.error(
-                "epoch %d ended: %s; version %d is served on", epoch.epoch, epoch.closed, self.live_version
-            )
+            self.last_error = epoch.closed  # before the epoch is seen to be over
+        self.epoch, self._closing = None, True
+        epoch.close()
+        self.swap.abandon(epoch.closed or "the trainer left")  # only now: no updater writes any more
+        self._closing = False
+        if epoch.closed:
+            served = "nothing is served" if self.swap.torn else f"version {self.live_version} is served on"
+            logger.error("epoch %d ended: %s; %s", epoch.epoch, epoch.closed, served)
         else:
             logger.info("epoch %d ended in order at version %d", epoch.epoch, self.live_version)
-        self.epoch = None
-        epoch.close()
         self.new_crew()
 
     # --- publication -------------------------------------------------------------------------------
@@ -175,6 +207,7 @@ class Daemon:
         data = mapping_file.encode(
             msgspec.structs.replace(mapping, rendezvous=meeting, run_dir=str(args.run_dir))
         )
+        self._prepare_swap()  # before anybody can be told that the server is ready
         self.mapping = mapping_file.decode(data, origin="the mapping just built")
         path = args.logdir / CONFIG_NAME
         mapping_file.write_atomically(path, data)
@@ -189,6 +222,17 @@ class Daemon:
         self.new_crew()
         self._doorman_thread = start_thread("bridge-doorman", self._doorman)
         self._shm = residue.snapshot(self.vllm_pids)
+
+    def _prepare_swap(self) -> None:
+        limits = self.limits
+        self.boundary = Boundary(
+            self.registry, timeout_s=limits.commit_timeout_s, first_death=lambda: self._first_death
+        )
+        # What the workers have, whatever the launcher said: an earlier daemon may have published for them.
+        if any(worker.hello["arena"] == IN_PLACE for worker in self.registry.workers.values()):
+            self.swap = InPlaceStaging(self.boundary, repair_timeout_s=self.args.repair_timeout)
+        else:
+            self.swap = DoubleStaging(self.boundary)
 
     @property
     def _on_gpu(self) -> bool:
@@ -215,7 +259,7 @@ class Daemon:
         logger.error("%s is gone", who)
         if not self._first_death:
             # One death ends all of vLLM: the first is the cause, the others follow from it.
-            self._first_death = self.last_error = f"{who} is gone"
+            self._first_death = self.last_error = self._given_up or f"{who} is gone"
         if self.epoch is not None:
             self.epoch.fail(self._first_death)
 
@@ -256,14 +300,14 @@ class Daemon:
             return
         assert self.crew is not None
         assert self.mapping is not None
-        assert self.registry.control is not None
+        assert self.swap is not None
         self.epochs += 1
         epoch = Epoch(
             request,
             epoch=self.epochs,
             version=self.version,
             crew=self.crew,
-            control=self.registry.control,
+            swap=self.swap,
             limits=self.limits,
         )
         self._answer(
@@ -322,58 +366,6 @@ class Daemon:
 
     def _answer(self, answer: rendezvous.Answer) -> None:
         self.store.set(f"answer/{answer.session}", rendezvous.seal(answer, self.secret))
-
-    def commit(self, version: int) -> list[int]:
-        """Ask the engine to make ``version`` live and wait until every rank has; returns flip times in ns.
-
-        Raises:
-            TransferError: somebody of vLLM died, a rank failed to flip (the engine is ended then), or the
-                deadline passed.
-        """
-        page, engine, members = self.registry.control, self.registry.engine, self.registry.members()
-        assert page is not None
-        if engine is None or not self.registry.complete:
-            gone = self._first_death or "vLLM is not complete any more"
-            raise TransferError(f"version {version} was staged, but {gone}")
-        assert self.mapping is not None
-        slots = [page.slot(rank) for rank in range(self.mapping.num_inference_ranks)]
-        failures = [slot.failures for slot in slots]
-        page.requested = version
-        deadline = time.monotonic() + self.limits.commit_timeout_s
-        next_wake = 0.0
-        pause = threading.Event()
-        # Workers answer by a word in shared memory, in the middle of their step: there is nothing to wait
-        # on but the word, for about one decode step.
-        while any(slot.version != version for slot in slots):
-            now = time.monotonic()
-            if any(s.failures != f for s, f in zip(slots, failures, strict=True)):
-                self._end_engine(f"a rank could not flip to version {version}; ranks would differ")
-                raise TransferError(f"version {version}: a rank could not flip; the server was ended")
-            if lost := [m.who for m in members if m not in self.registry.members()]:
-                raise TransferError(f"version {version} was staged, but {', '.join(lost)} is gone")
-            if now > deadline:
-                behind = [rank for rank, slot in enumerate(slots) if slot.version != version]
-                raise TransferError(
-                    f"version {version} was staged, but ranks {behind} did not commit within "
-                    f"{self.limits.commit_timeout_s:g} s; it becomes live with their next batch"
-                )
-            if now >= next_wake:
-                self._wake(engine)
-                next_wake = now + WAKE_INTERVAL_S
-            pause.wait(COMMIT_POLL_S)
-        return [slot.flip_ns for slot in slots]
-
-    def _wake(self, engine: Member) -> None:
-        try:
-            engine.channel.send({"type": "wake"})
-        except ChannelClosed:
-            logger.debug("the engine's connection ended; its reader reports it")
-
-    def _end_engine(self, why: str) -> None:
-        engine = self.registry.engine
-        logger.critical("%s; ending the engine", why)
-        if engine is not None:
-            os.kill(engine.hello["pid"], signal.SIGKILL)
 
     # --- the end -----------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from vllm_patching import compat
 from vllm_patching.control_page import ControlPage
+from vllm_patching.hold import Hold
 from vllm_patching.registration import Registration
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,11 @@ class EngineBridge:
         self.control: ControlPage | None = None
         self.version = 0
         self.salted = salted
+        self.hold = Hold(engine)
+
+    def connect(self, control: ControlPage) -> None:
+        """Follow this control page from now on."""
+        self.control = self.hold.control = control
 
     def stamp(self, scheduler_output: Any) -> None:
         """Mark one batch with the version it runs under; workers flip where that is new to them."""
@@ -96,10 +102,13 @@ def attach(engine: Any) -> None:
             "update_from_output": compat.is_wrapped(engine.scheduler.update_from_output),
             "handle_client_request": compat.is_wrapped(engine._handle_client_request),
             "add_request": compat.is_wrapped(engine.add_request),
+            "set_pause_state": compat.is_wrapped(engine.scheduler.set_pause_state),
+            "_pause_complete": compat.is_wrapped(engine._pause_complete),
+            "_notify_idle_state_callbacks": compat.is_wrapped(engine._notify_idle_state_callbacks),
         },
     }
     registration = Registration(hello, who="vLLM engine core")
-    bridge.control = registration.connect()
+    bridge.connect(registration.connect())
     registration.exit_with_parent = True
     registration.on_wake = lambda: engine.input_queue.put_nowait(compat.wake_request())
     registration.watch()
@@ -126,6 +135,7 @@ def _hook(engine: Any, bridge: EngineBridge) -> None:
     def make_handle(handle: Wrapped) -> Wrapped:
         def handle_client_request(*args: Any, **kwargs: Any) -> None:
             handle(*args, **kwargs)
+            bridge.hold.follow()
             bridge.commit_if_idle()
 
         return handle_client_request
@@ -142,3 +152,34 @@ def _hook(engine: Any, bridge: EngineBridge) -> None:
     compat.wrap(engine.scheduler, "update_from_output", make_update)
     compat.wrap(engine, "_handle_client_request", make_handle)
     compat.wrap(engine, "add_request", make_add)
+    _hook_pauses(engine, bridge.hold)
+
+
+def _hook_pauses(engine: Any, hold: Hold) -> None:
+    """Keep vLLM's own pauses and ours apart: theirs begin, are reported done and end outside of a hold."""
+
+    def make_set(set_pause_state: Wrapped) -> Wrapped:
+        def set_unless_held(state: Any) -> None:
+            if not hold.defers(state):
+                set_pause_state(state)
+
+        return set_unless_held
+
+    def make_complete(pause_complete: Wrapped) -> Wrapped:
+        def complete_unless_held() -> bool:
+            return not hold.active and bool(pause_complete())
+
+        return complete_unless_held
+
+    def make_notify(notify: Wrapped) -> Wrapped:
+        def notify_unless_held() -> None:
+            if hold.active:
+                hold.confirm()  # and that is not the idle engine that others wait for
+            else:
+                notify()
+
+        return notify_unless_held
+
+    compat.wrap(engine.scheduler, "set_pause_state", make_set)
+    compat.wrap(engine, "_pause_complete", make_complete)
+    compat.wrap(engine, "_notify_idle_state_callbacks", make_notify)

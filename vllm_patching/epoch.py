@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bridge.errors import BridgeError, PeerLost, TransferError
+from bridge.errors import BridgeError, PeerLost
 from bridge.protocol.messages import Frame
 from bridge.protocol.session import Action, Close, Commit, InferenceSession, Send, Stage, State
 from bridge.wire import rendezvous
 from bridge.wire.control import ControlGroup, Event
-from vllm_patching.control_page import ControlPage
 from vllm_patching.crew import Crew, Report
+from vllm_patching.swap import Swap
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Epoch:
         epoch: int,
         version: int,
         crew: Crew,
-        control: ControlPage,
+        swap: Swap,
         limits: Limits,
     ) -> None:
         self.request = request
@@ -61,7 +61,8 @@ class Epoch:
         self.limits = limits
         self.round = RoundRecord(version=version)
         self.closed: str | None = None
-        self._page = control
+        self._swap = swap
+        self._poised: set[int] = set()
         self._control: ControlGroup | None = None
         self._joined: set[int] = set()
         self.machine = InferenceSession(epoch=epoch, version=version, ranks=range(crew.num_ranks))
@@ -138,9 +139,19 @@ class Epoch:
         elif message["type"] == "joined":
             links = ", ".join(message["links"])
             logger.info("epoch %d: rank %d receives by %s", self.epoch, report.rank, links)
+        elif message["type"] == "poised":
+            self._poised.add(report.rank)
+            if len(self._poised) == self.crew.num_ranks and self.closed is None:
+                self._guarded(self._open)
         else:
             self.round.reports[report.rank] = message
             self._guarded(lambda: self.machine.on_staged(report.rank))
+
+    def _open(self) -> Sequence[Action]:
+        """Every updater waits for leave to write: see to it that it may, and give it."""
+        self._swap.open(self.round.version)
+        self.crew.order({"type": "write"})
+        return ()
 
     def on_committed(self, result: str | None, error: str) -> None:
         """The commit that ``Commit`` asked for has ended."""
@@ -151,7 +162,8 @@ class Epoch:
 
     def fail(self, reason: str) -> None:
         """Something on this side broke or ends: an updater, vLLM, the daemon itself."""
-        self._perform(self.machine.on_failure(reason))
+        torn = self._swap.torn
+        self._perform(self.machine.on_failure(reason if torn in reason else f"{reason}; {torn}"))
 
     def _guarded(self, step: Any) -> None:
         try:
@@ -187,10 +199,9 @@ class Epoch:
 
     def _stage(self, action: Stage) -> None:
         self.round = RoundRecord(version=action.version, started=time.monotonic(), joint=action.joint)
-        self.crew.order(
-            {"type": "stage", "joint": action.joint, "plan_digest": action.plan_digest.hex()},
-            {r: {"half": inactive_half(self._page, r)} for r in range(self.crew.num_ranks)},
-        )
+        self._poised.clear()
+        order = {"type": "stage", "joint": action.joint, "plan_digest": action.plan_digest.hex()}
+        self.crew.order(order, self._swap.orders())
 
     def receipt(self, flips_ns: Sequence[int]) -> str:
         """JSON of what was measured in the round, for the trainer's receipt."""
@@ -211,18 +222,3 @@ class Epoch:
         self.crew.end()
         if self._control is not None:
             self._control.close(timeout_s=CLOSE_TIMEOUT_S)
-
-
-def inactive_half(page: ControlPage, rank: int) -> int:
-    """The half that nobody reads.
-
-    Raises:
-        TransferError: the last commit has not reached this rank, so both halves are in use.
-    """
-    slot = page.slot(rank)
-    if slot.version != page.requested:
-        raise TransferError(
-            f"rank {rank} still serves version {slot.version} while version {page.requested} waits to be "
-            "committed; is the engine stuck in a batch?"
-        )
-    return 1 - slot.active

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import queue
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bridge.errors import BridgeError, ConfigError, TransferError
 from vllm_patching.crew import Crew, Report
-from vllm_patching.epoch import inactive_half
 from vllm_patching.events import Notified
 
 if TYPE_CHECKING:
@@ -27,23 +27,28 @@ def stage_file(daemon: Daemon, event: Notified) -> dict[str, Any]:
     try:
         version = _check_notification(daemon, event)
         assert daemon.crew is not None
-        assert daemon.registry.control is not None
+        assert daemon.swap is not None
         start = time.monotonic()
         daemon.crew.wait_all(timeout_s=READY_TIMEOUT_S)
-        page = daemon.registry.control
-        halves = {r: {"half": inactive_half(page, r)} for r in range(daemon.crew.num_ranks)}
+        orders = daemon.swap.orders()
+        daemon.filing = True
         try:
-            daemon.crew.order({"type": "stage_file", "path": event.path}, halves)
-            reports = _await_reports(daemon, daemon.crew)
-        except TransferError:
+            daemon.crew.order({"type": "stage_file", "path": event.path}, orders)
+            reports = _await_reports(daemon, daemon.crew, lambda: _open(daemon, version))
+        except TransferError as err:
             daemon.new_crew()  # a late report, or a write under way, must never meet the next round
+            daemon.swap.abandon(str(err))
             raise
-        flips = daemon.commit(version)
+        flips = daemon.swap.commit(version)
     except BridgeError as err:
+        torn = daemon.swap.torn if daemon.swap is not None else ""
+        error = f"{err}; {torn}" if torn else str(err)
         daemon.aborted += 1
-        daemon.last_error = str(err)
-        logger.error("update from %s: %s", event.path, err)
-        return {"type": "update_result", "ok": False, "version": daemon.live_version, "error": str(err)}
+        daemon.last_error = error
+        logger.error("update from %s: %s", event.path, error)
+        return {"type": "update_result", "ok": False, "version": daemon.live_version, "error": error}
+    finally:
+        daemon.filing = False
     daemon.committed += 1
     daemon.last_round = {
         "version": version,
@@ -75,14 +80,24 @@ def _check_notification(daemon: Daemon, event: Notified) -> int:
     return version
 
 
-def _await_reports(daemon: Daemon, crew: Crew) -> list[dict[str, Any]]:
+def _open(daemon: Daemon, version: int) -> None:
+    """Every updater has found the files in order and waits for leave to write."""
+    assert daemon.crew is not None
+    assert daemon.swap is not None
+    daemon.swap.open(version)
+    daemon.crew.order({"type": "write"})
+
+
+def _await_reports(daemon: Daemon, crew: Crew, give_leave: Callable[[], None]) -> list[dict[str, Any]]:
     """Collect one report per rank; other events wait their turn."""
     reports: dict[int, dict[str, Any]] = {}
+    poised: set[int] = set()
     errors: list[str] = []
     kept: list[Any] = []
     deadline = time.monotonic() + STAGE_FILE_TIMEOUT_S
     try:
-        while len(reports) + len(errors) < crew.num_ranks:
+        # Who waits for leave will not report once another rank has failed: nobody gets it then.
+        while len(reports) + len(errors) + (len(poised) if errors else 0) < crew.num_ranks:
             event = daemon.events.get(timeout=max(0.0, deadline - time.monotonic()))
             if not (isinstance(event, Report) and event.crew is crew):
                 kept.append(event)
@@ -90,6 +105,11 @@ def _await_reports(daemon: Daemon, crew: Crew) -> list[dict[str, Any]]:
                 errors.append(f"{crew.describe(event.rank)} died")
             elif event.message["type"] == "failed":
                 errors.append(event.message["error"])
+            elif event.message["type"] == "poised":
+                poised.add(event.rank)
+                if len(poised) == crew.num_ranks:
+                    give_leave()
+                    poised.clear()
             else:
                 reports[event.rank] = event.message
     except queue.Empty:

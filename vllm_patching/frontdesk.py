@@ -108,6 +108,7 @@ class FrontDesk:
             return
         with self._daemon.registry.lock:
             worker = self._daemon.registry.workers[rank]
-            welcome = {"mapping": msgspec.to_builtins(mapping), "gpu": worker.hello["gpu"]}
+            memory = {key: worker.hello[key] for key in ("gpu", "handles", "arena")}
+            welcome = {"mapping": msgspec.to_builtins(mapping), **memory}
             channel.send({"type": "welcome", **welcome}, worker.fds)
         crew.adopt(rank, channel)

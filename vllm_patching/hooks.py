@@ -8,7 +8,8 @@ worker                    process_weights_after_loading  before it: traces ``mod
 worker                    Worker.load_model              after it: moves weights into the arena, publishes
 worker                    Worker.execute_model           counts batches, notes the stamp
 worker                    the forward (three places)     before it: flips if this batch's stamp is new
-engine core               EngineCoreProc.run_busy_loop   stamps batches, labels outputs, salts prefix cache
+engine core               EngineCoreProc.run_busy_loop   stamps batches, labels outputs, salts prefix cache,
+                                                         stands still on request
 API server                RequestState                   keeps each request's version spans
 ========================  =============================  ================================================
 """
@@ -83,6 +84,7 @@ def _hook_worker(module: ModuleType) -> None:
     compat.wrap(module.Worker, "load_model", make_load)
     compat.wrap(module.Worker, "execute_model", make_execute)
     module.Worker.bridge_commit = worker.commit_while_idle
+    module.Worker.bridge_quiesce = worker.quiesce
     module.Worker.bridge = worker.Unpublished()
 
 

@@ -13,27 +13,24 @@ import gc
 import logging
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import blake3
 import msgspec
 import torch
 from torch import nn
 
 from bridge.errors import BridgeError, ConfigError, MappingError
 from bridge.protocol.mapping import RankMap, Source, Target, Vocabulary, Write
-from bridge.wire.device_checksum import DeviceChecksums
 from vllm_patching import arena as arenas
-from vllm_patching import compat, coverage, sources, tracing
+from vllm_patching import compat, coverage, sources, tracing, verification
 from vllm_patching.arena import SEGMENT_ALIGNMENT, Arena
-from vllm_patching.staging import Staging, writes_by_source
+from vllm_patching.verification import digest
 
 logger = logging.getLogger(__name__)
-
-_POISON = -77  # no layer of weights has it everywhere
 
 _loaders: list[Any] = []
 _pending: list[Loaded] = []
@@ -120,7 +117,7 @@ def before_processing(model: nn.Module, model_config: Any) -> None:
     loaded.names = set(tensors)
     for trace in loaded.traces.values():
         for name in {write.target for write in trace.writes} - loaded.places.keys():
-            loaded.places[name] = Place(tensors[name].detach(), _digest(tensors[name]))
+            loaded.places[name] = Place(tensors[name].detach(), digest(tensors[name]))
     _pending.append(loaded)
     logger.info(
         "traced %s in %.2f s: %s",
@@ -128,16 +125,6 @@ def before_processing(model: nn.Module, model_config: Any) -> None:
         time.perf_counter() - start,
         ", ".join(f"{len(t.writes)} writes by {n} names" for n, t in loaded.traces.items()),
     )
-
-
-def _digest(tensor: torch.Tensor) -> bytes:
-    """Of a tensor's elements, to see whether they change; on a GPU without bringing them to the host."""
-    flat = tensor.detach().contiguous().view(-1)
-    if flat.is_cuda:
-        sums = DeviceChecksums(1, flat.device, torch.cuda.current_stream(flat.device))
-        sums.add(0, flat)
-        return sums.digests()[0]
-    return blake3.blake3(flat.view(torch.uint8).numpy().data).digest()
 
 
 def finish(model: nn.Module) -> Loaded:
@@ -200,7 +187,7 @@ def _find_home(
 ) -> Home | str:
     old = place.tensor
     if _storage_key(old) in alive:
-        if _digest(old) != place.digest:
+        if digest(old) != place.digest:
             return f"{name} {tuple(old.shape)} was changed in place after loading"
         return Home(name, old, old, "")
     if now is None or not now.numel():
@@ -230,7 +217,12 @@ def rehome(loaded: Loaded, *, rank: int) -> tuple[Arena, dict[str, Any]]:
     """
     homes = find_homes(loaded)
     offsets, nbytes = _lay_out(homes)
-    arena = arenas.allocate(nbytes, _device_of(homes))
+    arena = arenas.allocate(
+        nbytes,
+        _device_of(homes),
+        staging=os.environ.get("BRIDGE_STAGING", "double"),
+        flip=os.environ.get("BRIDGE_FLIP", "auto"),
+    )
     targets = [_target(home, offsets) for home in homes]
     _move(homes, offsets, arena)
     names = {home.name: index for index, home in enumerate(homes)}
@@ -243,9 +235,9 @@ def rehome(loaded: Loaded, *, rank: int) -> tuple[Arena, dict[str, Any]]:
     loaded.places.clear()
     homes.clear()  # the last holders of what moved
     arena.open_second_half()
-    _verify(loaded, rank_map, arena)
+    verification.verify(loaded, rank_map, arena)
     seconds = arena.warm()
-    logger.info("rank %d: both halves warm in %.1f s", rank, seconds)
+    logger.info("rank %d: memory (%s) warm in %.1f s", rank, arena.kind, seconds)
     vocabularies = [
         Vocabulary(name=n, sources=tuple(s), unused=tuple(loaded.traces[n].unused))
         for n, s in loaded.vocabularies.items()
@@ -312,24 +304,26 @@ def _writes(trace: tracing.Trace, names: dict[str, int]) -> tuple[Write, ...]:
 
 
 def _move(homes: list[Home], offsets: dict[int, int], arena: Arena) -> None:
-    """Point every tensor over a moved storage at the arena, whoever holds it."""
-    segments: dict[int, torch.UntypedStorage] = {}
-    for home in homes:
-        storage = home.live.untyped_storage()
-        key = storage.data_ptr()
-        if key in segments:
-            continue
+    """Point every tensor over a moved storage at the arena, whoever holds it.
+
+    One storage after the other, each freed when it has moved, so that host memory holds little twice.
+    """
+    # Parameters, buffers, plain attributes and views alike: whatever Python can still reach. All are found
+    # before the first storage is freed, as a freed address may be given to another.
+    holders: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
+    for obj in gc.get_objects():
+        if issubclass(type(obj), torch.Tensor) and _is_plain(obj) and obj.numel():
+            holders[_storage_key(obj)].append(obj)
+    moving = {_storage_key(home.live): home.live for home in homes}
+    for key, one in moving.items():
+        storage = one.untyped_storage()
         segment = arena.live(offsets[key], storage.nbytes())
         segment.copy_(torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage))
-        segments[key] = segment.untyped_storage()
-    # Parameters, buffers, plain attributes and views alike: whatever Python can still reach. Two passes,
-    # as the storages must not be freed (and their addresses reused) while others still point at them.
-    found = [obj for obj in gc.get_objects() if issubclass(type(obj), torch.Tensor) and _is_plain(obj)]
-    moved = [(t, segments[key]) for t in found if (key := _storage_key(t)) in segments and t.numel()]
-    for tensor, segment_storage in moved:
-        tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
-            segment_storage, tensor.storage_offset(), tensor.size(), tensor.stride()
-        )
+        del storage
+        for tensor in holders.pop(key):
+            tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
+                segment.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride()
+            )
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -338,52 +332,3 @@ def _is_plain(tensor: torch.Tensor) -> bool:
         and tensor.layout is torch.strided
         and type(tensor).__name__ != "FakeTensor"
     )
-
-
-def _verify(loaded: Loaded, rank_map: RankMap, arena: Arena) -> None:
-    """Apply the checkpoint through the mapping to the second half; it must equal the live one."""
-    if "checkpoint" not in loaded.traces or os.environ.get("BRIDGE_VERIFY_MAPPING", "1") == "0":
-        logger.warning("the mapping was not compared with a checkpoint")
-        return
-    start = time.perf_counter()
-    other = arena.half(1 - arena.active)
-    other.copy_(arena.half(arena.active))
-    for target in rank_map.targets:  # what the mapping does not write must not pass by being equal
-        other[target.offset : target.offset + target.nbytes] = 0xA5
-    _restore_fills(loaded, rank_map, arena, other)
-    staging = Staging(other, rank_map.targets)
-    for write in rank_map.writes["checkpoint"]:  # nor what the loader fills first and writes later
-        if staging.is_direct(write.target):
-            staging.view(write.target, write.size, write.dst_offset, write.dst_stride).fill_(_POISON)
-    listed = {s.name: i for i, s in enumerate(loaded.vocabularies["checkpoint"])}
-    grouped = writes_by_source(rank_map.writes["checkpoint"])
-    with torch.no_grad():
-        for name, tensor in compat.loader_weights(loaded.loader, loaded.model_config, loaded.model):
-            staging.apply(grouped.pop(listed[name], ()), tensor)
-    staging.finish()
-    live = arena.half(arena.active)
-    differing = [
-        target.name
-        for target in rank_map.targets
-        if not torch.equal(live[(span := slice(target.offset, target.offset + target.nbytes))], other[span])
-    ]
-    if differing:
-        listing = "\n  ".join(differing)
-        raise MappingError(
-            f"the checkpoint of {loaded.model_config.model}, applied through the traced mapping, differs "
-            f"from what vLLM loaded, in {len(differing)} tensor(s); the loader does arithmetic the trace "
-            f"cannot see:\n  {listing}"
-        )
-    logger.info("mapping verified bitwise against the checkpoint in %.1f s", time.perf_counter() - start)
-
-
-def _restore_fills(loaded: Loaded, rank_map: RankMap, arena: Arena, other: torch.Tensor) -> None:
-    """Pads come from no checkpoint: take them from the live half, at the places the loader filled."""
-    live = arena.half(arena.active)
-    names = {t.name: i for i, t in enumerate(rank_map.targets)}
-    to, since = Staging(other, rank_map.targets), Staging(live, rank_map.targets)
-    for fill in loaded.traces["checkpoint"].fills:
-        if (index := names.get(fill.target)) is None or not to.is_direct(index):
-            continue
-        where = (index, fill.size, fill.dst_offset, fill.dst_stride)
-        to.view(*where).copy_(since.view(*where))

@@ -70,7 +70,7 @@ class Registry:
         return member
 
     def _split(self, hello: dict[str, Any], fds: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
-        expected = (2 if hello["type"] == "worker" else 0) + bool(hello["has_control"])
+        expected = (hello["descriptors"] if hello["type"] == "worker" else 0) + bool(hello["has_control"])
         if len(fds) != expected:
             raise ConfigError(
                 f"{hello['type']} pid {hello['pid']} sent {len(fds)} descriptors, not {expected}"

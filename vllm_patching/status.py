@@ -17,17 +17,20 @@ def describe(daemon: Daemon) -> dict[str, Any]:
         state = "failed"
     elif mapping is None:
         state = "waiting"
+    elif daemon.in_round:
+        state = "round"
     else:
-        state = "round" if epoch and epoch.machine.state.value != "idle" else "ready"
+        state = "torn" if daemon.swap and daemon.swap.torn else "ready"
     here = len(daemon.registry.workers)
     detail = f"{here} of {world_size or '?'} worker(s) and {int(daemon.registry.engine is not None)} engine"
     ranks = range(mapping.num_inference_ranks) if mapping and page else range(0)
     return {
         "type": "status",
         "state": state,
-        "detail": daemon.failed or detail,
+        "detail": daemon.failed or (daemon.swap.torn if state == "torn" and daemon.swap else detail),
         "weight_version": min((page.slot(r).version for r in ranks), default=0) if page else 0,
         "requested_version": daemon.version,
+        "writing": page.writing if page else 0,
         "epoch": daemon.epochs,
         "model": mapping.model if mapping else "",
         "world_size": world_size,

@@ -1,5 +1,8 @@
 """One inference rank's updater: receives a version into the inactive half, and never touches the live one.
 
+With ``--staging in-place`` there is only the live one: then it checks all it can, asks the daemon for leave,
+and writes while the engine stands still.
+
 A child of the daemon, in a process of its own, so that a transfer that hangs can be ended without a trace:
 the daemon kills it and starts another. It takes orders over the node's socket and meets the trainer ranks
 in the data group.
@@ -24,8 +27,7 @@ import torch
 from safetensors import safe_open
 
 from bridge import telemetry
-from bridge.errors import BridgeError, MappingError, ProtocolError, TransferError
-from bridge.protocol.holders import CASTS
+from bridge.errors import BridgeError, ProtocolError, TransferError
 from bridge.protocol.mapping import Mapping, RankMap
 from bridge.protocol.plan import Lane, Plan
 from bridge.wire import device_memory, nccl, peer_memory, rendezvous
@@ -46,10 +48,10 @@ from bridge.wire.transport import (
     PullSink,
     Sink,
 )
-from vllm_patching import compat
+from vllm_patching import compat, update_files
 from vllm_patching.arena import Halves, adopt
 from vllm_patching.channel import Channel, ChannelClosed
-from vllm_patching.sources import SAFETENSORS_DTYPES
+from vllm_patching.fixed_arena import COPY
 from vllm_patching.staging import Staging, torch_dtype, writes_by_source
 
 logger = logging.getLogger("vllm_patching.updater")  # __name__ is __main__ here
@@ -77,8 +79,12 @@ class Join(msgspec.Struct, kw_only=True):
 class Updater:
     """State of one updater process."""
 
-    def __init__(self, rank: int, mapping: Mapping, halves: Halves) -> None:
+    def __init__(self, rank: int, mapping: Mapping, halves: Halves, channel: Channel, *, arena: str) -> None:
+        """``arena`` is the kind that the halves belong to."""
         self.rank = rank
+        self._channel = channel
+        self._copies = arena == COPY
+        self._in_step = False  # whether the half to be filled holds what is served
         self.mapping = mapping
         self.rank_map: RankMap = mapping.ranks[rank]
         self.halves = halves
@@ -184,8 +190,17 @@ class Updater:
             return f"{where.host} is another host"
         return device_memory.can_pull(where.gpu, self.halves.device)
 
-    def stage(self, *, joint: str, plan_digest: str, half: int) -> dict[str, Any]:
+    def stage(
+        self, *, joint: str, plan_digest: str, half: int, leave_s: float = 0.0, torn: str = ""
+    ) -> dict[str, Any]:
         """Receive one whole version into half ``half``.
+
+        Args:
+            joint: key of the joint layout.
+            plan_digest: trainer rank 0's, in hex.
+            half: where to.
+            leave_s: above 0 if the half is live: how long to wait for leave to write it.
+            torn: why the live half holds no whole version, if so; a part would not repair it.
 
         Raises:
             TransferError: plan digests differ, a peer was lost, or a checksum does not match.
@@ -197,18 +212,48 @@ class Updater:
                 f"plan digests differ: trainer rank 0 has {plan_digest}, updater {self.rank} has "
                 f"{plan.digest.hex()}; both sides must read the same mapping file"
             )
+        if torn and description.partial:
+            raise TransferError(f"a part of the parameters cannot repair the weights: {torn}")
+        self._ask_leave(leave_s)
         start = time.perf_counter()
         staging = self._staging(half, partial=description.partial)
         lanes = self._lanes(plan)
         self._receive(plan, lanes, joint, staging)
         staging.finish()
         self.halves.synchronize()
+        self._in_step = self._copies  # by the time of the next order, the flip has made both halves equal
         seconds = time.perf_counter() - start
         nbytes = sum(bucket.nbytes for lane in lanes for bucket in lane.buckets)
         return {"bytes": nbytes, "seconds": seconds, "transport": "+".join(sorted(set(self._links)))}
 
+    def _ask_leave(self, leave_s: float) -> None:
+        """Nothing is left but to write: over live weights, wait until the engine stands still.
+
+        Raises:
+            TransferError: no leave came.
+            ChannelClosed: the daemon died.
+        """
+        if not leave_s:
+            return
+        self._channel.send({"type": "poised"})
+        self._channel.sock.settimeout(leave_s)
+        try:
+            message, _ = self._channel.receive()
+        except TimeoutError:
+            raise TransferError(
+                f"updater {self.rank} got no leave to write within {leave_s:g} s from the daemon (pid "
+                f"{self._channel.pid}); nothing was written"
+            ) from None
+        finally:
+            self._channel.sock.settimeout(None)
+        if message["type"] != "write":
+            raise ProtocolError(
+                f"updater {self.rank} waits for leave to write and was told {message['type']!r}"
+            )
+
     def _staging(self, half: int, *, partial: bool) -> Staging:
-        if partial:
+        in_step, self._in_step = self._in_step, False  # until this round has ended well
+        if partial and len(self.halves.halves) == 2 and not in_step:
             # The inactive half is a version old: bring it up to date before changing a part of it.
             self.halves.halves[half].copy_(self.halves.halves[1 - half])
             self.halves.synchronize()  # or it might overtake what arrives on other streams
@@ -267,19 +312,20 @@ class Updater:
             self._steps[key] = LaneSteps([torch_dtype(target.dtype) for target in self.rank_map.targets])
         return self._steps[key]
 
-    def stage_file(self, *, path: str, half: int) -> dict[str, Any]:
-        """Stage a whole version from safetensors files (a file, or a folder of them).
+    def stage_file(self, *, path: str, half: int, leave_s: float = 0.0, torn: str = "") -> dict[str, Any]:  # noqa: ARG002 - files hold all, and repair
+        """Stage a whole version from safetensors files (a file, or a folder of them); see ``stage``.
 
         Raises:
             MappingError: lists every tensor missing, extra, or of another shape.
         """
         start = time.perf_counter()
         files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [Path(path)]
-        found = _index(files)
-        name = _match_vocabulary(self.mapping, self.rank_map, found)
+        found = update_files.index(files)
+        name = update_files.match_vocabulary(self.mapping, self.rank_map, found)
         listed = self.mapping.vocabulary(name).sources
         grouped = writes_by_source(self.rank_map.writes[name])
-        staging = Staging(self.halves.halves[half], self.rank_map.targets)
+        self._ask_leave(leave_s)
+        staging = self._staging(half, partial=False)
         nbytes = 0
         with torch.no_grad():
             for index, source in enumerate(listed):
@@ -291,58 +337,8 @@ class Updater:
                 nbytes += tensor.numel() * tensor.element_size()
         staging.finish()
         self.halves.synchronize()
+        self._in_step = self._copies
         return {"bytes": nbytes, "seconds": time.perf_counter() - start, "transport": "file"}
-
-
-def _names(file: Path) -> list[str]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return list(opened.keys())
-    except Exception as err:  # safetensors raises its own type from Rust, and OSError
-        raise MappingError(f"{file} is not a whole safetensors file: {err}") from err
-
-
-def _index(files: list[Path]) -> dict[str, Path]:
-    """Which file holds which tensor.
-
-    Raises:
-        MappingError: there is no file, or a tensor lies in two: which one counts is anybody's guess.
-    """
-    found: dict[str, Path] = {}
-    twice = []
-    for file in files:
-        for name in _names(file):
-            if name in found:
-                twice.append(f"{name}: in {found[name].name} and in {file.name}")
-            found[name] = file
-    if twice or not found:
-        listing = "\n  ".join(twice) or "no tensor there"
-        raise MappingError(f"{len(twice)} fault(s) in the update's files:\n  {listing}")
-    return found
-
-
-def _match_vocabulary(mapping: Mapping, rank_map: RankMap, found: dict[str, Path]) -> str:
-    """The vocabulary whose needed sources are all in the files, with their shapes and dtypes checked."""
-    best = max(mapping.vocabularies, key=lambda v: len({s.name for s in v.sources} & found.keys()))
-    known = {source.name: source for source in best.sources}
-    unused = set(best.unused)
-    faults = [f"{name}: missing" for name in known.keys() - found.keys() - unused]
-    faults += [f"{name}: not a parameter of this model" for name in found.keys() - known.keys() - unused]
-    needed = {
-        best.sources[w.source].name: rank_map.targets[w.target].dtype for w in rank_map.writes[best.name]
-    }
-    for name in sorted(known.keys() & found.keys()):
-        with safe_open(found[name], framework="pt") as file:
-            tensor = file.get_slice(name)
-            shape, dtype = tuple(tensor.get_shape()), SAFETENSORS_DTYPES.get(tensor.get_dtype(), "unknown")
-        if shape != known[name].shape:
-            faults.append(f"{name}: shape {shape}, expected {known[name].shape}")
-        if (to := needed.get(name)) is not None and dtype != to and (dtype, to) not in CASTS:
-            faults.append(f"{name}: dtype {dtype} cannot be cast to {to} without loss of meaning")
-    if faults:
-        listing = "\n  ".join(sorted(faults))
-        raise MappingError(f"{len(faults)} fault(s) in the update for {mapping.model}:\n  {listing}")
-    return best.name
 
 
 def _serve(channel: Channel, updater: Updater) -> NoReturn:
@@ -417,9 +413,10 @@ def _run(run_dir: Path, rank: int) -> int:
         logger.error("the daemon refused updater %d: %s", rank, welcome)
         return 1
     mapping = msgspec.convert(welcome["mapping"], Mapping)
-    halves = adopt(fds, mapping.ranks[rank].arena_bytes, welcome["gpu"])
+    handles, kind = tuple(welcome["handles"]), welcome["arena"]
+    halves = adopt(fds, mapping.ranks[rank].arena_bytes, welcome["gpu"], handles, kind)
     channel.sock.settimeout(None)
-    updater = Updater(rank, mapping, halves)
+    updater = Updater(rank, mapping, halves, channel, arena=kind)
     updater.prepare()
     channel.send({"type": "ready"})
     _serve(channel, updater)

@@ -93,6 +93,17 @@ class WorkerBridge:
         self.slot.record(version=version, batch=self.batch, flip_ns=flip_ns, active=self.arena.active)
         self._write_log(version, flip_ns)
 
+    def quiesce(self) -> bool:
+        """Wait until nothing on the device reads a weight any more; False, and counted, if that failed."""
+        assert self.slot is not None, "no hold can be requested before the daemon has answered"
+        try:
+            self.arena.quiesce()
+        except (RuntimeError, BridgeError):  # torch's, of a lost device
+            logger.exception("rank %d: the device did not come to rest", self.rank)
+            self.slot.fail()
+            return False
+        return True
+
     def close(self) -> None:
         """Release the memory and the log; nothing may use the weights any more."""
         self.arena.close()
@@ -140,6 +151,12 @@ def commit_while_idle(self: Any, version: int) -> int:
     return bridge.version
 
 
+def quiesce(self: Any) -> bool:
+    """``collective_rpc`` target on every worker, before its live weights are written over."""
+    bridge: WorkerBridge = self.bridge
+    return bridge.quiesce()
+
+
 def publish(worker: Any) -> None:
     """Move a freshly loaded worker's weights into an arena and hand it to the daemon.
 
@@ -162,6 +179,7 @@ def publish(worker: Any) -> None:
         at_entry=compat.reads_weights_before_forward(worker.vllm_config),
     )
     parallel = worker.vllm_config.parallel_config
+    fds = arena.export()
     hello = {
         "type": "worker",
         "rank": worker.rank,
@@ -171,16 +189,19 @@ def publish(worker: Any) -> None:
         "dtype": str(worker.vllm_config.model_config.dtype).removeprefix("torch."),
         "vllm_version": compat.installed_version(),
         "gpu": _gpu_of(arena),
+        "arena": arena.kind,
+        "handles": arena.handles(),
+        "descriptors": len(fds),
         "hooks": {
             "load_model": compat.is_wrapped(type(worker).load_model),
             "execute_model": compat.is_wrapped(type(worker).execute_model),
         },
         **description,
     }
-    registration = Registration(hello, fds=arena.export(), who=f"vLLM worker rank {worker.rank}")
+    registration = Registration(hello, fds=fds, who=f"vLLM worker rank {worker.rank}")
     worker.bridge.slot = registration.connect().slot(worker.rank)
     registration.watch()
-    logger.info("rank %d published %d MiB in two halves", worker.rank, arena.nbytes >> 20)
+    logger.info("rank %d published %d MiB (%s)", worker.rank, arena.nbytes >> 20, arena.kind)
 
 
 def _gpu_of(arena: Arena) -> str:

@@ -94,23 +94,34 @@ def bytes_at(address: int, nbytes: int, device: torch.device) -> torch.Tensor:
     return torch.as_tensor(_Memory(address, nbytes), device=device)
 
 
+TRAINER_ADVICE = (
+    "Weights that are read where they lie need none of it: train in the server's dtype, without expandable "
+    "segments, or shard over more ranks; or serve with --transport gloo"
+)
+
+
 class OwnMemory:
     """Device memory that can be shown to other processes, whatever allocator torch was configured with.
 
     Plain ``cuMemAlloc``: torch's expandable segments cannot be exported by IPC handle.
     """
 
-    def __init__(self, nbytes: int, device: torch.device) -> None:
+    def __init__(self, nbytes: int, device: torch.device, *, advice: str = TRAINER_ADVICE) -> None:
         """Allocate ``nbytes`` on ``device``, which must be current in this thread.
+
+        Args:
+            nbytes: above 0.
+            device: where.
+            advice: what to do if there is no room, for the error.
 
         Raises:
             DeviceError: the device has no such memory left.
         """
         self.nbytes = nbytes
-        self._address = self._allocate(device)
-        self.tensor = bytes_at(self._address, nbytes, device)
+        self.address = self._allocate(device, advice)
+        self.tensor = bytes_at(self.address, nbytes, device)
 
-    def _allocate(self, device: torch.device) -> int:
+    def _allocate(self, device: torch.device, advice: str) -> int:
         what = f"allocating {self.nbytes} bytes on {device}"
         try:
             return int(check(driver().cuMemAlloc(self.nbytes), what))
@@ -121,14 +132,12 @@ class OwnMemory:
         except DeviceError as err:
             free, total = torch.cuda.mem_get_info(device)
             raise DeviceError(
-                f"{err}; {free / 2**30:.2f} of {total / 2**30:.2f} GiB are free. Weights that are read where "
-                "they lie need none of it: train in the server's dtype, without expandable segments, or "
-                "shard over more ranks; or serve with --transport gloo"
+                f"{err}; {free / 2**30:.2f} of {total / 2**30:.2f} GiB are free. {advice}"
             ) from err
 
     def free(self) -> None:
         """Give the memory back; ``tensor`` must not be used afterwards. The device must be current."""
-        check(driver().cuMemFree(self._address), "freeing device memory")
+        check(driver().cuMemFree(self.address), "freeing device memory")
 
 
 @functools.cache

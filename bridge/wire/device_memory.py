@@ -154,7 +154,7 @@ class PeerAllocations:
             _unmap(self._mapped.pop(key))
         for key in keys:
             if key not in self._mapped:
-                self._mapped[key] = _map(key[1])
+                self._mapped[key] = open_handle(key[1])
         return [self._mapped[keys[place.allocation]] + place.offset for place in shown.shards]
 
     def close(self) -> None:
@@ -164,12 +164,17 @@ class PeerAllocations:
             _unmap(self._mapped.popitem()[1])
 
 
-def _map(handle: bytes) -> int:
+def open_handle(handle: bytes) -> int:
+    """Map another process's allocation by its IPC handle of 64 bytes; returns its address in this process.
+
+    Raises:
+        DeviceError: CUDA refused; the owner may be gone.
+    """
     cu = cuda.driver()
     opened = cu.CUipcMemHandle()
     opened.reserved = handle
     flags = cu.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
-    return int(cuda.check(cu.cuIpcOpenMemHandle(opened, int(flags)), "mapping the trainer's device memory"))
+    return int(cuda.check(cu.cuIpcOpenMemHandle(opened, int(flags)), "mapping another process's memory"))
 
 
 def _unmap(address: int) -> None:
@@ -211,7 +216,7 @@ def can_pull(peer: DeviceWhereabouts, device: torch.device) -> str:
     found = torch.empty(_NONCE_BYTES, dtype=torch.uint8, device=device)
     stream = torch.cuda.current_stream(device)
     try:
-        address = _map(peer.allocation.handle)
+        address = open_handle(peer.allocation.handle)
         try:
             cuda.copy_rows(found.data_ptr(), 0, address, 0, width=_NONCE_BYTES, rows=1, stream=stream)
             stream.synchronize()

@@ -67,6 +67,68 @@ def test_a_captured_graph_reads_the_half_that_was_flipped_in(device: torch.devic
     arena.close()
 
 
+FIXED = {  # case -> kind of the arena, its memory, what another process writes into its halves
+    "copy": ("copy", "DeviceMemory", (3.0, 2.0)),
+    "in place": ("in-place", "PiecedMemory", (2.0,)),
+    "in place, by handle": ("in-place", "DeviceMemory", (2.0,)),
+}
+
+
+def replayed(graph: torch.cuda.CUDAGraph, y: torch.Tensor) -> float:
+    graph.replay()
+    torch.cuda.synchronize()
+    return float(y[0, 0])
+
+
+@pytest.mark.parametrize("case", list(FIXED))
+def test_memory_that_stays_where_it_is(device: torch.device, case: str) -> None:
+    """What another process wrote is read by a captured graph, with ``copy`` only after the flip."""
+    from vllm_patching import cuda_memory
+    from vllm_patching.fixed_arena import FixedArena
+
+    kind, memory, values = FIXED[case]
+    nbytes = 5 * BYTES + 512  # not a whole number of pages, nor of pieces
+    arena = FixedArena(nbytes, lambda which: getattr(cuda_memory, memory)(nbytes, device, which), kind=kind)
+    for start in range(0, nbytes - 512, BYTES):  # as the tensors of a model move in, one after the other
+        arena.live(start, BYTES).view(torch.bfloat16).fill_(3)
+    arena.live(nbytes - 512, 512).view(torch.bfloat16).fill_(3)
+    weight = arena.live(nbytes - (1 << 20), 1 << 20).view(torch.bfloat16).view(1024, 512)
+    arena.open_second_half()
+    arena.warm()
+    assert all(arena.half(i).view(torch.bfloat16).eq(3).all() for i in range(len(values)))
+    x = torch.ones(8, 1024, device=device, dtype=torch.bfloat16)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        y = x @ weight
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = x @ weight
+    assert replayed(graph, y) == 3072.0
+    ours, theirs = socket.socketpair()
+    peer = SPAWN.Process(target=gpu_peer.fill_adopted, args=(theirs, nbytes, arena.handles(), kind, values))
+    peer.start()
+    socket.send_fds(ours, [b"!"], list(arena.export()))
+    assert ours.recv(1) == b"!"
+    assert replayed(graph, y) == (3072.0 if kind == "copy" else 2048.0)
+    arena.flip(1 - arena.active)
+    assert replayed(graph, y) == 2048.0
+    assert arena.live(0, nbytes).view(torch.bfloat16).eq(2).all()
+    ours.sendall(b"!")
+    peer.join(30)
+    for end in (ours, theirs):
+        end.close()
+    del graph
+    assert peer.exitcode == 0
+    arena.close()
+
+
+def test_remapping_is_possible_here(device: torch.device) -> None:
+    """Where these tests run, --flip auto must not fall back without a word of why."""
+    from vllm_patching import cuda_arena
+
+    assert cuda_arena.why_no_remap(device) == ""
+
+
 def test_a_closed_arena_gives_its_memory_back(device: torch.device) -> None:
     from vllm_patching.cuda_arena import CudaArena
 

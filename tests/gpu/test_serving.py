@@ -171,6 +171,36 @@ def test_a_killed_trainer_leaves_a_whole_version(
     assert live.api.greedy() == fresh[0]
 
 
+@pytest.mark.parametrize("flag", ["--staging=in-place", "--flip=copy"])
+def test_memory_that_stays_where_it_is(
+    sets: list[Path], fresh: list[list[dict[str, Any]]], tmp_path: Path, flag: str
+) -> None:
+    """The other two ways to bring a version in answer as fresh servers do, with requests in flight."""
+    with (
+        serving(sets[0], tmp_path, flags=FLAGS, env=SERVER_ENV, bridge_flags=[flag]) as server,
+        training("plain", sets[0], logdir=server.logdir, env=ON_GPU) as trainers,
+    ):
+        assert server.api.greedy() == fresh[0]
+        stop = threading.Event()
+        threads, failures = streams(server.api, 8, stop)
+        receipts = [trainers.must("broadcast")[0] for _ in range(20)]
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+        assert not failures
+        for index in (1, 0, 1):
+            trainers.must("load", path=str(sets[index]))
+            receipts.append(trainers.must("broadcast")[0])
+            assert server.api.greedy() == fresh[index]
+        trainers.must("single", name="model.layers.1.mlp.down_proj.weight", value=0.01)
+        by_part = server.api.greedy()
+        trainers.must("broadcast")
+        assert server.api.greedy() == by_part
+        assert by_part not in fresh
+        if flag == "--staging=in-place":
+            assert all(receipt["flip_s"] >= receipt["transfer_s"] for receipt in receipts)
+
+
 def test_the_second_half_is_counted_before_the_kv_cache(live: Server) -> None:
     """With 0.1 of the GPU, weights, halves and KV cache stay within it (and the contexts' few GiB)."""
     total = torch.cuda.mem_get_info(0)[1]

@@ -111,6 +111,20 @@ def test_memory_must_hold_the_weights_twice(tmp_path, model):
     around = preflight.Surroundings(cgroup_root=tmp_path, environ={})
     text = faults(make_options(tmp_path, model), around)["memory"]
     assert "2 x 2 MiB of weights (1 safetensors file(s)) = 4 MiB needed, 3 MiB left of the" in text
+    assert "--staging in-place" in text
+    in_place = preflight.check_model(
+        make_options(tmp_path, model, staging="in-place"), read_server_args(()), around
+    )
+    assert [(f.level, "1 x 2 MiB of weights" in f.text) for f in in_place if f.topic == "memory"] == [
+        ("note", True)
+    ]
+
+
+def test_how_halves_change_places_is_not_asked_where_there_is_one(tmp_path, model):
+    options = make_options(tmp_path, model, staging="in-place", flip="copy", repair_timeout_s=0.0)
+    text = "\n".join(options.faults())
+    assert "--flip copy says how two halves change places, and --staging in-place has one" in text
+    assert "--repair-timeout is 0, it must be above 0 seconds" in text
 
 
 def test_damaged_weight_file(tmp_path, model):

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
-import shutil
 import signal
-import threading
-import uuid
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tests.support.checks import (
+    SINGLE,
+    Streams,
+    ask_document,
+    assert_equal,
+    assert_labels_in_order,
+    flips,
+)
 from tests.support.serving import (
     UNBOUND,
-    Api,
-    Server,
     Trainers,
     serving,
     serving_together,
@@ -28,118 +29,21 @@ from tests.support.serving import (
     wait_until,
 )
 
-pytestmark = [pytest.mark.serving, pytest.mark.timeout(900, method="signal")]
-
 F32 = ["--dtype=float32"]
-DOCUMENT = [1] + [3 + (i * i * 7 + i) % 90 for i in range(300)]  # more than two KV blocks of 128 tokens
-SINGLE = "model.layers.1.mlp.down_proj.weight"
 
-
-def answers(api: Api) -> dict[str, Any]:
-    """What is compared: the eight prompts of 64 tokens, and one prompt long enough to be cached."""
-    return {"greedy": api.greedy(), "document": ask_document(api)}
-
-
-def ask_document(api: Api) -> list[int]:
-    (choice,) = api.complete(DOCUMENT, max_tokens=32, temperature=0.0, ignore_eos=True)
-    return list(choice["token_ids"])
-
-
-def assert_equal(live: list[dict[str, Any]], fresh: list[dict[str, Any]], *, tolerance: float) -> None:
-    """The same tokens everywhere, and logprobs within ``tolerance``."""
-    assert [a["tokens"] for a in live] == [b["tokens"] for b in fresh]
-    pairs = [
-        (x, y)
-        for a, b in zip(live, fresh, strict=True)
-        for x, y in zip(a["logprobs"], b["logprobs"], strict=True)
-    ]
-    assert max(abs(x - y) for x, y in pairs) <= tolerance
-
-
-def edited(source: Path, target: Path, name: str, value: float) -> Path:
-    """A copy of a checkpoint with one parameter filled with ``value``."""
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(source, target)
-    tensors = load_file(target / "model.safetensors")
-    tensors[name].fill_(value)
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    return target
-
-
-def flips(server: Server, rank: int) -> list[tuple[int, int]]:
-    """(batch, version) of every flip of one rank."""
-    lines = (server.logdir / f"flips-rank{rank}.jsonl").read_text().splitlines()
-    return [(row["batch"], row["version"]) for row in map(json.loads, lines)]
-
-
-class Streams:
-    """Requests kept in flight until told to stop: ``width`` at a time, each as long as the model allows."""
-
-    def __init__(self, api: Api, *, width: int, tokens: int) -> None:
-        self._api, self._tokens = api, tokens
-        self._stop = threading.Event()
-        self.finished: list[tuple[str, int]] = []
-        self.failures: list[str] = []
-        self.started = threading.Barrier(width + 1)
-        self._threads = [threading.Thread(target=self._run, args=(i,), daemon=True) for i in range(width)]
-        for thread in self._threads:
-            thread.start()
-        self.started.wait(60)
-
-    def _run(self, index: int) -> None:
-        first = True
-        while first or not self._stop.is_set():
-            request = uuid.uuid4().hex
-            prompt = [1, *(3 + (index * 31 + i * 7) % 90 for i in range(12))]
-            sampling = {"max_tokens": self._tokens, "temperature": 1.0, "seed": index, "ignore_eos": True}
-            count, reason = 0, None
-            try:
-                for _, choice in self._api.stream(prompt, headers={"X-Request-Id": request}, **sampling):
-                    count += len(choice.get("token_ids") or ())
-                    reason = choice.get("finish_reason") or reason
-                    if first:
-                        self.started.wait(60)
-                        first = False
-            except OSError as err:
-                self.failures.append(f"request {index}: {err}")
-                return
-            if reason != "length" or count != self._tokens:
-                self.failures.append(f"request {index}: {count} of {self._tokens} tokens, ended by {reason}")
-            self.finished.append((request, count))
-
-    def stop(self) -> None:
-        """Let those in flight finish."""
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(120)
-            assert not thread.is_alive()
-
+pytestmark = [pytest.mark.serving, pytest.mark.timeout(900, method="signal")]
 
 # --- float32, one rank, every feature ------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def qwen3(
-    checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+    fresh_qwen3: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[SimpleNamespace]:
     """One live server (HTTP endpoints on), and what plain vLLMs answer from three sets of weights."""
-    root = tmp_path_factory.mktemp("qwen3")
-    sets = [checkpoint("qwen3", "float32", seed) for seed in (0, 1)]
-    sets.append(edited(sets[1], root / "edited", SINGLE, 0.01))
-    plain = [
-        (path, root / f"fresh{i}", {"bridge": False, "flags": F32, "env": UNBOUND})
-        for i, path in enumerate(sets)
-    ]
-    with serving_together(*plain[:2]) as servers:
-        fresh = [answers(server.api) for server in servers]
-    live = (sets[0], root / "live", {"flags": F32, "bridge_flags": ["--http"], "env": UNBOUND})
-    with serving_together(live, plain[2]) as (server, third):
-        fresh.append(answers(third.api))
-        third.stop()
-        assert fresh[0] != fresh[1]
-        assert fresh[1] != fresh[2]
-        yield SimpleNamespace(server=server, sets=sets, fresh=fresh)
+    options = {"flags": F32, "bridge_flags": ["--http"], "env": UNBOUND}
+    with serving(fresh_qwen3.sets[0], tmp_path_factory.mktemp("qwen3") / "live", **options) as server:
+        yield SimpleNamespace(server=server, sets=fresh_qwen3.sets, fresh=fresh_qwen3.answers)
 
 
 @pytest.fixture(scope="module")
@@ -209,17 +113,7 @@ def test_fifty_updates_under_sixteen_streams(qwen3, trainer):
     batches, flipped = zip(*flips(qwen3.server, 0), strict=True)
     assert list(flipped) == list(range(1, versions[-1] + 1)), "every version was live once, in order"
     assert list(batches) == sorted(batches)
-    spanning = 0
-    for request, count in streams.finished:
-        code, text = qwen3.server.call(f"/bridge/requests/{request}")
-        assert code == 200, text
-        (spans,) = json.loads(text)["weight_versions"].values()
-        numbers = [int(span["weight_version"]) for span in spans]
-        assert numbers == sorted(numbers)
-        assert spans[0]["start"] == 0
-        assert spans[-1]["end"] == count
-        assert all(a["end"] == b["start"] for a, b in itertools.pairwise(spans))
-        spanning += len(numbers) > 1
+    spanning = assert_labels_in_order(qwen3.server, streams.finished)
     assert spanning >= 8, f"{spanning} of {len(streams.finished)} requests saw more than one version"
     publish(qwen3, trainer, 1)
     assert_equal(qwen3.server.api.greedy(2), qwen3.fresh[1]["greedy"][:2], tolerance=1e-5)

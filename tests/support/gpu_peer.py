@@ -9,6 +9,7 @@ import torch
 
 from bridge.wire import cuda
 from bridge.wire.device_transport import Showcase
+from vllm_patching import arena
 from vllm_patching.cuda_arena import CudaHalves
 
 
@@ -16,6 +17,19 @@ def fill_halves(channel: socket.socket, nbytes: int, values: tuple[float, float]
     """Receive two descriptors, fill the halves with one bfloat16 value each, and say so."""
     _, fds, _, _ = socket.recv_fds(channel, 1, 2)
     halves = CudaHalves(tuple(fds), nbytes, torch.device("cuda", 0))
+    for half, value in zip(halves.halves, values, strict=True):
+        half.view(torch.bfloat16).fill_(value)
+    halves.synchronize()
+    channel.sendall(b"!")
+    channel.recv(1)  # stay until told to go
+
+
+def fill_adopted(
+    channel: socket.socket, nbytes: int, handles: tuple[str, ...], kind: str, values: tuple[float, ...]
+) -> None:
+    """Adopt an arena's halves as an updater does, fill each with one bfloat16 value, and say so."""
+    _, fds, _, _ = socket.recv_fds(channel, 1, 64)
+    halves = arena.adopt(tuple(fds), nbytes, cuda.uuid_of(torch.device("cuda", 0)), handles, kind)
     for half, value in zip(halves.halves, values, strict=True):
         half.view(torch.bfloat16).fill_(value)
     halves.synchronize()

@@ -1,0 +1,172 @@
+"""The daemon's hand on the engine: ask for a commit or a stand-still by a word, and wait for the answer.
+
+Engine and workers answer by words in shared memory, in the middle of their step: there is nothing to wait on
+but the word, for about one step.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from bridge.errors import TransferError
+from vllm_patching.channel import ChannelClosed
+from vllm_patching.control_page import ControlPage, RankSlot
+from vllm_patching.registry import Member, Registry
+
+logger = logging.getLogger(__name__)
+
+WAKE_INTERVAL_S = 0.05
+POLL_S = 0.0005
+
+
+class Boundary:
+    """Where batches of one engine can be told apart; used by the daemon's one thread."""
+
+    def __init__(self, registry: Registry, *, timeout_s: float, first_death: Callable[[], str]) -> None:
+        """``timeout_s`` bounds each wait; ``first_death`` names whose death ended vLLM, "" if nobody's."""
+        assert registry.control is not None
+        self.page: ControlPage = registry.control
+        self.timeout_s = timeout_s
+        self._registry = registry
+        self._first_death = first_death
+
+    @property
+    def num_ranks(self) -> int:
+        return self.page.num_ranks
+
+    def commit(self, version: int) -> list[int]:
+        """Ask the engine to make ``version`` live and wait until every rank has; returns flip times in ns.
+
+        Raises:
+            TransferError: somebody of vLLM died, a rank failed to flip (the engine is ended then), or the
+                deadline passed.
+        """
+        staged = f"version {version} was staged"
+        self._check_alive(staged)
+        slots = self._slots()
+
+        def late() -> str:
+            behind = [rank for rank, slot in enumerate(slots) if slot.version != version]
+            return (
+                f"{staged}, but ranks {behind} did not commit within {self.timeout_s:g} s; it becomes live "
+                "with their next batch"
+            )
+
+        self._ask(
+            lambda: setattr(self.page, "requested", version),
+            lambda: all(slot.version == version for slot in slots),
+            before=staged,
+            failure=f"a rank could not flip to version {version}",
+            late=late,
+        )
+        return [slot.flip_ns for slot in slots]
+
+    def hold(self) -> None:
+        """Let the engine stand still, requests kept, and wait until nothing runs on any rank.
+
+        Raises:
+            TransferError: somebody of vLLM died, or the deadline passed; the engine goes on then.
+        """
+        self._check_alive("the engine was asked to stand still")
+        ticket = time.monotonic_ns()  # no other hold ever had it, also none of an earlier daemon
+        try:
+            self._ask(
+                lambda: setattr(self.page, "hold", ticket),
+                lambda: self.page.held == ticket,
+                before="the engine was asked to stand still",
+                failure="a rank's device did not come to rest",
+                late=lambda: (
+                    f"the engine did not come to a stand-still within {self.timeout_s:g} s, so nothing was "
+                    "written; is it stuck in a batch? --commit-timeout bounds the wait"
+                ),
+            )
+        except TransferError:
+            self.page.hold = 0
+            self._wake(self._registry.engine)
+            raise
+
+    def release(self) -> int:
+        """Let the engine go on; returns how long it stood still, in ns.
+
+        Raises:
+            TransferError: somebody of vLLM died, or the engine did not answer within the deadline.
+        """
+        self._check_alive("the engine was told to go on")
+        self._ask(
+            lambda: setattr(self.page, "hold", 0),
+            lambda: self.page.held == 0,
+            before="the engine was told to go on",
+            failure="a rank failed while the engine was told to go on",
+            late=lambda: f"the engine was told to go on, and did not within {self.timeout_s:g} s",
+        )
+        return self.page.stood_ns
+
+    def _slots(self) -> list[RankSlot]:
+        return [self.page.slot(rank) for rank in range(self.num_ranks)]
+
+    def _check_alive(self, before: str) -> None:
+        if self._registry.engine is None or not self._registry.complete:
+            gone = self._first_death() or "vLLM is not complete any more"
+            raise TransferError(f"{before}, but {gone}")
+
+    def _ask(
+        self,
+        ask: Callable[[], None],
+        done: Callable[[], bool],
+        *,
+        before: str,
+        failure: str,
+        late: Callable[[], str],
+    ) -> None:
+        engine, members = self._registry.engine, self._registry.members()
+        slots = self._slots()
+        failures = [slot.failures for slot in slots]
+        ask()
+        self._wake(engine)
+        deadline = time.monotonic() + self.timeout_s
+        next_wake = time.monotonic() + WAKE_INTERVAL_S
+        pause = threading.Event()
+        while not done():
+            now = time.monotonic()
+            if any(s.failures != f for s, f in zip(slots, failures, strict=True)):
+                self.end_engine(f"{failure}; ranks would differ")
+                raise TransferError(f"{failure}; the server was ended")
+            if lost := [m.who for m in members if m not in self._registry.members()]:
+                raise TransferError(f"{before}, but {', '.join(lost)} is gone")
+            if now > deadline:
+                raise TransferError(late())
+            if now >= next_wake:
+                self._wake(engine)
+                next_wake = now + WAKE_INTERVAL_S
+            pause.wait(POLL_S)
+
+    def _wake(self, engine: Member | None) -> None:
+        if engine is None:
+            return
+        try:
+            engine.channel.send({"type": "wake"})
+        except ChannelClosed:
+            logger.debug("the engine's connection ended; its reader reports it")
+
+    def end_engine(self, why: str) -> None:
+        """End the engine core, and with it the server, by force."""
+        engine = self._registry.engine
+        logger.critical("%s; ending the engine", why)
+        if engine is not None:
+            os.kill(engine.hello["pid"], signal.SIGKILL)
+
+
+def behind(page: ControlPage, ranks: Sequence[int]) -> str:
+    """Which of ``ranks`` the last commit has not reached, as a sentence; "" if none."""
+    late = [rank for rank in ranks if page.slot(rank).version != page.requested]
+    if not late:
+        return ""
+    return (
+        f"rank {late[0]} still serves version {page.slot(late[0]).version} while version {page.requested} "
+        "waits to be committed; is the engine stuck in a batch?"
+    )

@@ -1,0 +1,152 @@
+"""How a round's bytes meet the running engine: beside it (two halves) or in its place (one).
+
+``DoubleStaging`` is the design: updaters fill the half that nobody reads, and a commit flips.
+``InPlaceStaging`` is for weights that do not fit twice: the engine stands still, from right before the first
+byte is written until the version is committed. What was written in part only is torn: nothing is served from
+it until a complete round has come.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, Protocol
+
+from bridge.errors import TransferError
+from vllm_patching.boundary import Boundary, behind
+
+logger = logging.getLogger(__name__)
+
+# Updaters wait for leave longer than the daemon waits for the engine: the daemon knows why it does not come.
+LEAVE_MARGIN_S = 30.0
+Orders = dict[int, dict[str, Any]]
+
+
+class Swap(Protocol):
+    """What a round needs, whoever carries its bytes."""
+
+    def orders(self) -> Orders:
+        """What to tell each rank's updater with the order to stage.
+
+        Raises:
+            TransferError: nothing may be written now.
+        """
+
+    def open(self, version: int) -> None:
+        """Every updater has checked all it can and asks for leave to write ``version``.
+
+        Raises:
+            TransferError: it cannot be given; nothing was written.
+        """
+
+    def commit(self, version: int) -> list[int]:
+        """Make the version live that every updater has staged; returns each rank's stand-still in ns.
+
+        Raises:
+            TransferError: somebody died, a rank failed, or a deadline passed.
+        """
+
+    def abandon(self, why: str) -> None:
+        """A round has ended without a commit, and no updater writes any more."""
+
+    @property
+    def torn(self) -> str:
+        """Why nothing can be served and what to do, "" while the weights are whole."""
+
+    @property
+    def repair_due(self) -> float | None:
+        """When, by the monotonic clock, torn weights must have been repaired; None while they are whole."""
+
+
+class DoubleStaging:
+    """Two halves: a round disturbs nobody, and one that fails leaves nothing behind."""
+
+    torn = ""
+    repair_due: float | None = None
+
+    def __init__(self, boundary: Boundary) -> None:
+        self._boundary = boundary
+
+    def orders(self) -> Orders:
+        page, ranks = self._boundary.page, range(self._boundary.num_ranks)
+        if late := behind(page, ranks):
+            raise TransferError(late)
+        return {rank: {"half": 1 - page.slot(rank).active} for rank in ranks}
+
+    def open(self, version: int) -> None:
+        raise AssertionError(f"version {version}: no leave is needed to write a half that nobody reads")
+
+    def commit(self, version: int) -> list[int]:
+        return self._boundary.commit(version)
+
+    def abandon(self, why: str) -> None:
+        """Nothing: the half that was written is not read, and the next round writes all of it."""
+
+
+class InPlaceStaging:
+    """One half: the engine stands still while it is written."""
+
+    def __init__(self, boundary: Boundary, *, repair_timeout_s: float) -> None:
+        """Take over what an earlier daemon has left, if one has."""
+        self._boundary = boundary
+        self._page = boundary.page
+        self._repair_timeout_s = repair_timeout_s
+        self._why = ""
+        logger.warning(
+            "--staging in-place: there is no second half, so generation stands still for the length of every "
+            "transfer, and after a round that fails midway nothing is served until a complete one has come "
+            "(within --repair-timeout %g s, or the server ends)",
+            repair_timeout_s,
+        )
+        self.abandon("the daemon that wrote it ended")
+
+    def orders(self) -> Orders:
+        order = {"half": 0, "leave_s": self._boundary.timeout_s + LEAVE_MARGIN_S, "torn": self.torn}
+        return {rank: dict(order) for rank in range(self._boundary.num_ranks)}
+
+    def open(self, version: int) -> None:
+        if not self._page.writing:
+            self._boundary.hold()
+            self._page.writing_since_ns = time.monotonic_ns()
+        self._why = ""
+        self._page.writing = version
+        logger.info("the engine stands still; version %d is written over the live weights", version)
+
+    def commit(self, version: int) -> list[int]:
+        flips = self._boundary.commit(version)
+        self._page.writing = 0  # whole again, on every rank
+        stood = self._boundary.release()
+        logger.info("version %d: generation stood still for %.3f s", version, stood / 1e9)
+        return [max(stood, flip) for flip in flips]
+
+    def abandon(self, why: str) -> None:
+        if self._page.writing:
+            self._why = self._why or why
+            logger.critical("%s", self.torn)
+        elif self._page.hold:
+            self._release_unwritten(why)
+
+    def _release_unwritten(self, why: str) -> None:
+        try:
+            stood = self._boundary.release()
+        except TransferError:
+            logger.exception("after a round that was given up before its first byte (%s)", why)
+            return  # the word is set: the engine goes on as soon as it looks
+        logger.info("nothing was written (%s); generation stood still for %.3f s", why, stood / 1e9)
+
+    @property
+    def torn(self) -> str:
+        if not self._page.writing:
+            return ""
+        cause = f" ({self._why})" if self._why else ""
+        return (
+            f"the weights are torn: version {self._page.writing} was written over them in part{cause}. The "
+            "engine stands still and keeps its requests. Broadcast the whole model again (broadcast_weights "
+            f"or notify_update); after --repair-timeout {self._repair_timeout_s:g} s without the server ends"
+        )
+
+    @property
+    def repair_due(self) -> float | None:
+        if not self._page.writing:
+            return None
+        return self._page.writing_since_ns / 1e9 + self._repair_timeout_s

@@ -1,0 +1,67 @@
+"""Update files of the HTTP fallback: which tensors they hold, and whether these are a whole version."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import safe_open
+
+from bridge.errors import MappingError
+from bridge.protocol.holders import CASTS
+from bridge.protocol.mapping import Mapping, RankMap
+from vllm_patching.sources import SAFETENSORS_DTYPES
+
+
+def _names(file: Path) -> list[str]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return list(opened.keys())
+    except Exception as err:  # safetensors raises its own type from Rust, and OSError
+        raise MappingError(f"{file} is not a whole safetensors file: {err}") from err
+
+
+def index(files: list[Path]) -> dict[str, Path]:
+    """Which file holds which tensor.
+
+    Raises:
+        MappingError: there is no file, or a tensor lies in two: which one counts is anybody's guess.
+    """
+    found: dict[str, Path] = {}
+    twice = []
+    for file in files:
+        for name in _names(file):
+            if name in found:
+                twice.append(f"{name}: in {found[name].name} and in {file.name}")
+            found[name] = file
+    if twice or not found:
+        listing = "\n  ".join(twice) or "no tensor there"
+        raise MappingError(f"{len(twice)} fault(s) in the update's files:\n  {listing}")
+    return found
+
+
+def match_vocabulary(mapping: Mapping, rank_map: RankMap, found: dict[str, Path]) -> str:
+    """The vocabulary whose needed sources are all in the files, with their shapes and dtypes checked.
+
+    Raises:
+        MappingError: lists every tensor missing, extra, or of another shape or dtype.
+    """
+    best = max(mapping.vocabularies, key=lambda v: len({s.name for s in v.sources} & found.keys()))
+    known = {source.name: source for source in best.sources}
+    unused = set(best.unused)
+    faults = [f"{name}: missing" for name in known.keys() - found.keys() - unused]
+    faults += [f"{name}: not a parameter of this model" for name in found.keys() - known.keys() - unused]
+    needed = {
+        best.sources[w.source].name: rank_map.targets[w.target].dtype for w in rank_map.writes[best.name]
+    }
+    for name in sorted(known.keys() & found.keys()):
+        with safe_open(found[name], framework="pt") as file:
+            tensor = file.get_slice(name)
+            shape, dtype = tuple(tensor.get_shape()), SAFETENSORS_DTYPES.get(tensor.get_dtype(), "unknown")
+        if shape != known[name].shape:
+            faults.append(f"{name}: shape {shape}, expected {known[name].shape}")
+        if (to := needed.get(name)) is not None and dtype != to and (dtype, to) not in CASTS:
+            faults.append(f"{name}: dtype {dtype} cannot be cast to {to} without loss of meaning")
+    if faults:
+        listing = "\n  ".join(sorted(faults))
+        raise MappingError(f"{len(faults)} fault(s) in the update for {mapping.model}:\n  {listing}")
+    return best.name
