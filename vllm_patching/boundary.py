@@ -39,8 +39,10 @@ class Boundary:
     def num_ranks(self) -> int:
         return self.page.num_ranks
 
-    def commit(self, version: int) -> list[int]:
+    def commit(self, version: int, *, if_late: str) -> list[int]:
         """Ask the engine to make ``version`` live and wait until every rank has; returns flip times in ns.
+
+        ``if_late`` says what happens to the version if a rank does not in time.
 
         Raises:
             TransferError: somebody of vLLM died, a rank failed to flip (the engine is ended then), or the
@@ -52,10 +54,7 @@ class Boundary:
 
         def late() -> str:
             behind = [rank for rank, slot in enumerate(slots) if slot.version != version]
-            return (
-                f"{staged}, but ranks {behind} did not commit within {self.timeout_s:g} s; it becomes live "
-                "with their next batch"
-            )
+            return f"{staged}, but ranks {behind} did not commit within {self.timeout_s:g} s; {if_late}"
 
         self._ask(
             lambda: setattr(self.page, "requested", version),

@@ -10,7 +10,6 @@ again in the next forward: measured with 1.2 GB, 0.16 ms for moving against 30-1
 from __future__ import annotations
 
 import ctypes
-import logging
 import mmap
 import os
 import time
@@ -18,8 +17,6 @@ import time
 import torch
 
 from bridge.errors import ConfigError
-
-logger = logging.getLogger(__name__)
 
 ALIGNMENT = 1 << 30
 _MAP_FIXED = 0x10
@@ -109,7 +106,6 @@ class CpuArena:
         _map_over(self._live, self._span, self._fds[0])
         for address, fd in zip(self._parked, self._fds, strict=True):
             _map_over(address, self._span, fd)
-        self._can_move = True
 
     def _allocate(self, index: int) -> int:
         fd = os.memfd_create(f"bridge-half{index}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -140,33 +136,17 @@ class CpuArena:
         """Put half ``to`` under the live range; no thread may be reading the range meanwhile.
 
         Raises:
-            OSError: the kernel refused before anything had moved; the old half is still live.
+            OSError: the kernel refused; the old half is still live.
         """
         if to == self.active:
             return
-        if self._can_move:
-            self._move(to)
-        else:
-            _map_over(self._live, self._span, self._fds[to])
-        self.active = to
-
-    def _move(self, to: int) -> None:
         flags = _MREMAP_MAYMOVE | _MREMAP_FIXED | _MREMAP_DONTUNMAP
         span = self._span
         parked = _libc.mremap(self._live, span, span, flags, self._parked[self.active])
-        if parked == _MAP_FAILED:
-            # Before Linux 5.13 shared mappings cannot move and stay; mapping anew is slower, and right.
-            self._can_move = False
-            logger.warning(
-                "this kernel cannot move shared page tables (mremap: %s); each flip maps %d MiB anew "
-                "and the next forward pays for the page faults",
-                os.strerror(ctypes.get_errno()),
-                self.nbytes >> 20,
-            )
-            _map_over(self._live, span, self._fds[to])
-            return
+        _check(parked, f"moving {span} bytes of page tables aside")
         if _libc.mremap(self._parked[to], span, span, flags, self._live) == _MAP_FAILED:
-            _map_over(self._live, span, self._fds[to])
+            _map_over(self._live, span, self._fds[to])  # slower, and right
+        self.active = to
 
     def warm(self) -> float:
         """Copy the active half over the other, then flip twice; returns seconds.

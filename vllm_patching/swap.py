@@ -77,7 +77,7 @@ class DoubleStaging:
         raise AssertionError(f"version {version}: no leave is needed to write a half that nobody reads")
 
     def commit(self, version: int) -> list[int]:
-        return self._boundary.commit(version)
+        return self._boundary.commit(version, if_late="it becomes live with their next batch")
 
     def abandon(self, why: str) -> None:
         """Nothing: the half that was written is not read, and the next round writes all of it."""
@@ -113,7 +113,7 @@ class InPlaceStaging:
         logger.info("the engine stands still; version %d is written over the live weights", version)
 
     def commit(self, version: int) -> list[int]:
-        flips = self._boundary.commit(version)
+        flips = self._boundary.commit(version, if_late="the engine goes on standing still")
         self._page.writing = 0  # whole again, on every rank
         stood = self._boundary.release()
         logger.info("version %d: generation stood still for %.3f s", version, stood / 1e9)
