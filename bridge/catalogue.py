@@ -8,6 +8,7 @@ kept alive by this.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from typing import Any
 
@@ -42,7 +43,8 @@ class Catalogue:
         self._contiguous = shards.contiguous
         modules = list(model.modules())
         self._sharded = [weakref.ref(module) for module in modules if isinstance(module, FSDPModule)]
-        self._tree = [(weakref.ref(module), _contents(module)) for module in modules]
+        self._modules = [weakref.ref(module) for module in modules]
+        self._tree = _contents(modules)
         self._owners = [(weakref.ref(owner), _geometry(_local(owner))) for owner in shards.owners]
 
     def find(self, model: nn.Module, mapping: Mapping) -> LocalShards | None:
@@ -53,9 +55,9 @@ class Catalogue:
             if (module := sharded()) is None:
                 return None
             module.reshard()
-        for reference, contents in self._tree:
-            if (found := reference()) is None or _contents(found) != contents:
-                return None
+        modules = [reference() for reference in self._modules]
+        if None in modules or _contents(modules) != self._tree:
+            return None
         held, tensors = [], []
         for owned, geometry in self._owners:
             if (owner := owned()) is None or _geometry(local := _local(owner)) != geometry:
@@ -65,15 +67,15 @@ class Catalogue:
         return LocalShards(self._layout, tensors, self._contiguous, held, mark_computed(tensors))
 
 
-def _contents(module: nn.Module) -> list[Any]:
-    """Which objects a module holds under which names: names are strings, objects numbers, tables end in 0."""
-    found: list[Any] = []
-    for table in (module._modules, module._parameters, module._buffers):
-        if table:  # most are empty, and there are thousands
-            found += table
-            found += map(id, table.values())
-        found.append(0)
-    return found
+def _contents(modules: list[Any]) -> tuple[list[int], list[str], list[int]]:
+    """Which objects modules hold under which names: lengths of their tables, then all names, then all ids.
+
+    In few passes over all of them, as there are thousands of tables, and most are empty.
+    """
+    tables = [table for m in modules for table in (m._modules, m._parameters, m._buffers)]
+    names = list(itertools.chain.from_iterable(tables))
+    objects = itertools.chain.from_iterable(map(dict.values, tables))
+    return list(map(len, tables)), names, list(map(id, objects))
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import queue
 import threading
@@ -70,12 +71,16 @@ class Job:
         self.call = call
         self.partial = partial
         self.started = time.monotonic()
-        self.nbytes = sum(part.numel() * part.element_size() for part in shards.tensors)
         self.released = threading.Event()
         self.finished = threading.Event()
         self.receipt: Receipt | None = None
         self.error: BridgeError | None = None
         self.seen = False  # whether the caller was given the outcome
+
+    @functools.cached_property
+    def nbytes(self) -> int:
+        """Of this rank's shards. Worked out in the background, while they are held."""
+        return sum(part.numel() * part.element_size() for part in self.shards.tensors)
 
     def finish(self, receipt: Receipt | None, error: BridgeError | None) -> None:
         """Record the outcome; the weights are free either way, and nothing of them is held."""

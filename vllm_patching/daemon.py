@@ -180,11 +180,18 @@ class Daemon:
         self.swap.abandon(epoch.closed or "the trainer left")  # only now: no updater writes any more
         self._closing = False
         if epoch.closed:
-            served = "nothing is served" if self.swap.torn else f"version {self.live_version} is served on"
-            logger.error("epoch %d ended: %s; %s", epoch.epoch, epoch.closed, served)
+            logger.error("epoch %d ended: %s; %s", epoch.epoch, epoch.closed, self._served())
         else:
             logger.info("epoch %d ended in order at version %d", epoch.epoch, self.live_version)
         self.new_crew()
+
+    def _served(self) -> str:
+        """What clients get now, for the log."""
+        if self.swap is not None and self.swap.torn:
+            return "nothing is served"
+        if not self.registry.complete:
+            return "vLLM is not complete any more, and serves nothing or will end"
+        return f"version {self.live_version} is served on"
 
     # --- publication -------------------------------------------------------------------------------
 
