@@ -20,7 +20,6 @@ from bridge.errors import (
     ConfigError,
     DeviceError,
     MappingError,
-    PeerLost,
     RendezvousError,
     RendezvousRefused,
 )
@@ -30,7 +29,6 @@ from bridge.protocol.messages import PROTOCOL_VERSION
 from bridge.wire import nccl, peer_memory, rendezvous
 from bridge.wire.device_memory import DeviceNonce
 from bridge.wire.meeting import Meeting
-from bridge.wire.transport import NCCL
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +40,7 @@ class Joined:
     """What a trainer rank has once it has met the others.
 
     ``peers`` names the control ranks this one talks to; ``links`` has the transport of each inference
-    rank, and ``pairs`` the communicators of those that NCCL joins.
+    rank.
     The nonces are only kept alive: updaters may probe for them as long as the epoch lasts.
     """
 
@@ -50,7 +48,6 @@ class Joined:
     data: rendezvous.Group
     peers: dict[int, str]
     links: list[str]
-    pairs: dict[int, nccl.Pair]
     nonce: peer_memory.Nonce
     device_nonce: DeviceNonce | None
 
@@ -193,35 +190,7 @@ def meet(
         timeout_s=timeout_s,
     )
     links = [meeting.links(k)[rank] for k in range(answer.num_inference_ranks)]
-    pairs = _pairs(links, store, answer, rank, device)
-    return Joined(control, data, _peers(meeting, ranks, answer, place), links, pairs, nonce, device_nonce)
-
-
-def _pairs(
-    links: list[str],
-    store: rendezvous.Store,
-    answer: rendezvous.Answer,
-    rank: int,
-    device: torch.device | None,
-) -> dict[int, nccl.Pair]:
-    """Join the updaters that chose NCCL, in the order in which they join the trainers."""
-    pairs: dict[int, nccl.Pair] = {}
-    for inference, link in enumerate(links):
-        if link == NCCL:
-            assert device is not None, "an updater chose NCCL for a trainer that has no GPU"
-            try:
-                pairs[inference] = nccl.Pair(
-                    nccl.store_of(store, answer.epoch, rank, inference),
-                    device=device,
-                    is_trainer=True,
-                    who=f"the updater of inference rank {inference}",
-                    timeout_s=answer.deadline_s * 2,
-                )
-            except PeerLost:
-                for pair in pairs.values():
-                    pair.abort()
-                raise
-    return pairs
+    return Joined(control, data, _peers(meeting, ranks, answer, place), links, nonce, device_nonce)
 
 
 def _device_nonce(device: torch.device | None) -> DeviceNonce | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,9 +12,9 @@ from bridge.protocol.plan import Lane, Plan
 from bridge.sharding import LocalShards
 from bridge.wire import cuda
 from bridge.wire.device_transport import DevicePullSource, Showcase, Shown, SummedRounds
-from bridge.wire.nccl import Pair
+from bridge.wire.nccl import Pair, store_of
 from bridge.wire.nccl_transport import NcclSource, Workspace
-from bridge.wire.rendezvous import Group
+from bridge.wire.rendezvous import Answer, Group, Store
 from bridge.wire.transport import (
     GPU_PULL,
     NCCL,
@@ -40,11 +41,9 @@ class Mover:
         world_size: int,
         deadline_s: float,
         device: torch.device | None,
-        pairs: dict[int, Pair],
         checksum: str,
     ) -> None:
-        """``links`` has the transport of each inference rank; ``device`` is the weights' GPU, if any;
-        ``pairs`` are the NCCL communicators of those that use it, which are this mover's from now on.
+        """``links`` has the transport of each inference rank; ``device`` is the weights' GPU, if any.
 
         ``checksum`` says in which rounds device memory is summed (``SummedRounds``).
         """
@@ -56,11 +55,37 @@ class Mover:
         self._deadline_s = deadline_s
         self._device = device
         self._summed = SummedRounds(checksum)
-        self._pairs = pairs
-        self._workspace = Workspace(device) if device is not None and pairs else None
+        self._pairs: dict[int, Pair] = {}
+        self._workspace: Workspace | None = None
+        self._interrupted = threading.Event()
         self._buffers = SendBuffers()
         self._showcase: Showcase | None = None
         self._wanted: tuple[bytes, list[torch.dtype]] = (b"", [])
+
+    def join_pairs(self, store: Store, answer: Answer) -> None:
+        """Join the updaters that chose NCCL, in the order in which they join the trainers.
+
+        Raises:
+            PeerLost: one of them did not come in time, or the epoch ended meanwhile.
+        """
+        if NCCL not in self._links:
+            return
+        assert self._device is not None, "an updater chose NCCL for a trainer that has no GPU"
+        self._workspace = Workspace(self._device, self._interrupted)
+        for inference, link in enumerate(self._links):
+            if link == NCCL:
+                self._pairs[inference] = Pair(
+                    store_of(store, answer.epoch, self._rank, inference),
+                    device=self._device,
+                    is_trainer=True,
+                    who=f"the updater of inference rank {inference}",
+                    timeout_s=answer.deadline_s * (self._world_size + answer.num_inference_ranks),
+                    interrupted=self._interrupted,
+                )
+
+    def interrupt(self) -> None:
+        """The epoch is over: whoever waits for the GPU is to stop. Called by any thread."""
+        self._interrupted.set()
 
     def move(self, plan: Plan, shards: LocalShards, *, before: Callable[[int], None]) -> None:
         """Send this rank's part of ``plan``; ``before`` is called with each bucket's index.
@@ -91,6 +116,8 @@ class Mover:
                     source.move(lane.buckets[index])
         for source in sources:
             source.close()
+        if self._workspace is not None:
+            self._workspace.let_go()
 
     def close(self) -> None:
         """Give back the device memory that was taken beside the weights, and leave NCCL."""

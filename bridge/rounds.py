@@ -150,9 +150,8 @@ class Session:
             mapping,
             rank=self.rank,
             world_size=self.world_size,
-            deadline_s=answer.deadline_s,
+            deadline_s=answer.first_byte_s,
             device=device,
-            pairs=self._joined.pairs,
             checksum=answer.checksum,
         )
         self._control = ControlGroup(
@@ -161,8 +160,14 @@ class Session:
             epoch=answer.epoch,
             heartbeat_interval_s=answer.heartbeat_interval_s,
             deadline_s=answer.deadline_s,
-            deliver=lambda peer, event: self._inbox.put((peer, event)),
+            deliver=self._deliver,
         )
+        try:  # heartbeats are under way by now: with many ranks this takes longer than their deadline
+            self._mover.join_pairs(store, answer)
+        except BridgeError:
+            self._control.close(timeout_s=CLOSE_TIMEOUT_S)
+            self._give_back()
+            raise
         logger.info(
             "trainer rank %d of %d joined epoch %d at version %d; updaters take its buckets by %s",
             self.rank,
@@ -225,12 +230,22 @@ class Session:
         if self._thread.is_alive():
             logger.warning("a round is still under way; what it holds on the GPU stays with it")
         else:
-            self._mover.close()
-            if self._joined.device_nonce is not None:
-                self._joined.device_nonce.close()
-                self._joined = dataclasses.replace(self._joined, device_nonce=None)
+            self._give_back()
         if not self._control.close(timeout_s=CLOSE_TIMEOUT_S):
             logger.debug("a control thread of epoch %d still waits for its deadline", self._answer.epoch)
+
+    def _give_back(self) -> None:
+        self._mover.close()
+        if self._joined.device_nonce is not None:
+            self._joined.device_nonce.close()
+            self._joined = dataclasses.replace(self._joined, device_nonce=None)
+
+    def _deliver(self, peer: int, event: Event) -> None:
+        """Called by the control group's threads."""
+        ends = (Opcode.ABORT, Opcode.FAILED, Opcode.SHUTDOWN)
+        if not isinstance(event, Frame) or event.opcode in ends:
+            self._mover.interrupt()  # it may be waiting for a GPU, which hears nothing
+        self._inbox.put((peer, event))
 
     # --- the background thread ---------------------------------------------------------------------
 

@@ -219,7 +219,7 @@ class Bridge:
         partial: bool,
     ) -> Receipt | PendingBroadcast:
         environment.check_enabled()
-        if not blocking and zero3.steps_by_itself(parameters()):
+        if not blocking and zero3.steps_by_itself(module, parameters()):
             raise ConfigError(
                 "blocking=False needs an optimizer step that can be made to wait, and DeepSpeed's ZeRO has "
                 "none; call with blocking=True"

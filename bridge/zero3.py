@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -27,8 +28,13 @@ def full_shape(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(marked.ds_shape) if is_partitioned(tensor) else tuple(tensor.shape)
 
 
-def steps_by_itself(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether DeepSpeed's ZeRO optimizer writes these parameters: no hook of torch's sees it coming."""
+def steps_by_itself(module: nn.Module | None, tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether DeepSpeed's own optimizers write these parameters: no hook of torch's sees it coming.
+
+    Its engine and its ZeRO stages are recognised; the model inside an engine without ZeRO bears no mark.
+    """
+    if any(base.__name__ == "DeepSpeedEngine" for base in type(module).__mro__):
+        return True
     marks = ("ds_id", "_z3_optimizer", "_zero_optimizer", "_hp_mapping")
     return "deepspeed" in sys.modules and any(hasattr(t, mark) for t in tensors for mark in marks)
 

@@ -85,8 +85,7 @@ class Boundary:
                 ),
             )
         except TransferError:
-            self.page.hold = 0
-            self._wake(self._registry.engine)
+            self.let_go()
             raise
 
     def release(self) -> int:
@@ -104,6 +103,11 @@ class Boundary:
             late=lambda: f"the engine was told to go on, and did not within {self.timeout_s:g} s",
         )
         return self.page.stood_ns
+
+    def let_go(self) -> None:
+        """Let the engine go on, without waiting for it; nothing happens if it does not stand still."""
+        self.page.hold = 0
+        self._wake(self._registry.engine)
 
     def _slots(self) -> list[RankSlot]:
         return [self.page.slot(rank) for rank in range(self.num_ranks)]

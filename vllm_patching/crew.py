@@ -25,7 +25,7 @@ START_TIMEOUT_S = 5.0  # the daemon does nothing else meanwhile; whoever waits a
 
 @dataclass(frozen=True)
 class Report:
-    """What an updater answered; ``message`` is None when it died."""
+    """What an updater answered; ``message`` is None when it died. Rank -1: a note of the daemon to itself."""
 
     crew: Crew
     rank: int
@@ -111,6 +111,10 @@ class Crew:
                 channel.send({**message, **(ranks or {}).get(rank, {})})
             except ChannelClosed as err:
                 raise TransferError(f"{self.describe(rank)} is gone: {err}") from err
+
+    def post(self, kind: str) -> None:
+        """Put a note to the crew's owner behind all that has been reported so far."""
+        self._reports.put(Report(self, -1, {"type": kind}))
 
     def describe(self, rank: int) -> str:
         """Name one updater, with its exit code if it ended."""

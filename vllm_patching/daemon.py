@@ -329,6 +329,7 @@ class Daemon:
                 commit_timeout_s=self.limits.commit_timeout_s,
                 bucket_bytes=self.args.bucket_bytes or BUCKET_BYTES[self._on_gpu],
                 checksum=self.args.checksum,
+                in_place=self.swap.keeps_what_is_staged,
             )
         )
         self.epoch = epoch
@@ -385,6 +386,8 @@ class Daemon:
             self.epoch.close()
         if self.crew is not None:
             self.crew.end()
+        if self.swap is not None:
+            self.swap.let_go()
         listener.close()
         socket_path(self.args.run_dir).unlink(missing_ok=True)
         if os.getppid() != self.args.launcher_pid:

@@ -40,6 +40,7 @@ class RoundRecord:
     reports: dict[int, dict[str, Any]] = field(default_factory=dict)
     staged_s: float = 0.0
     joint: str = ""
+    committed: bool = False  # or about to be
 
 
 class Epoch:
@@ -142,14 +143,25 @@ class Epoch:
         elif message["type"] == "poised":
             self._poised.add(report.rank)
             if len(self._poised) == self.crew.num_ranks and self.closed is None:
-                self._guarded(self._open)
+                self._guarded(self._hold)
+        elif message["type"] == "held":
+            if self.closed is None:
+                self._guarded(self._give_leave)
         else:
             self.round.reports[report.rank] = message
             self._guarded(lambda: self.machine.on_staged(report.rank))
 
-    def _open(self) -> Sequence[Action]:
-        """Every updater waits for leave to write: see to it that it may, and give it."""
-        self._swap.open(self.round.version)
+    def _hold(self) -> Sequence[Action]:
+        """Every updater waits for leave to write: let the engine stand still first.
+
+        That takes a while, in which the round may have failed; leave comes behind that news.
+        """
+        self._swap.hold()
+        self.crew.post("held")
+        return ()
+
+    def _give_leave(self) -> Sequence[Action]:
+        self._swap.begin(self.round.version)
         self.crew.order({"type": "write"})
         return ()
 
@@ -175,6 +187,7 @@ class Epoch:
     # --- actions ---------------------------------------------------------------------------------
 
     def _perform(self, actions: Sequence[Action]) -> None:
+        staged = 0 < len(self.round.reports) == self.crew.num_ranks and not self.round.committed
         for action in actions:
             if isinstance(action, Send):
                 self._send(action)
@@ -183,8 +196,11 @@ class Epoch:
             elif isinstance(action, Commit):
                 self.round.staged_s = time.monotonic() - self.round.started
                 self.pending_commit = action.version
+                self.round.committed = True
             elif isinstance(action, Close):
                 self.closed = action.reason
+                if staged and self._swap.keeps_what_is_staged:
+                    self.pending_commit = self.round.version
 
     pending_commit: int | None = None
 

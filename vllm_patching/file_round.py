@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import queue
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +33,7 @@ def stage_file(daemon: Daemon, event: Notified) -> dict[str, Any]:
         daemon.filing = True
         try:
             daemon.crew.order({"type": "stage_file", "path": event.path}, orders)
-            reports = _await_reports(daemon, daemon.crew, lambda: _open(daemon, version))
+            reports = _await_reports(daemon, daemon.crew, version)
         except TransferError as err:
             daemon.new_crew()  # a late report, or a write under way, must never meet the next round
             daemon.swap.abandon(str(err))
@@ -80,16 +79,9 @@ def _check_notification(daemon: Daemon, event: Notified) -> int:
     return version
 
 
-def _open(daemon: Daemon, version: int) -> None:
-    """Every updater has found the files in order and waits for leave to write."""
-    assert daemon.crew is not None
+def _await_reports(daemon: Daemon, crew: Crew, version: int) -> list[dict[str, Any]]:
+    """Collect one report per rank, and give leave to write in between; other events wait their turn."""
     assert daemon.swap is not None
-    daemon.swap.open(version)
-    daemon.crew.order({"type": "write"})
-
-
-def _await_reports(daemon: Daemon, crew: Crew, give_leave: Callable[[], None]) -> list[dict[str, Any]]:
-    """Collect one report per rank; other events wait their turn."""
     reports: dict[int, dict[str, Any]] = {}
     poised: set[int] = set()
     errors: list[str] = []
@@ -108,8 +100,12 @@ def _await_reports(daemon: Daemon, crew: Crew, give_leave: Callable[[], None]) -
             elif event.message["type"] == "poised":
                 poised.add(event.rank)
                 if len(poised) == crew.num_ranks:
-                    give_leave()
-                    poised.clear()
+                    daemon.swap.hold()
+                    crew.post("held")  # behind the news of whoever has died meanwhile
+            elif event.message["type"] == "held":
+                daemon.swap.begin(version)
+                crew.order({"type": "write"})
+                poised.clear()
             else:
                 reports[event.rank] = event.message
     except queue.Empty:

@@ -117,7 +117,7 @@ class Intake:
                 device=self._device,
                 is_trainer=False,
                 who=f"trainer rank {trainer} (pid {self._where[trainer].pid} on {self._where[trainer].host})",
-                timeout_s=order.deadline_s,
+                timeout_s=order.deadline_s * (order.num_trainers + len(self._mapping.ranks)),
             )
             for trainer, link in enumerate(self._links)
             if link == NCCL

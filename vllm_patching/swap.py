@@ -32,12 +32,15 @@ class Swap(Protocol):
             TransferError: nothing may be written now.
         """
 
-    def open(self, version: int) -> None:
-        """Every updater has checked all it can and asks for leave to write ``version``.
+    def hold(self) -> None:
+        """Every updater has checked all it can and asks for leave to write: see to it that it may be given.
 
         Raises:
-            TransferError: it cannot be given; nothing was written.
+            TransferError: it cannot be; nothing was written.
         """
+
+    def begin(self, version: int) -> None:
+        """Leave is about to be given: from now on ``version`` is written."""
 
     def commit(self, version: int) -> list[int]:
         """Make the version live that every updater has staged; returns each rank's stand-still in ns.
@@ -48,6 +51,13 @@ class Swap(Protocol):
 
     def abandon(self, why: str) -> None:
         """A round has ended without a commit, and no updater writes any more."""
+
+    def let_go(self) -> None:
+        """The daemon ends: an engine that stands still for it with whole weights goes on."""
+
+    @property
+    def keeps_what_is_staged(self) -> bool:
+        """Whether a version that every rank has staged is the only whole one left, and so is committed."""
 
     @property
     def torn(self) -> str:
@@ -63,6 +73,7 @@ class DoubleStaging:
 
     torn = ""
     repair_due: float | None = None
+    keeps_what_is_staged = False
 
     def __init__(self, boundary: Boundary) -> None:
         self._boundary = boundary
@@ -73,7 +84,10 @@ class DoubleStaging:
             raise TransferError(late)
         return {rank: {"half": 1 - page.slot(rank).active} for rank in ranks}
 
-    def open(self, version: int) -> None:
+    def hold(self) -> None:
+        raise AssertionError("no leave is needed to write a half that nobody reads")
+
+    def begin(self, version: int) -> None:
         raise AssertionError(f"version {version}: no leave is needed to write a half that nobody reads")
 
     def commit(self, version: int) -> list[int]:
@@ -82,9 +96,14 @@ class DoubleStaging:
     def abandon(self, why: str) -> None:
         """Nothing: the half that was written is not read, and the next round writes all of it."""
 
+    def let_go(self) -> None:
+        """Nothing: the engine never stands still."""
+
 
 class InPlaceStaging:
     """One half: the engine stands still while it is written."""
+
+    keeps_what_is_staged = True
 
     def __init__(self, boundary: Boundary, *, repair_timeout_s: float) -> None:
         """Take over what an earlier daemon has left, if one has."""
@@ -104,9 +123,12 @@ class InPlaceStaging:
         order = {"half": 0, "leave_s": self._boundary.timeout_s + LEAVE_MARGIN_S, "torn": self.torn}
         return {rank: dict(order) for rank in range(self._boundary.num_ranks)}
 
-    def open(self, version: int) -> None:
+    def hold(self) -> None:
         if not self._page.writing:
             self._boundary.hold()
+
+    def begin(self, version: int) -> None:
+        if not self._page.writing:
             self._page.writing_since_ns = time.monotonic_ns()
         self._why = ""
         self._page.writing = version
@@ -115,16 +137,38 @@ class InPlaceStaging:
     def commit(self, version: int) -> list[int]:
         flips = self._boundary.commit(version, if_late="the engine goes on standing still")
         self._page.writing = 0  # whole again, on every rank
-        stood = self._boundary.release()
+        try:
+            stood = self._boundary.release()
+        except TransferError:
+            # The word is set and the version live: whoever died or is late, nothing of it is taken back.
+            logger.exception("version %d is live, but the engine did not say that it goes on", version)
+            return flips
         logger.info("version %d: generation stood still for %.3f s", version, stood / 1e9)
         return [max(stood, flip) for flip in flips]
 
     def abandon(self, why: str) -> None:
+        if self._page.writing and self._page.writing == self._page.requested and self._finish(why):
+            return
         if self._page.writing:
             self._why = self._why or why
             logger.critical("%s", self.torn)
         elif self._page.hold:
             self._release_unwritten(why)
+
+    def _finish(self, why: str) -> bool:
+        """A commit is asked for only when every rank holds the version: it is whole, and must become live."""
+        version = self._page.writing
+        try:
+            self.commit(version)
+        except TransferError:
+            logger.exception("version %d was staged whole, and is still not live (%s)", version, why)
+            return False
+        logger.warning("version %d had been staged whole and is live (%s)", version, why)
+        return True
+
+    def let_go(self) -> None:
+        if not self._page.writing:
+            self._boundary.let_go()
 
     def _release_unwritten(self, why: str) -> None:
         try:

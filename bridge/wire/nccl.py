@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -22,7 +23,10 @@ from bridge.wire import cuda
 from bridge.wire.device_memory import DeviceWhereabouts
 from bridge.wire.rendezvous import PrefixStore, Store, first_line
 
-_REACTION = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+# What torch reads when a group is made: whether an error ends the process, whether waits block, and whether
+# errors are looked into, which turns the first on again.
+_REACTIONS = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_BLOCKING_WAIT", "TORCH_NCCL_DESYNC_DEBUG")
+_POLL_S = 0.1
 _TRAINER, _UPDATER = 0, 1
 LONGEST_ROUND = timedelta(hours=1)  # torch only logs it; the deadlines that count are those of the Gloo link
 
@@ -49,7 +53,14 @@ class Pair:
     """The communicator of one lane. Used by one thread."""
 
     def __init__(
-        self, store: Store, *, device: torch.device, is_trainer: bool, who: str, timeout_s: float
+        self,
+        store: Store,
+        *,
+        device: torch.device,
+        is_trainer: bool,
+        who: str,
+        timeout_s: float,
+        interrupted: threading.Event | None = None,
     ) -> None:
         """Meet the peer; both ends of all pairs must do so in the order of (trainer, updater).
 
@@ -58,7 +69,8 @@ class Pair:
             device: this end's GPU.
             is_trainer: which end this is.
             who: names the peer in errors.
-            timeout_s: how long to wait for it.
+            timeout_s: how long to wait for it; it may have others to join first.
+            interrupted: ends the wait when it is set.
 
         Raises:
             PeerLost: the communicator was not formed in time, or NCCL refused.
@@ -74,9 +86,16 @@ class Pair:
             target=self._form, args=(store, timeout_s), name="bridge-nccl", daemon=True
         )
         forming.start()
-        forming.join(timeout_s)
+        deadline = time.monotonic() + timeout_s
+        while forming.is_alive() and time.monotonic() < deadline:
+            if interrupted is not None and interrupted.is_set():
+                self._failure = "the epoch ended meanwhile"
+                break
+            forming.join(_POLL_S)
         if forming.is_alive() or self._failure:
             reason = self._failure or f"nothing came of it within {timeout_s:g} s"
+            # Not here: a communicator that is being made may take its time to end, too.
+            threading.Thread(target=self.abort, name="bridge-nccl-abort", daemon=True).start()
             raise PeerLost(
                 f"NCCL could not join {device} to {who}: {reason}; NCCL_DEBUG=INFO says more, and "
                 "--transport gloo does without NCCL"
@@ -92,12 +111,13 @@ class Pair:
             store.set_timeout(timedelta(seconds=timeout_s))
             with _errors_are_ours():
                 backend = kind(store, rank, 2, options)
+            self._backend = backend
             backend.eager_connect_single_device(self.device)
             # Only torch's wrapper offers to send several tensors in one launch.
             group: Any = dist.ProcessGroup(store, rank, 2)
             group._set_default_backend(dist.ProcessGroup.BackendType.NCCL)
             group._register_backend(self.device, dist.ProcessGroup.BackendType.NCCL, backend)
-            self._backend, self._group = backend, group
+            self._group = group
         except (BridgeError, RuntimeError, dist.DistError) as err:
             self._failure = first_line(err)
 
@@ -130,13 +150,19 @@ def store_of(store: Store, epoch: int, trainer: int, inference: int) -> Store:
 
 @contextlib.contextmanager
 def _errors_are_ours() -> Iterator[None]:
-    """torch reads at construction whether a failed transfer ends the process; ours must not."""
-    before = os.environ.get(_REACTION)
-    os.environ[_REACTION] = "0"
+    """A transfer of ours that fails must neither end the process nor block it; the user's own may."""
+    before = {name: os.environ.get(name) for name in _REACTIONS}
+    torch_dist: Any = dist  # its stub lacks the debug level
+    level = torch_dist.get_debug_level()
+    os.environ.update(dict.fromkeys(_REACTIONS, "0"))
+    if level == torch_dist.DebugLevel.DETAIL:
+        torch_dist.set_debug_level(torch_dist.DebugLevel.INFO)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[_REACTION]
-        else:
-            os.environ[_REACTION] = before
+        torch_dist.set_debug_level(level)
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

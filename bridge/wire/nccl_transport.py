@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,21 +91,60 @@ def _room(nbytes: int) -> int:
 class Workspace:
     """What all NCCL lanes of one process share: a stream, two buffers, and what they still hold."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, interrupted: threading.Event | None = None) -> None:
+        """``interrupted`` ends every wait for the GPU when it is set."""
         self.device = device
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._interrupted = interrupted or threading.Event()
         with torch.cuda.stream(self.stream):
             self._slots = [_Buffer(device), _Buffer(device)]
         self._works: list[dist.Work | None] = [None, None]
         self._next = 0
 
-    def slot(self, nbytes: int) -> _Buffer:
-        """A buffer for one bucket; the stream waits until what was in it has travelled."""
+    def slot(self, nbytes: int, link: DataLink) -> _Buffer:
+        """A buffer for one bucket, once what was in it has travelled.
+
+        Raises:
+            PeerLost: it has not in time.
+        """
         self._next = 1 - self._next
         if (work := self._works[self._next]) is not None:
-            work.wait()  # the current stream does, not this thread
+            # Not on the stream: it would wait for a dead peer for ever, and whoever waits for the stream too.
+            self.poll(work.is_completed, link, "a bucket to travel")
         self._slots[self._next].begin(nbytes)
         return self._slots[self._next]
+
+    def poll(self, done: Callable[[], bool], link: DataLink, what: str) -> None:
+        """Wait for the GPU. CUDA's own wait knows no deadline, and a peer that died leaves kernels waiting.
+
+        Raises:
+            PeerLost: the deadline has passed, or the epoch is over.
+        """
+        deadline, pause = time.monotonic() + link.timeout_s, threading.Event()
+        while not done():
+            if self._interrupted.is_set():
+                raise PeerLost(f"the epoch ended while {link.who} was waited for ({what})")
+            if time.monotonic() > deadline:
+                raise PeerLost(f"lost {link.who}: waited {link.timeout_s:g} s for {what}")
+            pause.wait(_POLL_S)
+
+    def finish(self, link: DataLink, what: str) -> None:
+        """Wait until the stream has done all it was given.
+
+        Raises:
+            PeerLost: as ``poll``.
+        """
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record(self.stream)
+        self.poll(done.query, link, what)
+
+    def let_go(self) -> None:
+        """All has travelled: torch holds what it sent until somebody has waited for it."""
+        with torch.cuda.stream(self.stream):
+            for work in self._works:
+                if work is not None:
+                    work.wait()
+        self._works = [None, None]
 
     def posted(self, work: dist.Work) -> None:
         """The slot's contents travel with ``work``."""
@@ -144,7 +183,7 @@ class NcclSource:
         with torch.cuda.stream(workspace.stream), torch.no_grad():
             found = [self._where_it_lies(message) for message in messages]
             need = sum(_room(m.nbytes) for m, run in zip(messages, found, strict=True) if run is None)
-            slot = workspace.slot(need)
+            slot = workspace.slot(need, self._link)
             runs = [
                 self._pack(message, slot.take(message.nbytes)) if run is None else run
                 for message, run in zip(messages, found, strict=True)
@@ -175,7 +214,7 @@ class NcclSource:
     def close(self) -> None:
         # On the link first: it notices a dead peer, which a wait for the GPU would not.
         self._link.receive(torch.empty(1, dtype=torch.int64), ARRIVED_TAG, "the word that all has arrived")
-        self._workspace.stream.synchronize()
+        self._workspace.finish(self._link, "the last bucket to travel")
         if self._sums is not None:
             send_digests(self._link, self._sums.digests())
 
@@ -215,7 +254,7 @@ class NcclSink:
         with torch.cuda.stream(workspace.stream), torch.no_grad():
             found = [self._where_it_belongs(message, landing) for message in messages]
             need = sum(_room(m.nbytes) for m, run in zip(messages, found, strict=True) if run is None)
-            slot = workspace.slot(need)
+            slot = workspace.slot(need, self._link)
             runs = [
                 slot.take(message.nbytes) if run is None else run
                 for message, run in zip(messages, found, strict=True)
@@ -251,20 +290,7 @@ class NcclSink:
             PeerLost: the last byte did not come in time.
             ChecksumMismatch: what arrived is not what was sent.
         """
-        self._wait_for_the_gpu()
+        self._workspace.finish(self._link, "the last bytes to arrive")
         self._link.send(torch.ones(1, dtype=torch.int64), ARRIVED_TAG, "the word that all has arrived")
         if self._sums is not None:
             compare_digests(self._link, self._sums.digests())
-
-    def _wait_for_the_gpu(self) -> None:
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record(self._workspace.stream)
-        deadline = time.monotonic() + self._link.timeout_s
-        pause = threading.Event()
-        # CUDA's own wait knows no deadline, and a peer that died leaves the last receive waiting.
-        while not done.query():  # type: ignore[no-untyped-call]
-            if time.monotonic() > deadline:
-                raise PeerLost(
-                    f"lost {self._link.who}: its last bytes did not arrive within {self._link.timeout_s:g} s"
-                )
-            pause.wait(_POLL_S)

@@ -40,7 +40,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What the daemon replies. ``refusal`` is empty when the trainer is admitted."""
+    """What the daemon replies. ``refusal`` is empty when the trainer is admitted.
+
+    ``in_place``: before it takes a byte, every round waits for the engine to stand still.
+    """
 
     session: str
     refusal: str = ""
@@ -55,6 +58,12 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     commit_timeout_s: float = 120.0
     checksum: str = "first"
     bucket_bytes: int = 0
+    in_place: bool = False
+
+    @property
+    def first_byte_s(self) -> float:
+        """How long a transfer may take to begin."""
+        return self.deadline_s + (self.commit_timeout_s if self.in_place else 0.0)
 
 
 class _Signed(msgspec.Struct, frozen=True):

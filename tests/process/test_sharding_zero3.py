@@ -104,7 +104,9 @@ def partitioned(_: Path) -> None:
 
 def refusals(_: Path) -> None:
     model = engine(dist.get_world_size())
-    assert zero3.steps_by_itself(model.module.parameters())
+    assert zero3.steps_by_itself(model.module, model.module.parameters())
+    assert zero3.steps_by_itself(model, [])
+    assert not zero3.steps_by_itself(Net(), Net().parameters())
     expected = whole(model)
     wrong = {**shapes_of(expected), "experts": (3, 5, 8)}
     with pytest.raises(MappingError, match=r"experts: the model's has shape \(3, 5, 7\)"):

@@ -1,0 +1,146 @@
+"""The daemon's side of in-place staging: what a round that ends early leaves behind.
+
+The control page, the boundary and the swap are the real ones; the engine's and the workers' answers come from
+a thread, as they would from other processes.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+
+from bridge.errors import TransferError
+from vllm_patching.boundary import Boundary
+from vllm_patching.control_page import ControlPage
+from vllm_patching.swap import InPlaceStaging
+
+RANKS = 2
+
+
+class Server:
+    """Answers holds and commits until told to stop; ``commits`` says whether ranks still flip."""
+
+    def __init__(self) -> None:
+        self.page = ControlPage.create(RANKS)
+        self.commits = True
+        self.engine = SimpleNamespace(hello={"pid": 0}, channel=SimpleNamespace(send=lambda _message: None))
+        self.control = self.page
+        self.complete = True
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def members(self) -> list[SimpleNamespace]:
+        return [self.engine] if self.engine is not None else []
+
+    def _run(self) -> None:
+        since = 0
+        while not self._stop.wait(0.001):
+            if self.page.hold != self.page.held:
+                if self.page.hold:
+                    since = time.monotonic_ns()
+                else:
+                    self.page.stood_ns = time.monotonic_ns() - since
+                self.page.held = self.page.hold
+            for rank in range(RANKS) if self.commits else ():
+                slot, version = self.page.slot(rank), self.page.requested
+                if slot.version < version:
+                    slot.record(version=version, batch=1, flip_ns=5, active=0)
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join(5)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.stop()
+
+
+def staging(server: Server, *, timeout_s: float = 5.0) -> InPlaceStaging:
+    boundary = Boundary(server, timeout_s=timeout_s, first_death=lambda: "")  # type: ignore[arg-type]
+    return InPlaceStaging(boundary, repair_timeout_s=60.0)
+
+
+def test_a_round_that_fails_before_its_first_byte_lets_the_engine_go_on(server: Server) -> None:
+    swap = staging(server)
+    swap.hold()
+    assert server.page.held
+    swap.abandon("the trainer died")
+    assert not swap.torn
+    assert (server.page.hold, server.page.held) == (0, 0)
+
+
+def test_a_round_that_fails_midway_leaves_the_engine_standing(server: Server) -> None:
+    swap = staging(server)
+    swap.hold()
+    swap.begin(3)
+    swap.abandon("the trainer died")
+    assert "version 3" in swap.torn
+    assert "the trainer died" in swap.torn
+    assert server.page.held
+    swap.let_go()
+    assert server.page.hold, "torn weights are never let go"
+    assert swap.repair_due is not None
+    swap.hold()  # the repair
+    swap.begin(4)
+    assert swap.commit(4)[0] > 0
+    assert not swap.torn
+    assert server.page.held == 0
+
+
+def test_a_daemon_that_died_while_it_committed_left_a_whole_version(server: Server) -> None:
+    swap = staging(server)
+    swap.hold()
+    swap.begin(3)
+    server.page.requested = 3  # as ``commit`` does, once every rank has staged it
+    heir = staging(server)
+    assert not heir.torn
+    assert [server.page.slot(rank).version for rank in range(RANKS)] == [3, 3]
+    assert (server.page.writing, server.page.held) == (0, 0)
+
+
+def test_a_commit_that_is_late_is_finished_when_the_ranks_follow(server: Server) -> None:
+    swap = staging(server, timeout_s=0.2)
+    server.commits = False
+    swap.hold()
+    swap.begin(3)
+    with pytest.raises(TransferError, match="goes on standing still"):
+        swap.commit(3)
+    assert swap.torn
+    server.commits = True
+    swap.abandon("the commit was late")
+    assert not swap.torn
+    assert server.page.held == 0
+
+
+def test_a_live_version_is_not_reported_failed_because_the_engine_is_late_to_go_on(server: Server) -> None:
+    swap = staging(server, timeout_s=0.2)
+    swap.hold()
+    swap.begin(3)
+    server.stop()
+    for rank in range(RANKS):
+        server.page.slot(rank).record(version=3, batch=1, flip_ns=7, active=0)
+    assert swap.commit(3) == [7, 7]
+    assert not swap.torn
+
+
+def test_an_engine_that_does_not_stand_still_is_let_go(server: Server) -> None:
+    swap = staging(server, timeout_s=0.2)
+    server.stop()
+    with pytest.raises(TransferError, match="nothing was written"):
+        swap.hold()
+    assert server.page.hold == 0
+
+
+def test_a_daemon_that_ends_lets_an_unwritten_engine_go(server: Server) -> None:
+    swap = staging(server)
+    swap.hold()
+    swap.let_go()
+    assert server.page.hold == 0
