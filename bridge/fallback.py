@@ -21,9 +21,9 @@ from torch.distributed.tensor import DTensor
 from bridge.config import BridgeConfig
 from bridge.environment import Ranks
 from bridge.errors import BridgeError, ConfigError, MappingError, RendezvousError, RoundAborted
+from bridge.job import Receipt
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import Mapping
-from bridge.rounds import Receipt
 from bridge.sharding import canonical_names, local_tensor
 
 logger = logging.getLogger(__name__)

@@ -26,7 +26,8 @@ from bridge.catalogue import Catalogue
 from bridge.config import BridgeConfig
 from bridge.errors import BridgeError, ConfigError
 from bridge.guard import Guarded, StepGuard
-from bridge.rounds import Job, Receipt, Session
+from bridge.job import Job, Receipt
+from bridge.rounds import Session
 from bridge.sharding import LocalShards, collect, collect_single, current_gpu, device_of
 
 logger = logging.getLogger(__name__)
