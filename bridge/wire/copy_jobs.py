@@ -20,9 +20,10 @@ from bridge.wire.transport import DIRECT_RUN_BYTES
 
 @dataclass(frozen=True)
 class Job:
-    """A part of a copy that one strided copy-engine job can do, in bytes.
+    """A part of a copy that one strided copy-engine job can do.
 
-    ``src`` is from the shard's first byte, ``dst`` from the target's.
+    ``rows_of`` counts in elements, from the copy's first ones on both sides; the jobs of a ``Step`` are in
+    bytes, from the first ones of shard and target.
     """
 
     src: int
@@ -31,6 +32,17 @@ class Job:
     src_pitch: int
     dst_pitch: int
     width: int
+
+    def in_bytes(self, unit: int, copy: Copy) -> Job:
+        """The same in bytes, for elements of ``unit`` bytes, from where ``copy``'s shard and target begin."""
+        return Job(
+            src=(copy.src_offset + self.src) * unit,
+            dst=(copy.dst_offset + self.dst) * unit,
+            rows=self.rows,
+            src_pitch=self.src_pitch * unit,
+            dst_pitch=self.dst_pitch * unit,
+            width=self.width * unit,
+        )
 
 
 @dataclass(frozen=True)
@@ -66,37 +78,14 @@ class LaneSteps:
     def _step(self, copy: Copy) -> Step:
         numel, dtype = math.prod(copy.size), self._shard_dtypes[copy.shard]
         unit = dtype.itemsize
-        rows = list(rows_of(copy))
+        jobs = list(rows_of(copy))
         in_place = dtype == self._target_dtypes[copy.target]
-        if not in_place or rows[0].width * unit < DIRECT_RUN_BYTES < numel * unit:
+        if not in_place or jobs[0].width * unit < DIRECT_RUN_BYTES < numel * unit:
             return Step(copy, numel, ())
-        jobs = tuple(
-            Job(
-                src=(copy.src_offset + row.src) * unit,
-                dst=(copy.dst_offset + row.dst) * unit,
-                rows=row.rows,
-                src_pitch=row.src_pitch * unit,
-                dst_pitch=row.dst_pitch * unit,
-                width=row.width * unit,
-            )
-            for row in rows
-        )
-        return Step(copy, numel, jobs)
+        return Step(copy, numel, tuple(job.in_bytes(unit, copy) for job in jobs))
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The same in elements, ``dst`` from the copy's own first element."""
-
-    src: int
-    dst: int
-    rows: int
-    src_pitch: int
-    dst_pitch: int
-    width: int
-
-
-def rows_of(copy: Copy) -> Iterator[Rows]:
+def rows_of(copy: Copy) -> Iterator[Job]:
     """Cut a copy into jobs: a contiguous run, repeated at a pitch; outer dimensions become separate jobs.
 
     Destination offsets are relative to the copy's first element.
@@ -110,7 +99,7 @@ def rows_of(copy: Copy) -> Iterator[Rows]:
         dims.append(Dim(rows, src_pitch, dst_pitch))
         rows, src_pitch, dst_pitch = 1, width, width
     for index in itertools.product(*(range(n) for n, _, _ in dims)):
-        yield Rows(
+        yield Job(
             src=sum(i * s for i, (_, s, _) in zip(index, dims, strict=True)),
             dst=sum(i * d for i, (_, _, d) in zip(index, dims, strict=True)),
             rows=rows,

@@ -27,6 +27,7 @@ from bridge.wire.transport import DataLink, Landing, compare_digests, pick, send
 GO_TAG, ARRIVED_TAG = 13, 14
 SMALL_BYTES = 1 << 20  # slices below this travel in one message with their neighbours
 _ALIGNMENT = 16  # bytes; of every slice within a message
+_SLOT_ALIGNMENT = 256  # bytes; of every message within a buffer, as torch's own allocator aligns
 _POLL_S = 0.0002
 
 
@@ -80,12 +81,13 @@ class _Buffer:
     def take(self, nbytes: int) -> torch.Tensor:
         """The next ``nbytes``, aligned for every dtype."""
         start = self._end
-        self._end += -(-nbytes // 256) * 256
+        self._end += _room(nbytes)
         return self._memory[start : start + nbytes]
 
 
 def _room(nbytes: int) -> int:
-    return -(-nbytes // 256) * 256
+    """What a message takes of a buffer."""
+    return -(-nbytes // _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT
 
 
 class Workspace:
@@ -101,12 +103,19 @@ class Workspace:
         self._works: list[dist.Work | None] = [None, None]
         self._next = 0
 
-    def slot(self, nbytes: int, link: DataLink) -> _Buffer:
-        """A buffer for one bucket, once what was in it has travelled.
+    def runs(
+        self, messages: Sequence[Message], found: Sequence[torch.Tensor | None], link: DataLink
+    ) -> list[torch.Tensor]:
+        """The bytes of a bucket's messages: where they were found, else in a buffer that is free by then.
 
         Raises:
-            PeerLost: it has not in time.
+            PeerLost: what was in the buffer has not travelled in time.
         """
+        pairs = list(zip(messages, found, strict=True))
+        slot = self._slot(sum(_room(message.nbytes) for message, run in pairs if run is None), link)
+        return [slot.take(message.nbytes) if run is None else run for message, run in pairs]
+
+    def _slot(self, nbytes: int, link: DataLink) -> _Buffer:
         self._next = 1 - self._next
         if (work := self._works[self._next]) is not None:
             # Not on the stream: it would wait for a dead peer for ever, and whoever waits for the stream too.
@@ -182,14 +191,11 @@ class NcclSource:
         workspace, messages = self._workspace, list(messages_of(bucket, self._wire_dtypes))
         with torch.cuda.stream(workspace.stream), torch.no_grad():
             found = [self._where_it_lies(message) for message in messages]
-            need = sum(_room(m.nbytes) for m, run in zip(messages, found, strict=True) if run is None)
-            slot = workspace.slot(need, self._link)
-            runs = [
-                self._pack(message, slot.take(message.nbytes)) if run is None else run
-                for message, run in zip(messages, found, strict=True)
-            ]
-            if self._sums is not None:
-                for run in runs:
+            runs = workspace.runs(messages, found, self._link)
+            for message, run, lies in zip(messages, runs, found, strict=True):
+                if lies is None:
+                    self._pack(message, run)
+                if self._sums is not None:
                     self._sums.add(bucket.index, run)
             self._link.send(torch.tensor([bucket.index]), GO_TAG, f"the word for bucket {bucket.index}")
             workspace.posted(self._pair.send(runs))
@@ -201,7 +207,7 @@ class NcclSource:
         dtype = self._wire_dtypes[copy.target]
         return as_run(pick(self._tensors[copy.shard], copy), self._workspace.device, dtype)
 
-    def _pack(self, message: Message, run: torch.Tensor) -> torch.Tensor:
+    def _pack(self, message: Message, run: torch.Tensor) -> None:
         if len(message.copies) > 1:
             run.zero_()  # the gaps of alignment travel too, and are summed
         for copy, offset in message.copies:
@@ -209,7 +215,6 @@ class NcclSource:
             nbytes = math.prod(copy.size) * dtype.itemsize
             place = run[offset : offset + nbytes].view(dtype).view(copy.size)
             place.copy_(pick(self._tensors[copy.shard], copy))
-        return run
 
     def close(self) -> None:
         # On the link first: it notices a dead peer, which a wait for the GPU would not.
@@ -253,12 +258,7 @@ class NcclSink:
             raise PeerLost(f"{self._link.who} is at bucket {int(word)}, this updater at {bucket.index}")
         with torch.cuda.stream(workspace.stream), torch.no_grad():
             found = [self._where_it_belongs(message, landing) for message in messages]
-            need = sum(_room(m.nbytes) for m, run in zip(messages, found, strict=True) if run is None)
-            slot = workspace.slot(need, self._link)
-            runs = [
-                slot.take(message.nbytes) if run is None else run
-                for message, run in zip(messages, found, strict=True)
-            ]
+            runs = workspace.runs(messages, found, self._link)
             self._pair.receive(runs).wait()  # the stream does, not this thread
             for message, run, place in zip(messages, runs, found, strict=True):
                 if self._sums is not None:

@@ -21,7 +21,7 @@ from bridge.param_mappings import export_param_mappings, load_param_mappings
 from bridge.protocol.plan import build_plan
 from bridge.sharding import LocalShards, canonical_names, collect, collect_single
 from tests.support.mappings import identity_mapping, shapes_of
-from tests.support.ranks import run_ranks
+from tests.support.ranks import put_together, run_ranks
 
 
 class Mlp(nn.Module):
@@ -52,20 +52,13 @@ def check_whole(model: nn.Module, reference: nn.Module, *, skip: tuple[str, ...]
     expected = {n: t.detach() for n, t in canonical_names(reference).items() if n not in skip}
     mapping = identity_mapping(("checkpoint", shapes_of(expected)))
     shards = collect(model, mapping, rank=dist.get_rank())
-    gathered: list = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (shards.layout, shards.tensors))
-    whole = {n: torch.full_like(t, float("nan")) for n, t in expected.items()}
-    names = [source.name for source in mapping.vocabularies[0].sources]
-    for layout, tensors in gathered:
-        for shard, tensor in zip(layout.shards, tensors, strict=True):
-            box = tuple(slice(lo, lo + n) for lo, n in zip(shard.offset, shard.shape, strict=True))
-            whole[names[shard.source]][box] = tensor
+    layouts, whole = put_together(shards, mapping, expected)
     for name, tensor in expected.items():
         assert torch.equal(whole[name], tensor), name
     for name, tensor in canonical_names(model).items():
         if isinstance(tensor, DTensor) and name in whole:
             assert torch.equal(tensor.full_tensor(), whole[name]), name
-    plan = build_plan(mapping, [layout for layout, _ in gathered], bucket_bytes=64)
+    plan = build_plan(mapping, layouts, bucket_bytes=64)
     assert plan.total_bytes == sum(t.numel() * t.element_size() for t in expected.values())
     return shards
 

@@ -16,7 +16,7 @@ from bridge.errors import MappingError
 from bridge.protocol.plan import build_plan
 from bridge.sharding import canonical_names, collect
 from tests.support.mappings import identity_mapping, shapes_of
-from tests.support.ranks import run_ranks
+from tests.support.ranks import put_together, run_ranks
 
 CONFIG: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 1,
@@ -71,23 +71,15 @@ def step(model: Any) -> None:
 
 
 def partitioned(_: Path) -> None:
-    world_size = dist.get_world_size()
-    model = engine(world_size)
+    model = engine(dist.get_world_size())
     expected = whole(model)
     mapping = identity_mapping(("checkpoint", shapes_of(expected)))
     for _round in range(2):
         shards = collect(model, mapping, rank=dist.get_rank())
-        gathered: list[Any] = [None] * world_size
-        dist.all_gather_object(gathered, (shards.layout, shards.tensors))
-        found = {n: torch.full_like(t, float("nan")) for n, t in expected.items()}
-        names = [source.name for source in mapping.vocabularies[0].sources]
-        for layout, tensors in gathered:
-            for shard, tensor in zip(layout.shards, tensors, strict=True):
-                box = tuple(slice(lo, lo + n) for lo, n in zip(shard.offset, shard.shape, strict=True))
-                found[names[shard.source]][box] = tensor
+        layouts, found = put_together(shards, mapping, expected)
         for name, tensor in expected.items():
             assert torch.equal(found[name], tensor), name
-        plan = build_plan(mapping, [layout for layout, _ in gathered], bucket_bytes=64)
+        plan = build_plan(mapping, layouts, bucket_bytes=64)
         assert plan.total_bytes == sum(t.nbytes for t in expected.values())
         # Nothing was gathered or copied: what a rank shows is its own partition.
         owned = {p.ds_tensor.untyped_storage().data_ptr() for p in model.module.parameters()}

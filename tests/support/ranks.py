@@ -12,6 +12,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from bridge.protocol.mapping import Mapping
+from bridge.protocol.plan import Layout
+from bridge.sharding import LocalShards
+
 JOIN_TIMEOUT_S = 40
 
 # Forked from a process that has imported torch already and does nothing else: seconds cheaper than spawn.
@@ -56,3 +60,18 @@ def run_ranks(scenario: Callable[[Path], None], world_size: int, path: Path) -> 
     assert not failures, failures
     assert not stuck, f"ranks {stuck} did not end within {JOIN_TIMEOUT_S} s"
     assert [p.exitcode for p in ranks] == [0] * world_size
+
+
+def put_together(
+    shards: LocalShards, mapping: Mapping, expected: dict[str, torch.Tensor]
+) -> tuple[list[Layout], dict[str, torch.Tensor]]:
+    """All ranks' layouts, and their boxes laid into tensors like ``expected``; NaN where nobody holds any."""
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (shards.layout, shards.tensors))
+    whole = {n: torch.full_like(t, float("nan")) for n, t in expected.items()}
+    names = [source.name for source in mapping.vocabularies[0].sources]
+    for layout, tensors in gathered:
+        for shard, tensor in zip(layout.shards, tensors, strict=True):
+            box = tuple(slice(lo, lo + n) for lo, n in zip(shard.offset, shard.shape, strict=True))
+            whole[names[shard.source]][box] = tensor
+    return [layout for layout, _ in gathered], whole
