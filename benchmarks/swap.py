@@ -9,7 +9,8 @@ what is measured. Trainer and server hold the same shape with random weights. Al
 
     PYTHONPATH=tests python benchmarks/swap.py --out benchmarks/results/swap-1x1.json         (two GPUs)
     PYTHONPATH=tests python benchmarks/swap.py --trainers 2 --tp 2 --out ..-2x2.json          (four)
-    PYTHONPATH=tests python benchmarks/swap.py --shared --no-native --out ..-shared.json      (one)
+    PYTHONPATH=tests python benchmarks/swap.py --shared --no-native --utilization 0.6 ..      (one)
+    PYTHONPATH=tests python benchmarks/swap.py --shared --trainers 2 --tp 2 ..                (two)
 """
 
 from __future__ import annotations
@@ -345,7 +346,7 @@ def main() -> int:
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--trainers", type=int, default=1, help="more than one shard the model by FSDP2")
-    parser.add_argument("--shared", action="store_true", help="trainer and server on one GPU")
+    parser.add_argument("--shared", action="store_true", help="trainers on the server's GPUs")
     parser.add_argument("--no-native", action="store_true", help="NCCL cannot join two ranks on one GPU")
     parser.add_argument("--no-floors", action="store_true")
     parser.add_argument("--no-frequent", action="store_true", help="spaced updates only")
@@ -362,7 +363,8 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true", help="try the script itself, with the tiny shape")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    gpus = list(range(args.tp)), [0] if args.shared else list(range(args.tp, args.tp + args.trainers))
+    first = 0 if args.shared else args.tp
+    gpus = range(args.tp), range(first, first + args.trainers)
     flags = ["--load-format=dummy", "--dtype=bfloat16", "--max-model-len=4096", "--max-num-seqs=64",
              f"--tensor-parallel-size={args.tp}", *args.vllm_flag]  # fmt: skip
     if not args.cpu:

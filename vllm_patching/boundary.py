@@ -21,7 +21,7 @@ from vllm_patching.registry import Member, Registry
 logger = logging.getLogger(__name__)
 
 WAKE_INTERVAL_S = 0.05
-POLL_S = 0.0005
+POLL_S = 0.0002
 
 
 class Boundary:

@@ -38,6 +38,7 @@ class WorkerBridge:
         self.version = 0
         self._at_entry = at_entry
         self._pending = 0
+        self._unlogged: dict[str, int] = {}
         self._forward_seen = False
         self.slot: RankSlot | None = None
         self._log: TextIO | None = log_path.open("a", buffering=1)
@@ -64,6 +65,7 @@ class WorkerBridge:
 
     def after_batch(self) -> None:
         """Called at the exit of ``execute_model``; a flip still pending was missed by the forward."""
+        self._write_log()
         if self._pending:
             assert self.slot is not None, "no commit can be requested before the daemon has answered"
             logger.error(
@@ -81,8 +83,9 @@ class WorkerBridge:
         self._pending = 0
         if version <= self.version:
             return
-        start = time.perf_counter_ns()
         try:
+            self.arena.quiesce()
+            start = time.perf_counter_ns()
             self.arena.flip(1 - self.arena.active)
         except (OSError, RuntimeError, BridgeError):  # RuntimeError: torch's, of a lost device
             logger.exception("rank %d: version %d could not be flipped in", self.rank, version)
@@ -91,7 +94,7 @@ class WorkerBridge:
         flip_ns = time.perf_counter_ns() - start
         self.version = version
         self.slot.record(version=version, batch=self.batch, flip_ns=flip_ns, active=self.arena.active)
-        self._write_log(version, flip_ns)
+        self._unlogged = {"rank": self.rank, "batch": self.batch, "version": version, "flip_ns": flip_ns}
 
     def quiesce(self) -> bool:
         """Wait until nothing on the device reads a weight any more; False, and counted, if that failed."""
@@ -108,12 +111,14 @@ class WorkerBridge:
         """Release the memory and the log; nothing may use the weights any more."""
         self.arena.close()
         if self._log is not None:
+            self._write_log()
             self._log.close()
 
-    def _write_log(self, version: int, flip_ns: int) -> None:
-        if self._log is None:
+    def _write_log(self) -> None:
+        """Write down the last flip: behind the forward, which a flip already holds up."""
+        if self._log is None or not self._unlogged:
             return
-        line = {"rank": self.rank, "batch": self.batch, "version": version, "flip_ns": flip_ns}
+        line, self._unlogged = self._unlogged, {}
         try:
             self._log.write(json.dumps(line) + "\n")
         except OSError:
@@ -148,6 +153,7 @@ def commit_while_idle(self: Any, version: int) -> int:
     bridge: WorkerBridge = self.bridge
     if version > bridge.version:
         bridge.commit(version)
+        bridge.after_batch()
     return bridge.version
 
 
