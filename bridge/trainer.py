@@ -16,7 +16,7 @@ from __future__ import annotations
 import atexit
 import logging
 from collections.abc import Callable, Iterable
-from typing import Literal, Self, overload
+from typing import Literal, Self, get_args, overload
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ from bridge.catalogue import Catalogue
 from bridge.config import BridgeConfig
 from bridge.errors import BridgeError, ConfigError
 from bridge.guard import Guarded, StepGuard
-from bridge.job import Job, Receipt
+from bridge.job import Encoding, Job, Receipt
 from bridge.rounds import Session
 from bridge.sharding import LocalShards, collect, collect_single, current_gpu, device_of
 
@@ -121,16 +121,31 @@ class Bridge:
 
     @overload
     def broadcast_weights(
-        self, model: nn.Module, *, blocking: Literal[True] = True, version: int | None = None
+        self,
+        model: nn.Module,
+        *,
+        blocking: Literal[True] = True,
+        version: int | None = None,
+        encoding: Encoding = "dense",
     ) -> Receipt: ...
 
     @overload
     def broadcast_weights(
-        self, model: nn.Module, *, blocking: bool, version: int | None = None
+        self,
+        model: nn.Module,
+        *,
+        blocking: bool,
+        version: int | None = None,
+        encoding: Encoding = "dense",
     ) -> Receipt | PendingBroadcast: ...
 
     def broadcast_weights(
-        self, model: nn.Module, *, blocking: bool = True, version: int | None = None
+        self,
+        model: nn.Module,
+        *,
+        blocking: bool = True,
+        version: int | None = None,
+        encoding: Encoding = "dense",
     ) -> Receipt | PendingBroadcast:
         """Send the model's weights and make them live; every trainer rank calls it.
 
@@ -141,14 +156,21 @@ class Bridge:
             blocking: wait until the version is live. With False the call returns at once; the next step of an
                 optimizer over these parameters waits by itself until the weights have been read.
             version: the weight version; default is the served one plus one. Equal on all ranks.
+            encoding: "dense" sends every element. "auto" sends of each bucket what has changed since the last
+                broadcast, without loss, where that is shorter and the bytes go by Gloo; each rank then keeps
+                what it last sent, in the server's dtype, in host memory. "delta" does the same, and refuses
+                where the bytes would go another way. Equal on all ranks.
 
         Returns:
             A ``Receipt``, or with ``blocking=False`` a ``PendingBroadcast``.
 
         Raises:
             MappingError: the model does not fit the server's; lists every fault. All ranks' round is aborted.
+            ConfigError: there is no such encoding, or it cannot be had here.
             TransferError: the round failed on the way. The old version is still served, whole.
         """
+        if encoding not in get_args(Encoding):
+            raise ConfigError(f"encoding is {encoding!r}; it is one of {', '.join(get_args(Encoding))}")
         return self._broadcast(
             lambda session: self._collect(model, session),
             device_of(model.parameters()),
@@ -157,6 +179,7 @@ class Bridge:
             blocking=blocking,
             version=version,
             partial=False,
+            encoding=encoding,
         )
 
     @overload
@@ -218,6 +241,7 @@ class Bridge:
         blocking: bool,
         version: int | None,
         partial: bool,
+        encoding: Encoding = "dense",
     ) -> Receipt | PendingBroadcast:
         environment.check_enabled()
         if not blocking and zero3.steps_by_itself(module, parameters()):
@@ -236,7 +260,9 @@ class Bridge:
             except BridgeError as err:
                 session.refuse_round(str(err))
                 raise
-            job = session.submit(shards, call=self._calls, version=version, partial=partial)
+            job = session.submit(
+                shards, call=self._calls, version=version, partial=partial, encoding=encoding
+            )
             holding = [*shards.owners, *shards.tensors]
             guard = StepGuard(guarded, job.wait_released, module=module, holding=holding)
             self._pending = PendingBroadcast(job, guard)
@@ -346,21 +372,25 @@ def _default_bridge() -> Bridge:
 
 @overload
 def broadcast_weights(
-    model: nn.Module, *, blocking: Literal[True] = True, version: int | None = None
+    model: nn.Module,
+    *,
+    blocking: Literal[True] = True,
+    version: int | None = None,
+    encoding: Encoding = "dense",
 ) -> Receipt: ...
 
 
 @overload
 def broadcast_weights(
-    model: nn.Module, *, blocking: bool, version: int | None = None
+    model: nn.Module, *, blocking: bool, version: int | None = None, encoding: Encoding = "dense"
 ) -> Receipt | PendingBroadcast: ...
 
 
 def broadcast_weights(
-    model: nn.Module, *, blocking: bool = True, version: int | None = None
+    model: nn.Module, *, blocking: bool = True, version: int | None = None, encoding: Encoding = "dense"
 ) -> Receipt | PendingBroadcast:
     """``Bridge.broadcast_weights`` on a connection made by the first call, from the environment."""
-    return _default_bridge().broadcast_weights(model, blocking=blocking, version=version)
+    return _default_bridge().broadcast_weights(model, blocking=blocking, version=version, encoding=encoding)
 
 
 @overload

@@ -16,12 +16,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+if TYPE_CHECKING:
+    from bridge.job import Encoding
 
 
 def build(kind: str, checkpoint: Path, dtype: torch.dtype) -> nn.Module:
@@ -107,11 +110,13 @@ class Trainer:
                 )
         return {}
 
-    def broadcast(self, blocking: bool = True, version: int | None = None) -> dict[str, Any]:
+    def broadcast(
+        self, blocking: bool = True, version: int | None = None, encoding: Encoding = "dense"
+    ) -> dict[str, Any]:
         import bridge
 
         start = time.perf_counter()
-        result = bridge.broadcast_weights(self.model, blocking=blocking, version=version)
+        result = bridge.broadcast_weights(self.model, blocking=blocking, version=version, encoding=encoding)
         seconds = time.perf_counter() - start
         if not blocking:
             self.pending = result
