@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -43,7 +43,7 @@ class UpdateInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     version: int | None = None
-    timeout_s: float = 300.0
+    timeout_s: Annotated[float, msgspec.Meta(ge=0, le=86400)] = 300.0
 
 
 class WeightUpdates:

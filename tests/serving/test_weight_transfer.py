@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from tests.support.checks import SINGLE, Streams, assert_equal
-from tests.support.serving import UNBOUND, Trainers, serving, training
+from tests.support.serving import UNBOUND, Server, Trainers, serving, training
 
+ENDPOINTS = {**UNBOUND, "VLLM_SERVER_DEV_MODE": "1"}
 FLAGS = ["--dtype=float32", "--weight-transfer-config", json.dumps({"backend": "bridge"})]
 
 pytestmark = [pytest.mark.serving, pytest.mark.timeout(900, method="signal")]
@@ -19,16 +22,23 @@ pytestmark = [pytest.mark.serving, pytest.mark.timeout(900, method="signal")]
 @pytest.fixture(scope="module")
 def live(fresh_qwen3: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     """A live server with vLLM's endpoints, and what plain vLLMs answer from three sets of weights."""
-    options = {"flags": FLAGS, "env": {**UNBOUND, "VLLM_SERVER_DEV_MODE": "1"}}
+    options = {"flags": FLAGS, "env": ENDPOINTS}
     with serving(fresh_qwen3.sets[0], tmp_path_factory.mktemp("transfer") / "live", **options) as server:
         yield SimpleNamespace(server=server, sets=fresh_qwen3.sets, fresh=fresh_qwen3.answers)
 
 
+def endpoint_training(
+    server: Server, checkpoint: Path, kind: str = "plain", *, ranks: int = 1
+) -> AbstractContextManager[Trainers]:
+    """Trainer ranks that post to ``server``."""
+    env = {"SERVER_URL": server.api.url}
+    options = {"dtype": "float32", "ranks": ranks, "env": env, "module": "support.endpoint_trainer"}
+    return training(kind, checkpoint, logdir=server.logdir, **options)
+
+
 @pytest.fixture(scope="module")
 def trainer(live: SimpleNamespace) -> Iterator[Trainers]:
-    env = {"SERVER_URL": live.server.api.url}
-    options = {"logdir": live.server.logdir, "dtype": "float32", "module": "support.endpoint_trainer"}
-    with training("plain", live.sets[0], env=env, **options) as trainers:
+    with endpoint_training(live.server, live.sets[0]) as trainers:
         yield trainers
 
 
@@ -98,3 +108,32 @@ def test_calls_out_of_place_are_refused_and_never_hang(live):
     assert code >= 400
     assert "waited 0.5 s for version 1000000 to become live" in text
     assert live.server.api.greedy(1)
+
+
+@pytest.mark.parametrize("source", ["module", "one_buffer"])
+def test_two_ranks_send_their_shards_or_rank_0_what_it_gathers(live, trainer, source):
+    trainer.must("close")
+    with endpoint_training(live.server, live.sets[0], "fsdp2", ranks=2) as ranks:
+        ranks.must("init", source=source)
+        for index in (2, 0):
+            ranks.must("load", path=str(live.sets[index]))
+            first, second = ranks.must("send")
+            assert second.get("version") == (first["version"] if source == "module" else None)
+            assert_equal(live.server.api.greedy(), live.fresh[index]["greedy"], tolerance=1e-5)
+        ranks.must("leave")
+
+
+def test_tensor_parallel_workers_stay_in_step_when_updates_fail(live, tmp_path):
+    flags = [*FLAGS, "--tensor-parallel-size=2"]
+    with serving(live.sets[1], tmp_path / "tp2", flags=flags, env=ENDPOINTS) as server:
+        served = server.api.greedy(2)
+        for _ in range(3):
+            assert server.call("/update_weights", {"update_info": {}})[0] >= 400
+            assert server.call("/start_weight_update", {})[0] == 200
+            assert server.call("/update_weights", {"update_info": {"timeout_s": 0}})[0] >= 400
+        assert server.api.greedy(2) == served
+        with endpoint_training(server, live.sets[0]) as one:
+            one.must("init", source="module")
+            one.must("send")
+            one.must("leave")
+        assert_equal(server.api.greedy(), live.fresh[0]["greedy"], tolerance=1e-4)

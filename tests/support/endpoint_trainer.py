@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 import torch
+import torch.distributed as dist
 from support.trainer import Trainer, obey, take_stdout
 from vllm.distributed.weight_transfer import (
     HTTPVLLMWeightSyncClient,
@@ -22,6 +23,7 @@ from vllm.distributed.weight_transfer import (
     WeightSource,
     WeightTransferTrainerFactory,
 )
+from vllm.distributed.weight_transfer.base import materialize_full_tensor
 
 from vllm_patching.backend import BridgeWeightTransferEngine
 from vllm_patching.trainer_half import BridgeTrainerInitInfo
@@ -40,7 +42,7 @@ class OneBuffer(WeightSource):
         buffer = torch.empty(max(p.numel() for p in self._parameters.values()), dtype=torch.float32)
         for name, parameter in self._parameters.items():
             part = buffer[: parameter.numel()].view(parameter.shape)
-            part.copy_(parameter.detach())
+            part.copy_(materialize_full_tensor(parameter.detach()))
             yield name, part
 
 
@@ -60,10 +62,16 @@ class EndpointTrainer(Trainer):
         return {}
 
     def send(self) -> dict[str, Any]:
-        return dict(msgspec.to_builtins(self.sender.send_weights()))
+        receipt = self.sender.send_weights()
+        return {} if receipt is None else dict(msgspec.to_builtins(receipt))
 
     def leave(self) -> dict[str, Any]:
         self.sender.shutdown()
+        return {}
+
+    def close(self) -> dict[str, Any]:
+        if self.own is not None:
+            self.own.close()
         return {}
 
     def init_by_hand(self) -> dict[str, Any]:
@@ -102,6 +110,8 @@ def main() -> None:
     kind, checkpoint, dtype = sys.argv[1], Path(sys.argv[2]), getattr(torch, sys.argv[3])
     answers = take_stdout()
     torch.set_num_threads(1)
+    if int(os.environ["WORLD_SIZE"]) > 1:
+        dist.init_process_group("gloo")
     obey(EndpointTrainer(kind, checkpoint, dtype), answers)
 
 

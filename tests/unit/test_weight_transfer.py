@@ -196,6 +196,17 @@ def test_a_round_that_fails_fails_the_update_with_its_reason(
     assert core.call("start_weight_update") == "", "and another can begin"
 
 
+def test_a_trainer_that_died_in_the_middle_locks_nobody_out(desk: Desk, core: Core) -> None:
+    core.call("start_weight_update")
+    desk.end_round(error="the trainer is gone")
+    assert core.call("start_weight_update") == ""
+    core.post("update_weights", update_info={})
+    desk.end_round()
+    assert core.answer() == ""
+    assert core.call("shutdown_weight_transfer_engine") == ""
+    assert "call start_weight_update first" in core.call("update_weights", update_info={})
+
+
 def test_a_daemon_that_was_started_anew_is_not_waited_for(desk: Desk, core: Core) -> None:
     core.call("start_weight_update")
     updates = next(c for c in _closure(core.engine.collective_rpc) if isinstance(c, WeightUpdates))
