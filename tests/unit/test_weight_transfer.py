@@ -29,7 +29,7 @@ from bridge.environment import Ranks
 from bridge.errors import ConfigError, MappingError, TopologyError
 from bridge.job import Receipt
 from tests.support.mappings import identity_mapping
-from vllm_patching import hooks, trainer_half
+from vllm_patching import compat, hooks, trainer_half
 from vllm_patching.arguments import parse_args
 from vllm_patching.backend import BridgeWeightTransferEngine
 from vllm_patching.channel import listen, socket_path
@@ -240,6 +240,14 @@ def test_without_a_daemon_calls_fail_and_say_so(desk: Desk, core: Core) -> None:
 def test_calls_out_of_place_are_refused(core: Core, method: str, kwargs: dict[str, Any], said: str) -> None:
     assert said in core.call(method, **kwargs)
     assert core.asked == []
+
+
+@pytest.mark.parametrize(
+    ("chosen", "ours"),
+    [(None, False), (WeightTransferConfig(), False), (WeightTransferConfig(backend="bridge"), True)],
+)
+def test_other_backends_calls_are_left_alone(chosen: WeightTransferConfig | None, ours: bool) -> None:
+    assert compat.transfers_weights_by_bridge(SimpleNamespace(weight_transfer_config=chosen)) is ours
 
 
 # --- the trainer's half --------------------------------------------------------------------------------
