@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import atexit
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, Self, get_args, overload
 
 import torch
@@ -31,6 +31,8 @@ from bridge.rounds import Session
 from bridge.sharding import LocalShards, collect, collect_single, current_gpu, device_of
 
 logger = logging.getLogger(__name__)
+
+Weights = nn.Module | Mapping[str, torch.Tensor]
 
 __all__ = ["Bridge", "PendingBroadcast", "Receipt"]
 
@@ -77,8 +79,10 @@ class Bridge:
     broadcast makes a new one under a new epoch, so a restarted server or trainer needs no further call.
     """
 
-    def __init__(self, config: BridgeConfig) -> None:
+    def __init__(self, config: BridgeConfig, *, ranks: environment.Ranks | None = None) -> None:
+        """``ranks``: as for ``connect``."""
         self.config = config
+        self._ranks = ranks
         self._session: Session | None = None
         self._pending: PendingBroadcast | None = None
         self._calls = 0
@@ -86,17 +90,19 @@ class Bridge:
         self._catalogue: Catalogue | None = None
 
     @classmethod
-    def connect(cls, config: BridgeConfig | None = None) -> Self:
+    def connect(cls, config: BridgeConfig | None = None, *, ranks: environment.Ranks | None = None) -> Self:
         """Meet the inference side now; every trainer rank must call it.
 
         Args:
             config: default is what the environment says (``BRIDGE_CONFIG``, ``BRIDGE_LOGDIR``, ``LOGDIR``).
+            ranks: this process among those that broadcast; default is the default process group, else the
+                environment. ``Ranks()`` for one that broadcasts alone, whatever group it is in.
 
         Raises:
             ConfigError: no mapping can be found, or it is damaged.
             RendezvousError: the daemon cannot be reached, or refuses.
         """
-        bridge = cls(config or environment.bridge_config())
+        bridge = cls(config or environment.bridge_config(), ranks=ranks)
         bridge._ensure_session(current_gpu())
         return bridge
 
@@ -111,7 +117,7 @@ class Bridge:
             self._session.close()
             self._session = None
         if self._session is None:
-            self._session = Session.open(self.config, environment.ranks(), device=device)
+            self._session = Session.open(self.config, self._ranks or environment.ranks(), device=device)
         return self._session
 
     @property
@@ -122,7 +128,7 @@ class Bridge:
     @overload
     def broadcast_weights(
         self,
-        model: nn.Module,
+        model: Weights,
         *,
         blocking: Literal[True] = True,
         version: int | None = None,
@@ -132,7 +138,7 @@ class Bridge:
     @overload
     def broadcast_weights(
         self,
-        model: nn.Module,
+        model: Weights,
         *,
         blocking: bool,
         version: int | None = None,
@@ -141,7 +147,7 @@ class Bridge:
 
     def broadcast_weights(
         self,
-        model: nn.Module,
+        model: Weights,
         *,
         blocking: bool = True,
         version: int | None = None,
@@ -151,7 +157,7 @@ class Bridge:
 
         Args:
             model: a plain module, DDP, FSDP2 or tensor parallel (DTensor parameters), or one that DeepSpeed
-                partitions (ZeRO-3). Each rank sends the shards it holds.
+                partitions (ZeRO-3), or tensors by name. Each rank sends the shards it holds.
                 float32 master weights are cast to the server's dtype on the way.
             blocking: wait until the version is live. With False the call returns at once; the next step of an
                 optimizer over these parameters waits by itself until the weights have been read.
@@ -173,9 +179,9 @@ class Bridge:
             raise ConfigError(f"encoding is {encoding!r}; it is one of {', '.join(get_args(Encoding))}")
         return self._broadcast(
             lambda session: self._collect(model, session),
-            device_of(model.parameters()),
-            parameters=model.parameters,
-            module=model,
+            device_of(_tensors_of(model)),
+            parameters=lambda: _tensors_of(model),
+            module=model if isinstance(model, nn.Module) else None,
             blocking=blocking,
             version=version,
             partial=False,
@@ -221,7 +227,10 @@ class Bridge:
             partial=True,
         )
 
-    def _collect(self, model: nn.Module, session: Session) -> tuple[LocalShards, Guarded]:
+    def _collect(self, model: Weights, session: Session) -> tuple[LocalShards, Guarded]:
+        if not isinstance(model, nn.Module):
+            named = collect(model, session.mapping, rank=session.rank)
+            return named, Guarded([*model.values(), *named.tensors])
         known = self._catalogue
         if known is not None and (shards := known.find(model, session.mapping)) is not None:
             return shards, known.guarded
@@ -331,7 +340,7 @@ class Bridge:
         """
         from bridge.fallback import notify_update
 
-        return notify_update(self.config, model, environment.ranks(), version=version)
+        return notify_update(self.config, model, self._ranks or environment.ranks(), version=version)
 
     def close(self) -> None:
         """Leave in order; the server goes on serving. Idempotent.
@@ -354,6 +363,10 @@ class Bridge:
         self.close()
 
 
+def _tensors_of(model: Weights) -> Iterable[torch.Tensor]:
+    return model.parameters() if isinstance(model, nn.Module) else model.values()
+
+
 _default: Bridge | None = None
 
 
@@ -372,7 +385,7 @@ def _default_bridge() -> Bridge:
 
 @overload
 def broadcast_weights(
-    model: nn.Module,
+    model: Weights,
     *,
     blocking: Literal[True] = True,
     version: int | None = None,
@@ -382,12 +395,12 @@ def broadcast_weights(
 
 @overload
 def broadcast_weights(
-    model: nn.Module, *, blocking: bool, version: int | None = None, encoding: Encoding = "dense"
+    model: Weights, *, blocking: bool, version: int | None = None, encoding: Encoding = "dense"
 ) -> Receipt | PendingBroadcast: ...
 
 
 def broadcast_weights(
-    model: nn.Module, *, blocking: bool = True, version: int | None = None, encoding: Encoding = "dense"
+    model: Weights, *, blocking: bool = True, version: int | None = None, encoding: Encoding = "dense"
 ) -> Receipt | PendingBroadcast:
     """``Bridge.broadcast_weights`` on a connection made by the first call, from the environment."""
     return _default_bridge().broadcast_weights(model, blocking=blocking, version=version, encoding=encoding)

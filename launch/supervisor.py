@@ -27,6 +27,7 @@ from launch.options import ServerView
 from launch.output import Relay
 from launch.process import EXIT_SIGNAL_BASE, Child
 from vllm_patching import residue
+from vllm_patching.channel import ask
 
 logger = logging.getLogger(__name__)
 
@@ -342,7 +343,8 @@ class Supervisor:
         if daemon is None or not daemon.alive:
             return
         try:
-            probe.ask(self.launch.run_dir, {"type": "shutdown", "why": self._why})  # for the trainer
+            order = {"type": "shutdown", "why": self._why}  # for the trainer
+            ask(self.launch.run_dir, order, timeout_s=probe.PROBE_TIMEOUT_S)
         except RendezvousError:
             daemon.signal(signal.SIGTERM)  # not listening yet, or stuck
 

@@ -33,6 +33,8 @@ LINEAR_MODULE = "vllm.model_executor.layers.utils"
 RETIE_MODULE = "vllm.model_executor.model_loader.utils"
 OUTPUT_MODULE = "vllm.v1.engine.output_processor"
 CPU_PLATFORM_MODULE = "vllm.platforms.cpu"
+TRANSFER_MODULE = "vllm.distributed.weight_transfer.factory"
+BACKEND = "bridge"  # in --weight-transfer-config
 
 # Where the model is about to run: the first runner, and the second one's eager and whole-graph paths.
 FORWARD_POINTS = (
@@ -363,6 +365,16 @@ def pause_all(scheduler: Any) -> Any:
     before = scheduler.pause_state
     scheduler.set_pause_state(PauseState.PAUSED_ALL)
     return before
+
+
+def transfers_weights_by_bridge(vllm_config: Any) -> bool:
+    """Whether the server was started with ``--weight-transfer-config '{"backend": "bridge"}'``."""
+    return getattr(vllm_config.weight_transfer_config, "backend", "") == BACKEND
+
+
+def module_of(source: Any) -> nn.Module:
+    """The module whose parameters vLLM's ``ModuleSource`` yields."""
+    return cast(nn.Module, source._module)
 
 
 def resalt(request: Any, salt: str) -> None:

@@ -74,6 +74,7 @@ class Daemon:
         self._first_death = ""
         self._given_up = ""
         self._closing = False
+        self.handled = threading.Condition()  # notified behind each event, for those who wait for a round
         self.filing = False  # whether a version is being staged from a file
         self.last_error: str | None = None
         self.last_round: dict[str, Any] | None = None
@@ -103,6 +104,8 @@ class Daemon:
                 if isinstance(event, Broken):
                     raise TransferError(event.why)
                 self._handle(event)
+                with self.handled:
+                    self.handled.notify_all()
         except BridgeError as err:
             logger.error("%s", err)
             self.last_error = str(err)
@@ -123,6 +126,11 @@ class Daemon:
             self._given_up = self.last_error = f"no complete round came in time: {self.swap.torn}"
             self.boundary.end_engine(self._given_up)
             return None
+
+    @property
+    def rounds_ended(self) -> int:
+        """How many rounds have ended, either way."""
+        return self.committed + self.aborted
 
     @property
     def in_round(self) -> bool:

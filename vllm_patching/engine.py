@@ -15,12 +15,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from vllm_patching import compat
 from vllm_patching.control_page import ControlPage
 from vllm_patching.hold import Hold
 from vllm_patching.registration import Registration
+from vllm_patching.weight_updates import WeightUpdates
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +95,8 @@ def attach(engine: Any) -> None:
     salted = os.environ.get("BRIDGE_PREFIX_CACHE", "salt") == "salt"
     bridge = EngineBridge(engine, salted=salted)
     _hook(engine, bridge)
+    if compat.transfers_weights_by_bridge(engine.vllm_config):
+        _hook_weight_updates(engine, WeightUpdates(Path(os.environ["BRIDGE_RUN_DIR"])))
     world_size = engine.vllm_config.parallel_config.world_size
     hello = {
         "type": "engine",
@@ -153,6 +157,23 @@ def _hook(engine: Any, bridge: EngineBridge) -> None:
     compat.wrap(engine, "_handle_client_request", make_handle)
     compat.wrap(engine, "add_request", make_add)
     _hook_pauses(engine, bridge.hold)
+
+
+def _hook_weight_updates(engine: Any, updates: WeightUpdates) -> None:
+    """Answer vLLM's weight-transfer calls here: they never reach a worker."""
+
+    def make_rpc(collective_rpc: Wrapped) -> Wrapped:
+        # vLLM compares the number of arguments with the signature's.
+        def answered_rpc(
+            method: Any, timeout: Any = None, args: tuple[Any, ...] = (), kwargs: Any = None
+        ) -> Any:
+            if updates.answers(method):
+                return updates.answer(method, tuple(args), kwargs or {})
+            return collective_rpc(method, timeout, args, kwargs)
+
+        return answered_rpc
+
+    compat.wrap(engine, "collective_rpc", make_rpc)
 
 
 def _hook_pauses(engine: Any, hold: Hold) -> None:

@@ -315,6 +315,7 @@ def test_flags_named_anywhere_exist():
         "--port", "--tensor-parallel-size", "--max-model-len", "--enforce-eager", "--load-format", "--nodes",
         "--enable-eplb", "--enable-sleep-mode", "--nproc-per-node", "--shm-size", "--signal", "--no-kill",
         "--partition", "--steps", "--gpu-memory-utilization", "--compilation-config",
+        "--weight-transfer-config",
     }  # fmt: skip
     own = {
         flag
