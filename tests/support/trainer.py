@@ -110,6 +110,16 @@ class Trainer:
                 )
         return {}
 
+    def change(self, share: float, seed: int) -> dict[str, Any]:
+        """Change the lowest bit of a share of each weight's elements (plain models, of two-byte dtypes)."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for mine in self.model.parameters():
+                bits = mine.view(torch.int16).flatten()
+                count = round(share * bits.numel())
+                bits[torch.randint(bits.numel(), (count,), generator=generator)] ^= 1
+        return {}
+
     def broadcast(
         self, blocking: bool = True, version: int | None = None, encoding: Encoding = "dense"
     ) -> dict[str, Any]:
