@@ -61,15 +61,17 @@ def find_changes(current: torch.Tensor, previous: torch.Tensor, unit: int) -> Ch
     """Where two states of a bucket, each uint8 [n] with ``n`` a multiple of ``unit``, differ."""
     whole = current.numel() - current.numel() % _WORD
     now, before = current[:whole].view(torch.int64), previous[:whole].view(torch.int64)
-    # Words first: four times fewer comparisons than by bfloat16 elements, and few words differ.
+    # Words first: four times fewer comparisons than by bfloat16 elements, and few words differ. Of torch's
+    # ways to gather on a CPU index_select is by far the fastest, and shifts are faster than divisions.
     words = (now != before).nonzero().flatten()
-    per_word = _WORD // unit
-    inside = units(now[words], unit) != units(before[words], unit)
+    inside = units(now.index_select(0, words), unit) != units(before.index_select(0, words), unit)
     nth = inside.nonzero().flatten()
-    positions = words[nth // per_word] * per_word + nth % per_word
+    per_word = _WORD // unit
+    bits = per_word.bit_length() - 1
+    positions = (words.index_select(0, nth >> bits) << bits) | (nth & (per_word - 1))
     tail = (units(current[whole:], unit) != units(previous[whole:], unit)).nonzero().flatten()
     positions = torch.cat((positions, tail + whole // unit))
-    return Changes(positions, units(current, unit)[positions])
+    return Changes(positions, units(current, unit).index_select(0, positions))
 
 
 def encode(changes: Changes, nbytes: int, unit: int) -> tuple[Form, torch.Tensor]:
@@ -83,8 +85,9 @@ def encode(changes: Changes, nbytes: int, unit: int) -> tuple[Form, torch.Tensor
     if form is Form.DENSE or not count:
         return form, torch.empty(0, dtype=torch.uint8)
     if form is Form.INDEX:
-        counts = torch.bincount(changes.positions // _BLOCK, minlength=-(-total // _BLOCK))
-        places = (changes.positions % _BLOCK).to(torch.int16)
+        ends = torch.arange(-(-total // _BLOCK) + 1) * _BLOCK
+        counts = torch.searchsorted(changes.positions, ends).diff()
+        places = changes.positions.to(torch.int16)  # which keeps the lowest 16 bits: the place in the block
         where = torch.cat((as_bytes(counts.to(torch.int32)), as_bytes(places)))
     else:
         mask = torch.zeros(-(-total // 8) * 8, dtype=torch.uint8)

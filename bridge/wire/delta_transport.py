@@ -103,7 +103,7 @@ class DeltaSource:
             return Form.DENSE, 0, buffer
         previous, unit = self._chain.previous[bucket.index], _unit(bucket, self._wire_dtypes)
         changes = delta.find_changes(buffer, previous, unit)
-        delta.units(previous, unit)[changes.positions] = changes.values
+        delta.units(previous, unit).index_copy_(0, *changes)
         form, payload = delta.encode(changes, buffer.numel(), unit)
         if form is Form.DENSE:
             return form, 0, buffer
