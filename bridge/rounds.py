@@ -131,10 +131,10 @@ class Session:
 
     # --- the caller's side -------------------------------------------------------------------------
 
-    def submit(self, shards: LocalShards, *, call: int, version: int | None, partial: bool) -> Job:
+    def submit(self, shards: LocalShards, *, call: int, version: int | None) -> Job:
         """Hand a broadcast to the background thread; ``call`` counts this process's broadcasts."""
         wanted = self.version + 1 if version is None else version
-        job = Job(shards, version=wanted, call=call, partial=partial)
+        job = Job(shards, version=wanted, call=call)
         self._inbox.put(job)
         return job
 
@@ -347,7 +347,7 @@ class Session:
     def _start_moving(self, job: Job) -> None:
         layouts = [self._coordinator.layouts[rank] for rank in range(self.world_size)]
         joint = self._meeting.publish_round(
-            layouts, partial=job.partial, bucket_bytes=self._answer.bucket_bytes
+            layouts, partial=job.shards.partial, bucket_bytes=self._answer.bucket_bytes
         )
         plan, _, _ = self._meeting.plan(joint)
         for action in self._coordinator.announce(plan.digest, joint):

@@ -158,6 +158,31 @@ class Trainer:
             parameter.fill_(value)
         return dict(msgspec.to_builtins(bridge.broadcast_single_param(name, parameter)))
 
+    def round(
+        self, only: str = "", fail_on: int | None = None, short_on: int | None = None
+    ) -> dict[str, Any]:
+        """Parameters gathered and handed over one at a time, the buffer overwritten behind each.
+
+        ``only`` is a name; rank ``fail_on`` raises in the block, rank ``short_on`` leaves the last one out.
+        """
+        import msgspec
+
+        import bridge
+
+        rank = int(os.environ.get("RANK", "0"))
+        named = [(n, p) for n, p in self.model.named_parameters() if only in ("", n)]
+        last = named[-1][0]
+        with bridge.round() as made:
+            for name, parameter in named:
+                with whole(parameter) as full, torch.no_grad():
+                    buffer = (full.full_tensor() if isinstance(full, DTensor) else full).clone()
+                if (rank, name) != (short_on, last):
+                    bridge.update_weight(name, buffer)
+                buffer.fill_(float("nan"))
+            if rank == fail_on:
+                raise ArithmeticError("the loss is not finite")
+        return dict(msgspec.to_builtins(made.receipt))
+
     def notify(self) -> dict[str, Any]:
         import msgspec
 
