@@ -33,21 +33,33 @@ def _default_bridge() -> Bridge:
 
 @overload
 def broadcast_weights(
-    model: nn.Module, *, blocking: Literal[True] = True, version: int | None = None
+    model: nn.Module,
+    *,
+    blocking: Literal[True] = True,
+    version: int | None = None,
+    adapters: Literal["merge"] | None = None,
 ) -> Receipt: ...
 
 
 @overload
 def broadcast_weights(
-    model: nn.Module, *, blocking: bool, version: int | None = None
+    model: nn.Module,
+    *,
+    blocking: bool,
+    version: int | None = None,
+    adapters: Literal["merge"] | None = None,
 ) -> Receipt | PendingBroadcast: ...
 
 
 def broadcast_weights(
-    model: nn.Module, *, blocking: bool = True, version: int | None = None
+    model: nn.Module,
+    *,
+    blocking: bool = True,
+    version: int | None = None,
+    adapters: Literal["merge"] | None = None,
 ) -> Receipt | PendingBroadcast:
     """``Bridge.broadcast_weights`` on a connection made by the first call, from the environment."""
-    return _default_bridge().broadcast_weights(model, blocking=blocking, version=version)
+    return _default_bridge().broadcast_weights(model, blocking=blocking, version=version, adapters=adapters)
 
 
 @overload

@@ -18,9 +18,10 @@ from torch.distributed.tensor import DTensor
 from bridge import zero3
 from bridge.errors import ConfigError
 from bridge.job import PendingBroadcast, Receipt
+from bridge.names import without_wrappers
 from bridge.protocol.mapping import Mapping as MappingDocument
 from bridge.protocol.mapping import Vocabulary
-from bridge.sharding import Box, LocalShards, Part, make_shards, part_of, without_wrappers
+from bridge.sharding import Box, LocalShards, Part, make_shards, part_of
 
 _ROWS_PER_RANK = 8  # shares of whole rows then differ by an eighth at most
 

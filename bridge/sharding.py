@@ -7,15 +7,13 @@ so is refused by name.
 
 from __future__ import annotations
 
-import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.distributed.tensor.placement_types import Shard as ShardPlacement
@@ -23,15 +21,12 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from bridge import zero3
 from bridge.errors import MappingError, TransferError
+from bridge.names import canonical_names, without_wrappers
 from bridge.protocol.holders import CASTS
 from bridge.protocol.mapping import Mapping as MappingDocument
 from bridge.protocol.mapping import Source, Vocabulary
 from bridge.protocol.plan import Layout, Shard
 
-_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-_WRAPPED_ANYWHERE = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join(_WRAPPED)})\.")
-# Wrappers whose child is called "module", a name that a model's own part may have too.
-_WRAPPERS = ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine")
 _EXAMPLES = 3
 _EVENT_POLL_S = 0.0002
 
@@ -82,58 +77,6 @@ class LocalShards:
     def fingerprint(self) -> list[tuple[int, int]]:
         """Address and bytes of each tensor; it changes when a shard has moved."""
         return [(t.data_ptr(), t.numel() * t.element_size()) for t in self.tensors]
-
-
-# --- names -------------------------------------------------------------------------------------------------
-
-
-def canonical_names(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers by the name they have without wrappers; tied ones under each name.
-
-    FSDP2 modules that are still unsharded from a forward pass are resharded first, as ``state_dict`` does.
-
-    Raises:
-        MappingError: part of the model is wrapped by FSDP1.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, FullyShardedDataParallel):
-            raise MappingError(
-                f"{name or 'the model'} is wrapped by FullyShardedDataParallel (FSDP1), whose flat "
-                "parameters do not show which rank holds what; use FSDP2 (torch.distributed.fsdp.fully_shard)"
-            )
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    return dict(_walk(model, ""))
-
-
-def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            yield prefix + name, parameter
-    for name, buffer in module._buffers.items():
-        if buffer is not None and name not in module._non_persistent_buffers_set:
-            yield prefix + name, buffer
-    is_wrapper = any(base.__name__ in _WRAPPERS for base in type(module).__mro__)
-    for name, child in module._modules.items():
-        if child is not None:
-            wrapped = name in _WRAPPED or (is_wrapper and name == "module")
-            yield from _walk(child, prefix if wrapped else f"{prefix}{name}.")
-
-
-def _by_name(named: Named) -> dict[str, torch.Tensor]:
-    if isinstance(named, nn.Module):
-        return canonical_names(named)
-    items = list(named.items() if isinstance(named, Mapping) else named)
-    names = without_wrappers(name for name, _ in items)
-    return {name: tensor for name, (_, tensor) in zip(names, items, strict=True)}
-
-
-def without_wrappers(names: Iterable[str]) -> list[str]:
-    """Names as ``canonical_names`` gives them, from those of a wrapped model's state dict."""
-    stripped = [_WRAPPED_ANYWHERE.sub("", name) for name in names]
-    while stripped and all(name.startswith("module.") for name in stripped):
-        stripped = [name.removeprefix("module.") for name in stripped]
-    return stripped
 
 
 # --- boxes -------------------------------------------------------------------------------------------------
@@ -250,6 +193,14 @@ def _held(tensor: torch.Tensor, boxes: _Boxes) -> list[tuple[Box, torch.Tensor]]
 
 
 # --- collecting --------------------------------------------------------------------------------------------
+
+
+def _by_name(named: Named) -> dict[str, torch.Tensor]:
+    if isinstance(named, nn.Module):
+        return canonical_names(named)
+    items = list(named.items() if isinstance(named, Mapping) else named)
+    names = without_wrappers(name for name, _ in items)
+    return {name: tensor for name, (_, tensor) in zip(names, items, strict=True)}
 
 
 def collect(named: Named, mapping: MappingDocument, *, rank: int) -> LocalShards:

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from bridge import environment, zero3
+from bridge.adapters import Merged, merge
 from bridge.catalogue import Catalogue
 from bridge.config import BridgeConfig
 from bridge.errors import BridgeError, ConfigError, RoundAborted
@@ -106,16 +107,31 @@ class Bridge:
 
     @overload
     def broadcast_weights(
-        self, model: nn.Module, *, blocking: Literal[True] = True, version: int | None = None
+        self,
+        model: nn.Module,
+        *,
+        blocking: Literal[True] = True,
+        version: int | None = None,
+        adapters: Literal["merge"] | None = None,
     ) -> Receipt: ...
 
     @overload
     def broadcast_weights(
-        self, model: nn.Module, *, blocking: bool, version: int | None = None
+        self,
+        model: nn.Module,
+        *,
+        blocking: bool,
+        version: int | None = None,
+        adapters: Literal["merge"] | None = None,
     ) -> Receipt | PendingBroadcast: ...
 
     def broadcast_weights(
-        self, model: nn.Module, *, blocking: bool = True, version: int | None = None
+        self,
+        model: nn.Module,
+        *,
+        blocking: bool = True,
+        version: int | None = None,
+        adapters: Literal["merge"] | None = None,
     ) -> Receipt | PendingBroadcast:
         """Send the model's weights and make them live; every trainer rank calls it.
 
@@ -126,16 +142,21 @@ class Bridge:
             blocking: wait until the version is live. With False the call returns at once; the next step of an
                 optimizer over these parameters waits by itself until the weights have been read.
             version: the weight version; default is the served one plus one. Equal on all ranks.
+            adapters: "merge" for a model with LoRA adapters of peft: each adapted weight is sent as
+                ``W + scaling * B @ A``, by the base model's names. The model stays as it is; the sums take
+                the memory of the adapted weights once, until they have been read.
 
         Returns:
             A ``Receipt``, or with ``blocking=False`` a ``PendingBroadcast``.
 
         Raises:
+            ConfigError: ``adapters`` was given, and there are none.
             MappingError: the model does not fit the server's; lists every fault. All ranks' round is aborted.
             TransferError: the round failed on the way. The old version is still served, whole.
         """
+        merged = self._merge(model, adapters) if adapters is not None else None
         return self._broadcast(
-            lambda session: self._collect(model, session),
+            lambda session: self._collect(model, session, merged),
             device_of(model.parameters()),
             parameters=model.parameters,
             module=model,
@@ -251,7 +272,19 @@ class Bridge:
             )
         self._round.update_weight(name, tensor)
 
-    def _collect(self, model: nn.Module, session: Session) -> tuple[LocalShards, Guarded]:
+    def _merge(self, model: nn.Module, adapters: str) -> Merged:
+        """Before the session is asked for: sums may be collective, and ranks may come to it one by one."""
+        if adapters != "merge":
+            raise ConfigError(f"adapters is {adapters!r}; it must be 'merge', or None where there are none")
+        self._finish_pending()  # which may still hold earlier sums
+        return merge(model)
+
+    def _collect(
+        self, model: nn.Module, session: Session, merged: Merged | None
+    ) -> tuple[LocalShards, Guarded]:
+        if merged is not None:
+            sums = collect(merged, session.mapping, rank=session.rank)
+            return sums, Guarded([*merged.kept, *sums.tensors])
         known = self._catalogue
         if known is not None and (shards := known.find(model, session.mapping)) is not None:
             return shards, known.guarded

@@ -19,10 +19,11 @@ from bridge.environment import Ranks
 from bridge.errors import MappingError
 from bridge.guard import Guarded, StepGuard
 from bridge.joining import any_rank
+from bridge.names import canonical_names
 from bridge.param_mappings import export_param_mappings, load_param_mappings
 from bridge.parts import Round, collect_single
 from bridge.protocol.plan import build_plan
-from bridge.sharding import LocalShards, canonical_names, collect
+from bridge.sharding import LocalShards, collect
 from tests.support.mappings import identity_mapping, shapes_of
 from tests.support.ranks import put_together, run_ranks
 

@@ -198,6 +198,23 @@ def test_rounds_of_two_ranks(qwen3, trainer, kind):
         ranks.must("close")
 
 
+def test_merged_adapters_serve_what_pefts_merged_model_does(qwen3, trainer):
+    pytest.importorskip("peft")
+    trainer.must("close")
+    with training("lora", qwen3.sets[0], logdir=qwen3.server.logdir, dtype="float32") as lora:
+        (refused,) = lora.command("broadcast")
+        assert refused["type"] == "MappingError"
+        assert 'call broadcast_weights(model, adapters="merge")' in refused["error"]
+        (receipt,) = lora.must("broadcast", adapters="merge")
+        served = qwen3.server.api.greedy()
+        assert served != qwen3.fresh[0]["greedy"]
+        lora.must("unload")
+        (plain,) = lora.must("broadcast")
+        assert plain["bytes"] == receipt["bytes"]
+        assert_equal(qwen3.server.api.greedy(), served, tolerance=0.0)
+        lora.must("close")
+
+
 def test_ddp_with_two_ranks(qwen3, trainer):
     trainer.must("close")
     with training("ddp", qwen3.sets[0], logdir=qwen3.server.logdir, dtype="float32", ranks=2) as ddp:

@@ -2,8 +2,8 @@
 
     python -m support.trainer KIND CHECKPOINT DTYPE      (RANK, WORLD_SIZE, MASTER_*, LOGDIR are set)
 
-KIND is plain, ddp, fsdp2 or zero3. Commands: load, broadcast, wait, step, single, notify, heartbeat, close,
-memory and others: the methods of ``Trainer``.
+KIND is plain, ddp, fsdp2, zero3 or lora. Commands: load, broadcast, wait, step, single, notify, heartbeat,
+close, memory and others: the methods of ``Trainer``.
 """
 
 from __future__ import annotations
@@ -43,6 +43,22 @@ def build(kind: str, checkpoint: Path, dtype: torch.dtype) -> nn.Module:
         fully_shard(model, mesh=mesh)
     if kind == "zero3":
         return partitioned(model)
+    if kind == "lora":
+        return adapted(model)
+    return model
+
+
+def adapted(model: nn.Module) -> nn.Module:
+    """The model with LoRA adapters that change what it computes."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = ["q_proj", "down_proj", "embed_tokens"]
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     return model
 
 
@@ -107,11 +123,13 @@ class Trainer:
                 )
         return {}
 
-    def broadcast(self, blocking: bool = True, version: int | None = None) -> dict[str, Any]:
+    def broadcast(
+        self, blocking: bool = True, version: int | None = None, adapters: Any = None
+    ) -> dict[str, Any]:
         import bridge
 
         start = time.perf_counter()
-        result = bridge.broadcast_weights(self.model, blocking=blocking, version=version)
+        result = bridge.broadcast_weights(self.model, blocking=blocking, version=version, adapters=adapters)
         seconds = time.perf_counter() - start
         if not blocking:
             self.pending = result
@@ -119,6 +137,11 @@ class Trainer:
         import msgspec
 
         return {"seconds": seconds, **msgspec.to_builtins(result)}
+
+    def unload(self) -> dict[str, Any]:
+        """From here on the model is what peft makes of it and its adapters."""
+        self.model = self.model.merge_and_unload()
+        return {}
 
     def until_it_fails(self) -> dict[str, Any]:
         """Broadcast again and again; the error is the answer."""
