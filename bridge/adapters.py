@@ -130,7 +130,7 @@ def _beside(layer: Any) -> list[torch.Tensor]:
 
 
 def _used(layer: Any) -> nn.Module:
-    """The module in a layer of peft's that has the base model's names: the base layer, or what replaces it."""
+    """The module in a layer of peft's whose tensors have the base model's names."""
     used: nn.Module
     if is_kind_of(layer, "ModulesToSaveWrapper"):
         trained = [name for name in layer.active_adapters if name in layer.modules_to_save]
