@@ -17,6 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bridge.config import BridgeConfig
+    from bridge.default import (
+        broadcast_single_param,
+        broadcast_weights,
+        close,
+        connect,
+        notify_update,
+        round,
+        send_heartbeat,
+        update_weight,
+    )
     from bridge.errors import (
         BridgeError,
         ChecksumMismatch,
@@ -35,17 +45,7 @@ if TYPE_CHECKING:
     from bridge.legacy import VLLMWeightBridge, create_bridge_from_training_config
     from bridge.param_mappings import export_param_mappings
     from bridge.protocol.messages import PROTOCOL_VERSION
-    from bridge.trainer import (
-        Bridge,
-        PendingBroadcast,
-        Receipt,
-        broadcast_single_param,
-        broadcast_weights,
-        close,
-        connect,
-        notify_update,
-        send_heartbeat,
-    )
+    from bridge.trainer import Bridge, PendingBroadcast, Receipt, Round
 
 __version__ = "0.1.0"
 
@@ -64,6 +64,7 @@ __all__ = [
     "Receipt",
     "RendezvousError",
     "RendezvousRefused",
+    "Round",
     "RoundAborted",
     "TopologyError",
     "TransferError",
@@ -77,7 +78,9 @@ __all__ = [
     "create_bridge_from_training_config",
     "export_param_mappings",
     "notify_update",
+    "round",
     "send_heartbeat",
+    "update_weight",
 ]
 
 _HOMES = {
@@ -100,16 +103,16 @@ _HOMES = {
     "bridge.legacy": ("VLLMWeightBridge", "create_bridge_from_training_config"),
     "bridge.param_mappings": ("export_param_mappings",),
     "bridge.protocol.messages": ("PROTOCOL_VERSION",),
-    "bridge.trainer": (
-        "Bridge",
-        "PendingBroadcast",
-        "Receipt",
+    "bridge.trainer": ("Bridge", "PendingBroadcast", "Receipt", "Round"),
+    "bridge.default": (
         "broadcast_single_param",
         "broadcast_weights",
         "close",
         "connect",
         "notify_update",
+        "round",
         "send_heartbeat",
+        "update_weight",
     ),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

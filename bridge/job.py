@@ -10,6 +10,7 @@ from typing import Literal
 import msgspec
 
 from bridge.errors import BridgeError
+from bridge.guard import StepGuard
 from bridge.sharding import LocalShards
 
 Encoding = Literal["dense", "auto", "delta"]
@@ -35,13 +36,10 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
 class Job:
     """One broadcast, between the caller and the background thread."""
 
-    def __init__(
-        self, shards: LocalShards, *, version: int, call: int, partial: bool, encoding: Encoding
-    ) -> None:
+    def __init__(self, shards: LocalShards, *, version: int, call: int, encoding: Encoding) -> None:
         self.shards = shards
         self.version = version
         self.call = call
-        self.partial = partial
         self.encoding = encoding
         self.started = time.monotonic()
         self.released = threading.Event()
@@ -79,3 +77,38 @@ class Job:
             raise self.error
         assert self.receipt is not None
         return self.receipt
+
+
+class PendingBroadcast:
+    """A broadcast under way. The weights are protected until every byte has been read."""
+
+    def __init__(self, job: Job, guard: StepGuard) -> None:
+        self._job = job
+        self._guard = guard
+
+    @property
+    def done(self) -> bool:
+        """Whether the version is live, or the round has failed."""
+        return self._job.finished.is_set()
+
+    def wait_released(self) -> None:
+        """Wait until the weights may be changed; the next optimizer step does this by itself.
+
+        Raises:
+            BridgeError: the round failed before that.
+        """
+        self._job.wait_released()
+
+    def wait(self) -> Receipt:
+        """Wait until the version is live.
+
+        Returns:
+            What was sent, and how long it took.
+
+        Raises:
+            BridgeError: the round failed; the old version is still served.
+        """
+        try:
+            return self._job.wait()
+        finally:
+            self._guard.remove()

@@ -200,7 +200,7 @@ class VLLMWeightBridge:
 
 
 def _parameter(model: nn.Module, name: str) -> torch.Tensor:
-    from bridge.sharding import canonical_names
+    from bridge.names import canonical_names
 
     named = canonical_names(model)
     if name not in named:

@@ -13,8 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from bridge import environment, zero3
 from bridge.errors import ConfigError, MappingError
+from bridge.names import canonical_names
 from bridge.protocol.mapping import CONFIG_NAME, ParamMapping, write_atomically
-from bridge.sharding import canonical_names, local_tensor
+from bridge.sharding import local_tensor
 
 
 class TrainerLayout(msgspec.Struct, frozen=True, kw_only=True):

@@ -140,17 +140,11 @@ class Session:
     # --- the caller's side -------------------------------------------------------------------------
 
     def submit(
-        self,
-        shards: LocalShards,
-        *,
-        call: int,
-        version: int | None,
-        partial: bool,
-        encoding: Encoding = "dense",
+        self, shards: LocalShards, *, call: int, version: int | None, encoding: Encoding = "dense"
     ) -> Job:
         """Hand a broadcast to the background thread; ``call`` counts this process's broadcasts."""
         wanted = self.version + 1 if version is None else version
-        job = Job(shards, version=wanted, call=call, partial=partial, encoding=encoding)
+        job = Job(shards, version=wanted, call=call, encoding=encoding)
         self._inbox.put(job)
         return job
 
@@ -364,7 +358,7 @@ class Session:
         layouts = [self._coordinator.layouts[rank] for rank in range(self.world_size)]
         joint = self._meeting.publish_round(
             layouts,
-            partial=job.partial,
+            partial=job.shards.partial,
             encoding=job.encoding,
             bucket_bytes=self._answer.bucket_bytes,
         )

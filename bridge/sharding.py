@@ -7,15 +7,13 @@ so is refused by name.
 
 from __future__ import annotations
 
-import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.distributed.tensor.placement_types import Shard as ShardPlacement
@@ -23,15 +21,12 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from bridge import zero3
 from bridge.errors import MappingError, TransferError
+from bridge.names import canonical_names, without_wrappers
 from bridge.protocol.holders import CASTS
 from bridge.protocol.mapping import Mapping as MappingDocument
 from bridge.protocol.mapping import Source, Vocabulary
 from bridge.protocol.plan import Layout, Shard
 
-_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-_WRAPPED_ANYWHERE = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join(_WRAPPED)})\.")
-# Wrappers whose child is called "module", a name that a model's own part may have too.
-_WRAPPERS = ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine")
 _EXAMPLES = 3
 _EVENT_POLL_S = 0.0002
 
@@ -48,6 +43,7 @@ class LocalShards:
     contiguous, and the tensor is a copy taken when the shards were collected. ``owners`` are the parameters.
     ``computed`` are events on the collecting streams, one for each GPU: the values are there once they have
     passed. ``lasting`` is False where an owner's memory is no guide to a later broadcast's (ZeRO-3).
+    ``partial`` is True where the server needs more, which stays as it is.
     """
 
     layout: Layout
@@ -56,6 +52,7 @@ class LocalShards:
     owners: list[torch.Tensor] = field(default_factory=list, repr=False)
     computed: tuple[torch.cuda.Event, ...] = field(default=(), repr=False)
     lasting: bool = True
+    partial: bool = False
 
     def wait_computed(self, *, timeout_s: float) -> None:
         """Wait until the GPU has computed the values, as of when the shards were collected.
@@ -80,52 +77,6 @@ class LocalShards:
     def fingerprint(self) -> list[tuple[int, int]]:
         """Address and bytes of each tensor; it changes when a shard has moved."""
         return [(t.data_ptr(), t.numel() * t.element_size()) for t in self.tensors]
-
-
-# --- names -------------------------------------------------------------------------------------------------
-
-
-def canonical_names(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers by the name they have without wrappers; tied ones under each name.
-
-    FSDP2 modules that are still unsharded from a forward pass are resharded first, as ``state_dict`` does.
-
-    Raises:
-        MappingError: part of the model is wrapped by FSDP1.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, FullyShardedDataParallel):
-            raise MappingError(
-                f"{name or 'the model'} is wrapped by FullyShardedDataParallel (FSDP1), whose flat "
-                "parameters do not show which rank holds what; use FSDP2 (torch.distributed.fsdp.fully_shard)"
-            )
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    return dict(_walk(model, ""))
-
-
-def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            yield prefix + name, parameter
-    for name, buffer in module._buffers.items():
-        if buffer is not None and name not in module._non_persistent_buffers_set:
-            yield prefix + name, buffer
-    is_wrapper = any(base.__name__ in _WRAPPERS for base in type(module).__mro__)
-    for name, child in module._modules.items():
-        if child is not None:
-            wrapped = name in _WRAPPED or (is_wrapper and name == "module")
-            yield from _walk(child, prefix if wrapped else f"{prefix}{name}.")
-
-
-def _by_name(named: Named) -> dict[str, torch.Tensor]:
-    if isinstance(named, nn.Module):
-        return canonical_names(named)
-    items = list(named.items() if isinstance(named, Mapping) else named)
-    stripped = [(_WRAPPED_ANYWHERE.sub("", name), tensor) for name, tensor in items]
-    while stripped and all(name.startswith("module.") for name, _ in stripped):
-        stripped = [(name.removeprefix("module."), tensor) for name, tensor in stripped]
-    return dict(stripped)
 
 
 # --- boxes -------------------------------------------------------------------------------------------------
@@ -209,7 +160,47 @@ def _tensor_fault(tensor: torch.Tensor, local: torch.Tensor) -> str:
     return ""
 
 
+@dataclass(frozen=True)
+class Part:
+    """What this rank holds of one tensor: boxes, each with the memory it lies in.
+
+    ``shape`` is the whole tensor's, ``fault`` is why the rest cannot be said, or "". ``owner`` is the tensor
+    itself, None where the memory is a copy.
+    """
+
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    boxes: Sequence[tuple[Box, torch.Tensor]] = ()
+    fault: str = ""
+    owner: torch.Tensor | None = None
+
+
+def part_of(tensor: torch.Tensor, boxes: _Boxes | None = None) -> Part:
+    """What this rank holds of ``tensor``; ``boxes`` remembers geometries from one call to the next."""
+    partitioned = zero3.is_partitioned(tensor)
+    held = zero3.parts(tensor) if partitioned else _held(tensor, boxes or _Boxes())
+    if isinstance(held, str):
+        return Part(fault=held)
+    return Part(zero3.full_shape(tensor), _dtype_name(tensor), held, owner=tensor)
+
+
+def _held(tensor: torch.Tensor, boxes: _Boxes) -> list[tuple[Box, torch.Tensor]] | str:
+    local = local_tensor(tensor)
+    box = _tensor_fault(tensor, local) or boxes.of(tensor, local)
+    if isinstance(box, str):
+        return box
+    return [] if box is None or 0 in box[1] else [(box, local)]
+
+
 # --- collecting --------------------------------------------------------------------------------------------
+
+
+def _by_name(named: Named) -> dict[str, torch.Tensor]:
+    if isinstance(named, nn.Module):
+        return canonical_names(named)
+    items = list(named.items() if isinstance(named, Mapping) else named)
+    names = without_wrappers(name for name, _ in items)
+    return {name: tensor for name, (_, tensor) in zip(names, items, strict=True)}
 
 
 def collect(named: Named, mapping: MappingDocument, *, rank: int) -> LocalShards:
@@ -230,11 +221,11 @@ def collect(named: Named, mapping: MappingDocument, *, rank: int) -> LocalShards
     try:
         tensors = _by_name(named)
     except MappingError as err:
-        raise _faulty([str(err)], mapping, rank) from err
+        raise faulty([str(err)], mapping, rank) from err
     vocabulary = max(mapping.vocabularies, key=lambda v: sum(s.name in tensors for s in v.sources))
     known = {source.name for source in vocabulary.sources}
     if not known & tensors.keys():
-        raise _faulty([_strangers(tensors, vocabulary)], mapping, rank)
+        raise faulty([_strangers(tensors, vocabulary)], mapping, rank)
     unused = frozenset(vocabulary.unused)
     wanted = [(i, s) for i, s in enumerate(vocabulary.sources) if s.name not in unused]
     faults = [
@@ -249,65 +240,40 @@ def collect(named: Named, mapping: MappingDocument, *, rank: int) -> LocalShards
         for name, tensor in tensors.items()
         if name not in known and name not in unused and id(tensor) not in sent
     ]
-    present = [(i, s, tensors[s.name]) for i, s in wanted if s.name in tensors]
-    return _shards(present, mapping, vocabulary, rank, faults)
+    boxes = _Boxes()
+    present = [(i, s, part_of(tensors[s.name], boxes)) for i, s in wanted if s.name in tensors]
+    return make_shards(present, mapping, vocabulary, rank, faults)
 
 
-def collect_single(name: str, tensor: torch.Tensor, mapping: MappingDocument, *, rank: int) -> LocalShards:
-    """As ``collect``, for one tensor by its name in the mapping.
-
-    Raises:
-        MappingError: no vocabulary knows the name, or the tensor does not fit.
-    """
-    ((name, tensor),) = _by_name({name: tensor}).items()
-    homes = [(v, i, s) for v in mapping.vocabularies for i, s in enumerate(v.sources) if s.name == name]
-    if not homes:
-        sizes = ", ".join(f"{len(v.sources)} {v.name} names" for v in mapping.vocabularies)
-        raise _faulty([f"{name}: the server knows no such parameter among {sizes}"], mapping, rank)
-    # Both vocabularies may know the name, but for tensors of different shape.
-    vocabulary, index, source = next((h for h in homes if h[2].shape == zero3.full_shape(tensor)), homes[0])
-    faults = [f"{name}: the server's loader drops it, so sending it changes nothing"]
-    dropped = name in vocabulary.unused
-    return _shards([(index, source, tensor)], mapping, vocabulary, rank, faults if dropped else [])
-
-
-def _shards(
-    present: Sequence[tuple[int, Source, torch.Tensor]],
+def make_shards(
+    present: Sequence[tuple[int, Source, Part]],
     mapping: MappingDocument,
     vocabulary: Vocabulary,
     rank: int,
     faults: list[str],
 ) -> LocalShards:
+    """Shards of the sources that are there, by index in the vocabulary.
+
+    Raises:
+        MappingError: there are ``faults`` already, or a part does not fit; lists them all.
+    """
     targets = _target_dtypes(mapping, vocabulary.name)
-    boxes, shards, locals_, contiguous, owners, lasting = _Boxes(), [], [], [], [], True
-    for index, source, tensor in present:
-        lasting = lasting and not zero3.is_partitioned(tensor)
-        held = _held(source, tensor, targets.get(index, {}), boxes)
-        if isinstance(held, str):
-            faults.append(f"{source.name}: {held}")
+    shards, locals_, contiguous, owners, lasting = [], [], [], [], True
+    for index, source, part in present:
+        if fault := part.fault or _fit_fault(source, part, targets.get(index, {})):
+            faults.append(f"{source.name}: {fault}")
             continue
-        for box, local in held:
-            shards.append(Shard(source=index, offset=box[0], shape=box[1], dtype=_dtype_name(tensor)))
+        lasting = lasting and part.owner is not None and not zero3.is_partitioned(part.owner)
+        for box, local in part.boxes:
+            shards.append(Shard(source=index, offset=box[0], shape=box[1], dtype=part.dtype))
             contiguous.append(local.is_contiguous())
             locals_.append(local.detach().contiguous())
-            owners.append(tensor)
+            if part.owner is not None:
+                owners.append(part.owner)
     if faults:
-        raise _faulty(faults, mapping, rank, vocabulary)
+        raise faulty(faults, mapping, rank, vocabulary)
     layout = Layout(rank=rank, vocabulary=vocabulary.name, shards=tuple(shards))
     return LocalShards(layout, locals_, tuple(contiguous), owners, mark_computed(locals_), lasting)
-
-
-def _held(
-    source: Source, tensor: torch.Tensor, targets: Mapping[str, str], boxes: _Boxes
-) -> list[tuple[Box, torch.Tensor]] | str:
-    """What this rank holds of one tensor, box by box; a string is why that cannot be said."""
-    if zero3.is_partitioned(tensor):
-        return _fit_fault(source, tensor, targets) or zero3.parts(tensor)
-    local = local_tensor(tensor)
-    box = _tensor_fault(tensor, local) or _fit_fault(source, tensor, targets) or boxes.of(tensor, local)
-    if isinstance(box, str):
-        return box
-    return [] if box is None or 0 in box[1] else [(box, local)]
 
 
 def mark_computed(tensors: Sequence[torch.Tensor]) -> tuple[torch.cuda.Event, ...]:
@@ -336,14 +302,13 @@ def _dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _fit_fault(source: Source, tensor: torch.Tensor, targets: Mapping[str, str]) -> str:
+def _fit_fault(source: Source, part: Part, targets: Mapping[str, str]) -> str:
     """How a tensor differs from its source in shape, or from its targets in dtype; or ""."""
-    if (shape := zero3.full_shape(tensor)) != source.shape:
-        return f"the model's has shape {shape}, the server's {source.shape}"
-    dtype = _dtype_name(tensor)
+    if part.shape != source.shape:
+        return f"the model's has shape {part.shape}, the server's {source.shape}"
     for target, name in targets.items():
-        if target != dtype and (dtype, target) not in CASTS:
-            return f"the model's is {dtype}, which is not cast to the server's {target} ({name})"
+        if target != part.dtype and (part.dtype, target) not in CASTS:
+            return f"the model's is {part.dtype}, which is not cast to the server's {target} ({name})"
     return ""
 
 
@@ -372,9 +337,10 @@ def _strangers(tensors: Mapping[str, torch.Tensor], vocabulary: Vocabulary) -> s
     return f"no parameter of the model has a name the server knows: it has {ours}, .. and not {theirs}, .."
 
 
-def _faulty(
+def faulty(
     faults: Sequence[str], mapping: MappingDocument, rank: int, vocabulary: Vocabulary | None = None
 ) -> MappingError:
+    """The error that lists ``faults`` of this rank's model."""
     names = "" if vocabulary is None else f" by its {vocabulary.name} names"
     omitted = "".join(
         f"\n  (the {name} names are not available: {reason})"

@@ -17,11 +17,13 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from bridge import guard, zero3
 from bridge.errors import ConfigError, MappingError, RoundAborted
 from bridge.guard import Guarded, StepGuard
+from bridge.names import canonical_names
 from bridge.param_mappings import export_param_mappings, load_param_mappings
+from bridge.parts import collect_single
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import Mapping, Rendezvous
 from bridge.protocol.plan import build_plan
-from bridge.sharding import canonical_names, collect, collect_single
+from bridge.sharding import collect
 from tests.support.mappings import identity_mapping, shapes_of
 
 
