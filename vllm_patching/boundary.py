@@ -6,6 +6,7 @@ but the word, for about one step.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -166,7 +167,8 @@ class Boundary:
         """End every engine core, and with them the server, by force."""
         logger.critical("%s; ending the engine", why)
         for engine in self._engines():
-            os.kill(engine.hello["pid"], signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # vLLM ends the others when one has died
+                os.kill(engine.hello["pid"], signal.SIGKILL)
 
 
 def behind(page: ControlPage, ranks: Sequence[int]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 from typing import Any
 
 import pytest
@@ -104,3 +106,5 @@ def test_two_engines_of_a_dense_model(checkpoint, tmp_path):
         for engine in (0, 1):
             assert_equal(ask(server, engine), first, tolerance=1e-5)
             assert [version for _, version in flips(server, engine)] == list(range(1, 15))
+        os.kill(server.status()["pids"]["engines"][1], signal.SIGKILL)
+        assert server.process.wait(60) == 75, "a server is whole or ends"
