@@ -269,7 +269,7 @@ class Supervisor:
         if status is None or healthy_s < self.limits.publish_grace_s:
             return
         pids = status["pids"]
-        if pids.get("workers") or pids.get("engine"):
+        if pids.get("workers") or pids.get("engines"):
             return  # the plugin is there; publishing a large model may take its time
         plugins = self.launch.vllm.environment().get("VLLM_PLUGINS")
         raise ConfigError(

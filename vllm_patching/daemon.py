@@ -58,7 +58,7 @@ class Daemon:
         self.limits = Limits(args.heartbeat_interval, args.deadline, args.commit_timeout)
         # Simple: a signal handler puts into it, which must not meet a lock of the same thread.
         self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.registry = Registry(on_change=lambda: self.events.put(None))
+        self.registry = Registry(on_change=lambda: self.events.put(None), num_engines=args.num_engines)
         self.mapping: Mapping | None = None
         self.store: Any = None
         self.secret = secrets.token_hex(16)
@@ -124,7 +124,7 @@ class Daemon:
             assert self.swap is not None
             assert self.boundary is not None
             self._given_up = self.last_error = f"no complete round came in time: {self.swap.torn}"
-            self.boundary.end_engine(self._given_up)
+            self.boundary.end_engines(self._given_up)
             return None
 
     @property

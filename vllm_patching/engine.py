@@ -41,9 +41,10 @@ class EngineBridge:
         self.salted = salted
         self.hold = Hold(engine)
 
-    def connect(self, control: ControlPage) -> None:
-        """Follow this control page from now on."""
+    def connect(self, control: ControlPage, index: int = 0) -> None:
+        """Follow this control page from now on, as the engine core with data-parallel index ``index``."""
         self.control = self.hold.control = control
+        self.hold.slot = control.engine(index)
 
     def stamp(self, scheduler_output: Any) -> None:
         """Mark one batch with the version it runs under; workers flip where that is new to them."""
@@ -97,9 +98,11 @@ def attach(engine: Any) -> None:
     _hook(engine, bridge)
     if compat.transfers_weights_by_bridge(engine.vllm_config):
         _hook_weight_updates(engine, WeightUpdates(Path(os.environ["BRIDGE_RUN_DIR"])))
-    world_size = engine.vllm_config.parallel_config.world_size
+    parallel = engine.vllm_config.parallel_config
+    index, world_size = parallel.data_parallel_index, parallel.world_size
     hello = {
         "type": "engine",
+        "index": index,
         "world_size": world_size,
         "hooks": {
             "schedule": compat.is_wrapped(engine.scheduler.schedule),
@@ -111,12 +114,13 @@ def attach(engine: Any) -> None:
             "_notify_idle_state_callbacks": compat.is_wrapped(engine._notify_idle_state_callbacks),
         },
     }
-    registration = Registration(hello, who="vLLM engine core")
-    bridge.connect(registration.connect())
+    registration = Registration(hello, who=f"vLLM engine core {index}")
+    bridge.connect(registration.connect(), index)
     registration.exit_with_parent = True
     registration.on_wake = lambda: engine.input_queue.put_nowait(compat.wake_request())
     registration.watch()
-    logger.info("engine core hooked: %d rank(s), prefix cache %s", world_size, "salted" if salted else "kept")
+    cache = "salted" if salted else "kept"
+    logger.info("engine core %d hooked: %d rank(s), prefix cache %s", index, world_size, cache)
 
 
 def _hook(engine: Any, bridge: EngineBridge) -> None:
