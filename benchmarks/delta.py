@@ -1,8 +1,7 @@
 """Rounds that carry only what changed, beside whole ones, over a link of 1 Gbit/s; and how much does change.
 
 The server is a real one, on this host's CPU. The trainer runs in a network namespace of its own, whose only
-way out is shaped by tc; it needs root for that. Rounds of both kinds alternate, with a given share of all
-elements changed before each.
+way out is shaped by tc; it needs root for that. A given share of all elements changes before each round.
 
 Then, without a server: the share of bfloat16 elements that an AdamW step changes, step by step, when a small
 model with float32 masters learns to continue a text, at the learning rates of RL.
@@ -56,12 +55,11 @@ def shaped_link(rate: str) -> Iterator[Sequence[str]]:
 
 
 def rounds(trainers: Trainers, share: float, repeats: int, seed: int) -> dict[str, Any]:
-    """Rounds of both kinds by turns; the bytes and seconds of each."""
+    """Rounds of either kind, behind one that they may be compared with; the bytes and seconds of each."""
     found: dict[str, list[dict[str, Any]]] = {"dense": [], "auto": []}
-    for repeat in range(repeats):
-        for encoding, kept in found.items():
-            if encoding == "auto":  # what it compares with must be the round right before it
-                trainers.must("broadcast", encoding=encoding)
+    for encoding, kept in found.items():
+        trainers.must("broadcast", encoding=encoding)
+        for repeat in range(repeats):
             trainers.must("change", share=share, seed=seed + repeat)
             (receipt,) = trainers.must("broadcast", encoding=encoding)
             kept.append({key: receipt[key] for key in ("bytes", "stage_s", "total_s", "transport")})
