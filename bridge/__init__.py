@@ -17,6 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bridge.config import BridgeConfig
+    from bridge.declared import DeclaredLayout
+    from bridge.default import (
+        broadcast_single_param,
+        broadcast_weights,
+        close,
+        connect,
+        notify_update,
+        send_heartbeat,
+    )
     from bridge.errors import (
         BridgeError,
         ChecksumMismatch,
@@ -32,20 +41,11 @@ if TYPE_CHECKING:
         TransferError,
         UnsupportedVersion,
     )
+    from bridge.job import PendingBroadcast, Receipt
     from bridge.legacy import VLLMWeightBridge, create_bridge_from_training_config
-    from bridge.param_mappings import export_param_mappings
+    from bridge.param_mappings import export_param_mappings, load_param_mappings
     from bridge.protocol.messages import PROTOCOL_VERSION
-    from bridge.trainer import (
-        Bridge,
-        PendingBroadcast,
-        Receipt,
-        broadcast_single_param,
-        broadcast_weights,
-        close,
-        connect,
-        notify_update,
-        send_heartbeat,
-    )
+    from bridge.trainer import Bridge
 
 __version__ = "0.1.0"
 
@@ -56,6 +56,7 @@ __all__ = [
     "BridgeError",
     "ChecksumMismatch",
     "ConfigError",
+    "DeclaredLayout",
     "DeviceError",
     "MappingError",
     "PeerLost",
@@ -76,12 +77,22 @@ __all__ = [
     "connect",
     "create_bridge_from_training_config",
     "export_param_mappings",
+    "load_param_mappings",
     "notify_update",
     "send_heartbeat",
 ]
 
 _HOMES = {
     "bridge.config": ("BridgeConfig",),
+    "bridge.declared": ("DeclaredLayout",),
+    "bridge.default": (
+        "broadcast_single_param",
+        "broadcast_weights",
+        "close",
+        "connect",
+        "notify_update",
+        "send_heartbeat",
+    ),
     "bridge.errors": (
         "BridgeError",
         "ChecksumMismatch",
@@ -97,20 +108,11 @@ _HOMES = {
         "TransferError",
         "UnsupportedVersion",
     ),
+    "bridge.job": ("PendingBroadcast", "Receipt"),
     "bridge.legacy": ("VLLMWeightBridge", "create_bridge_from_training_config"),
-    "bridge.param_mappings": ("export_param_mappings",),
+    "bridge.param_mappings": ("export_param_mappings", "load_param_mappings"),
     "bridge.protocol.messages": ("PROTOCOL_VERSION",),
-    "bridge.trainer": (
-        "Bridge",
-        "PendingBroadcast",
-        "Receipt",
-        "broadcast_single_param",
-        "broadcast_weights",
-        "close",
-        "connect",
-        "notify_update",
-        "send_heartbeat",
-    ),
+    "bridge.trainer": ("Bridge",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -22,9 +22,10 @@ from bridge.config import BridgeConfig
 from bridge.environment import Ranks
 from bridge.errors import BridgeError, ConfigError, MappingError, RendezvousError, RoundAborted
 from bridge.job import Receipt
+from bridge.names import canonical_names
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import Mapping
-from bridge.sharding import canonical_names, local_tensor
+from bridge.sharding import local_tensor
 
 logger = logging.getLogger(__name__)
 

@@ -9,6 +9,7 @@ import time
 import msgspec
 
 from bridge.errors import BridgeError
+from bridge.guard import StepGuard
 from bridge.sharding import LocalShards
 
 
@@ -73,3 +74,38 @@ class Job:
             raise self.error
         assert self.receipt is not None
         return self.receipt
+
+
+class PendingBroadcast:
+    """A broadcast under way. The weights are protected until every byte has been read."""
+
+    def __init__(self, job: Job, guard: StepGuard) -> None:
+        self._job = job
+        self._guard = guard
+
+    @property
+    def done(self) -> bool:
+        """Whether the version is live, or the round has failed."""
+        return self._job.finished.is_set()
+
+    def wait_released(self) -> None:
+        """Wait until the weights may be changed; the next optimizer step does this by itself.
+
+        Raises:
+            BridgeError: the round failed before that.
+        """
+        self._job.wait_released()
+
+    def wait(self) -> Receipt:
+        """Wait until the version is live.
+
+        Returns:
+            What was sent, and how long it took.
+
+        Raises:
+            BridgeError: the round failed; the old version is still served.
+        """
+        try:
+            return self._job.wait()
+        finally:
+            self._guard.remove()

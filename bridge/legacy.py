@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from bridge.trainer import Bridge, PendingBroadcast, Receipt
+    from bridge.job import PendingBroadcast, Receipt
+    from bridge.trainer import Bridge
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +201,7 @@ class VLLMWeightBridge:
 
 
 def _parameter(model: nn.Module, name: str) -> torch.Tensor:
-    from bridge.sharding import canonical_names
+    from bridge.names import canonical_names
 
     named = canonical_names(model)
     if name not in named:

@@ -1,42 +1,36 @@
 """What this trainer rank holds of each tensor the server wants: model in, boxes out. Nothing is gathered.
 
-A box is (offset, shape) in the whole tensor. Plain tensors are whole; a DTensor (FSDP2, HSDP, tensor
-parallel, any mesh) is the box its placements give; ZeRO-3's runs are several (``zero3``). What cannot be said
-so is refused by name.
+A box is (offset, shape) in the whole tensor. A DTensor (FSDP2, HSDP, tensor parallel, any mesh) is the box
+its placements give; ZeRO-3's runs are several (``zero3``); plain tensors are whole, unless a layout is
+declared (``declared``). What cannot be said so is refused by name.
 """
 
 from __future__ import annotations
 
-import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.distributed.tensor.placement_types import Shard as ShardPlacement
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from bridge import zero3
+from bridge.declared import DeclaredLayout
 from bridge.errors import MappingError, TransferError
+from bridge.names import Named, by_name
 from bridge.protocol.holders import CASTS
 from bridge.protocol.mapping import Mapping as MappingDocument
 from bridge.protocol.mapping import Source, Vocabulary
 from bridge.protocol.plan import Layout, Shard
 
-_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-_WRAPPED_ANYWHERE = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join(_WRAPPED)})\.")
-# Wrappers whose child is called "module", a name that a model's own part may have too.
-_WRAPPERS = ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine")
 _EXAMPLES = 3
 _EVENT_POLL_S = 0.0002
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
-Named = nn.Module | Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -82,52 +76,6 @@ class LocalShards:
         return [(t.data_ptr(), t.numel() * t.element_size()) for t in self.tensors]
 
 
-# --- names -------------------------------------------------------------------------------------------------
-
-
-def canonical_names(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers by the name they have without wrappers; tied ones under each name.
-
-    FSDP2 modules that are still unsharded from a forward pass are resharded first, as ``state_dict`` does.
-
-    Raises:
-        MappingError: part of the model is wrapped by FSDP1.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, FullyShardedDataParallel):
-            raise MappingError(
-                f"{name or 'the model'} is wrapped by FullyShardedDataParallel (FSDP1), whose flat "
-                "parameters do not show which rank holds what; use FSDP2 (torch.distributed.fsdp.fully_shard)"
-            )
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    return dict(_walk(model, ""))
-
-
-def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            yield prefix + name, parameter
-    for name, buffer in module._buffers.items():
-        if buffer is not None and name not in module._non_persistent_buffers_set:
-            yield prefix + name, buffer
-    is_wrapper = any(base.__name__ in _WRAPPERS for base in type(module).__mro__)
-    for name, child in module._modules.items():
-        if child is not None:
-            wrapped = name in _WRAPPED or (is_wrapper and name == "module")
-            yield from _walk(child, prefix if wrapped else f"{prefix}{name}.")
-
-
-def _by_name(named: Named) -> dict[str, torch.Tensor]:
-    if isinstance(named, nn.Module):
-        return canonical_names(named)
-    items = list(named.items() if isinstance(named, Mapping) else named)
-    stripped = [(_WRAPPED_ANYWHERE.sub("", name), tensor) for name, tensor in items]
-    while stripped and all(name.startswith("module.") for name, _ in stripped):
-        stripped = [(name.removeprefix("module."), tensor) for name, tensor in stripped]
-    return dict(stripped)
-
-
 # --- boxes -------------------------------------------------------------------------------------------------
 
 
@@ -140,15 +88,16 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _Boxes:
-    """Boxes of DTensors by their geometry: layers repeat, so few are ever worked out."""
+    """Boxes of tensors, those of DTensors by their geometry: layers repeat, so few are ever worked out."""
 
-    def __init__(self) -> None:
+    def __init__(self, layout: DeclaredLayout, rank: int) -> None:
+        self._layout, self._rank = layout, rank
         self._known: dict[tuple[object, ...], Box | str | None] = {}
 
-    def of(self, tensor: torch.Tensor, local: torch.Tensor) -> Box | str | None:
+    def of(self, source: Source, tensor: torch.Tensor, local: torch.Tensor) -> Box | str | None:
         """The box that ``local`` is; None if this rank holds nothing; a string is why it is not one box."""
         if not isinstance(tensor, DTensor):
-            return (0,) * tensor.ndim, tuple(tensor.shape)
+            return self._layout.box(source.name, source.shape, local.shape, rank=self._rank)
         key = (tuple(tensor.shape), id(tensor.device_mesh), tensor.placements)
         if key not in self._known:
             coordinate = tensor.device_mesh.get_coordinate()
@@ -160,6 +109,16 @@ class _Boxes:
         if box is None and local.numel():
             return f"holds {local.numel()} elements, although its placements give this rank none"
         return box
+
+    def shape_fault(self, source: Source, tensor: torch.Tensor) -> str:
+        """How the shape of a tensor, or of a declared part, differs from its source's; or ""."""
+        shape = zero3.full_shape(tensor)
+        if isinstance(tensor, DTensor) or zero3.is_partitioned(tensor):
+            return (
+                "" if shape == source.shape else f"the model's has shape {shape}, the server's {source.shape}"
+            )
+        box = self._layout.box(source.name, source.shape, shape, rank=self._rank)
+        return box if isinstance(box, str) else ""
 
 
 def _box(
@@ -212,13 +171,16 @@ def _tensor_fault(tensor: torch.Tensor, local: torch.Tensor) -> str:
 # --- collecting --------------------------------------------------------------------------------------------
 
 
-def collect(named: Named, mapping: MappingDocument, *, rank: int) -> LocalShards:
+def collect(
+    named: Named, mapping: MappingDocument, *, rank: int, layout: DeclaredLayout | None = None
+) -> LocalShards:
     """Find this rank's shard of every tensor the server wants.
 
     Args:
-        named: the model, or its tensors by name (whole ones or DTensors).
+        named: the model, or its tensors by name (whole ones, DTensors, or the parts that ``layout`` says).
         mapping: what the server wants.
         rank: this trainer rank.
+        layout: what plain tensors are parts of; None if they are whole.
 
     Returns:
         The shards under the vocabulary that knows most of the model's names; sources of which this rank holds
@@ -228,7 +190,7 @@ def collect(named: Named, mapping: MappingDocument, *, rank: int) -> LocalShards
         MappingError: the model does not fit; lists every fault found on this rank.
     """
     try:
-        tensors = _by_name(named)
+        tensors = by_name(named)
     except MappingError as err:
         raise _faulty([str(err)], mapping, rank) from err
     vocabulary = max(mapping.vocabularies, key=lambda v: sum(s.name in tensors for s in v.sources))
@@ -249,26 +211,39 @@ def collect(named: Named, mapping: MappingDocument, *, rank: int) -> LocalShards
         for name, tensor in tensors.items()
         if name not in known and name not in unused and id(tensor) not in sent
     ]
+    layout = layout or DeclaredLayout()
+    faults += layout.strangers(tensors)
     present = [(i, s, tensors[s.name]) for i, s in wanted if s.name in tensors]
-    return _shards(present, mapping, vocabulary, rank, faults)
+    return _shards(present, mapping, vocabulary, rank, layout, faults)
 
 
-def collect_single(name: str, tensor: torch.Tensor, mapping: MappingDocument, *, rank: int) -> LocalShards:
+def collect_single(
+    name: str,
+    tensor: torch.Tensor,
+    mapping: MappingDocument,
+    *,
+    rank: int,
+    layout: DeclaredLayout | None = None,
+) -> LocalShards:
     """As ``collect``, for one tensor by its name in the mapping.
 
     Raises:
         MappingError: no vocabulary knows the name, or the tensor does not fit.
     """
-    ((name, tensor),) = _by_name({name: tensor}).items()
+    ((name, tensor),) = by_name({name: tensor}).items()
     homes = [(v, i, s) for v in mapping.vocabularies for i, s in enumerate(v.sources) if s.name == name]
     if not homes:
         sizes = ", ".join(f"{len(v.sources)} {v.name} names" for v in mapping.vocabularies)
         raise _faulty([f"{name}: the server knows no such parameter among {sizes}"], mapping, rank)
     # Both vocabularies may know the name, but for tensors of different shape.
-    vocabulary, index, source = next((h for h in homes if h[2].shape == zero3.full_shape(tensor)), homes[0])
+    layout = layout or DeclaredLayout()
+    boxes = _Boxes(layout, rank)
+    fits = (home for home in homes if not boxes.shape_fault(home[2], tensor))
+    vocabulary, index, source = next(fits, homes[0])
     faults = [f"{name}: the server's loader drops it, so sending it changes nothing"]
     dropped = name in vocabulary.unused
-    return _shards([(index, source, tensor)], mapping, vocabulary, rank, faults if dropped else [])
+    present = [(index, source, tensor)]
+    return _shards(present, mapping, vocabulary, rank, layout, faults if dropped else [])
 
 
 def _shards(
@@ -276,25 +251,28 @@ def _shards(
     mapping: MappingDocument,
     vocabulary: Vocabulary,
     rank: int,
+    layout: DeclaredLayout,
     faults: list[str],
 ) -> LocalShards:
     targets = _target_dtypes(mapping, vocabulary.name)
-    boxes, shards, locals_, contiguous, owners, lasting = _Boxes(), [], [], [], [], True
+    boxes, shards, locals_, contiguous, owners, lasting = _Boxes(layout, rank), [], [], [], [], True
     for index, source, tensor in present:
         lasting = lasting and not zero3.is_partitioned(tensor)
         held = _held(source, tensor, targets.get(index, {}), boxes)
-        if isinstance(held, str):
-            faults.append(f"{source.name}: {held}")
+        head_dim = layout.permuted(source.name, source.shape)
+        faults += [f"{source.name}: {fault}" for fault in (held, head_dim) if isinstance(fault, str)]
+        if isinstance(held, str) or isinstance(head_dim, str):
             continue
-        for box, local in held:
-            shards.append(Shard(source=index, offset=box[0], shape=box[1], dtype=_dtype_name(tensor)))
+        for (offset, shape), local in held:
+            dtype = _dtype_name(tensor)
+            shards.append(Shard(source=index, offset=offset, shape=shape, dtype=dtype, head_dim=head_dim))
             contiguous.append(local.is_contiguous())
             locals_.append(local.detach().contiguous())
             owners.append(tensor)
     if faults:
         raise _faulty(faults, mapping, rank, vocabulary)
-    layout = Layout(rank=rank, vocabulary=vocabulary.name, shards=tuple(shards))
-    return LocalShards(layout, locals_, tuple(contiguous), owners, mark_computed(locals_), lasting)
+    found = Layout(rank=rank, vocabulary=vocabulary.name, shards=tuple(shards))
+    return LocalShards(found, locals_, tuple(contiguous), owners, mark_computed(locals_), lasting)
 
 
 def _held(
@@ -302,9 +280,10 @@ def _held(
 ) -> list[tuple[Box, torch.Tensor]] | str:
     """What this rank holds of one tensor, box by box; a string is why that cannot be said."""
     if zero3.is_partitioned(tensor):
-        return _fit_fault(source, tensor, targets) or zero3.parts(tensor)
+        return boxes.shape_fault(source, tensor) or _dtype_fault(tensor, targets) or zero3.parts(tensor)
     local = local_tensor(tensor)
-    box = _tensor_fault(tensor, local) or _fit_fault(source, tensor, targets) or boxes.of(tensor, local)
+    fault = _tensor_fault(tensor, local) or boxes.shape_fault(source, tensor) or _dtype_fault(tensor, targets)
+    box = fault or boxes.of(source, tensor, local)
     if isinstance(box, str):
         return box
     return [] if box is None or 0 in box[1] else [(box, local)]
@@ -336,10 +315,8 @@ def _dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _fit_fault(source: Source, tensor: torch.Tensor, targets: Mapping[str, str]) -> str:
-    """How a tensor differs from its source in shape, or from its targets in dtype; or ""."""
-    if (shape := zero3.full_shape(tensor)) != source.shape:
-        return f"the model's has shape {shape}, the server's {source.shape}"
+def _dtype_fault(tensor: torch.Tensor, targets: Mapping[str, str]) -> str:
+    """How a tensor differs from its targets in dtype, or ""."""
     dtype = _dtype_name(tensor)
     for target, name in targets.items():
         if target != dtype and (dtype, target) not in CASTS:

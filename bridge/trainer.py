@@ -13,7 +13,6 @@ process, so a blocking call and a handle from ``blocking=False`` take the same p
 
 from __future__ import annotations
 
-import atexit
 import logging
 from collections.abc import Callable, Iterable
 from typing import Literal, Self, overload
@@ -24,50 +23,14 @@ from torch import nn
 from bridge import environment, zero3
 from bridge.catalogue import Catalogue
 from bridge.config import BridgeConfig
+from bridge.declared import DeclaredLayout
 from bridge.errors import BridgeError, ConfigError
 from bridge.guard import Guarded, StepGuard
-from bridge.job import Job, Receipt
+from bridge.job import PendingBroadcast, Receipt
 from bridge.rounds import Session
 from bridge.sharding import LocalShards, collect, collect_single, current_gpu, device_of
 
 logger = logging.getLogger(__name__)
-
-__all__ = ["Bridge", "PendingBroadcast", "Receipt"]
-
-
-class PendingBroadcast:
-    """A broadcast under way. The weights are protected until every byte has been read."""
-
-    def __init__(self, job: Job, guard: StepGuard) -> None:
-        self._job = job
-        self._guard = guard
-
-    @property
-    def done(self) -> bool:
-        """Whether the version is live, or the round has failed."""
-        return self._job.finished.is_set()
-
-    def wait_released(self) -> None:
-        """Wait until the weights may be changed; the next optimizer step does this by itself.
-
-        Raises:
-            BridgeError: the round failed before that.
-        """
-        self._job.wait_released()
-
-    def wait(self) -> Receipt:
-        """Wait until the version is live.
-
-        Returns:
-            What was sent, and how long it took.
-
-        Raises:
-            BridgeError: the round failed; the old version is still served.
-        """
-        try:
-            return self._job.wait()
-        finally:
-            self._guard.remove()
 
 
 class Bridge:
@@ -121,16 +84,31 @@ class Bridge:
 
     @overload
     def broadcast_weights(
-        self, model: nn.Module, *, blocking: Literal[True] = True, version: int | None = None
+        self,
+        model: nn.Module,
+        *,
+        blocking: Literal[True] = True,
+        version: int | None = None,
+        layout: DeclaredLayout | None = None,
     ) -> Receipt: ...
 
     @overload
     def broadcast_weights(
-        self, model: nn.Module, *, blocking: bool, version: int | None = None
+        self,
+        model: nn.Module,
+        *,
+        blocking: bool,
+        version: int | None = None,
+        layout: DeclaredLayout | None = None,
     ) -> Receipt | PendingBroadcast: ...
 
     def broadcast_weights(
-        self, model: nn.Module, *, blocking: bool = True, version: int | None = None
+        self,
+        model: nn.Module,
+        *,
+        blocking: bool = True,
+        version: int | None = None,
+        layout: DeclaredLayout | None = None,
     ) -> Receipt | PendingBroadcast:
         """Send the model's weights and make them live; every trainer rank calls it.
 
@@ -141,52 +119,76 @@ class Bridge:
             blocking: wait until the version is live. With False the call returns at once; the next step of an
                 optimizer over these parameters waits by itself until the weights have been read.
             version: the weight version; default is the served one plus one. Equal on all ranks.
+            layout: what plain tensors are parts of, where the trainer shards by hand; None if they are whole.
 
         Returns:
             A ``Receipt``, or with ``blocking=False`` a ``PendingBroadcast``.
 
         Raises:
+            TopologyError: the degrees of ``layout`` do not divide the number of trainer ranks.
             MappingError: the model does not fit the server's; lists every fault. All ranks' round is aborted.
             TransferError: the round failed on the way. The old version is still served, whole.
         """
         return self._broadcast(
-            lambda session: self._collect(model, session),
+            lambda session: self._collect(model, session, layout),
             device_of(model.parameters()),
             parameters=model.parameters,
             module=model,
             blocking=blocking,
             version=version,
+            layout=layout,
             partial=False,
         )
 
     @overload
     def broadcast_single_param(
-        self, name: str, tensor: torch.Tensor, *, blocking: Literal[True] = True, version: int | None = None
+        self,
+        name: str,
+        tensor: torch.Tensor,
+        *,
+        blocking: Literal[True] = True,
+        version: int | None = None,
+        layout: DeclaredLayout | None = None,
     ) -> Receipt: ...
 
     @overload
     def broadcast_single_param(
-        self, name: str, tensor: torch.Tensor, *, blocking: bool, version: int | None = None
+        self,
+        name: str,
+        tensor: torch.Tensor,
+        *,
+        blocking: bool,
+        version: int | None = None,
+        layout: DeclaredLayout | None = None,
     ) -> Receipt | PendingBroadcast: ...
 
     def broadcast_single_param(
-        self, name: str, tensor: torch.Tensor, *, blocking: bool = True, version: int | None = None
+        self,
+        name: str,
+        tensor: torch.Tensor,
+        *,
+        blocking: bool = True,
+        version: int | None = None,
+        layout: DeclaredLayout | None = None,
     ) -> Receipt | PendingBroadcast:
         """Send one parameter under its own version; the others stay as they are. Every rank calls it.
 
         Args:
             name: the parameter's name in the mapping.
-            tensor: the whole tensor or a DTensor, of the mapping's global shape.
+            tensor: the whole tensor or a DTensor, of the mapping's global shape; or the part that ``layout``
+                says.
             blocking: as in ``broadcast_weights``.
             version: as in ``broadcast_weights``.
+            layout: as in ``broadcast_weights``.
 
         Raises:
             MappingError: no such parameter, or of another shape or dtype.
+            TopologyError: as in ``broadcast_weights``.
             TransferError: the round failed on the way.
         """
 
         def gather(session: Session) -> tuple[LocalShards, Guarded]:
-            shards = collect_single(name, tensor, session.mapping, rank=session.rank)
+            shards = collect_single(name, tensor, session.mapping, rank=session.rank, layout=layout)
             return shards, Guarded([tensor, *shards.tensors])
 
         return self._broadcast(
@@ -195,17 +197,21 @@ class Bridge:
             parameters=lambda: [tensor],
             blocking=blocking,
             version=version,
+            layout=layout,
             partial=True,
         )
 
-    def _collect(self, model: nn.Module, session: Session) -> tuple[LocalShards, Guarded]:
+    def _collect(
+        self, model: nn.Module, session: Session, layout: DeclaredLayout | None
+    ) -> tuple[LocalShards, Guarded]:
         known = self._catalogue
-        if known is not None and (shards := known.find(model, session.mapping)) is not None:
+        if known is not None and (shards := known.find(model, session.mapping, layout)) is not None:
             return shards, known.guarded
-        shards = collect(model, session.mapping, rank=session.rank)
+        shards = collect(model, session.mapping, rank=session.rank, layout=layout)
         # The shards too: an optimizer may hold views of their memory, and not the parameters.
         guarded = Guarded([*model.parameters(), *shards.tensors])
-        self._catalogue = Catalogue(model, session.mapping, shards, guarded) if shards.lasting else None
+        made = Catalogue(model, session.mapping, shards, guarded, layout) if shards.lasting else None
+        self._catalogue = made
         return shards, guarded
 
     def _broadcast(
@@ -217,6 +223,7 @@ class Bridge:
         module: nn.Module | None = None,
         blocking: bool,
         version: int | None,
+        layout: DeclaredLayout | None,
         partial: bool,
     ) -> Receipt | PendingBroadcast:
         environment.check_enabled()
@@ -230,6 +237,8 @@ class Bridge:
         for attempt in range(2):
             session = self._ensure_session(device)
             try:
+                if layout is not None:
+                    layout.check_world(session.world_size)
                 if partial:
                     self._check_base(session)
                 shards, guarded = gather(session)
@@ -326,75 +335,3 @@ class Bridge:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-
-_default: Bridge | None = None
-
-
-def connect(config: BridgeConfig | None = None) -> Bridge:
-    """``Bridge.connect``."""
-    return Bridge.connect(config)
-
-
-def _default_bridge() -> Bridge:
-    global _default  # the one connection behind the module-level functions
-    if _default is None:
-        _default = Bridge(environment.bridge_config())
-        atexit.register(close)
-    return _default
-
-
-@overload
-def broadcast_weights(
-    model: nn.Module, *, blocking: Literal[True] = True, version: int | None = None
-) -> Receipt: ...
-
-
-@overload
-def broadcast_weights(
-    model: nn.Module, *, blocking: bool, version: int | None = None
-) -> Receipt | PendingBroadcast: ...
-
-
-def broadcast_weights(
-    model: nn.Module, *, blocking: bool = True, version: int | None = None
-) -> Receipt | PendingBroadcast:
-    """``Bridge.broadcast_weights`` on a connection made by the first call, from the environment."""
-    return _default_bridge().broadcast_weights(model, blocking=blocking, version=version)
-
-
-@overload
-def broadcast_single_param(
-    name: str, tensor: torch.Tensor, *, blocking: Literal[True] = True, version: int | None = None
-) -> Receipt: ...
-
-
-@overload
-def broadcast_single_param(
-    name: str, tensor: torch.Tensor, *, blocking: bool, version: int | None = None
-) -> Receipt | PendingBroadcast: ...
-
-
-def broadcast_single_param(
-    name: str, tensor: torch.Tensor, *, blocking: bool = True, version: int | None = None
-) -> Receipt | PendingBroadcast:
-    """``Bridge.broadcast_single_param`` on the default connection."""
-    return _default_bridge().broadcast_single_param(name, tensor, blocking=blocking, version=version)
-
-
-def send_heartbeat() -> None:
-    """``Bridge.send_heartbeat`` on the default connection."""
-    _default_bridge().send_heartbeat()
-
-
-def notify_update(model: nn.Module | dict[str, torch.Tensor], *, version: int | None = None) -> Receipt:
-    """``Bridge.notify_update`` on the default connection."""
-    return _default_bridge().notify_update(model, version=version)
-
-
-def close() -> None:
-    """Close the default connection, if there is one."""
-    global _default  # see _default_bridge
-    if _default is not None:
-        bridge, _default = _default, None
-        bridge.close()

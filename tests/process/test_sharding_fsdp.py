@@ -17,9 +17,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from bridge.errors import MappingError
 from bridge.guard import Guarded, StepGuard
+from bridge.names import canonical_names
 from bridge.param_mappings import export_param_mappings, load_param_mappings
 from bridge.protocol.plan import build_plan
-from bridge.sharding import LocalShards, canonical_names, collect, collect_single
+from bridge.sharding import LocalShards, collect, collect_single
 from tests.support.mappings import identity_mapping, shapes_of
 from tests.support.ranks import put_together, run_ranks
 

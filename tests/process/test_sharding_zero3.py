@@ -13,8 +13,9 @@ from torch import nn
 
 from bridge import zero3
 from bridge.errors import MappingError
+from bridge.names import canonical_names
 from bridge.protocol.plan import build_plan
-from bridge.sharding import canonical_names, collect
+from bridge.sharding import collect
 from tests.support.mappings import identity_mapping, shapes_of
 from tests.support.ranks import put_together, run_ranks
 

@@ -12,8 +12,9 @@ from torch import nn
 
 from bridge.catalogue import Catalogue
 from bridge.guard import Guarded
+from bridge.names import canonical_names
 from bridge.protocol.mapping import Mapping
-from bridge.sharding import canonical_names, collect
+from bridge.sharding import collect
 from tests.support.mappings import identity_mapping, shapes_of
 
 

@@ -1,0 +1,110 @@
+"""The functions of the package: methods of one ``Bridge``, made by the first call from the environment."""
+
+from __future__ import annotations
+
+import atexit
+from typing import Literal, overload
+
+import torch
+from torch import nn
+
+from bridge import environment
+from bridge.config import BridgeConfig
+from bridge.declared import DeclaredLayout
+from bridge.job import PendingBroadcast, Receipt
+from bridge.trainer import Bridge
+
+_default: Bridge | None = None
+
+
+def connect(config: BridgeConfig | None = None) -> Bridge:
+    """``Bridge.connect``."""
+    return Bridge.connect(config)
+
+
+def _default_bridge() -> Bridge:
+    global _default  # the one connection behind the module-level functions
+    if _default is None:
+        _default = Bridge(environment.bridge_config())
+        atexit.register(close)
+    return _default
+
+
+@overload
+def broadcast_weights(
+    model: nn.Module,
+    *,
+    blocking: Literal[True] = True,
+    version: int | None = None,
+    layout: DeclaredLayout | None = None,
+) -> Receipt: ...
+
+
+@overload
+def broadcast_weights(
+    model: nn.Module, *, blocking: bool, version: int | None = None, layout: DeclaredLayout | None = None
+) -> Receipt | PendingBroadcast: ...
+
+
+def broadcast_weights(
+    model: nn.Module,
+    *,
+    blocking: bool = True,
+    version: int | None = None,
+    layout: DeclaredLayout | None = None,
+) -> Receipt | PendingBroadcast:
+    """``Bridge.broadcast_weights`` on a connection made by the first call, from the environment."""
+    return _default_bridge().broadcast_weights(model, blocking=blocking, version=version, layout=layout)
+
+
+@overload
+def broadcast_single_param(
+    name: str,
+    tensor: torch.Tensor,
+    *,
+    blocking: Literal[True] = True,
+    version: int | None = None,
+    layout: DeclaredLayout | None = None,
+) -> Receipt: ...
+
+
+@overload
+def broadcast_single_param(
+    name: str,
+    tensor: torch.Tensor,
+    *,
+    blocking: bool,
+    version: int | None = None,
+    layout: DeclaredLayout | None = None,
+) -> Receipt | PendingBroadcast: ...
+
+
+def broadcast_single_param(
+    name: str,
+    tensor: torch.Tensor,
+    *,
+    blocking: bool = True,
+    version: int | None = None,
+    layout: DeclaredLayout | None = None,
+) -> Receipt | PendingBroadcast:
+    """``Bridge.broadcast_single_param`` on the default connection."""
+    bridge = _default_bridge()
+    return bridge.broadcast_single_param(name, tensor, blocking=blocking, version=version, layout=layout)
+
+
+def send_heartbeat() -> None:
+    """``Bridge.send_heartbeat`` on the default connection."""
+    _default_bridge().send_heartbeat()
+
+
+def notify_update(model: nn.Module | dict[str, torch.Tensor], *, version: int | None = None) -> Receipt:
+    """``Bridge.notify_update`` on the default connection."""
+    return _default_bridge().notify_update(model, version=version)
+
+
+def close() -> None:
+    """Close the default connection, if there is one."""
+    global _default  # see _default_bridge
+    if _default is not None:
+        bridge, _default = _default, None
+        bridge.close()
