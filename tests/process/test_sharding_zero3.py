@@ -14,7 +14,6 @@ from torch import nn
 from bridge import zero3
 from bridge.errors import MappingError
 from bridge.names import canonical_names
-from bridge.protocol.plan import build_plan
 from bridge.sharding import collect
 from tests.support.mappings import identity_mapping, shapes_of
 from tests.support.ranks import put_together, run_ranks
@@ -77,10 +76,9 @@ def partitioned(_: Path) -> None:
     mapping = identity_mapping(("checkpoint", shapes_of(expected)))
     for _round in range(2):
         shards = collect(model, mapping, rank=dist.get_rank())
-        layouts, found = put_together(shards, mapping, expected)
+        plan, found = put_together(shards, mapping)
         for name, tensor in expected.items():
             assert torch.equal(found[name], tensor), name
-        plan = build_plan(mapping, layouts, bucket_bytes=64)
         assert plan.total_bytes == sum(t.nbytes for t in expected.values())
         # Nothing was gathered or copied: what a rank shows is its own partition.
         owned = {p.ds_tensor.untyped_storage().data_ptr() for p in model.module.parameters()}
