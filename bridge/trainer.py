@@ -306,7 +306,8 @@ class Bridge:
     ) -> Receipt:
         """The HTTP fallback: write safetensors to the shared path and announce them; no group is needed.
 
-        Every rank calls it, as full tensors are gathered one at a time; rank 0 writes and posts.
+        Every rank calls it, as full tensors are gathered one at a time; rank 0 writes and posts. It knows no
+        declared layout: plain tensors must be whole, and as the server has them.
 
         Raises:
             ConfigError: no ``http_url`` or ``update_dir`` is configured.
