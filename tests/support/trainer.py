@@ -2,8 +2,8 @@
 
     python -m support.trainer KIND CHECKPOINT DTYPE      (RANK, WORLD_SIZE, MASTER_*, LOGDIR are set)
 
-KIND is plain, ddp, fsdp2, zero3 or declared. Commands: load, broadcast, wait, step, single, notify, heartbeat,
-close, memory and others: the methods of ``Trainer``.
+KIND is plain, ddp, fsdp2, zero3 or declared. Commands: load, broadcast, wait, step, single, notify,
+heartbeat, close, memory and others: the methods of ``Trainer``.
 """
 
 from __future__ import annotations
