@@ -114,9 +114,8 @@ class _Boxes:
         """How the shape of a tensor, or of a declared part, differs from its source's; or ""."""
         shape = zero3.full_shape(tensor)
         if isinstance(tensor, DTensor) or zero3.is_partitioned(tensor):
-            return (
-                "" if shape == source.shape else f"the model's has shape {shape}, the server's {source.shape}"
-            )
+            fault = f"the model's has shape {shape}, the server's {source.shape}"
+            return "" if shape == source.shape else fault
         box = self._layout.box(source.name, source.shape, shape, rank=self._rank)
         return box if isinstance(box, str) else ""
 

@@ -227,6 +227,8 @@ class Bridge:
         partial: bool,
     ) -> Receipt | PendingBroadcast:
         environment.check_enabled()
+        if layout is not None:  # before any rank waits for the others: all of them find it alike
+            layout.check_world(environment.ranks().world_size)
         if not blocking and zero3.steps_by_itself(module, parameters()):
             raise ConfigError(
                 "blocking=False needs an optimizer step that can be made to wait, and DeepSpeed's ZeRO has "
@@ -237,8 +239,6 @@ class Bridge:
         for attempt in range(2):
             session = self._ensure_session(device)
             try:
-                if layout is not None:
-                    layout.check_world(session.world_size)
                 if partial:
                     self._check_base(session)
                 shards, guarded = gather(session)

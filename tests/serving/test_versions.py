@@ -169,6 +169,12 @@ def test_two_tensor_parallel_ranks_that_shard_by_hand(qwen3, trainer):
             assert receipts[0]["version"] == receipts[1]["version"]
             assert receipts[0]["bytes"] <= whole
             assert_equal(qwen3.server.api.greedy(), qwen3.fresh[index]["greedy"], tolerance=1e-5)
+        declared.must("declare", tp_degree=4)
+        for answer in declared.command("broadcast"):
+            assert answer["type"] == "TopologyError"
+            assert "do not divide the 2 trainer rank(s)" in answer["error"]
+        declared.must("declare", tp_degree=2)
+        declared.must("broadcast")
         declared.must("single", name=SINGLE, value=0.01)
         assert_equal(qwen3.server.api.greedy(), qwen3.fresh[2]["greedy"], tolerance=1e-5)
         declared.must("close")

@@ -130,6 +130,13 @@ class Trainer:
                     parameter.copy_(full)
         return {}
 
+    def declare(self, tp_degree: int) -> dict[str, Any]:
+        """Say from now on that so many ranks are tensor parallel."""
+        import msgspec
+
+        self.layout = msgspec.structs.replace(self.layout, tp_degree=tp_degree)
+        return {}
+
     def perturb(self, seed: int) -> dict[str, Any]:
         """Change every weight by a seeded amount (cheap, for large models; plain models only)."""
         with torch.no_grad():
