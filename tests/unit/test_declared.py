@@ -184,6 +184,15 @@ def test_a_permuted_weight_costs_one_strided_copy() -> None:
     assert (copy.size, copy.src_stride) == ((2, 2, 2, 3), (12, 3, 6, 1))
 
 
+def test_weights_of_one_shape_in_two_orders_do_not_share_their_pieces() -> None:
+    whole = {name: torch.randn(8, 3) for name in ("v", "q", "o")}
+    layout = DeclaredLayout(needs_permute=["q"], head_dim=4)
+    mapping = identity_mapping(("checkpoint", shapes_of(whole)), dtype="float32")
+    (arrived,) = brought(mapping, [held_by(0, whole, layout)], layout)
+    for flat, tensor in zip(arrived, whole.values(), strict=True):
+        assert torch.equal(flat.view(8, 3), tensor)
+
+
 # --- refusals ----------------------------------------------------------------------------------------------
 
 
