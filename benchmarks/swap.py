@@ -376,7 +376,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="swap-") as directory:
         model = Path(directory) / "model"
         write_shape(model, args.shape)
-        env = {"VLLM_SERVER_DEV_MODE": "1", "CUDA_VISIBLE_DEVICES": visible[0]}
+        env = {
+            "VLLM_SERVER_DEV_MODE": "1",
+            "BRIDGE_BENCHMARK_NATIVE": "1",  # both write the same weights, and only whole ones
+            "CUDA_VISIBLE_DEVICES": visible[0],
+        }
         server = Server(model, Path(directory) / "log", flags=flags, bridge_flags=args.bridge_flag, env=env)
         trainers = None
         try:

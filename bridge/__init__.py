@@ -24,7 +24,9 @@ if TYPE_CHECKING:
         close,
         connect,
         notify_update,
+        round,
         send_heartbeat,
+        update_weight,
     )
     from bridge.errors import (
         BridgeError,
@@ -41,11 +43,10 @@ if TYPE_CHECKING:
         TransferError,
         UnsupportedVersion,
     )
-    from bridge.job import PendingBroadcast, Receipt
     from bridge.legacy import VLLMWeightBridge, create_bridge_from_training_config
     from bridge.param_mappings import export_param_mappings, load_param_mappings
     from bridge.protocol.messages import PROTOCOL_VERSION
-    from bridge.trainer import Bridge
+    from bridge.trainer import Bridge, PendingBroadcast, Receipt, Round
 
 __version__ = "0.1.0"
 
@@ -65,6 +66,7 @@ __all__ = [
     "Receipt",
     "RendezvousError",
     "RendezvousRefused",
+    "Round",
     "RoundAborted",
     "TopologyError",
     "TransferError",
@@ -79,20 +81,14 @@ __all__ = [
     "export_param_mappings",
     "load_param_mappings",
     "notify_update",
+    "round",
     "send_heartbeat",
+    "update_weight",
 ]
 
 _HOMES = {
     "bridge.config": ("BridgeConfig",),
     "bridge.declared": ("DeclaredLayout",),
-    "bridge.default": (
-        "broadcast_single_param",
-        "broadcast_weights",
-        "close",
-        "connect",
-        "notify_update",
-        "send_heartbeat",
-    ),
     "bridge.errors": (
         "BridgeError",
         "ChecksumMismatch",
@@ -108,11 +104,20 @@ _HOMES = {
         "TransferError",
         "UnsupportedVersion",
     ),
-    "bridge.job": ("PendingBroadcast", "Receipt"),
     "bridge.legacy": ("VLLMWeightBridge", "create_bridge_from_training_config"),
     "bridge.param_mappings": ("export_param_mappings", "load_param_mappings"),
     "bridge.protocol.messages": ("PROTOCOL_VERSION",),
-    "bridge.trainer": ("Bridge",),
+    "bridge.trainer": ("Bridge", "PendingBroadcast", "Receipt", "Round"),
+    "bridge.default": (
+        "broadcast_single_param",
+        "broadcast_weights",
+        "close",
+        "connect",
+        "notify_update",
+        "round",
+        "send_heartbeat",
+        "update_weight",
+    ),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -1,9 +1,10 @@
-"""The functions of the package: methods of one ``Bridge``, made by the first call from the environment."""
+"""The module-level functions: methods of one ``Bridge``, made from the environment by the first call."""
 
 from __future__ import annotations
 
 import atexit
-from typing import Literal, overload
+from contextlib import AbstractContextManager
+from typing import Literal, Unpack, overload
 
 import torch
 from torch import nn
@@ -12,7 +13,8 @@ from bridge import environment
 from bridge.config import BridgeConfig
 from bridge.declared import DeclaredLayout
 from bridge.job import PendingBroadcast, Receipt
-from bridge.trainer import Bridge
+from bridge.parts import Round
+from bridge.trainer import Bridge, Options, Weights
 
 _default: Bridge | None = None
 
@@ -32,29 +34,21 @@ def _default_bridge() -> Bridge:
 
 @overload
 def broadcast_weights(
-    model: nn.Module,
-    *,
-    blocking: Literal[True] = True,
-    version: int | None = None,
-    layout: DeclaredLayout | None = None,
+    model: Weights, *, blocking: Literal[True] = True, **options: Unpack[Options]
 ) -> Receipt: ...
 
 
 @overload
 def broadcast_weights(
-    model: nn.Module, *, blocking: bool, version: int | None = None, layout: DeclaredLayout | None = None
+    model: Weights, *, blocking: bool, **options: Unpack[Options]
 ) -> Receipt | PendingBroadcast: ...
 
 
 def broadcast_weights(
-    model: nn.Module,
-    *,
-    blocking: bool = True,
-    version: int | None = None,
-    layout: DeclaredLayout | None = None,
+    model: Weights, *, blocking: bool = True, **options: Unpack[Options]
 ) -> Receipt | PendingBroadcast:
     """``Bridge.broadcast_weights`` on a connection made by the first call, from the environment."""
-    return _default_bridge().broadcast_weights(model, blocking=blocking, version=version, layout=layout)
+    return _default_bridge().broadcast_weights(model, blocking=blocking, **options)
 
 
 @overload
@@ -90,6 +84,16 @@ def broadcast_single_param(
     """``Bridge.broadcast_single_param`` on the default connection."""
     bridge = _default_bridge()
     return bridge.broadcast_single_param(name, tensor, blocking=blocking, version=version, layout=layout)
+
+
+def round(*, version: int | None = None, blocking: bool = True) -> AbstractContextManager[Round]:
+    """``Bridge.round`` on the default connection."""
+    return _default_bridge().round(version=version, blocking=blocking)
+
+
+def update_weight(name: str, tensor: torch.Tensor) -> None:
+    """``Bridge.update_weight`` on the default connection."""
+    _default_bridge().update_weight(name, tensor)
 
 
 def send_heartbeat() -> None:

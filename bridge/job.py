@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
+from typing import Literal
 
 import msgspec
 
@@ -12,13 +13,15 @@ from bridge.errors import BridgeError
 from bridge.guard import StepGuard
 from bridge.sharding import LocalShards
 
+Encoding = Literal["dense", "auto", "delta"]
+
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     """What one broadcast did. Seconds are wall-clock; ``flip_s`` is the longest stand-still of a rank, which
     with ``serve --staging in-place`` spans the transfer.
 
-    ``bytes`` counts what reached the inference ranks; ``transfer_s`` moving it, ``stage_s`` from the start
-    of the round to every rank holding it, ``total_s`` the whole broadcast as this rank saw it.
+    ``bytes`` counts what travelled to the inference ranks; ``transfer_s`` moving it, ``stage_s`` from the
+    start of the round to every rank holding it, ``total_s`` the whole broadcast as this rank saw it.
     """
 
     version: int
@@ -33,11 +36,11 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
 class Job:
     """One broadcast, between the caller and the background thread."""
 
-    def __init__(self, shards: LocalShards, *, version: int, call: int, partial: bool) -> None:
+    def __init__(self, shards: LocalShards, *, version: int, call: int, encoding: Encoding) -> None:
         self.shards = shards
         self.version = version
         self.call = call
-        self.partial = partial
+        self.encoding = encoding
         self.started = time.monotonic()
         self.released = threading.Event()
         self.finished = threading.Event()

@@ -136,13 +136,25 @@ def _agree(session: str, ranks: Ranks) -> str:
     """Give every trainer rank rank 0's session id, over the trainer's own default group; "" is a failure."""
     if ranks.world_size == 1:
         return session
-    backend = str(dist.get_backend())
-    device = torch.device("cpu") if "gloo" in backend or "cpu" in backend else torch.device("cuda")
     data = bytes.fromhex(session).ljust(16, b"\0")
-    wire = torch.tensor(list(data), dtype=torch.uint8, device=device)
+    wire = torch.tensor(list(data), dtype=torch.uint8, device=_group_device())
     dist.broadcast(wire, src=0)
     agreed = bytes(wire.cpu().tolist())
     return agreed.hex() if any(agreed) else ""
+
+
+def any_rank(flag: bool, ranks: Ranks) -> bool:
+    """Whether ``flag`` is set on any trainer rank, asked over the trainer's own default group."""
+    if ranks.world_size == 1:
+        return flag
+    wire = torch.tensor([int(flag)], dtype=torch.int32, device=_group_device())
+    dist.all_reduce(wire, op=dist.ReduceOp.MAX)
+    return bool(wire.item())
+
+
+def _group_device() -> torch.device:
+    backend = str(dist.get_backend())
+    return torch.device("cpu") if "gloo" in backend or "cpu" in backend else torch.device("cuda")
 
 
 def meet(

@@ -7,15 +7,19 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from bridge.errors import ConfigError
+from bridge.job import Encoding
 from bridge.protocol.mapping import Mapping
 from bridge.protocol.plan import Lane, Plan
 from bridge.sharding import LocalShards
 from bridge.wire import cuda
+from bridge.wire.delta_transport import Chain, DeltaSource
 from bridge.wire.device_transport import DevicePullSource, Showcase, Shown, SummedRounds
 from bridge.wire.nccl import Pair, store_of
 from bridge.wire.nccl_transport import NcclSource, Workspace
 from bridge.wire.rendezvous import Answer, Group, Store
 from bridge.wire.transport import (
+    GLOO,
     GPU_PULL,
     NCCL,
     PULL,
@@ -61,6 +65,8 @@ class Mover:
         self._buffers = SendBuffers()
         self._showcase: Showcase | None = None
         self._wanted: tuple[bytes, list[torch.dtype]] = (b"", [])
+        self._chains: dict[int, Chain] = {}
+        self._last_joint = ""
 
     def join_pairs(self, store: Store, answer: Answer) -> None:
         """Join the updaters that chose NCCL, in the order in which they join the trainers.
@@ -87,26 +93,48 @@ class Mover:
         """The epoch is over: whoever waits for the GPU is to stop. Called by any thread."""
         self._interrupted.set()
 
-    def move(self, plan: Plan, shards: LocalShards, *, before: Callable[[int], None]) -> None:
+    def move(
+        self,
+        plan: Plan,
+        shards: LocalShards,
+        *,
+        joint: str,
+        encoding: Encoding,
+        before: Callable[[int], None],
+    ) -> None:
         """Send this rank's part of ``plan``; ``before`` is called with each bucket's index.
 
+        ``joint`` names the round's layouts and encoding: the second of two alike may carry changes only.
+
         Raises:
+            ConfigError: differences were asked for on a way that carries none.
             PeerLost: an updater is gone, or silent for longer than the deadline.
             DeviceError: CUDA refused to show or to snapshot a shard.
         """
+        if encoding == "dense" or joint != self._last_joint:
+            self._chains.clear()
+        self._last_joint = ""  # until this round has ended well
         try:
-            self._move(plan, shards, before)
+            self._move(plan, shards, encoding, before)
+            self._last_joint = joint
         except BaseException:
             self._abort_pairs()  # or a kernel would wait for ever on this GPU
             raise
 
-    def _move(self, plan: Plan, shards: LocalShards, before: Callable[[int], None]) -> None:
+    def _move(
+        self, plan: Plan, shards: LocalShards, encoding: Encoding, before: Callable[[int], None]
+    ) -> None:
         if self._device is not None:
             cuda.use(self._device)
         lanes = [lane for lane in plan.lanes if lane.trainer == self._rank]
+        if encoding == "delta":
+            self._check_carries_differences(lanes)
         shown = self._show(plan, lanes, shards.tensors)
         checked = self._summed.includes(plan.digest)
-        sources = [self._source(lane, shards.tensors, shown, plan.total_bytes, checked) for lane in lanes]
+        timeout_s = self._deadline_s + plan.total_bytes / SLOWEST_BYTES_PER_S
+        sources = [
+            self._source(lane, shards.tensors, shown, timeout_s, encoding, checked=checked) for lane in lanes
+        ]
         for source in sources:
             source.open()
         for index in range(plan.num_buckets):
@@ -118,6 +146,15 @@ class Mover:
             source.close()
         if self._workspace is not None:
             self._workspace.let_go()
+
+    def _check_carries_differences(self, lanes: Sequence[Lane]) -> None:
+        for lane in lanes:
+            if (link := self._links[lane.inference]) != GLOO:
+                raise ConfigError(
+                    f"encoding='delta' was asked for, but the updater of inference rank {lane.inference} "
+                    f"takes trainer rank {self._rank}'s buckets by {link}, which carries whole ones only; "
+                    "pass encoding='auto', or serve with --transport gloo"
+                )
 
     def close(self) -> None:
         """Give back the device memory that was taken beside the weights, and leave NCCL."""
@@ -159,14 +196,16 @@ class Mover:
         lane: Lane,
         tensors: Sequence[torch.Tensor],
         shown: Shown | None,
-        total_bytes: int,
+        timeout_s: float,
+        encoding: Encoding,
+        *,
         checked: bool,
     ) -> Source:
         link = DataLink(
             self._group,
             self._world_size + lane.inference,
             who=f"the updater of inference rank {lane.inference}",
-            timeout_s=self._deadline_s + total_bytes / SLOWEST_BYTES_PER_S,
+            timeout_s=timeout_s,
         )
         transport = self._links[lane.inference]
         if transport == GPU_PULL:
@@ -181,4 +220,8 @@ class Mover:
             assert self._workspace is not None
             pair = self._pairs[lane.inference]
             return NcclSource(link, pair, tensors, wire_dtypes, lane, self._workspace, checked=checked)
-        return GlooSource(link, tensors, wire_dtypes, self._buffers)
+        if encoding == "dense":
+            return GlooSource(link, tensors, wire_dtypes, self._buffers)
+        chain = self._chains.setdefault(lane.inference, Chain(lane))
+        whole = {index for index, target in enumerate(targets) if target.transform}
+        return DeltaSource(link, tensors, wire_dtypes, self._buffers, chain, whole=whole)

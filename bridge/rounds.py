@@ -16,8 +16,16 @@ import torch
 
 from bridge.config import BridgeConfig
 from bridge.environment import Ranks
-from bridge.errors import BridgeError, DeviceError, PeerLost, ProtocolError, RoundAborted, TransferError
-from bridge.job import Job, Receipt
+from bridge.errors import (
+    BridgeError,
+    ConfigError,
+    DeviceError,
+    PeerLost,
+    ProtocolError,
+    RoundAborted,
+    TransferError,
+)
+from bridge.job import Encoding, Job, Receipt
 from bridge.joining import ask_admission, meet
 from bridge.moving import Mover
 from bridge.protocol.mapping import Mapping
@@ -131,10 +139,12 @@ class Session:
 
     # --- the caller's side -------------------------------------------------------------------------
 
-    def submit(self, shards: LocalShards, *, call: int, version: int | None, partial: bool) -> Job:
+    def submit(
+        self, shards: LocalShards, *, call: int, version: int | None, encoding: Encoding = "dense"
+    ) -> Job:
         """Hand a broadcast to the background thread; ``call`` counts this process's broadcasts."""
         wanted = self.version + 1 if version is None else version
-        job = Job(shards, version=wanted, call=call, partial=partial)
+        job = Job(shards, version=wanted, call=call, encoding=encoding)
         self._inbox.put(job)
         return job
 
@@ -347,7 +357,10 @@ class Session:
     def _start_moving(self, job: Job) -> None:
         layouts = [self._coordinator.layouts[rank] for rank in range(self.world_size)]
         joint = self._meeting.publish_round(
-            layouts, partial=job.partial, bucket_bytes=self._answer.bucket_bytes
+            layouts,
+            partial=job.shards.partial,
+            encoding=job.encoding,
+            bucket_bytes=self._answer.bucket_bytes,
         )
         plan, _, _ = self._meeting.plan(joint)
         for action in self._coordinator.announce(plan.digest, joint):
@@ -355,13 +368,24 @@ class Session:
         self._move(job, joint, plan.digest)
 
     def _move(self, job: Job, joint: str, plan_digest: bytes) -> None:
-        plan, _, _ = self._meeting.plan(joint)
+        plan, _, agreed = self._meeting.plan(joint)
         if plan.digest != plan_digest:
             raise TransferError(
                 f"plan digests differ: trainer rank 0 has {plan_digest.hex()}, trainer rank {self.rank} has "
                 f"{plan.digest.hex()}; all ranks must read the same mapping file"
             )
-        self._mover.move(plan, job.shards, before=lambda index: self._announce(job.version, index))
+        if agreed.encoding != job.encoding:
+            raise ConfigError(
+                f"version {job.version}: trainer rank 0 broadcasts with encoding={agreed.encoding!r}, "
+                f"trainer rank {self.rank} with {job.encoding!r}; all ranks must pass the same"
+            )
+        self._mover.move(
+            plan,
+            job.shards,
+            joint=joint,
+            encoding=job.encoding,
+            before=lambda index: self._announce(job.version, index),
+        )
 
     def _announce(self, version: int, index: int) -> None:
         """Rank 0 tells the daemons which bucket is next."""

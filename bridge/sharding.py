@@ -7,12 +7,14 @@ declared (``declared``). What cannot be said so is refused by name.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.distributed.tensor.placement_types import Shard as ShardPlacement
@@ -21,7 +23,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from bridge import zero3
 from bridge.declared import DeclaredLayout
 from bridge.errors import MappingError, TransferError
-from bridge.names import Named, by_name
+from bridge.names import canonical_names, without_wrappers
 from bridge.protocol.holders import CASTS
 from bridge.protocol.mapping import Mapping as MappingDocument
 from bridge.protocol.mapping import Source, Vocabulary
@@ -31,6 +33,7 @@ _EXAMPLES = 3
 _EVENT_POLL_S = 0.0002
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
+Named = nn.Module | Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class LocalShards:
     contiguous, and the tensor is a copy taken when the shards were collected. ``owners`` are the parameters.
     ``computed`` are events on the collecting streams, one for each GPU: the values are there once they have
     passed. ``lasting`` is False where an owner's memory is no guide to a later broadcast's (ZeRO-3).
+    ``partial`` is True where the server needs more, which stays as it is.
     """
 
     layout: Layout
@@ -50,6 +54,7 @@ class LocalShards:
     owners: list[torch.Tensor] = field(default_factory=list, repr=False)
     computed: tuple[torch.cuda.Event, ...] = field(default=(), repr=False)
     lasting: bool = True
+    partial: bool = False
 
     def wait_computed(self, *, timeout_s: float) -> None:
         """Wait until the GPU has computed the values, as of when the shards were collected.
@@ -88,16 +93,15 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _Boxes:
-    """Boxes of tensors, those of DTensors by their geometry: layers repeat, so few are ever worked out."""
+    """Boxes of DTensors by their geometry: layers repeat, so few are ever worked out."""
 
-    def __init__(self, layout: DeclaredLayout, rank: int) -> None:
-        self._layout, self._rank = layout, rank
+    def __init__(self) -> None:
         self._known: dict[tuple[object, ...], Box | str | None] = {}
 
-    def of(self, source: Source, tensor: torch.Tensor, local: torch.Tensor) -> Box | str | None:
+    def of(self, tensor: torch.Tensor, local: torch.Tensor) -> Box | str | None:
         """The box that ``local`` is; None if this rank holds nothing; a string is why it is not one box."""
         if not isinstance(tensor, DTensor):
-            return self._layout.box(source.name, source.shape, local.shape, rank=self._rank)
+            return (0,) * tensor.ndim, tuple(tensor.shape)
         key = (tuple(tensor.shape), id(tensor.device_mesh), tensor.placements)
         if key not in self._known:
             coordinate = tensor.device_mesh.get_coordinate()
@@ -109,15 +113,6 @@ class _Boxes:
         if box is None and local.numel():
             return f"holds {local.numel()} elements, although its placements give this rank none"
         return box
-
-    def shape_fault(self, source: Source, tensor: torch.Tensor) -> str:
-        """How the shape of a tensor, or of a declared part, differs from its source's; or ""."""
-        shape = zero3.full_shape(tensor)
-        if isinstance(tensor, DTensor) or zero3.is_partitioned(tensor):
-            fault = f"the model's has shape {shape}, the server's {source.shape}"
-            return "" if shape == source.shape else fault
-        box = self._layout.box(source.name, source.shape, shape, rank=self._rank)
-        return box if isinstance(box, str) else ""
 
 
 def _box(
@@ -167,7 +162,62 @@ def _tensor_fault(tensor: torch.Tensor, local: torch.Tensor) -> str:
     return ""
 
 
+@dataclass(frozen=True)
+class Part:
+    """What this rank holds of one tensor: boxes, each with the memory it lies in.
+
+    ``shape`` is the whole tensor's, ``fault`` is why the rest cannot be said, or "". ``owner`` is the tensor
+    itself, None where the memory is a copy.
+    """
+
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    boxes: Sequence[tuple[Box, torch.Tensor]] = ()
+    fault: str = ""
+    owner: torch.Tensor | None = None
+
+
+def part_of(tensor: torch.Tensor, boxes: _Boxes | None = None) -> Part:
+    """What this rank holds of ``tensor``; ``boxes`` remembers geometries from one call to the next."""
+    partitioned = zero3.is_partitioned(tensor)
+    held = zero3.parts(tensor) if partitioned else _held(tensor, boxes or _Boxes())
+    if isinstance(held, str):
+        return Part(fault=held)
+    return Part(zero3.full_shape(tensor), _dtype_name(tensor), held, owner=tensor)
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` does not say which part of a parameter it is."""
+    return not isinstance(tensor, DTensor) and not zero3.is_partitioned(tensor)
+
+
+def place(part: Part, source: Source, layout: DeclaredLayout | None, *, rank: int) -> Part:
+    """``part`` with the box of ``source`` that ``layout`` says; plain tensors need that, others know it."""
+    if layout is None or part.owner is None or not is_plain(part.owner):
+        return part
+    box = layout.box(source.name, source.shape, part.shape, rank=rank)
+    if isinstance(box, str):
+        return Part(fault=box)
+    return dataclasses.replace(part, shape=source.shape, boxes=[(box, local) for _, local in part.boxes])
+
+
+def _held(tensor: torch.Tensor, boxes: _Boxes) -> list[tuple[Box, torch.Tensor]] | str:
+    local = local_tensor(tensor)
+    box = _tensor_fault(tensor, local) or boxes.of(tensor, local)
+    if isinstance(box, str):
+        return box
+    return [] if box is None or 0 in box[1] else [(box, local)]
+
+
 # --- collecting --------------------------------------------------------------------------------------------
+
+
+def _by_name(named: Named) -> dict[str, torch.Tensor]:
+    if isinstance(named, nn.Module):
+        return canonical_names(named)
+    items = list(named.items() if isinstance(named, Mapping) else named)
+    names = without_wrappers(name for name, _ in items)
+    return {name: tensor for name, (_, tensor) in zip(names, items, strict=True)}
 
 
 def collect(
@@ -189,13 +239,13 @@ def collect(
         MappingError: the model does not fit; lists every fault found on this rank.
     """
     try:
-        tensors = by_name(named)
+        tensors = _by_name(named)
     except MappingError as err:
-        raise _faulty([str(err)], mapping, rank) from err
+        raise faulty([str(err)], mapping, rank) from err
     vocabulary = max(mapping.vocabularies, key=lambda v: sum(s.name in tensors for s in v.sources))
     known = {source.name for source in vocabulary.sources}
     if not known & tensors.keys():
-        raise _faulty([_strangers(tensors, vocabulary)], mapping, rank)
+        raise faulty([_strangers(tensors, vocabulary)], mapping, rank)
     unused = frozenset(vocabulary.unused)
     wanted = [(i, s) for i, s in enumerate(vocabulary.sources) if s.name not in unused]
     faults = [
@@ -210,82 +260,48 @@ def collect(
         for name, tensor in tensors.items()
         if name not in known and name not in unused and id(tensor) not in sent
     ]
-    layout = layout or DeclaredLayout()
-    faults += layout.strangers(tensors)
-    present = [(i, s, tensors[s.name]) for i, s in wanted if s.name in tensors]
-    return _shards(present, mapping, vocabulary, rank, layout, faults)
+    faults += layout.strangers(tensors) if layout else []
+    boxes = _Boxes()
+    present = [(i, s, part_of(tensors[s.name], boxes)) for i, s in wanted if s.name in tensors]
+    return make_shards(present, mapping, vocabulary, rank, faults, layout)
 
 
-def collect_single(
-    name: str,
-    tensor: torch.Tensor,
-    mapping: MappingDocument,
-    *,
-    rank: int,
-    layout: DeclaredLayout | None = None,
-) -> LocalShards:
-    """As ``collect``, for one tensor by its name in the mapping.
-
-    Raises:
-        MappingError: no vocabulary knows the name, or the tensor does not fit.
-    """
-    ((name, tensor),) = by_name({name: tensor}).items()
-    homes = [(v, i, s) for v in mapping.vocabularies for i, s in enumerate(v.sources) if s.name == name]
-    if not homes:
-        sizes = ", ".join(f"{len(v.sources)} {v.name} names" for v in mapping.vocabularies)
-        raise _faulty([f"{name}: the server knows no such parameter among {sizes}"], mapping, rank)
-    # Both vocabularies may know the name, but for tensors of different shape.
-    layout = layout or DeclaredLayout()
-    boxes = _Boxes(layout, rank)
-    fits = (home for home in homes if not boxes.shape_fault(home[2], tensor))
-    vocabulary, index, source = next(fits, homes[0])
-    faults = [f"{name}: the server's loader drops it, so sending it changes nothing"]
-    dropped = name in vocabulary.unused
-    present = [(index, source, tensor)]
-    return _shards(present, mapping, vocabulary, rank, layout, faults if dropped else [])
-
-
-def _shards(
-    present: Sequence[tuple[int, Source, torch.Tensor]],
+def make_shards(
+    present: Sequence[tuple[int, Source, Part]],
     mapping: MappingDocument,
     vocabulary: Vocabulary,
     rank: int,
-    layout: DeclaredLayout,
     faults: list[str],
+    declared: DeclaredLayout | None = None,
 ) -> LocalShards:
+    """Shards of the sources that are there, by index in the vocabulary; plain ones as ``declared`` says.
+
+    Raises:
+        MappingError: there are ``faults`` already, or a part does not fit; lists them all.
+    """
     targets = _target_dtypes(mapping, vocabulary.name)
-    boxes, shards, locals_, contiguous, owners, lasting = _Boxes(layout, rank), [], [], [], [], True
-    for index, source, tensor in present:
-        lasting = lasting and not zero3.is_partitioned(tensor)
-        held = _held(source, tensor, targets.get(index, {}), boxes)
-        head_dim = layout.permuted(source.name, source.shape)
-        faults += [f"{source.name}: {fault}" for fault in (held, head_dim) if isinstance(fault, str)]
-        if isinstance(held, str) or isinstance(head_dim, str):
+    shards, locals_, contiguous, owners, lasting = [], [], [], [], True
+    for index, source, part in present:
+        part = place(part, source, declared, rank=rank)
+        head_dim = declared.permuted(source.name, source.shape) if declared else 0
+        fit = part.fault or _fit_fault(source, part, targets.get(index, {}))
+        if fit or isinstance(head_dim, str):
+            found = (fault for fault in (fit, head_dim) if fault and isinstance(fault, str))
+            faults += [f"{source.name}: {fault}" for fault in found]
             continue
-        for (offset, shape), local in held:
-            dtype = _dtype_name(tensor)
-            shards.append(Shard(source=index, offset=offset, shape=shape, dtype=dtype, head_dim=head_dim))
+        lasting = lasting and part.owner is not None and not zero3.is_partitioned(part.owner)
+        for box, local in part.boxes:
+            shards.append(
+                Shard(source=index, offset=box[0], shape=box[1], dtype=part.dtype, head_dim=head_dim)
+            )
             contiguous.append(local.is_contiguous())
             locals_.append(local.detach().contiguous())
-            owners.append(tensor)
+            if part.owner is not None:
+                owners.append(part.owner)
     if faults:
-        raise _faulty(faults, mapping, rank, vocabulary)
-    found = Layout(rank=rank, vocabulary=vocabulary.name, shards=tuple(shards))
-    return LocalShards(found, locals_, tuple(contiguous), owners, mark_computed(locals_), lasting)
-
-
-def _held(
-    source: Source, tensor: torch.Tensor, targets: Mapping[str, str], boxes: _Boxes
-) -> list[tuple[Box, torch.Tensor]] | str:
-    """What this rank holds of one tensor, box by box; a string is why that cannot be said."""
-    if zero3.is_partitioned(tensor):
-        return boxes.shape_fault(source, tensor) or _dtype_fault(tensor, targets) or zero3.parts(tensor)
-    local = local_tensor(tensor)
-    fault = _tensor_fault(tensor, local) or boxes.shape_fault(source, tensor) or _dtype_fault(tensor, targets)
-    box = fault or boxes.of(source, tensor, local)
-    if isinstance(box, str):
-        return box
-    return [] if box is None or 0 in box[1] else [(box, local)]
+        raise faulty(faults, mapping, rank, vocabulary)
+    layout = Layout(rank=rank, vocabulary=vocabulary.name, shards=tuple(shards))
+    return LocalShards(layout, locals_, tuple(contiguous), owners, mark_computed(locals_), lasting)
 
 
 def mark_computed(tensors: Sequence[torch.Tensor]) -> tuple[torch.cuda.Event, ...]:
@@ -314,12 +330,13 @@ def _dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _dtype_fault(tensor: torch.Tensor, targets: Mapping[str, str]) -> str:
-    """How a tensor differs from its targets in dtype, or ""."""
-    dtype = _dtype_name(tensor)
+def _fit_fault(source: Source, part: Part, targets: Mapping[str, str]) -> str:
+    """How a tensor differs from its source in shape, or from its targets in dtype; or ""."""
+    if part.shape != source.shape:
+        return f"the model's has shape {part.shape}, the server's {source.shape}"
     for target, name in targets.items():
-        if target != dtype and (dtype, target) not in CASTS:
-            return f"the model's is {dtype}, which is not cast to the server's {target} ({name})"
+        if target != part.dtype and (part.dtype, target) not in CASTS:
+            return f"the model's is {part.dtype}, which is not cast to the server's {target} ({name})"
     return ""
 
 
@@ -348,9 +365,10 @@ def _strangers(tensors: Mapping[str, torch.Tensor], vocabulary: Vocabulary) -> s
     return f"no parameter of the model has a name the server knows: it has {ours}, .. and not {theirs}, .."
 
 
-def _faulty(
+def faulty(
     faults: Sequence[str], mapping: MappingDocument, rank: int, vocabulary: Vocabulary | None = None
 ) -> MappingError:
+    """The error that lists ``faults`` of this rank's model."""
     names = "" if vocabulary is None else f" by its {vocabulary.name} names"
     omitted = "".join(
         f"\n  (the {name} names are not available: {reason})"

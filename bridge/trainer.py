@@ -14,23 +14,40 @@ process, so a blocking call and a handle from ``blocking=False`` take the same p
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
-from typing import Literal, Self, overload
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal, Self, TypedDict, Unpack, get_args, overload
 
 import torch
 from torch import nn
 
 from bridge import environment, zero3
+from bridge.adapters import Merged, merge
 from bridge.catalogue import Catalogue
 from bridge.config import BridgeConfig
 from bridge.declared import DeclaredLayout
-from bridge.errors import BridgeError, ConfigError
+from bridge.errors import BridgeError, ConfigError, RoundAborted
 from bridge.guard import Guarded, StepGuard
-from bridge.job import PendingBroadcast, Receipt
+from bridge.job import Encoding, PendingBroadcast, Receipt
+from bridge.joining import any_rank
+from bridge.parts import Round, collect_single
 from bridge.rounds import Session
-from bridge.sharding import LocalShards, collect, collect_single, current_gpu, device_of
+from bridge.sharding import LocalShards, collect, current_gpu, device_of
 
 logger = logging.getLogger(__name__)
+
+Weights = nn.Module | Mapping[str, torch.Tensor]
+
+__all__ = ["Bridge", "PendingBroadcast", "Receipt", "Round"]
+
+
+class Options(TypedDict, total=False):
+    """Keywords of ``Bridge.broadcast_weights``, which says what they mean."""
+
+    version: int | None
+    encoding: Encoding
+    adapters: Literal["merge"] | None
+    layout: DeclaredLayout | None
 
 
 class Bridge:
@@ -40,26 +57,31 @@ class Bridge:
     broadcast makes a new one under a new epoch, so a restarted server or trainer needs no further call.
     """
 
-    def __init__(self, config: BridgeConfig) -> None:
+    def __init__(self, config: BridgeConfig, *, ranks: environment.Ranks | None = None) -> None:
+        """``ranks``: as for ``connect``."""
         self.config = config
+        self._ranks = ranks
         self._session: Session | None = None
         self._pending: PendingBroadcast | None = None
+        self._round: Round | None = None
         self._calls = 0
         self._base: tuple[str, int] | None = None
         self._catalogue: Catalogue | None = None
 
     @classmethod
-    def connect(cls, config: BridgeConfig | None = None) -> Self:
+    def connect(cls, config: BridgeConfig | None = None, *, ranks: environment.Ranks | None = None) -> Self:
         """Meet the inference side now; every trainer rank must call it.
 
         Args:
             config: default is what the environment says (``BRIDGE_CONFIG``, ``BRIDGE_LOGDIR``, ``LOGDIR``).
+            ranks: this process among those that broadcast; default is the default process group, else the
+                environment. ``Ranks()`` for one that broadcasts alone, whatever group it is in.
 
         Raises:
             ConfigError: no mapping can be found, or it is damaged.
             RendezvousError: the daemon cannot be reached, or refuses.
         """
-        bridge = cls(config or environment.bridge_config())
+        bridge = cls(config or environment.bridge_config(), ranks=ranks)
         bridge._ensure_session(current_gpu())
         return bridge
 
@@ -69,13 +91,30 @@ class Bridge:
         Weights on another GPU than the session's, or back in host memory, are sent from a snapshot: every
         rank must decide alike, and this one cannot ask.
         """
-        gpu_came = self._session is not None and self._session.device is None and device is not None
-        if self._session is not None and (self._session.closed or gpu_came):
+        if self._session is not None and not self._is_over(device):
+            return self._session
+        return self._open_session(device)
+
+    def _is_over(self, device: torch.device | None) -> bool:
+        session = self._session
+        return session is None or bool(session.closed) or (session.device is None and device is not None)
+
+    def _open_session(self, device: torch.device | None) -> Session:
+        if self._session is not None:
             self._session.close()
             self._session = None
-        if self._session is None:
-            self._session = Session.open(self.config, environment.ranks(), device=device)
+        self._session = Session.open(self.config, self._ranks or environment.ranks(), device=device)
         return self._session
+
+    def _agreed_session(self) -> Session:
+        """As ``_ensure_session``, but ranks decide together.
+
+        The news that an epoch is over reaches them at different times, and a rank that went on alone would
+        wait for the others in the first gather of its round.
+        """
+        device = current_gpu()
+        anew = any_rank(self._is_over(device), self._ranks or environment.ranks())
+        return self._open_session(device) if anew or self._session is None else self._session
 
     @property
     def weight_version(self) -> int:
@@ -84,60 +123,65 @@ class Bridge:
 
     @overload
     def broadcast_weights(
-        self,
-        model: nn.Module,
-        *,
-        blocking: Literal[True] = True,
-        version: int | None = None,
-        layout: DeclaredLayout | None = None,
+        self, model: Weights, *, blocking: Literal[True] = True, **options: Unpack[Options]
     ) -> Receipt: ...
 
     @overload
     def broadcast_weights(
-        self,
-        model: nn.Module,
-        *,
-        blocking: bool,
-        version: int | None = None,
-        layout: DeclaredLayout | None = None,
+        self, model: Weights, *, blocking: bool, **options: Unpack[Options]
     ) -> Receipt | PendingBroadcast: ...
 
     def broadcast_weights(
         self,
-        model: nn.Module,
+        model: Weights,
         *,
         blocking: bool = True,
         version: int | None = None,
+        encoding: Encoding = "dense",
+        adapters: Literal["merge"] | None = None,
         layout: DeclaredLayout | None = None,
     ) -> Receipt | PendingBroadcast:
         """Send the model's weights and make them live; every trainer rank calls it.
 
         Args:
             model: a plain module, DDP, FSDP2 or tensor parallel (DTensor parameters), or one that DeepSpeed
-                partitions (ZeRO-3). Each rank sends the shards it holds.
+                partitions (ZeRO-3), or tensors by name. Each rank sends the shards it holds.
                 float32 master weights are cast to the server's dtype on the way.
             blocking: wait until the version is live. With False the call returns at once; the next step of an
                 optimizer over these parameters waits by itself until the weights have been read.
             version: the weight version; default is the served one plus one. Equal on all ranks.
+            encoding: "dense" sends every element. "auto" sends of each bucket what has changed since the last
+                broadcast, without loss, where that is shorter and the bytes go by Gloo; each rank then keeps
+                what it last sent, in the server's dtype, in host memory. "delta" does the same, and refuses
+                where the bytes would go another way. Equal on all ranks.
+            adapters: "merge" for a model with LoRA adapters of peft: each adapted weight is sent as
+                ``W + scaling * B @ A``, by the base model's names. The model stays as it is; the sums take
+                the memory of the adapted weights once, until they have been read.
             layout: what plain tensors are parts of, where the trainer shards by hand; None if they are whole.
+                With ``adapters`` it goes by the base model's names.
 
         Returns:
             A ``Receipt``, or with ``blocking=False`` a ``PendingBroadcast``.
 
         Raises:
+            ConfigError: there is no such encoding, or it cannot be had here; ``adapters`` was given, and
+                there are none.
             TopologyError: the degrees of ``layout`` do not divide the number of trainer ranks.
             MappingError: the model does not fit the server's; lists every fault. All ranks' round is aborted.
             TransferError: the round failed on the way. The old version is still served, whole.
         """
+        if encoding not in get_args(Encoding):
+            raise ConfigError(f"encoding is {encoding!r}; it is one of {', '.join(get_args(Encoding))}")
+        self._check_layout(layout)
+        merged = self._merge(model, adapters) if adapters is not None else None
         return self._broadcast(
-            lambda session: self._collect(model, session, layout),
-            device_of(model.parameters()),
-            parameters=model.parameters,
-            module=model,
+            lambda session: self._collect(model, session, merged, layout),
+            device_of(_tensors_of(model)),
+            parameters=lambda: _tensors_of(model),
+            module=model if isinstance(model, nn.Module) else None,
             blocking=blocking,
             version=version,
-            layout=layout,
-            partial=False,
+            encoding=encoding,
         )
 
     @overload
@@ -186,6 +230,7 @@ class Bridge:
             TopologyError: as in ``broadcast_weights``.
             TransferError: the round failed on the way.
         """
+        self._check_layout(layout)
 
         def gather(session: Session) -> tuple[LocalShards, Guarded]:
             shards = collect_single(name, tensor, session.mapping, rank=session.rank, layout=layout)
@@ -197,13 +242,101 @@ class Bridge:
             parameters=lambda: [tensor],
             blocking=blocking,
             version=version,
-            layout=layout,
-            partial=True,
         )
 
+    @contextmanager
+    def round(self, *, version: int | None = None, blocking: bool = True) -> Iterator[Round]:
+        """One version out of the ``update_weight`` calls in this block; every trainer rank enters it.
+
+        Nothing is sent before the block ends. If all that the server needs was named, that is what it serves
+        then; if not, the rest stays as it was. An exception in the block abandons the round on all ranks,
+        at the end of their blocks, and the old version is served on.
+
+        Each rank keeps copies until they have been read: of whole tensors its even share, so all of them
+        together need the memory of the model once.
+
+        Args:
+            version: as in ``broadcast_weights``.
+            blocking: as in ``broadcast_weights``; with False the weights may be changed at once all the same.
+
+        Returns:
+            A context manager; its ``Round`` has a ``receipt`` after the block.
+
+        Raises:
+            ConfigError: a round is open already, or the block named no parameter.
+            MappingError: names or tensors do not fit, or names differ between ranks; lists every fault.
+            TransferError: the round failed on the way, or another rank abandoned it.
+        """
+        self._begin()
+        session = self._agreed_session()
+        made = self._round = Round(rank=session.rank, world_size=session.world_size)
+        outcome = None
+        try:
+            yield made
+        except BaseException as err:
+            session.refuse_round(f"the round was abandoned: {type(err).__name__}: {err}")
+            raise
+        else:
+            outcome = self._send_round(made, session, blocking=blocking, version=version)
+        finally:
+            made.end(outcome)
+            self._round = None
+
+    def _send_round(
+        self, made: Round, session: Session, *, blocking: bool, version: int | None
+    ) -> Receipt | PendingBroadcast:
+        if session.closed:  # told only now: a rank that left its block early would be missed in a gather
+            raise RoundAborted(f"the round was not sent: {session.closed}; the server keeps its weights")
+
+        def gather(session: Session) -> tuple[LocalShards, Guarded]:
+            return made.collect(session.mapping), Guarded([])  # copies, which nobody else changes
+
+        return self._send(session, gather, blocking=blocking, version=version)
+
+    def update_weight(self, name: str, tensor: torch.Tensor) -> None:
+        """Hand one parameter over to the round under way; the tensor may be freed or overwritten at once.
+
+        Every rank calls it with the same names in the same order. What does not fit is told when the round
+        ends, all at once.
+
+        Args:
+            name: the parameter's name in the mapping, or as in the model's state dict.
+            tensor: the whole tensor (such as ``full_tensor()`` or one that ``GatheredParameters`` gathers),
+                equal on all ranks; or a DTensor or a ZeRO-3 parameter as it is. Of the mapping's shape.
+
+        Raises:
+            ConfigError: no round is open.
+        """
+        if self._round is None:
+            raise ConfigError(
+                f"update_weight({name!r}) belongs into a round: `with bridge.round(): ...` around the loop "
+                "makes one version of it. broadcast_single_param sends one parameter as a version of its own"
+            )
+        self._round.update_weight(name, tensor)
+
+    def _check_layout(self, layout: DeclaredLayout | None) -> None:
+        """Before any rank waits for the others: all of them find it alike."""
+        if layout is not None:
+            layout.check_world((self._ranks or environment.ranks()).world_size)
+
+    def _merge(self, model: Weights, adapters: str) -> Merged:
+        """Before the session is asked for: sums may be collective, and ranks may come to it one by one."""
+        if adapters != "merge":
+            raise ConfigError(f"adapters is {adapters!r}; it must be 'merge', or None where there are none")
+        if not isinstance(model, nn.Module):
+            raise ConfigError("adapters='merge' is for a model; tensors by name are sent as they are")
+        self._finish_pending()  # which may still hold earlier sums
+        return merge(model)
+
     def _collect(
-        self, model: nn.Module, session: Session, layout: DeclaredLayout | None
+        self, model: Weights, session: Session, merged: Merged | None, layout: DeclaredLayout | None
     ) -> tuple[LocalShards, Guarded]:
+        if not isinstance(model, nn.Module):
+            named = collect(model, session.mapping, rank=session.rank, layout=layout)
+            return named, Guarded([*model.values(), *named.tensors])
+        if merged is not None:
+            sums = collect(merged, session.mapping, rank=session.rank, layout=layout)
+            return sums, Guarded([*merged.kept, *sums.tensors])
         known = self._catalogue
         if known is not None and (shards := known.find(model, session.mapping, layout)) is not None:
             return shards, known.guarded
@@ -223,46 +356,62 @@ class Bridge:
         module: nn.Module | None = None,
         blocking: bool,
         version: int | None,
-        layout: DeclaredLayout | None,
-        partial: bool,
+        encoding: Encoding = "dense",
     ) -> Receipt | PendingBroadcast:
-        environment.check_enabled()
-        if layout is not None:  # before any rank waits for the others: all of them find it alike
-            layout.check_world(environment.ranks().world_size)
         if not blocking and zero3.steps_by_itself(module, parameters()):
             raise ConfigError(
                 "blocking=False needs an optimizer step that can be made to wait, and DeepSpeed's ZeRO has "
                 "none; call with blocking=True"
             )
-        self._finish_pending()
-        self._calls += 1
+        self._begin()
         for attempt in range(2):
             session = self._ensure_session(device)
             try:
-                if partial:
-                    self._check_base(session)
-                shards, guarded = gather(session)
-            except BridgeError as err:
-                session.refuse_round(str(err))
-                raise
-            job = session.submit(shards, call=self._calls, version=version, partial=partial)
-            holding = [*shards.owners, *shards.tensors]
-            guard = StepGuard(guarded, job.wait_released, module=module, holding=holding)
-            self._pending = PendingBroadcast(job, guard)
-            if not blocking:
-                return self._pending
-            try:
-                receipt = self._pending.wait()
+                return self._send(
+                    session, gather, module=module, blocking=blocking, version=version, encoding=encoding
+                )
             except BridgeError:
                 # The epoch had ended between two rounds, and the news reached this rank during its own
                 # call: rank 0 has not begun this round, and waits for us in a new epoch.
                 if attempt or not session.stale:
                     raise
-            else:
-                self._pending = None
-                self._base = (session.mapping.run_dir, receipt.version)
-                return receipt
         raise AssertionError("unreachable: the second attempt returns or raises")
+
+    def _begin(self) -> None:
+        """What comes before every broadcast, on every rank."""
+        environment.check_enabled()
+        if self._round is not None:
+            raise ConfigError("a round is open: end its block before another round or broadcast")
+        self._finish_pending()
+        self._calls += 1
+
+    def _send(
+        self,
+        session: Session,
+        gather: Callable[[Session], tuple[LocalShards, Guarded]],
+        *,
+        module: nn.Module | None = None,
+        blocking: bool,
+        version: int | None,
+        encoding: Encoding = "dense",
+    ) -> Receipt | PendingBroadcast:
+        try:
+            shards, guarded = gather(session)
+            if shards.partial:
+                self._check_base(session)
+        except BridgeError as err:
+            session.refuse_round(str(err))
+            raise
+        job = session.submit(shards, call=self._calls, version=version, encoding=encoding)
+        holding = [*shards.owners, *shards.tensors] if guarded.ids else []
+        guard = StepGuard(guarded, job.wait_released, module=module, holding=holding)
+        self._pending = PendingBroadcast(job, guard)
+        if not blocking:
+            return self._pending
+        receipt = self._pending.wait()
+        self._pending = None
+        self._base = (session.mapping.run_dir, receipt.version)
+        return receipt
 
     def _finish_pending(self) -> None:
         """Wait for a broadcast that was left under way; raise its error unless its caller has seen it."""
@@ -288,7 +437,7 @@ class Bridge:
         served = (session.mapping.run_dir, session.version)
         if self._base is not None and self._base != served:
             raise ConfigError(
-                f"one parameter was to be laid over version {self._base[1]}, but the server at "
+                f"part of the weights was to be laid over version {self._base[1]}, but the server at "
                 f"{session.mapping.run_dir} serves version {session.version} of another history; call "
                 "broadcast_weights once"
             )
@@ -315,7 +464,7 @@ class Bridge:
         """
         from bridge.fallback import notify_update
 
-        return notify_update(self.config, model, environment.ranks(), version=version)
+        return notify_update(self.config, model, self._ranks or environment.ranks(), version=version)
 
     def close(self) -> None:
         """Leave in order; the server goes on serving. Idempotent.
@@ -336,3 +485,7 @@ class Bridge:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def _tensors_of(model: Weights) -> Iterable[torch.Tensor]:
+    return model.parameters() if isinstance(model, nn.Module) else model.values()

@@ -119,8 +119,13 @@ def _check(args: argparse.Namespace, served: Words, _: Words) -> int:
 
 def _status(args: argparse.Namespace, _served: Words, _trainer: Words) -> int:
     from launch import display, probe
+    from vllm_patching.channel import ask
 
-    status = probe.ask(args.run_dir or _published_run_dir(args.logdir), {"type": "status"})
+    status = ask(
+        args.run_dir or _published_run_dir(args.logdir),
+        {"type": "status"},
+        timeout_s=probe.PROBE_TIMEOUT_S,
+    )
     display.show_status(status, as_json=args.json)
     return BridgeError.exit_code if status["state"] == "failed" else 0
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bridge.protocol.mapping import CONFIG_NAME
-from launch.options import ServeOptions
+from launch.options import ServeOptions, read_server_args
 
 PLUGIN_NAME = "weight_bridge"
 PLUGIN_GROUP = "vllm.general_plugins"
@@ -123,6 +123,7 @@ def daemon_command(options: ServeOptions, run_dir: Path, *, launcher_pid: int) -
     flags = {
         "--run-dir": run_dir,
         "--logdir": options.logdir.absolute(),
+        "--num-engines": read_server_args(options.vllm_args).data_parallel_size,
         "--rendezvous-host": options.rendezvous_host,
         "--rendezvous-port": options.rendezvous_port,
         "--heartbeat-interval": f"{options.heartbeat_interval_s:g}",

@@ -99,7 +99,7 @@ def _facts(status: dict[str, Any]) -> list[tuple[str, str]]:
         ("rendezvous", status["rendezvous"] or "-"),
         (
             "pids",
-            f"daemon {pids['daemon']}, engine {pids.get('engine')}, workers {pids.get('workers')}, "
+            f"daemon {pids['daemon']}, engines {pids.get('engines')}, workers {pids.get('workers')}, "
             f"updaters {pids.get('updaters')}",
         ),
     ]

@@ -31,6 +31,10 @@ _ANOTHER_NODE = {
     "--data-parallel-size-local": "-dpl",
     "--data-parallel-start-rank": "-dpr",
     "--data-parallel-address": "-dpa",
+    "--data-parallel-rank": "-dpn",
+    "--data-parallel-hybrid-lb": "-dph",
+    "--data-parallel-external-lb": "-dpe",
+    "--data-parallel-multi-port-external-lb": "-dpm",
 }
 
 

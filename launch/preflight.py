@@ -194,10 +194,11 @@ def check_model(options: ServeOptions, server: ServerView, around: Surroundings)
     except ConfigError as err:
         return [Finding("model", "fault", str(err))]
     copies = 1 if options.staging == "in-place" else 2
-    return [Finding("model", "ok", str(directory)), _memory_finding(size, copies, around)]
+    memory = _memory_finding(size, copies, server.data_parallel_size, around)
+    return [Finding("model", "ok", str(directory)), memory]
 
 
-def _memory_finding(size: footprint.Footprint, copies: int, around: Surroundings) -> Finding:
+def _memory_finding(size: footprint.Footprint, copies: int, engines: int, around: Surroundings) -> Finding:
     one = f"{size.weight_bytes / MIB:,.0f} MiB of weights ({size.origin})"
     if _on_gpu():
         times = "twice" if copies == 2 else "once"
@@ -206,11 +207,13 @@ def _memory_finding(size: footprint.Footprint, copies: int, around: Surroundings
         )
     kv_gib = around.environ.get("VLLM_CPU_KVCACHE_SPACE", "")
     kv_bytes = int(kv_gib) << 30 if kv_gib.isdecimal() else 0
-    need = copies * size.weight_bytes + kv_bytes
+    need = engines * (copies * size.weight_bytes + kv_bytes)
     available, limit = footprint.available_memory(around.cgroup_root)
     text = f"{copies} x {one}"
     if kv_bytes:
         text += f" + {kv_bytes / MIB:,.0f} MiB of VLLM_CPU_KVCACHE_SPACE"
+    if engines > 1:
+        text += f", for each of {engines} engines"
     text += f" = {need / MIB:,.0f} MiB needed, {available / MIB:,.0f} MiB {limit}"
     if need > available:
         if copies == 2:

@@ -8,9 +8,9 @@ import ssl
 from pathlib import Path
 from typing import Any
 
-from bridge.errors import BridgeError, RendezvousError
+from bridge.errors import RendezvousError
 from launch.options import ServerView
-from vllm_patching.channel import Channel, socket_path
+from vllm_patching.channel import ask
 
 PROBE_TIMEOUT_S = 2.0
 
@@ -47,27 +47,6 @@ def is_healthy(server: ServerView, *, timeout_s: float = PROBE_TIMEOUT_S) -> boo
         return False  # not listening yet, or not any more
     finally:
         connection.close()
-
-
-def ask(run_dir: Path, request: dict[str, Any], *, timeout_s: float = PROBE_TIMEOUT_S) -> dict[str, Any]:
-    """Put one request to the daemon of ``run_dir`` and return its answer.
-
-    Raises:
-        RendezvousError: no daemon answers there within ``timeout_s`` seconds.
-    """
-    try:
-        channel = Channel.connect(run_dir, timeout_s=timeout_s)
-        try:
-            channel.send(request)
-            answer, _ = channel.receive()
-        finally:
-            channel.close()
-    except (OSError, BridgeError) as err:
-        raise RendezvousError(
-            f"no weight-updater daemon answers at {socket_path(run_dir)}: {err}; is the server running "
-            "on this host, and as this user?"
-        ) from err
-    return answer
 
 
 def daemon_status(run_dir: Path, *, timeout_s: float = PROBE_TIMEOUT_S) -> dict[str, Any] | None:

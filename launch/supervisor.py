@@ -27,6 +27,7 @@ from launch.options import ServerView
 from launch.output import Relay
 from launch.process import EXIT_SIGNAL_BASE, Child
 from vllm_patching import residue
+from vllm_patching.channel import ask
 
 logger = logging.getLogger(__name__)
 
@@ -268,7 +269,7 @@ class Supervisor:
         if status is None or healthy_s < self.limits.publish_grace_s:
             return
         pids = status["pids"]
-        if pids.get("workers") or pids.get("engine"):
+        if pids.get("workers") or pids.get("engines"):
             return  # the plugin is there; publishing a large model may take its time
         plugins = self.launch.vllm.environment().get("VLLM_PLUGINS")
         raise ConfigError(
@@ -342,7 +343,8 @@ class Supervisor:
         if daemon is None or not daemon.alive:
             return
         try:
-            probe.ask(self.launch.run_dir, {"type": "shutdown", "why": self._why})  # for the trainer
+            order = {"type": "shutdown", "why": self._why}  # for the trainer
+            ask(self.launch.run_dir, order, timeout_s=probe.PROBE_TIMEOUT_S)
         except RendezvousError:
             daemon.signal(signal.SIGTERM)  # not listening yet, or stuck
 

@@ -14,6 +14,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--logdir", type=Path, required=True)
+    parser.add_argument("--num-engines", type=int, default=1)
     parser.add_argument("--rendezvous-host", default="127.0.0.1")
     parser.add_argument("--rendezvous-port", type=int, default=0)
     parser.add_argument("--heartbeat-interval", type=float, default=2.0)

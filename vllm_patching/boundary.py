@@ -1,11 +1,12 @@
-"""The daemon's hand on the engine: ask for a commit or a stand-still by a word, and wait for the answer.
+"""The daemon's hand on the engines: ask for a commit or a stand-still by a word, and wait for the answers.
 
-Engine and workers answer by words in shared memory, in the middle of their step: there is nothing to wait on
+Engines and workers answer by words in shared memory, in the middle of their step: there is nothing to wait on
 but the word, for about one step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -25,7 +26,11 @@ POLL_S = 0.0002
 
 
 class Boundary:
-    """Where batches of one engine can be told apart; used by the daemon's one thread."""
+    """Where batches of each engine can be told apart; used by the daemon's one thread.
+
+    There are several engines where a dense model is served data parallel. They share no batch, so each comes
+    to its own boundary, and a word is answered when all of them have.
+    """
 
     def __init__(self, registry: Registry, *, timeout_s: float, first_death: Callable[[], str]) -> None:
         """``timeout_s`` bounds each wait; ``first_death`` names whose death ended vLLM, "" if nobody's."""
@@ -40,7 +45,7 @@ class Boundary:
         return self.page.num_ranks
 
     def commit(self, version: int, *, if_late: str) -> list[int]:
-        """Ask the engine to make ``version`` live and wait until every rank has; returns flip times in ns.
+        """Ask every engine to make ``version`` live and wait until every rank has; returns flip times in ns.
 
         ``if_late`` says what happens to the version if a rank does not in time.
 
@@ -66,7 +71,7 @@ class Boundary:
         return [slot.flip_ns for slot in slots]
 
     def hold(self) -> None:
-        """Let the engine stand still, requests kept, and wait until nothing runs on any rank.
+        """Let every engine stand still, requests kept, and wait until nothing runs on any rank.
 
         Raises:
             TransferError: somebody of vLLM died, or the deadline passed; the engine goes on then.
@@ -76,7 +81,7 @@ class Boundary:
         try:
             self._ask(
                 lambda: setattr(self.page, "hold", ticket),
-                lambda: self.page.held == ticket,
+                lambda: all(engine.held == ticket for engine in self.page.engines()),
                 before="the engine was asked to stand still",
                 failure="a rank's device did not come to rest",
                 late=lambda: (
@@ -89,7 +94,7 @@ class Boundary:
             raise
 
     def release(self) -> int:
-        """Let the engine go on; returns how long it stood still, in ns.
+        """Let every engine go on; returns how long the slowest stood still, in ns.
 
         Raises:
             TransferError: somebody of vLLM died, or the engine did not answer within the deadline.
@@ -97,23 +102,26 @@ class Boundary:
         self._check_alive("the engine was told to go on")
         self._ask(
             lambda: setattr(self.page, "hold", 0),
-            lambda: self.page.held == 0,
+            lambda: all(engine.held == 0 for engine in self.page.engines()),
             before="the engine was told to go on",
             failure="a rank failed while the engine was told to go on",
             late=lambda: f"the engine was told to go on, and did not within {self.timeout_s:g} s",
         )
-        return self.page.stood_ns
+        return max(engine.stood_ns for engine in self.page.engines())
 
     def let_go(self) -> None:
-        """Let the engine go on, without waiting for it; nothing happens if it does not stand still."""
+        """Let every engine go on, without waiting; nothing happens to one that does not stand still."""
         self.page.hold = 0
-        self._wake(self._registry.engine)
+        self._wake(self._engines())
+
+    def _engines(self) -> list[Member]:
+        return list(self._registry.engines.values())
 
     def _slots(self) -> list[RankSlot]:
         return [self.page.slot(rank) for rank in range(self.num_ranks)]
 
     def _check_alive(self, before: str) -> None:
-        if self._registry.engine is None or not self._registry.complete:
+        if not self._registry.complete:
             gone = self._first_death() or "vLLM is not complete any more"
             raise TransferError(f"{before}, but {gone}")
 
@@ -126,42 +134,41 @@ class Boundary:
         failure: str,
         late: Callable[[], str],
     ) -> None:
-        engine, members = self._registry.engine, self._registry.members()
+        engines, members = self._engines(), self._registry.members()
         slots = self._slots()
         failures = [slot.failures for slot in slots]
         ask()
-        self._wake(engine)
+        self._wake(engines)
         deadline = time.monotonic() + self.timeout_s
         next_wake = time.monotonic() + WAKE_INTERVAL_S
         pause = threading.Event()
         while not done():
             now = time.monotonic()
             if any(s.failures != f for s, f in zip(slots, failures, strict=True)):
-                self.end_engine(f"{failure}; ranks would differ")
+                self.end_engines(f"{failure}; ranks would differ")
                 raise TransferError(f"{failure}; the server was ended")
             if lost := [m.who for m in members if m not in self._registry.members()]:
                 raise TransferError(f"{before}, but {', '.join(lost)} is gone")
             if now > deadline:
                 raise TransferError(late())
             if now >= next_wake:
-                self._wake(engine)
+                self._wake(engines)
                 next_wake = now + WAKE_INTERVAL_S
             pause.wait(POLL_S)
 
-    def _wake(self, engine: Member | None) -> None:
-        if engine is None:
-            return
-        try:
-            engine.channel.send({"type": "wake"})
-        except ChannelClosed:
-            logger.debug("the engine's connection ended; its reader reports it")
+    def _wake(self, engines: Sequence[Member]) -> None:
+        for engine in engines:
+            try:
+                engine.channel.send({"type": "wake"})
+            except ChannelClosed:
+                logger.debug("the connection of %s ended; its reader reports it", engine.who)
 
-    def end_engine(self, why: str) -> None:
-        """End the engine core, and with it the server, by force."""
-        engine = self._registry.engine
+    def end_engines(self, why: str) -> None:
+        """End every engine core, and with them the server, by force."""
         logger.critical("%s; ending the engine", why)
-        if engine is not None:
-            os.kill(engine.hello["pid"], signal.SIGKILL)
+        for engine in self._engines():
+            with contextlib.suppress(ProcessLookupError):  # vLLM ends the others when one has died
+                os.kill(engine.hello["pid"], signal.SIGKILL)
 
 
 def behind(page: ControlPage, ranks: Sequence[int]) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from bridge.errors import BridgeError, ProtocolError
+from bridge.errors import BridgeError, ProtocolError, RendezvousError
 
 SOCKET_NAME = "daemon.sock"
 MAX_MESSAGE_BYTES = 1 << 30  # a mapping of a 10,000-tensor model is some tens of MB
@@ -140,6 +140,27 @@ class Channel:
         except OSError:
             pass  # the peer was faster
         self.sock.close()
+
+
+def ask(run_dir: Path, request: dict[str, Any], *, timeout_s: float) -> dict[str, Any]:
+    """Put one request to the daemon of ``run_dir`` and return its answer.
+
+    Raises:
+        RendezvousError: no daemon answers there within ``timeout_s`` seconds.
+    """
+    try:
+        channel = Channel.connect(run_dir, timeout_s=timeout_s)
+        try:
+            channel.send(request)
+            answer, _ = channel.receive()
+        finally:
+            channel.close()
+    except (OSError, BridgeError) as err:
+        raise RendezvousError(
+            f"no weight-updater daemon answers at {socket_path(run_dir)}: {err}; is the server running "
+            "on this host, and as this user?"
+        ) from err
+    return answer
 
 
 def listen(run_dir: Path) -> socket.socket:

@@ -11,6 +11,7 @@ import importlib
 import importlib.abc
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -33,6 +34,8 @@ LINEAR_MODULE = "vllm.model_executor.layers.utils"
 RETIE_MODULE = "vllm.model_executor.model_loader.utils"
 OUTPUT_MODULE = "vllm.v1.engine.output_processor"
 CPU_PLATFORM_MODULE = "vllm.platforms.cpu"
+TRANSFER_MODULE = "vllm.distributed.weight_transfer.factory"
+BACKEND = "bridge"  # in --weight-transfer-config
 
 # Where the model is about to run: the first runner, and the second one's eager and whole-graph paths.
 FORWARD_POINTS = (
@@ -294,9 +297,15 @@ def refuse_unsupported_config(vllm_config: Any) -> None:
     if getattr(parallel, "enable_eplb", False):
         faults.append("--enable-eplb moves experts between ranks at run time")
     if parallel.pipeline_parallel_size > 1:
-        faults.append(f"--pipeline-parallel-size {parallel.pipeline_parallel_size} is not supported yet")
-    if parallel.data_parallel_size > 1:
-        faults.append(f"--data-parallel-size {parallel.data_parallel_size} is not supported yet")
+        faults.append(
+            f"--pipeline-parallel-size {parallel.pipeline_parallel_size}: a version that becomes live while "
+            "batches stand between the stages was never tested (vLLM on a CPU cannot serve that)"
+        )
+    if parallel.data_parallel_size > 1:  # 1 in the engines of a dense model, which are independent
+        faults.append(
+            f"--data-parallel-size {parallel.data_parallel_size} with a mixture of experts: its engines "
+            "combine their experts in every step, and nothing makes all of them flip at the same one"
+        )
     if vllm_config.model_config.quantization:
         faults.append(f"quantization {vllm_config.model_config.quantization!r} repacks the weights")
     if getattr(vllm_config.model_config, "is_multimodal_model", False):
@@ -305,6 +314,17 @@ def refuse_unsupported_config(vllm_config: Any) -> None:
         faults.append("speculative decoding: the draft model's weights would stay behind")
     if getattr(vllm_config.model_config, "enable_sleep_mode", False):
         faults.append("--enable-sleep-mode unmaps the weights under the bridge")
+    backend = getattr(vllm_config.weight_transfer_config, "backend", BACKEND)
+    if backend != BACKEND and os.environ.get("BRIDGE_BENCHMARK_NATIVE") != "1":
+        faults.append(
+            f"--weight-transfer-config: its backend {backend!r} writes over the live weights, and a round "
+            f"that carries a part would be laid over that; the backend {BACKEND!r} does without"
+        )
+    if (
+        vllm_config.offload_config.prefetch.offload_group_size
+        or vllm_config.offload_config.uva.cpu_offload_gb
+    ):
+        faults.append("--cpu-offload-gb or --offload-group-size: offloaded weights move at run time")
     if faults:
         listing = "\n  ".join(faults)
         raise ConfigError(f"the bridge cannot keep this server's weights in step:\n  {listing}")
@@ -363,6 +383,16 @@ def pause_all(scheduler: Any) -> Any:
     before = scheduler.pause_state
     scheduler.set_pause_state(PauseState.PAUSED_ALL)
     return before
+
+
+def transfers_weights_by_bridge(vllm_config: Any) -> bool:
+    """Whether the server was started with ``--weight-transfer-config '{"backend": "bridge"}'``."""
+    return getattr(vllm_config.weight_transfer_config, "backend", "") == BACKEND
+
+
+def module_of(source: Any) -> nn.Module:
+    """The module whose parameters vLLM's ``ModuleSource`` yields."""
+    return cast(nn.Module, source._module)
 
 
 def resalt(request: Any, salt: str) -> None:

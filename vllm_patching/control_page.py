@@ -1,4 +1,4 @@
-"""The control page, shared by daemon, engine and workers: what is wanted, and what each has done."""
+"""The control page, shared by daemon, engines and workers: what is wanted, and what each has done."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from bridge.errors import ConfigError
 
 
 class ControlPage:
-    """One page shared by daemon, engine and workers: what is wanted, and what each rank has done.
+    """One page shared by daemon, engines and workers: what is wanted, and what each of them has done.
 
     Single 8-byte words, each with one writer, so no lock is needed: ``requested``, ``hold``, ``writing`` and
-    ``writing_since_ns`` are the daemon's; ``held`` and ``stood_ns`` the engine's; a rank's slot (version,
-    batch, flip nanoseconds, failures, active half, flips) is that worker's.
+    ``writing_since_ns`` are the daemon's; an engine's slot (held, stand-still nanoseconds) is that engine
+    core's; a rank's slot (version, batch, flip nanoseconds, failures, active half, flips) that worker's.
     """
 
-    MAGIC = 0x42524944_47453031
+    MAGIC = 0x42524944_47453032
     SLOT_WORDS = 8
+    ENGINE_WORDS = 2
     HEADER_WORDS = 8
 
     def __init__(self, fd: int) -> None:
@@ -28,13 +29,13 @@ class ControlPage:
             raise ConfigError("the file descriptor received is not a bridge control page")
 
     @classmethod
-    def create(cls, num_ranks: int) -> ControlPage:
-        """Allocate the page for ``num_ranks`` workers."""
+    def create(cls, num_ranks: int, num_engines: int = 1) -> ControlPage:
+        """Allocate the page for ``num_ranks`` workers, of all ``num_engines`` engine cores together."""
         fd = os.memfd_create("bridge-control", os.MFD_CLOEXEC)
-        words = cls.HEADER_WORDS + cls.SLOT_WORDS * num_ranks
+        words = cls.HEADER_WORDS + cls.SLOT_WORDS * num_ranks + cls.ENGINE_WORDS * num_engines
         os.ftruncate(fd, words * 8)
-        os.pwrite(fd, cls.MAGIC.to_bytes(8, "little"), 0)
-        os.pwrite(fd, num_ranks.to_bytes(8, "little"), 8)
+        for index, word in enumerate((cls.MAGIC, num_ranks, num_engines)):
+            os.pwrite(fd, word.to_bytes(8, "little"), 8 * index)
         return cls(fd)
 
     @property
@@ -42,40 +43,26 @@ class ControlPage:
         return self._words[1]
 
     @property
+    def num_engines(self) -> int:
+        return self._words[2]
+
+    @property
     def requested(self) -> int:
         """The version that every rank has staged and should commit; 0 for the checkpoint's own."""
-        return self._words[2]
+        return self._words[3]
 
     @requested.setter
     def requested(self, version: int) -> None:
-        self._words[2] = version
+        self._words[3] = version
 
     @property
     def hold(self) -> int:
-        """The ticket for which the engine is asked to stand still; 0 to go on."""
-        return self._words[3]
+        """The ticket for which every engine is asked to stand still; 0 to go on."""
+        return self._words[4]
 
     @hold.setter
     def hold(self, value: int) -> None:
-        self._words[3] = value
-
-    @property
-    def held(self) -> int:
-        """The ticket for which nothing runs on any rank; 0 where the engine goes on."""
-        return self._words[4]
-
-    @held.setter
-    def held(self, value: int) -> None:
         self._words[4] = value
-
-    @property
-    def stood_ns(self) -> int:
-        """How long the newest stand-still lasted, in nanoseconds."""
-        return self._words[5]
-
-    @stood_ns.setter
-    def stood_ns(self, value: int) -> None:
-        self._words[5] = value
 
     @property
     def writing(self) -> int:
@@ -83,25 +70,34 @@ class ControlPage:
 
         Survives the daemon, as the page does: what it had begun to write is still torn after it.
         """
-        return self._words[6]
+        return self._words[5]
 
     @writing.setter
     def writing(self, value: int) -> None:
-        self._words[6] = value
+        self._words[5] = value
 
     @property
     def writing_since_ns(self) -> int:
         """When ``writing`` began, by the monotonic clock that all processes of the host share."""
-        return self._words[7]
+        return self._words[6]
 
     @writing_since_ns.setter
     def writing_since_ns(self, value: int) -> None:
-        self._words[7] = value
+        self._words[6] = value
 
     def slot(self, rank: int) -> RankSlot:
         """The words of one rank."""
         start = self.HEADER_WORDS + rank * self.SLOT_WORDS
         return RankSlot(self._words[start : start + self.SLOT_WORDS])
+
+    def engine(self, index: int) -> EngineSlot:
+        """The words of one engine core, by its data-parallel index."""
+        start = self.HEADER_WORDS + self.num_ranks * self.SLOT_WORDS + index * self.ENGINE_WORDS
+        return EngineSlot(self._words[start : start + self.ENGINE_WORDS])
+
+    def engines(self) -> list[EngineSlot]:
+        """The words of every engine core."""
+        return [self.engine(index) for index in range(self.num_engines)]
 
 
 class RankSlot:
@@ -145,3 +141,28 @@ class RankSlot:
     @property
     def flips(self) -> int:
         return self._words[5]
+
+
+class EngineSlot:
+    """What one engine core tells the node about its stand-stills."""
+
+    def __init__(self, words: memoryview) -> None:
+        self._words = words
+
+    @property
+    def held(self) -> int:
+        """The ticket for which nothing runs on any of this engine's ranks; 0 where it goes on."""
+        return self._words[0]
+
+    @held.setter
+    def held(self, value: int) -> None:
+        self._words[0] = value
+
+    @property
+    def stood_ns(self) -> int:
+        """How long the newest stand-still lasted, in nanoseconds."""
+        return self._words[1]
+
+    @stood_ns.setter
+    def stood_ns(self, value: int) -> None:
+        self._words[1] = value

@@ -58,7 +58,7 @@ class Daemon:
         self.limits = Limits(args.heartbeat_interval, args.deadline, args.commit_timeout)
         # Simple: a signal handler puts into it, which must not meet a lock of the same thread.
         self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.registry = Registry(on_change=lambda: self.events.put(None))
+        self.registry = Registry(on_change=lambda: self.events.put(None), num_engines=args.num_engines)
         self.mapping: Mapping | None = None
         self.store: Any = None
         self.secret = secrets.token_hex(16)
@@ -74,6 +74,7 @@ class Daemon:
         self._first_death = ""
         self._given_up = ""
         self._closing = False
+        self.handled = threading.Condition()  # notified behind each event, for those who wait for a round
         self.filing = False  # whether a version is being staged from a file
         self.last_error: str | None = None
         self.last_round: dict[str, Any] | None = None
@@ -103,6 +104,8 @@ class Daemon:
                 if isinstance(event, Broken):
                     raise TransferError(event.why)
                 self._handle(event)
+                with self.handled:
+                    self.handled.notify_all()
         except BridgeError as err:
             logger.error("%s", err)
             self.last_error = str(err)
@@ -121,8 +124,13 @@ class Daemon:
             assert self.swap is not None
             assert self.boundary is not None
             self._given_up = self.last_error = f"no complete round came in time: {self.swap.torn}"
-            self.boundary.end_engine(self._given_up)
+            self.boundary.end_engines(self._given_up)
             return None
+
+    @property
+    def rounds_ended(self) -> int:
+        """How many rounds have ended, either way."""
+        return self.committed + self.aborted
 
     @property
     def in_round(self) -> bool:

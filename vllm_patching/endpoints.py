@@ -17,11 +17,11 @@ from typing import Any
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 
-from bridge.errors import BridgeError
+from bridge.errors import RendezvousError
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import CONFIG_NAME
 from vllm_patching import metrics, spans
-from vllm_patching.channel import Channel
+from vllm_patching.channel import ask
 
 STATUS_TIMEOUT_S = 10.0
 UPDATE_TIMEOUT_S = 900.0
@@ -96,12 +96,6 @@ def _job_secret() -> str:
 
 def _ask_daemon(message: dict[str, Any], timeout_s: float) -> dict[str, Any]:
     try:
-        channel = Channel.connect(Path(os.environ["BRIDGE_RUN_DIR"]), timeout_s=timeout_s)
-        try:
-            channel.send(message)
-            answer, _ = channel.receive()
-        finally:
-            channel.close()
-    except (OSError, BridgeError) as err:
-        raise HTTPException(503, f"the weight-updater daemon does not answer: {err}") from err
-    return answer
+        return ask(Path(os.environ["BRIDGE_RUN_DIR"]), message, timeout_s=timeout_s)
+    except RendezvousError as err:
+        raise HTTPException(503, str(err)) from err

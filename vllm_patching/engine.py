@@ -15,12 +15,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from vllm_patching import compat
 from vllm_patching.control_page import ControlPage
 from vllm_patching.hold import Hold
 from vllm_patching.registration import Registration
+from vllm_patching.weight_updates import WeightUpdates
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +41,10 @@ class EngineBridge:
         self.salted = salted
         self.hold = Hold(engine)
 
-    def connect(self, control: ControlPage) -> None:
-        """Follow this control page from now on."""
+    def connect(self, control: ControlPage, index: int = 0) -> None:
+        """Follow this control page from now on, as the engine core with data-parallel index ``index``."""
         self.control = self.hold.control = control
+        self.hold.slot = control.engine(index)
 
     def stamp(self, scheduler_output: Any) -> None:
         """Mark one batch with the version it runs under; workers flip where that is new to them."""
@@ -93,9 +96,13 @@ def attach(engine: Any) -> None:
     salted = os.environ.get("BRIDGE_PREFIX_CACHE", "salt") == "salt"
     bridge = EngineBridge(engine, salted=salted)
     _hook(engine, bridge)
-    world_size = engine.vllm_config.parallel_config.world_size
+    if compat.transfers_weights_by_bridge(engine.vllm_config):
+        _hook_weight_updates(engine, WeightUpdates(Path(os.environ["BRIDGE_RUN_DIR"])))
+    parallel = engine.vllm_config.parallel_config
+    index, world_size = parallel.data_parallel_index, parallel.world_size
     hello = {
         "type": "engine",
+        "index": index,
         "world_size": world_size,
         "hooks": {
             "schedule": compat.is_wrapped(engine.scheduler.schedule),
@@ -107,12 +114,13 @@ def attach(engine: Any) -> None:
             "_notify_idle_state_callbacks": compat.is_wrapped(engine._notify_idle_state_callbacks),
         },
     }
-    registration = Registration(hello, who="vLLM engine core")
-    bridge.connect(registration.connect())
+    registration = Registration(hello, who=f"vLLM engine core {index}")
+    bridge.connect(registration.connect(), index)
     registration.exit_with_parent = True
     registration.on_wake = lambda: engine.input_queue.put_nowait(compat.wake_request())
     registration.watch()
-    logger.info("engine core hooked: %d rank(s), prefix cache %s", world_size, "salted" if salted else "kept")
+    cache = "salted" if salted else "kept"
+    logger.info("engine core %d hooked: %d rank(s), prefix cache %s", index, world_size, cache)
 
 
 def _hook(engine: Any, bridge: EngineBridge) -> None:
@@ -153,6 +161,23 @@ def _hook(engine: Any, bridge: EngineBridge) -> None:
     compat.wrap(engine, "_handle_client_request", make_handle)
     compat.wrap(engine, "add_request", make_add)
     _hook_pauses(engine, bridge.hold)
+
+
+def _hook_weight_updates(engine: Any, updates: WeightUpdates) -> None:
+    """Answer vLLM's weight-transfer calls here: they never reach a worker."""
+
+    def make_rpc(collective_rpc: Wrapped) -> Wrapped:
+        # vLLM compares the number of arguments with the signature's.
+        def answered_rpc(
+            method: Any, timeout: Any = None, args: tuple[Any, ...] = (), kwargs: Any = None
+        ) -> Any:
+            if updates.answers(method):
+                return updates.answer(method, tuple(args), kwargs or {})
+            return collective_rpc(method, timeout, args, kwargs)
+
+        return answered_rpc
+
+    compat.wrap(engine, "collective_rpc", make_rpc)
 
 
 def _hook_pauses(engine: Any, hold: Hold) -> None:

@@ -73,6 +73,8 @@ class FrontDesk:
         kind = message.get("type")
         if kind == "status":
             return describe(self._daemon)
+        if kind == "await_round":
+            return self._await_round(message)
         if kind == "shutdown":
             self._daemon.events.put(Stop(message.get("why") or "shutdown requested"))
             return {"type": "ok"}
@@ -81,6 +83,19 @@ class FrontDesk:
             self._daemon.events.put(Notified(str(message["path"]), message.get("version"), reply))
             return reply.get(timeout=STAGE_FILE_TIMEOUT_S + self._daemon.limits.commit_timeout_s)
         return {"type": "error", "error": f"unknown request {kind!r}"}
+
+    def _await_round(self, order: dict[str, Any]) -> dict[str, Any]:
+        """The status once more rounds have ended than ``ended``, or ``version`` is live, or time is up."""
+        daemon, version = self._daemon, order["version"]
+        with daemon.handled:
+            daemon.handled.wait_for(
+                lambda: (
+                    daemon.rounds_ended > order["ended"]
+                    or (version is not None and daemon.live_version >= version)
+                ),
+                timeout=order["timeout_s"],
+            )
+        return describe(daemon)
 
     def _keep(self, hello: dict[str, Any], fds: tuple[int, ...], channel: Channel) -> None:
         try:

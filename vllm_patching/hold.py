@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 from vllm_patching import compat
-from vllm_patching.control_page import ControlPage
+from vllm_patching.control_page import ControlPage, EngineSlot
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,7 @@ class Hold:
     def __init__(self, engine: Any) -> None:
         self.engine = engine
         self.control: ControlPage | None = None
+        self.slot: EngineSlot | None = None
         self._ticket = 0
         self._wish: Any = None  # the pause state that vLLM's user wants, for afterwards
         self._since_ns = 0
@@ -55,15 +56,15 @@ class Hold:
 
     def confirm(self) -> None:
         """Called when the engine's loop has nothing left to run: all batches in flight have answered."""
-        if not self.active or self.control is None or self.control.held == self._ticket:
+        if not self.active or self.slot is None or self.slot.held == self._ticket:
             return
         quiet = self.engine.model_executor.collective_rpc("bridge_quiesce", timeout=QUIESCE_TIMEOUT_S)
         if all(quiet):  # else a rank has counted a failure, and the daemon ends the engine
-            self.control.held = self._ticket
+            self.slot.held = self._ticket
 
     def _go_on(self) -> None:
-        assert self.control is not None
+        assert self.slot is not None
         self._ticket = 0
         self.engine.scheduler.set_pause_state(self._wish)
-        self.control.stood_ns = time.monotonic_ns() - self._since_ns
-        self.control.held = 0
+        self.slot.stood_ns = time.monotonic_ns() - self._since_ns
+        self.slot.held = 0

@@ -10,6 +10,7 @@ worker                    Worker.execute_model           counts batches, notes t
 worker                    the forward (three places)     before it: flips if this batch's stamp is new
 engine core               EngineCoreProc.run_busy_loop   stamps batches, labels outputs, salts prefix cache,
                                                          stands still on request
+engine core               EngineCore.collective_rpc      answers weight-transfer calls of the backend "bridge"
 API server                RequestState                   keeps each request's version spans
 ========================  =============================  ================================================
 """
@@ -37,6 +38,7 @@ def install() -> None:
         compat.when_imported(module, functools.partial(_hook_forward, path=path))
     compat.when_imported(compat.ENGINE_MODULE, _hook_engine)
     compat.when_imported(compat.OUTPUT_MODULE, _hook_outputs)
+    compat.when_imported(compat.TRANSFER_MODULE, _register_backend)
 
 
 def _hook_loader(module: ModuleType) -> None:
@@ -128,3 +130,9 @@ def _hook_outputs(module: ModuleType) -> None:
 
     if hasattr(module.RequestState, "_weight_version_spans"):  # 0.32 and later label tokens
         compat.wrap(module.RequestState, "_weight_version_spans", make_spans)
+
+
+def _register_backend(module: ModuleType) -> None:
+    module.WeightTransferEngineFactory.register_engine(
+        compat.BACKEND, "vllm_patching.backend", "BridgeWeightTransferEngine"
+    )

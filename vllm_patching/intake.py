@@ -18,10 +18,11 @@ from bridge.protocol.mapping import Mapping, RankMap
 from bridge.protocol.plan import Lane, Plan
 from bridge.wire import device_memory, nccl, peer_memory, rendezvous
 from bridge.wire.copy_jobs import LaneSteps
+from bridge.wire.delta_transport import Chain, DeltaSink
 from bridge.wire.device_checksum import DeviceChecksums
 from bridge.wire.device_memory import PeerAllocations
 from bridge.wire.device_transport import DevicePullSink, Engines, SummedRounds
-from bridge.wire.meeting import Meeting
+from bridge.wire.meeting import Meeting, Round
 from bridge.wire.nccl_transport import NcclSink, Workspace
 from bridge.wire.transport import (
     GLOO,
@@ -78,6 +79,8 @@ class Intake:
         self._pairs: dict[int, nccl.Pair] = {}
         self._workspace: Workspace | None = None
         self._engines = Engines(device) if device.type == "cuda" else None
+        self._chains: dict[int, Chain] = {}
+        self._last_joint = ""
 
     def prepare(self) -> None:
         """Pay now what the first round would else wait for: compiling a kernel."""
@@ -95,6 +98,7 @@ class Intake:
         store = rendezvous.reach_store(order.host, order.port, timeout_s=order.deadline_s)
         self._meeting = Meeting(store, self._mapping, epoch=order.epoch, timeout_s=order.deadline_s)
         self._join = order
+        self._chains, self._last_joint = {}, ""
         self._summed = SummedRounds(order.checksum)
         self._where = [self._meeting.whereabouts(t) for t in range(order.num_trainers)]
         self._links = [self._choose(t, order.transport) for t in range(order.num_trainers)]
@@ -170,8 +174,8 @@ class Intake:
             return f"{where.host} is another host"
         return device_memory.can_pull(where.gpu, self._device)
 
-    def plan(self, joint: str, digest: str) -> tuple[Plan, bool]:
-        """The plan of a joint layout, and whether it carries a part of the parameters only.
+    def plan(self, joint: str, digest: str) -> tuple[Plan, Round]:
+        """The plan of a joint layout, and what the round is like.
 
         Raises:
             TransferError: ``digest`` (trainer rank 0's, in hex) is another plan's.
@@ -183,7 +187,13 @@ class Intake:
                 f"plan digests differ: trainer rank 0 has {digest}, updater {self.rank} has "
                 f"{plan.digest.hex()}; both sides must read the same mapping file"
             )
-        return plan, description.partial
+        return plan, description
+
+    def follows(self, joint: str) -> bool:
+        """Whether the round carries only what has changed since the round before."""
+        assert self._meeting is not None
+        _, _, description = self._meeting.plan(joint)
+        return description.encoding != "dense" and joint == self._last_joint and GLOO in self._links
 
     @property
     def transport(self) -> str:
@@ -191,12 +201,16 @@ class Intake:
         return "+".join(sorted(set(self._links)))
 
     def receive(self, plan: Plan, joint: str, landing: Landing) -> int:
-        """Take all of this rank's lanes of ``plan``; returns their bytes. They are in place then.
+        """Take all of this rank's lanes of ``plan``; returns the bytes that came. They are in place then.
+
+        If the round ``follows``, what is served must lie there before.
 
         Raises:
             TransferError: a peer was lost, or a checksum does not match.
         """
         lanes, checked = self._lanes(plan), self._summed.includes(plan.digest)
+        if not self.follows(joint):
+            self._chains.clear()
         sinks = [self._sink(lane, len(lanes), joint, plan, checked=checked) for lane in lanes]
         for sink in sinks:
             sink.open()
@@ -206,7 +220,11 @@ class Intake:
                     sink.move(lane.buckets[index], landing)
         for sink in sinks:
             sink.close()
-        return sum(bucket.nbytes for lane in lanes for bucket in lane.buckets)
+        self._last_joint = joint
+        return sum(
+            sink.received_bytes if isinstance(sink, DeltaSink) else sum(b.nbytes for b in lane.buckets)
+            for lane, sink in zip(lanes, sinks, strict=True)
+        )
 
     def _lanes(self, plan: Plan) -> list[Lane]:
         lanes = [lane for lane in plan.lanes if lane.inference == self.rank]
@@ -238,7 +256,12 @@ class Intake:
         if self._links[lane.trainer] == NCCL:
             assert self._workspace is not None
             return NcclSink(link, self._pairs[lane.trainer], lane, dtypes, self._workspace, checked=checked)
-        return GlooSink(link, lane, dtypes, self._buffers[lane.trainer])
+        _, _, description = self._meeting.plan(joint)
+        if description.encoding == "dense":
+            return GlooSink(link, lane, dtypes, self._buffers[lane.trainer])
+        follows = lane.trainer in self._chains
+        chain = self._chains.setdefault(lane.trainer, Chain(lane))
+        return DeltaSink(link, lane, dtypes, self._buffers[lane.trainer], chain, follows=follows)
 
     def _lane_steps(self, plan: Plan, lane: Lane) -> LaneSteps:
         """The lane's copy jobs; those of other plans but the last few are forgotten."""

@@ -27,8 +27,9 @@ class Member:
 
     @property
     def who(self) -> str:
-        kind = "engine core" if self.hello["type"] == "engine" else f"worker rank {self.hello['rank']}"
-        return f"vLLM {kind} (pid {self.hello['pid']} on {self.hello['host']})"
+        engine = self.hello["type"] == "engine"
+        name = f"engine core {self.hello['index']}" if engine else f"worker rank {self.hello['rank']}"
+        return f"vLLM {name} (pid {self.hello['pid']} on {self.hello['host']})"
 
 
 @dataclass
@@ -36,13 +37,14 @@ class Registry:
     """All members of a node. Guarded by ``lock``; ``on_change`` is called without it."""
 
     on_change: Callable[[], None]
+    num_engines: int = 1
     lock: threading.Lock = field(default_factory=threading.Lock)
     workers: dict[int, Member] = field(default_factory=dict)
-    engine: Member | None = None
+    engines: dict[int, Member] = field(default_factory=dict)
     control: ControlPage | None = None
 
     def admit(self, hello: dict[str, Any], channel: Channel, fds: tuple[int, ...]) -> Member:
-        """Register a worker or the engine, and answer it with the control page.
+        """Register a worker or an engine core, and answer it with the control page.
 
         Raises:
             ConfigError: its hooks are not in place, or it contradicts who is registered already.
@@ -54,14 +56,18 @@ class Registry:
             own, control_fd = self._split(hello, fds)
             if self.control is None:
                 self.control = (
-                    ControlPage(control_fd) if control_fd >= 0 else ControlPage.create(hello["world_size"])
+                    ControlPage(control_fd)
+                    if control_fd >= 0
+                    else ControlPage.create(hello["world_size"] * self.num_engines, self.num_engines)
                 )
             elif control_fd >= 0:
                 os.close(control_fd)
             member = Member(hello, channel, own)
             if hello["type"] == "engine":
-                self.engine = member
+                self._check_place(member, self.engines, hello["index"], self.num_engines)
+                self.engines[hello["index"]] = member
             else:
+                self._check_place(member, self.workers, hello["rank"], self.control.num_ranks)
                 self._check_worker(hello)
                 self.workers[hello["rank"]] = member
             answer_fds = () if hello["has_control"] else (self.control.fd,)
@@ -77,6 +83,17 @@ class Registry:
             )
         return (fds[:-1], fds[-1]) if hello["has_control"] else (fds, -1)
 
+    def _check_place(self, member: Member, others: dict[int, Member], index: int, count: int) -> None:
+        if index >= count:
+            raise ConfigError(
+                f"{member.who} is one more than was expected: {self.num_engines} engine core(s) with "
+                f"{member.hello['world_size']} rank(s) each, as the launcher read vLLM's flags; spell "
+                "--data-parallel-size out among them"
+            )
+        other = others.get(index, member)
+        if other.hello["pid"] != member.hello["pid"]:
+            raise ConfigError(f"{member.who} comes where {other.who} is already: two servers, one --run-dir?")
+
     def _check_worker(self, hello: dict[str, Any]) -> None:
         for other in self.workers.values():
             for key in ("world_size", "model", "dtype", "vllm_version"):
@@ -89,11 +106,9 @@ class Registry:
     def forget(self, member: Member) -> None:
         """A member's connection ended."""
         with self.lock:
-            if self.engine is member:
-                self.engine = None
-            rank = member.hello.get("rank", -1)
-            if self.workers.get(rank) is member:
-                del self.workers[rank]
+            for place in (self.engines, self.workers):
+                for index in [index for index, other in place.items() if other is member]:
+                    del place[index]
         for fd in member.fds:
             os.close(fd)
         member.channel.close()
@@ -101,24 +116,24 @@ class Registry:
 
     @property
     def world_size(self) -> int | None:
-        """How many workers there will be, as soon as anyone has said so."""
-        members = [*self.workers.values(), *([self.engine] if self.engine else [])]
-        return members[0].hello["world_size"] if members else None
+        """How many workers there will be, of all engines, as soon as anyone has said so."""
+        members = [*self.workers.values(), *self.engines.values()]
+        return members[0].hello["world_size"] * self.num_engines if members else None
 
     def members(self) -> list[Member]:
-        """Everybody who is registered now, the engine last."""
+        """Everybody who is registered now, the engines last."""
         with self.lock:
-            return [*self.workers.values(), *([self.engine] if self.engine else [])]
+            return [*self.workers.values(), *self.engines.values()]
 
     @property
     def complete(self) -> bool:
-        """Whether every worker and the engine are registered."""
-        return self.engine is not None and len(self.workers) == self.world_size
+        """Whether every worker and every engine is registered."""
+        return len(self.engines) == self.num_engines and len(self.workers) == self.world_size
 
     def pids(self) -> dict[str, Any]:
         """Process ids for status and messages."""
         return {
-            "engine": self.engine.hello["pid"] if self.engine else None,
+            "engines": [self.engines[i].hello["pid"] for i in sorted(self.engines)],
             "workers": [self.workers[r].hello["pid"] for r in sorted(self.workers)],
         }
 

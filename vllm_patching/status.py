@@ -22,7 +22,8 @@ def describe(daemon: Daemon) -> dict[str, Any]:
     else:
         state = "torn" if daemon.swap and daemon.swap.torn else "ready"
     here = len(daemon.registry.workers)
-    detail = f"{here} of {world_size or '?'} worker(s) and {int(daemon.registry.engine is not None)} engine"
+    engines = f"{len(daemon.registry.engines)} of {daemon.registry.num_engines} engine(s)"
+    detail = f"{here} of {world_size or '?'} worker(s) and {engines}"
     ranks = range(mapping.num_inference_ranks) if mapping and page else range(0)
     return {
         "type": "status",

@@ -80,7 +80,8 @@ class Updater:
         Raises:
             TransferError: plan digests differ, a peer was lost, or a checksum does not match.
         """
-        plan, partial = self.intake.plan(joint, plan_digest)
+        plan, description = self.intake.plan(joint, plan_digest)
+        partial = description.partial or self.intake.follows(joint)
         if torn and partial:
             raise TransferError(f"a part of the parameters cannot repair the weights: {torn}")
         self._ask_leave(leave_s)

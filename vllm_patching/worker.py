@@ -174,21 +174,22 @@ def publish(worker: Any) -> None:
     compat.refuse_unsupported_config(worker.vllm_config)
     model = worker.model_runner.get_model()
     loaded = loading.finish(model)
-    arena, description = loading.rehome(loaded, rank=worker.rank)
+    parallel = worker.vllm_config.parallel_config
+    rank = parallel.data_parallel_index * parallel.world_size + worker.rank  # among all engines' workers
+    arena, description = loading.rehome(loaded, rank=rank)
     compat.forget_weights_memory(worker)
     logdir = Path(os.environ["BRIDGE_LOGDIR"])
     global _here  # a process has one worker
     worker.bridge = _here = WorkerBridge(
-        rank=worker.rank,
+        rank=rank,
         arena=arena,
-        log_path=logdir / f"flips-rank{worker.rank}.jsonl",
+        log_path=logdir / f"flips-rank{rank}.jsonl",
         at_entry=compat.reads_weights_before_forward(worker.vllm_config),
     )
-    parallel = worker.vllm_config.parallel_config
     fds = arena.export()
     hello = {
         "type": "worker",
-        "rank": worker.rank,
+        "rank": rank,
         "world_size": parallel.world_size,
         "tp_degree": parallel.tensor_parallel_size,
         "model": worker.vllm_config.model_config.model,
@@ -204,10 +205,10 @@ def publish(worker: Any) -> None:
         },
         **description,
     }
-    registration = Registration(hello, fds=fds, who=f"vLLM worker rank {worker.rank}")
-    worker.bridge.slot = registration.connect().slot(worker.rank)
+    registration = Registration(hello, fds=fds, who=f"vLLM worker rank {rank}")
+    worker.bridge.slot = registration.connect().slot(rank)
     registration.watch()
-    logger.info("rank %d published %d MiB (%s)", worker.rank, arena.nbytes >> 20, arena.kind)
+    logger.info("rank %d published %d MiB (%s)", rank, arena.nbytes >> 20, arena.kind)
 
 
 def _gpu_of(arena: Arena) -> str:

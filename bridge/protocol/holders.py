@@ -151,6 +151,44 @@ def _group(
     return tables
 
 
+def check_order(layouts: Sequence[Layout], sources: Sequence[Source]) -> None:
+    """Ranks that hand tensors over one by one must name the same ones in the same order.
+
+    Another order is no harm to the plan, but gathers that ranks call in different orders mix tensors up.
+
+    Raises:
+        MappingError: they do not; names the first difference of each group of ranks from the first group.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for layout in layouts:
+        groups.setdefault(layout.order, []).append(layout.rank)
+    (order, ranks), *others = groups.items()
+    lines = []
+    for other, differing in others:
+        first = next(
+            (i for i, (a, b) in enumerate(zip(order, other, strict=False)) if a != b),
+            min(len(order), len(other)),
+        )
+        theirs, ours = (_handed(found, first, sources) for found in (other, order))
+        lines.append(
+            f"number {first + 1}: trainer {name_ranks(differing)} handed over {theirs}, "
+            f"trainer {name_ranks(ranks)} {ours}"
+        )
+    if lines:
+        listing = "\n  ".join(lines)
+        raise MappingError(
+            f"trainer ranks handed over different parameters in one round:\n  {listing}\nCall update_weight "
+            "on every rank with the same names in the same order"
+        )
+
+
+def _handed(order: Sequence[int], index: int, sources: Sequence[Source]) -> str:
+    if index >= len(order):
+        return f"no more than {len(order)}"
+    known = 0 <= order[index] < len(sources)
+    return sources[order[index]].name if known else f"source {order[index]} of {len(sources)}"
+
+
 def find_held(
     layouts: Sequence[Layout], sources: Sequence[Source], only: frozenset[int] | None, faults: Faults
 ) -> dict[int, tuple[Held, ...]]:

@@ -9,11 +9,13 @@ from bridge.protocol.mapping import ParamMapping, RankMap, Source, Vocabulary, W
 
 
 def param_mappings(vocabulary: Vocabulary, ranks: Sequence[RankMap]) -> dict[str, ParamMapping]:
-    """Rows for every used source, from what rank 0 receives of it."""
-    first = ranks[0]
+    """Rows for every used source, from what the first rank that holds any of it receives."""
+    holders: dict[int, RankMap] = {}
     writes: defaultdict[int, list[Write]] = defaultdict(list)
-    for write in first.writes[vocabulary.name]:
-        writes[write.source].append(write)
+    for rank in ranks:
+        for write in rank.writes[vocabulary.name]:
+            if holders.setdefault(write.source, rank) is rank:
+                writes[write.source].append(write)
     rows = {}
     for index, source in enumerate(vocabulary.sources):
         if index not in writes:
@@ -23,7 +25,7 @@ def param_mappings(vocabulary: Vocabulary, ranks: Sequence[RankMap]) -> dict[str
             dim for dim, (whole, part) in enumerate(zip(source.shape, local, strict=True)) if part < whole
         ]
         rows[source.name] = ParamMapping(
-            vllm_name=first.targets[writes[index][0].target].name,
+            vllm_name=holders[index].targets[writes[index][0].target].name,
             shape=source.shape,
             local_shape=local,
             dtype=source.dtype,

@@ -13,7 +13,7 @@ import blake3
 import msgspec
 
 from bridge.errors import ConfigError, MappingError, TopologyError
-from bridge.protocol.holders import CASTS, Faults, Held, find_held, name_ranks
+from bridge.protocol.holders import CASTS, Faults, Held, check_order, find_held, name_ranks
 from bridge.protocol.mapping import ITEMSIZE, Mapping, Source, Target, Write, compute_digest
 from bridge.protocol.messages import DIGEST_BYTES
 from bridge.protocol.region import Piece, box_write, intersect, row_major
@@ -36,12 +36,16 @@ class Shard(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     head_dim: int = 0
 
 
-class Layout(msgspec.Struct, frozen=True, kw_only=True):
-    """All that one trainer rank holds, under one vocabulary."""
+class Layout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """All that one trainer rank holds, under one vocabulary.
+
+    ``order`` are the sources in the order in which they were handed over one by one; empty for a model.
+    """
 
     rank: int
     vocabulary: str
     shards: tuple[Shard, ...]
+    order: tuple[int, ...] = ()
 
 
 class Copy(msgspec.Struct, frozen=True, kw_only=True):
@@ -281,13 +285,14 @@ def build_plan(
         ConfigError: ``bucket_bytes`` is not positive.
         TopologyError: there are no layouts, two of one rank, or different vocabularies.
         MappingError: an element that is needed is held by nobody, or boxes overlap without being equal, or
-            shapes or dtypes do not fit; lists every fault found.
+            shapes or dtypes do not fit, or ranks handed over different sources; lists every fault found.
     """
     if bucket_bytes <= 0:
         raise ConfigError(f"bucket_bytes is {bucket_bytes}; a bucket must hold at least one byte")
     ordered = sorted(layouts, key=lambda layout: layout.rank)
     vocabulary = mapping.vocabulary(_common_vocabulary(ordered))
     sources = vocabulary.sources
+    check_order(ordered, sources)
     faults = Faults(sources)
     held = find_held(ordered, sources, only, faults)
     builder = _Builder(sources, held, faults, bucket_bytes, [layout.rank for layout in ordered])

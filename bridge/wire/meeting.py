@@ -21,10 +21,11 @@ from bridge.wire.rendezvous import Store, fetch
 
 
 class Round(msgspec.Struct, frozen=True, kw_only=True):
-    """What BEGIN refers to: whose layouts are in force, and whether the round carries every source."""
+    """What BEGIN refers to: whose layouts are in force, whether the round carries every source, and how."""
 
     layouts: tuple[bytes, ...]
     partial: bool
+    encoding: str
     bucket_bytes: int
 
 
@@ -67,10 +68,12 @@ class Meeting:
         self._last = layout, digest
         return digest
 
-    def publish_round(self, layouts: Sequence[bytes], *, partial: bool, bucket_bytes: int) -> str:
+    def publish_round(
+        self, layouts: Sequence[bytes], *, partial: bool, encoding: str, bucket_bytes: int
+    ) -> str:
         """Store the joint layout (trainer rank 0); returns the key that BEGIN carries."""
         data = msgspec.msgpack.encode(
-            Round(layouts=tuple(layouts), partial=partial, bucket_bytes=bucket_bytes)
+            Round(layouts=tuple(layouts), partial=partial, encoding=encoding, bucket_bytes=bucket_bytes)
         )
         joint = blake3.blake3(data).hexdigest(DIGEST_BYTES)
         if joint not in self._plans:

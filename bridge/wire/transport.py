@@ -193,15 +193,7 @@ class GlooSource:
 
     def move(self, bucket: Bucket) -> None:
         buffer = self._buffers.reserve(packed_bytes(bucket, self._wire_dtypes))
-        offset = 0
-        for copy in bucket.copies:
-            picked = pick(self._tensors[copy.shard], copy)
-            dtype = self._wire_dtypes[copy.target]
-            nbytes = picked.numel() * dtype.itemsize
-            # Offsets in a packed bucket are not aligned to the dtype; a byte view of the cast is.
-            cast = picked.to(dtype).contiguous()
-            buffer[offset : offset + nbytes] = as_bytes(cast)
-            offset += nbytes
+        pack(bucket, self._tensors, self._wire_dtypes, buffer)
         self._buffers.post(self._link, buffer, BUCKET_TAG + bucket.index)
         self._digests.append(checksum_of(buffer))
 
@@ -219,6 +211,38 @@ def send_digests(link: DataLink, digests: Sequence[bytes]) -> None:
 def packed_bytes(bucket: Bucket, wire_dtypes: Sequence[torch.dtype]) -> int:
     """Bytes of a bucket as Gloo carries it."""
     return sum(torch.Size(c.size).numel() * wire_dtypes[c.target].itemsize for c in bucket.copies)
+
+
+def pack(
+    bucket: Bucket,
+    tensors: Sequence[torch.Tensor],
+    wire_dtypes: Sequence[torch.dtype],
+    buffer: torch.Tensor,
+) -> None:
+    """Put a bucket's elements one behind the other into ``buffer``, uint8 [packed_bytes]."""
+    offset = 0
+    for copy in bucket.copies:
+        picked = pick(tensors[copy.shard], copy)
+        dtype = wire_dtypes[copy.target]
+        nbytes = picked.numel() * dtype.itemsize
+        # Offsets in a packed bucket are not aligned to the dtype; a byte view of the cast is.
+        cast = picked.to(dtype).contiguous()
+        buffer[offset : offset + nbytes] = as_bytes(cast)
+        offset += nbytes
+
+
+def unpack(bucket: Bucket, buffer: torch.Tensor, landing: Landing) -> None:
+    """Put a packed bucket's elements in their place."""
+    offset = 0
+    for copy in bucket.copies:
+        place = landing.view(copy.target, copy.size, copy.dst_offset, copy.dst_stride)
+        nbytes = place.numel() * place.element_size()
+        arrived = buffer[offset : offset + nbytes]
+        if arrived.data_ptr() % place.element_size():
+            arrived = arrived.clone()
+        place.copy_(arrived.view(place.dtype).view(place.shape))
+        landing.landed(copy.target, place.numel())
+        offset += nbytes
 
 
 # --- sinks: the updater's end ------------------------------------------------------------------------
@@ -338,16 +362,7 @@ class GlooSink:
     def move(self, bucket: Bucket, landing: Landing) -> None:
         buffer, work = self._posted.pop(bucket.index)
         self._link.finish(work, f"bucket {bucket.index}")
-        offset = 0
-        for copy in bucket.copies:
-            place = landing.view(copy.target, copy.size, copy.dst_offset, copy.dst_stride)
-            nbytes = place.numel() * place.element_size()
-            arrived = buffer[offset : offset + nbytes]
-            if arrived.data_ptr() % place.element_size():
-                arrived = arrived.clone()
-            place.copy_(arrived.view(place.dtype).view(place.shape))
-            landing.landed(copy.target, place.numel())
-            offset += nbytes
+        unpack(bucket, buffer, landing)
         self._digests.append(checksum_of(buffer))
         if bucket.index + 2 < len(self._lane.buckets):
             self._post(self._lane.buckets[bucket.index + 2])

@@ -224,14 +224,14 @@ def api_server(server: Server, status: dict[str, Any]) -> int:
 
 VICTIMS: dict[str, Callable[[Server, dict[str, Any]], int]] = {
     "worker": lambda _, status: int(status["pids"]["workers"][0]),
-    "engine": lambda _, status: int(status["pids"]["engine"]),
+    "engine": lambda _, status: int(status["pids"]["engines"][0]),
     "api_server": api_server,
     "launcher": lambda server, _: server.process.pid,
 }
 # What the launcher's console (or for its own death the daemon's log) must say; {pid} is the victim's.
 SAID = {
     "worker": ["vllm (pid", "vLLM worker rank 0 (pid {pid}"],
-    "engine": ["vllm (pid", "vLLM engine core (pid {pid}"],
+    "engine": ["vllm (pid", "vLLM engine core 0 (pid {pid}"],
     "api_server": ["vllm (pid {pid}) was killed by SIGKILL"],
     "launcher": [],
 }
@@ -255,7 +255,7 @@ def test_the_server_ends_with(victim, sets, tmp_path, runtime_dir):
         os.kill(pid, signal.SIGKILL)  # and the updater stays where it is: the daemon has to end it
         (error,) = held.errors()
         # The engine core ends itself without its API server, and the trainer may hear of that first.
-        named = [pid, held.before["pids"]["engine"]] if victim == "api_server" else [pid]
+        named = [pid, *held.before["pids"]["engines"]] if victim == "api_server" else [pid]
         assert any(f"(pid {number}" in error for number in named), error
         code = server.process.wait(90)
         assert code == -signal.SIGKILL if victim == "launcher" else code not in (0, -signal.SIGKILL)

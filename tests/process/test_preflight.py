@@ -112,6 +112,8 @@ def test_memory_must_hold_the_weights_twice(tmp_path, model):
     text = faults(make_options(tmp_path, model), around)["memory"]
     assert "2 x 2 MiB of weights (1 safetensors file(s)) = 4 MiB needed, 3 MiB left of the" in text
     assert "--staging in-place" in text
+    replicas = make_options(tmp_path, model, "--data-parallel-size=3")
+    assert ", for each of 3 engines = 12 MiB needed" in faults(replicas, around)["memory"]
     in_place = preflight.check_model(
         make_options(tmp_path, model, staging="in-place"), read_server_args(()), around
     )

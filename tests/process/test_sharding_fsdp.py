@@ -17,11 +17,14 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from bridge.declared import DeclaredLayout
+from bridge.environment import Ranks
 from bridge.errors import MappingError
 from bridge.guard import Guarded, StepGuard
+from bridge.joining import any_rank
 from bridge.names import canonical_names
 from bridge.param_mappings import export_param_mappings, load_param_mappings
-from bridge.sharding import LocalShards, collect, collect_single
+from bridge.parts import Round, collect_single
+from bridge.sharding import LocalShards, collect
 from tests.support.mappings import identity_mapping, interleaved, shapes_of
 from tests.support.ranks import put_together, run_ranks
 
@@ -295,6 +298,35 @@ def single(path: Path) -> None:
     assert shards.layout.shards[0].offset == (first, 0)
 
 
+def handed_over(path: Path) -> None:
+    """``full_tensor()`` of one parameter after the other, or DTensors as they are: the same whole tensors."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    model = seeded()
+    fully_shard(model)
+    expected = {name: tensor.detach() for name, tensor in canonical_names(seeded()).items()}
+    mapping = identity_mapping(("checkpoint", shapes_of(expected)))
+    gathers: list[Callable[[torch.Tensor], torch.Tensor]] = [DTensor.full_tensor, lambda tensor: tensor]
+    rounds = [Round(rank=rank, world_size=world_size) for _ in gathers]
+    for made, gather in zip(rounds, gathers, strict=True):
+        for name, tensor in canonical_names(model).items():
+            made.update_weight(name, gather(tensor) if isinstance(tensor, DTensor) else tensor)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    for made in rounds:
+        plan, whole = put_together(made.collect(mapping), mapping)
+        for name, tensor in expected.items():
+            assert torch.equal(whole[name], tensor), name
+        assert plan.total_bytes == sum(t.nbytes for t in expected.values())
+
+
+def one_knows_that_the_epoch_is_over(path: Path) -> None:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    ranks = Ranks(rank=rank, world_size=world_size)
+    assert any_rank(rank == 1, ranks)
+    assert not any_rank(False, ranks)
+
+
 def guarded_step(path: Path) -> None:
     model = seeded()
     fully_shard(model)
@@ -340,7 +372,8 @@ def assert_within(event: threading.Event) -> None:
         (fsdp_uneven, 2), (fsdp_uneven, 3), (fsdp_uneven, 4), (fsdp_mixed_precision, 2), (fsdp_offloaded, 2),
         (fsdp_tied, 2), (fsdp_dim1, 2), (fsdp_in_metas_order, 5), (declared, 2), (declared, 4), (wrapped, 2),
         (hsdp, 4), (tensor_parallel, 2), (fsdp_and_tensor_parallel, 4), (mesh_2d, 4), (refusals, 2),
-        (data_parallel, 2), (single, 2), (guarded_step, 2),
+        (data_parallel, 2), (single, 2), (guarded_step, 2), (handed_over, 2), (handed_over, 3),
+        (one_knows_that_the_epoch_is_over, 2),
     ],
     ids=lambda value: value.__name__ if callable(value) else str(value),
 )  # fmt: skip

@@ -14,6 +14,7 @@ from torch import nn
 from bridge import zero3
 from bridge.errors import MappingError
 from bridge.names import canonical_names
+from bridge.parts import Round
 from bridge.sharding import collect
 from tests.support.mappings import identity_mapping, shapes_of
 from tests.support.ranks import put_together, run_ranks
@@ -93,6 +94,32 @@ def partitioned(_: Path) -> None:
         assert not torch.equal(before["experts"], expected["experts"])
 
 
+def gathered(_: Path) -> None:
+    """One parameter gathered at a time, handed over, and let go: each rank keeps its share of it."""
+    import deepspeed
+
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    model = engine(world_size)
+    expected = whole(model)
+    mapping = identity_mapping(("checkpoint", shapes_of(expected)))
+    one_by_one = Round(rank=rank, world_size=world_size)
+    for name, parameter in model.module.named_parameters():
+        with deepspeed.zero.GatheredParameters(parameter):
+            one_by_one.update_weight(name, parameter)
+    as_they_are = Round(rank=rank, world_size=world_size)
+    for name, parameter in model.module.named_parameters():
+        as_they_are.update_weight(name, parameter)
+    step(model)
+    for made in (one_by_one, as_they_are):
+        shards = made.collect(mapping)
+        plan, found = put_together(shards, mapping)
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor), name
+        assert plan.total_bytes == sum(t.nbytes for t in expected.values())
+        held = sum(t.untyped_storage().nbytes() for t in shards.tensors)
+        assert held < 0.6 * plan.total_bytes, "a rank keeps what it sends, not the model"
+
+
 def refusals(_: Path) -> None:
     model = engine(dist.get_world_size())
     assert zero3.steps_by_itself(model.module, model.module.parameters())
@@ -109,6 +136,8 @@ def refusals(_: Path) -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(("scenario", "world_size"), [(partitioned, 2), (partitioned, 3), (refusals, 2)])
+@pytest.mark.parametrize(
+    ("scenario", "world_size"), [(partitioned, 2), (partitioned, 3), (gathered, 2), (refusals, 2)]
+)
 def test_ranks(scenario: Any, world_size: int, tmp_path: Path) -> None:
     run_ranks(scenario, world_size, tmp_path)

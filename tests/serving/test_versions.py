@@ -146,6 +146,75 @@ def test_a_single_parameter_changes_nothing_else(qwen3, trainer):
     assert_equal(qwen3.server.api.greedy(), qwen3.fresh[2]["greedy"], tolerance=1e-5)
 
 
+def test_a_round_serves_what_a_broadcast_of_the_same_weights_does(qwen3, trainer):
+    for index in (1, 0):
+        trainer.must("load", path=str(qwen3.sets[index]))
+        before = qwen3.server.status()["weight_version"]
+        (receipt,) = trainer.must("round")
+        assert receipt["version"] == qwen3.server.status()["weight_version"] == before + 1
+        served = qwen3.server.api.greedy()
+        assert_equal(served, qwen3.fresh[index]["greedy"], tolerance=1e-5)
+        (broadcast,) = trainer.must("broadcast")
+        assert broadcast["bytes"] == receipt["bytes"]
+        assert_equal(qwen3.server.api.greedy(), served, tolerance=0.0)
+
+
+def test_a_round_of_some_parameters_is_laid_over_the_served_version(qwen3, trainer):
+    publish(qwen3, trainer, 0)
+    publish(qwen3, trainer, 1)
+    trainer.must("load", path=str(qwen3.sets[2]))  # which differs in one parameter
+    (receipt,) = trainer.must("round", only=SINGLE)
+    (broadcast,) = trainer.must("single", name=SINGLE, value=0.01)
+    assert receipt["bytes"] == broadcast["bytes"]
+    assert_equal(qwen3.server.api.greedy(), qwen3.fresh[2]["greedy"], tolerance=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_rounds_of_two_ranks(qwen3, trainer, kind):
+    trainer.must("close")
+    with training(kind, qwen3.sets[0], logdir=qwen3.server.logdir, dtype="float32", ranks=2) as ranks:
+        ranks.must("load", path=str(qwen3.sets[1]))
+        first, second = ranks.must("round")
+        assert first["version"] == second["version"]
+        assert_equal(qwen3.server.api.greedy(), qwen3.fresh[1]["greedy"], tolerance=1e-5)
+        ranks.must("load", path=str(qwen3.sets[0]))
+        for fail_on in (0, 1):
+            ranks.send("round", fail_on=fail_on)
+            answers = ranks.answers()
+            assert answers[fail_on] == {"error": "the loss is not finite", "type": "ArithmeticError"}
+            assert answers[1 - fail_on]["type"] == "RoundAborted"
+            said = f"trainer rank {fail_on}: the round was abandoned: ArithmeticError: the loss is not finite"
+            assert said in answers[1 - fail_on]["error"]
+        ranks.send("round", short_on=1)
+        for answer in ranks.answers():
+            assert re.search(
+                r"number (\d+): trainer rank 1 handed over no more than \d+, trainer rank 0 ", answer["error"]
+            )
+        status = qwen3.server.status()
+        assert (status["state"], status["weight_version"]) == ("ready", first["version"])
+        assert_equal(qwen3.server.api.greedy(), qwen3.fresh[1]["greedy"], tolerance=1e-5)
+        assert ranks.must("round")[0]["version"] == first["version"] + 1
+        assert_equal(qwen3.server.api.greedy(), qwen3.fresh[0]["greedy"], tolerance=1e-5)
+        ranks.must("close")
+
+
+def test_merged_adapters_serve_what_pefts_merged_model_does(qwen3, trainer):
+    pytest.importorskip("peft")
+    trainer.must("close")
+    with training("lora", qwen3.sets[0], logdir=qwen3.server.logdir, dtype="float32") as lora:
+        (refused,) = lora.command("broadcast")
+        assert refused["type"] == "MappingError"
+        assert 'call broadcast_weights(model, adapters="merge")' in refused["error"]
+        (receipt,) = lora.must("broadcast", adapters="merge")
+        served = qwen3.server.api.greedy()
+        assert served != qwen3.fresh[0]["greedy"]
+        lora.must("unload")
+        (plain,) = lora.must("broadcast")
+        assert plain["bytes"] == receipt["bytes"]
+        assert_equal(qwen3.server.api.greedy(), served, tolerance=0.0)
+        lora.must("close")
+
+
 def test_ddp_with_two_ranks(qwen3, trainer):
     trainer.must("close")
     with training("ddp", qwen3.sets[0], logdir=qwen3.server.logdir, dtype="float32", ranks=2) as ddp:
@@ -287,18 +356,30 @@ def test_tensor_parallel_ranks_flip_at_the_same_batch(checkpoint, tmp_path):
     ):
         first = server.api.greedy()
         streams = Streams(server.api, width=4, tokens=400)
+        receipts = []
         for seed in range(10):
             trainers.must("perturb", seed=seed)
-            receipt = trainers.must("broadcast")[0]
-            assert receipt["transport"] == "gloo"
+            receipts += trainers.must("broadcast", encoding="auto" if seed < 7 else "dense")
         streams.stop()
         assert streams.failures == []
+        assert {r["transport"] for r in receipts} == {"gloo"}
+        sent = [r["bytes"] for r in receipts]
+        assert sent[0] == sent[7] == sent[8] == sent[9], "whole buckets"
+        assert max(sent[1:7]) < sent[0] / 10, "64 elements of each parameter changed"
         wait_until("an idle server", lambda: server.status()["state"] == "ready", timeout_s=10)
-        for index, expected in ((1, fresh), (0, first)):
+        # Back and forth, each time over what the round before has brought.
+        for index, encoding in (
+            (1, "auto"),
+            (1, "auto"),
+            (0, "delta"),
+            (1, "dense"),
+            (0, "auto"),
+            (1, "auto"),
+        ):
             trainers.must("load", path=str(sets[index]))
-            trainers.must("broadcast")
-            assert_equal(server.api.greedy(), expected, tolerance=1e-5)
+            trainers.must("broadcast", encoding=encoding)
+            assert_equal(server.api.greedy(), (first, fresh)[index], tolerance=1e-5)
         assert flips(server, 0) == flips(server, 1)
         batches, versions = zip(*flips(server, 0), strict=True)
-        assert list(versions) == list(range(1, 13))
+        assert list(versions) == list(range(1, 17))
         assert len(set(batches[:10])) == 10, "flips happened between batches of running requests"

@@ -243,7 +243,8 @@ class Trainers:
     """Trainer ranks (``support.trainer``), all given the same commands."""
 
     def __init__(self, kind: str, checkpoint: Path, *, logdir: Path, dtype: str = "bfloat16", ranks: int = 1,
-                 env: dict[str, str] | None = None, module: str = "support.trainer") -> None:  # fmt: skip
+                 env: dict[str, str] | None = None, module: str = "support.trainer",
+                 prefix: Sequence[str] = ()) -> None:  # fmt: skip
         self.logdir = logdir
         port = free_port()
         self.processes = []
@@ -252,7 +253,7 @@ class Trainers:
                      "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOGDIR": str(logdir),
                      **(env or {})}  # fmt: skip
             log = (logdir / f"trainer{rank}-{port}.log").open("wb")
-            command = [sys.executable, "-m", module, kind, str(checkpoint), dtype]
+            command = [*prefix, sys.executable, "-m", module, kind, str(checkpoint), dtype]
             self.processes.append(
                 subprocess.Popen(
                     command,

@@ -95,7 +95,7 @@ def daemon(args: argparse.Namespace) -> int:
                 "detail": f"{len(here)} of 1 worker(s)",
                 "model": "stand-in",
                 "world_size": 1,
-                "pids": {"daemon": os.getpid(), "engine": None, "workers": here},
+                "pids": {"daemon": os.getpid(), "engines": [], "workers": here},
                 "rendezvous": "127.0.0.1:1",
                 "last_error": None,
             }

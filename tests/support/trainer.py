@@ -2,7 +2,7 @@
 
     python -m support.trainer KIND CHECKPOINT DTYPE      (RANK, WORLD_SIZE, MASTER_*, LOGDIR are set)
 
-KIND is plain, ddp, fsdp2, zero3 or declared. Commands: load, broadcast, wait, step, single, notify,
+KIND is plain, ddp, fsdp2, zero3, declared or lora. Commands: load, broadcast, wait, step, single, notify,
 heartbeat, close, memory and others: the methods of ``Trainer``.
 """
 
@@ -43,6 +43,22 @@ def build(kind: str, checkpoint: Path, dtype: torch.dtype) -> nn.Module:
         fully_shard(model, mesh=mesh)
     if kind == "zero3":
         return partitioned(model)
+    if kind == "lora":
+        return adapted(model)
+    return model
+
+
+def adapted(model: nn.Module) -> nn.Module:
+    """The model with LoRA adapters that change what it computes."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = ["q_proj", "down_proj", "embed_tokens"]
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     return model
 
 
@@ -147,11 +163,23 @@ class Trainer:
                 )
         return {}
 
-    def broadcast(self, blocking: bool = True, version: int | None = None) -> dict[str, Any]:
+    def change(self, share: float, seed: int) -> dict[str, Any]:
+        """Change the lowest bit of a share of each weight's elements (plain models, of two-byte dtypes)."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for mine in self.model.parameters():
+                bits = mine.view(torch.int16).flatten()
+                count = round(share * bits.numel())
+                bits[torch.randint(bits.numel(), (count,), generator=generator)] ^= 1
+        return {}
+
+    def broadcast(self, blocking: bool = True, **options: Any) -> dict[str, Any]:
+        """``options`` are those of ``bridge.broadcast_weights``."""
         import bridge
 
         start = time.perf_counter()
-        result = bridge.broadcast_weights(self.model, blocking=blocking, version=version, layout=self.layout)
+        options = {"layout": self.layout, **options}
+        result = bridge.broadcast_weights(self.model, blocking=blocking, **options)
         seconds = time.perf_counter() - start
         if not blocking:
             self.pending = result
@@ -159,6 +187,11 @@ class Trainer:
         import msgspec
 
         return {"seconds": seconds, **msgspec.to_builtins(result)}
+
+    def unload(self) -> dict[str, Any]:
+        """From here on the model is what peft makes of it and its adapters."""
+        self.model = self.model.merge_and_unload()
+        return {}
 
     def until_it_fails(self) -> dict[str, Any]:
         """Broadcast again and again; the error is the answer."""
@@ -198,6 +231,31 @@ class Trainer:
             parameter.fill_(value)
         receipt = bridge.broadcast_single_param(name, parameter, layout=self.layout)
         return dict(msgspec.to_builtins(receipt))
+
+    def round(
+        self, only: str = "", fail_on: int | None = None, short_on: int | None = None
+    ) -> dict[str, Any]:
+        """Parameters gathered and handed over one at a time, the buffer overwritten behind each.
+
+        ``only`` is a name; rank ``fail_on`` raises in the block, rank ``short_on`` leaves the last one out.
+        """
+        import msgspec
+
+        import bridge
+
+        rank = int(os.environ.get("RANK", "0"))
+        named = [(n, p) for n, p in self.model.named_parameters() if only in ("", n)]
+        last = named[-1][0]
+        with bridge.round() as made:
+            for name, parameter in named:
+                with whole(parameter) as full, torch.no_grad():
+                    buffer = (full.full_tensor() if isinstance(full, DTensor) else full).clone()
+                if (rank, name) != (short_on, last):
+                    bridge.update_weight(name, buffer)
+                buffer.fill_(float("nan"))
+            if rank == fail_on:
+                raise ArithmeticError("the loss is not finite")
+        return dict(msgspec.to_builtins(made.receipt))
 
     def notify(self) -> dict[str, Any]:
         import msgspec

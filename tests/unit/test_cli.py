@@ -111,6 +111,12 @@ def test_each_word_goes_to_its_owner():
     )
 
 
+@pytest.mark.parametrize(("flags", "engines"), [((), "1"), (("-dp", "2", "--data-parallel-size=3"), "3")])
+def test_the_daemon_is_told_how_many_engines_there_will_be(flags, engines):
+    command = commands.daemon_command(parse("serve", "--", "m", *flags), Path("/run/dir"), launcher_pid=1)
+    assert command.argv[command.argv.index("--num-engines") + 1] == engines
+
+
 def test_trainer_as_one_quoted_word():
     assert parse("serve", "--trainer", "python 'my train.py'", "--", "m").trainer == ("python", "my train.py")
     with pytest.raises(ConfigError, match="given twice"):
@@ -164,6 +170,9 @@ def test_vllms_config_file_is_read_and_the_command_line_wins(tmp_path):
         ((), {"VLLM_ENABLE_SHARED_WEIGHTS": "0"}, "unset it"),
         (("-n", "2"), {}, "--nnodes 2"),
         (("--headless",), {}, "--headless is given"),
+        (("-dpn", "1"), {}, "--data-parallel-rank is given"),
+        (("--data-parallel-external-lb",), {}, "--data-parallel-external-lb is given"),
+        (("--data_parallel_hybrid_lb",), {}, "--data-parallel-hybrid-lb is given"),
         (("--model=x",), {}, "name the model once"),
     ],
 )

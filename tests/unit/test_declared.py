@@ -12,13 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from bridge import Bridge, BridgeConfig
 from bridge.catalogue import Catalogue
 from bridge.declared import DeclaredLayout
+from bridge.environment import Ranks
 from bridge.errors import ConfigError, MappingError, TopologyError
 from bridge.guard import Guarded
+from bridge.parts import collect_single
 from bridge.protocol.mapping import Mapping, RankMap, Target, Write
 from bridge.protocol.plan import build_plan
-from bridge.sharding import collect, collect_single
+from bridge.sharding import collect
 from tests.support.mappings import identity_mapping, interleaved, run_copies, shapes_of
 
 Tensors = dict[str, torch.Tensor]
@@ -284,6 +287,15 @@ def test_ranks_that_declare_another_order_are_refused() -> None:
 
 def _reordered(shards: Sequence[msgspec.Struct], head_dim: int) -> tuple[msgspec.Struct, ...]:
     return tuple(msgspec.structs.replace(shard, head_dim=head_dim) for shard in shards)
+
+
+def test_a_layout_that_does_not_divide_the_ranks_is_refused_before_anybody_is_called() -> None:
+    model, layout = nn.Linear(2, 4), DeclaredLayout(tp_degree=2)
+    with Bridge(BridgeConfig(logdir="unused"), ranks=Ranks(rank=0, world_size=3)) as trainer:
+        with pytest.raises(TopologyError, match="do not divide the 3 trainer rank"):
+            trainer.broadcast_weights(model, layout=layout)
+        with pytest.raises(TopologyError, match="do not divide the 3 trainer rank"):
+            trainer.broadcast_single_param("weight", model.weight, layout=layout)
 
 
 # --- one parameter, and the catalogue ----------------------------------------------------------------------

@@ -51,16 +51,16 @@ def test_a_hold_is_confirmed_only_when_nothing_runs() -> None:
     page.hold = 7
     bridge.hold.follow()
     assert engine.scheduler.pause_state is PauseState.PAUSED_ALL
-    assert page.held == 0, "batches may still be in flight"
+    assert page.engine(0).held == 0, "batches may still be in flight"
     for _ in range(3):
         engine._notify_idle_state_callbacks()  # the loop has nothing left to run
-    assert (page.held, engine.asked, engine.notified) == (7, ["bridge_quiesce"], 0)
+    assert (page.engine(0).held, engine.asked, engine.notified) == (7, ["bridge_quiesce"], 0)
     assert not engine._pause_complete()
     page.hold = 0
     bridge.hold.follow()
     assert engine.scheduler.pause_state is PauseState.UNPAUSED
-    assert page.held == 0
-    assert page.stood_ns > 0
+    assert page.engine(0).held == 0
+    assert page.engine(0).stood_ns > 0
     engine._notify_idle_state_callbacks()
     assert engine.notified == 1
     assert engine._pause_complete()
@@ -72,7 +72,7 @@ def test_a_rank_that_does_not_come_to_rest_confirms_nothing() -> None:
     page.hold = 7
     bridge.hold.follow()
     engine._notify_idle_state_callbacks()
-    assert page.held == 0
+    assert page.engine(0).held == 0
 
 
 @pytest.mark.parametrize("wish", list(PauseState))
@@ -97,5 +97,5 @@ def test_a_pause_from_before_is_there_afterwards() -> None:
         page.hold = ticket
         bridge.hold.follow()
         engine._notify_idle_state_callbacks()
-        assert page.held == ticket
+        assert page.engine(0).held == ticket
     assert engine.scheduler.pause_state is PauseState.PAUSED_ALL

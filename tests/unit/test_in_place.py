@@ -19,33 +19,44 @@ from vllm_patching.control_page import ControlPage
 from vllm_patching.swap import InPlaceStaging
 
 RANKS = 2
+ENGINES = 2
 
 
 class Server:
-    """Answers holds and commits until told to stop; ``commits`` says whether ranks still flip."""
+    """Answers holds and commits until told to stop.
+
+    ``commits`` says whether ranks still flip, ``stuck`` which engines do not answer a hold.
+    """
 
     def __init__(self) -> None:
-        self.page = ControlPage.create(RANKS)
+        self.page = ControlPage.create(RANKS, ENGINES)
         self.commits = True
-        self.engine = SimpleNamespace(hello={"pid": 0}, channel=SimpleNamespace(send=lambda _message: None))
+        self.stuck: set[int] = set()
+        channel = SimpleNamespace(send=lambda _message: None)
+        self.engines = {i: SimpleNamespace(hello={"pid": 0}, channel=channel) for i in range(ENGINES)}
         self.control = self.page
         self.complete = True
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
+    def held(self) -> list[bool]:
+        return [bool(engine.held) for engine in self.page.engines()]
+
     def members(self) -> list[SimpleNamespace]:
-        return [self.engine] if self.engine is not None else []
+        return list(self.engines.values())
 
     def _run(self) -> None:
-        since = 0
+        since = [0] * ENGINES
         while not self._stop.wait(0.001):
-            if self.page.hold != self.page.held:
+            for index, engine in enumerate(self.page.engines()):
+                if engine.held == self.page.hold or index in self.stuck:
+                    continue
                 if self.page.hold:
-                    since = time.monotonic_ns()
+                    since[index] = time.monotonic_ns()
                 else:
-                    self.page.stood_ns = time.monotonic_ns() - since
-                self.page.held = self.page.hold
+                    engine.stood_ns = time.monotonic_ns() - since[index]
+                engine.held = self.page.hold
             for rank in range(RANKS) if self.commits else ():
                 slot, version = self.page.slot(rank), self.page.requested
                 if slot.version < version:
@@ -71,10 +82,10 @@ def staging(server: Server, *, timeout_s: float = 5.0) -> InPlaceStaging:
 def test_a_round_that_fails_before_its_first_byte_lets_the_engine_go_on(server: Server) -> None:
     swap = staging(server)
     swap.hold()
-    assert server.page.held
+    assert server.held() == [True, True]
     swap.abandon("the trainer died")
     assert not swap.torn
-    assert (server.page.hold, server.page.held) == (0, 0)
+    assert (server.page.hold, server.held()) == (0, [False, False])
 
 
 def test_a_round_that_fails_midway_leaves_the_engine_standing(server: Server) -> None:
@@ -84,7 +95,7 @@ def test_a_round_that_fails_midway_leaves_the_engine_standing(server: Server) ->
     swap.abandon("the trainer died")
     assert "version 3" in swap.torn
     assert "the trainer died" in swap.torn
-    assert server.page.held
+    assert server.held() == [True, True]
     swap.let_go()
     assert server.page.hold, "torn weights are never let go"
     assert swap.repair_due is not None
@@ -92,7 +103,7 @@ def test_a_round_that_fails_midway_leaves_the_engine_standing(server: Server) ->
     swap.begin(4)
     assert swap.commit(4)[0] > 0
     assert not swap.torn
-    assert server.page.held == 0
+    assert server.held() == [False, False]
 
 
 def test_a_daemon_that_died_while_it_committed_left_a_whole_version(server: Server) -> None:
@@ -103,7 +114,7 @@ def test_a_daemon_that_died_while_it_committed_left_a_whole_version(server: Serv
     heir = staging(server)
     assert not heir.torn
     assert [server.page.slot(rank).version for rank in range(RANKS)] == [3, 3]
-    assert (server.page.writing, server.page.held) == (0, 0)
+    assert (server.page.writing, server.held()) == (0, [False, False])
 
 
 def test_a_commit_that_is_late_is_finished_when_the_ranks_follow(server: Server) -> None:
@@ -117,7 +128,7 @@ def test_a_commit_that_is_late_is_finished_when_the_ranks_follow(server: Server)
     server.commits = True
     swap.abandon("the commit was late")
     assert not swap.torn
-    assert server.page.held == 0
+    assert server.held() == [False, False]
 
 
 def test_a_live_version_is_not_reported_failed_because_the_engine_is_late_to_go_on(server: Server) -> None:
@@ -134,6 +145,14 @@ def test_a_live_version_is_not_reported_failed_because_the_engine_is_late_to_go_
 def test_an_engine_that_does_not_stand_still_is_let_go(server: Server) -> None:
     swap = staging(server, timeout_s=0.2)
     server.stop()
+    with pytest.raises(TransferError, match="nothing was written"):
+        swap.hold()
+    assert server.page.hold == 0
+
+
+def test_nothing_is_written_while_one_of_two_engines_still_runs(server: Server) -> None:
+    swap = staging(server, timeout_s=0.2)
+    server.stuck = {1}
     with pytest.raises(TransferError, match="nothing was written"):
         swap.hold()
     assert server.page.hold == 0

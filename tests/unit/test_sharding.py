@@ -20,10 +20,11 @@ from bridge.errors import ConfigError, MappingError, RoundAborted
 from bridge.guard import Guarded, StepGuard
 from bridge.names import canonical_names
 from bridge.param_mappings import export_param_mappings, load_param_mappings
+from bridge.parts import collect_single
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import Mapping, Rendezvous
 from bridge.protocol.plan import build_plan
-from bridge.sharding import collect, collect_single
+from bridge.sharding import collect
 from tests.support.mappings import identity_mapping, shapes_of
 
 

@@ -1,0 +1,144 @@
+"""Rounds that carry only what changed, beside whole ones, over a link of 1 Gbit/s; and how much does change.
+
+The server is a real one, on this host's CPU. The trainer runs in a network namespace of its own, whose only
+way out is shaped by tc; it needs root for that. Rounds of both kinds alternate, with a given share of all
+elements changed before each.
+
+Then, without a server: the share of bfloat16 elements that an AdamW step changes, step by step, when a small
+model with float32 masters learns to continue a text, at the learning rates of RL.
+
+    PYTHONPATH=tests python benchmarks/delta.py --out benchmarks/results/delta.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from stall import FLAGS, build_model
+from support.serving import Trainers, serving, training
+
+SERVER, TRAINER = "10.213.0.1", "10.213.0.2"
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True)
+
+
+@contextmanager
+def shaped_link(rate: str) -> Iterator[Sequence[str]]:
+    """A namespace that reaches this host through ``rate``; yields the command prefix that enters it."""
+    name, near, far = f"delta{os.getpid()}", f"dn{os.getpid()}", f"df{os.getpid()}"
+    enter = ["ip", "netns", "exec", name]
+    ip("netns", "add", name)
+    try:
+        ip("link", "add", near, "type", "veth", "peer", "name", far, "netns", name)
+        ip("addr", "add", f"{SERVER}/30", "dev", near)
+        ip("link", "set", near, "up")
+        ip("-n", name, "addr", "add", f"{TRAINER}/30", "dev", far)
+        ip("-n", name, "link", "set", far, "up")
+        ip("-n", name, "link", "set", "lo", "up")
+        shape = ["tc", "qdisc", "add", "dev", far, "root", "tbf", "rate", rate]
+        subprocess.run([*enter, *shape, "burst", "1mb", "latency", "50ms"], check=True)
+        yield enter
+    finally:
+        ip("netns", "del", name)
+
+
+def rounds(trainers: Trainers, share: float, repeats: int, seed: int) -> dict[str, Any]:
+    """Rounds of both kinds by turns; the bytes and seconds of each."""
+    found: dict[str, list[dict[str, Any]]] = {"dense": [], "auto": []}
+    for repeat in range(repeats):
+        for encoding, kept in found.items():
+            if encoding == "auto":  # what it compares with must be the round right before it
+                trainers.must("broadcast", encoding=encoding)
+            trainers.must("change", share=share, seed=seed + repeat)
+            (receipt,) = trainers.must("broadcast", encoding=encoding)
+            kept.append({key: receipt[key] for key in ("bytes", "stage_s", "total_s", "transport")})
+    seconds = {what: statistics.median(r["total_s"] for r in kept) for what, kept in found.items()}
+    nbytes = {what: statistics.median(r["bytes"] for r in kept) for what, kept in found.items()}
+    return {
+        "share": share,
+        "bytes_kept": nbytes["auto"] / nbytes["dense"],
+        "speedup": seconds["dense"] / seconds["auto"],
+        "seconds": seconds,
+        "rounds": found,
+    }
+
+
+def natural_shares(lr: float, steps: int) -> list[float]:
+    """Per AdamW step on float32 masters, the share of elements whose bfloat16 differs afterwards."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "vocab_size": 4096}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes, **heads))
+    text = torch.randint(4096, (8, 128))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    total = sum(p.numel() for p in model.parameters())
+    shares = []
+    for _ in range(steps):
+        before = [p.detach().to(torch.bfloat16) for p in model.parameters()]
+        model(input_ids=text, labels=text).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        after = [p.detach().to(torch.bfloat16) for p in model.parameters()]
+        shares.append(sum(int((a != b).sum()) for a, b in zip(after, before, strict=True)) / total)
+    return shares
+
+
+def main() -> int:
+    """Run all and write one JSON document."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rate", default="1gbit")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.001, 0.01, 0.1])
+    parser.add_argument("--vocab", type=int, default=151936)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    document: dict[str, Any] = {
+        "what": __doc__.splitlines()[0] if __doc__ else "",
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "machine": f"{os.cpu_count()} CPU cores, torch {torch.__version__}",
+        "rate": args.rate,
+    }
+    with tempfile.TemporaryDirectory(prefix="delta-") as directory, shaped_link(args.rate) as enter:
+        model = Path(directory) / "model"
+        document["model_bytes"] = build_model(model, args.vocab)
+        bridge_flags = ["--transport=gloo", f"--rendezvous-host={SERVER}"]
+        with (
+            serving(model, Path(directory) / "log", flags=FLAGS, bridge_flags=bridge_flags) as server,
+            training("plain", model, logdir=server.logdir, prefix=enter) as trainers,
+        ):
+            trainers.must("broadcast")
+            document["rounds"] = [
+                rounds(trainers, share, args.repeats, 1000 * i) for i, share in enumerate(args.shares)
+            ]
+    document["natural"] = {str(lr): natural_shares(lr, args.steps) for lr in (1e-6, 1e-5)}
+    for found in document["rounds"]:
+        shown = {key: found[key] for key in ("share", "bytes_kept", "speedup", "seconds")}
+        sys.stdout.write(json.dumps(shown) + "\n")
+    for lr, shares in document["natural"].items():
+        sys.stdout.write(f"AdamW at {lr}: {statistics.median(shares):.4f} of the elements change in a step\n")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(document))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

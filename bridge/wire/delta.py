@@ -1,0 +1,151 @@
+"""What changed in a bucket since it was last sent, in the shortest of three forms, without loss.
+
+A bucket is compared by units, its smallest element: two bytes for bfloat16. Whether a unit changed is
+a matter of its bits, so NaNs and signed zeros arrive as they are.
+
+=======  =================================================================  ==================
+form     payload                                                            bytes, k of n units
+=======  =================================================================  ==================
+dense    every unit                                                         n u
+index    changed units; how many in each 65,536; their places in these      k u + 2 k + n / 16384
+bitmap   changed units; one bit for each unit                               k u + n / 8
+=======  =================================================================  ==================
+
+In bfloat16 the index is shortest below 6% of change, the bitmap up to 93%.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from bridge.errors import ProtocolError
+from bridge.wire.checksum import as_bytes
+
+_WORD = 8
+_BLOCK = 1 << 16  # units whose places fit in two bytes
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+
+
+class Form(enum.IntEnum):
+    """How a bucket travels."""
+
+    DENSE = 0
+    INDEX = 1
+    BITMAP = 2
+
+
+class Changes(NamedTuple):
+    """``positions`` int64 [k], ascending, in units; ``values`` int [k], the bits that are there now."""
+
+    positions: torch.Tensor
+    values: torch.Tensor
+
+
+def unit_of(itemsizes: Sequence[int]) -> int:
+    """The unit of a bucket, in bytes: what every element of it is made of."""
+    return math.gcd(*itemsizes)
+
+
+def units(data: torch.Tensor, unit: int) -> torch.Tensor:
+    """uint8 [n] as integers of ``unit`` bytes each."""
+    return data.view(_INTEGERS[unit])
+
+
+def find_changes(current: torch.Tensor, previous: torch.Tensor, unit: int) -> Changes:
+    """Where two states of a bucket, each uint8 [n] with ``n`` a multiple of ``unit``, differ."""
+    whole = current.numel() - current.numel() % _WORD
+    now, before = current[:whole].view(torch.int64), previous[:whole].view(torch.int64)
+    # Words first: four times fewer comparisons than by bfloat16 elements, and few words differ. Of torch's
+    # ways to gather on a CPU index_select is by far the fastest, and shifts are faster than divisions.
+    words = (now != before).nonzero().flatten()
+    inside = units(now.index_select(0, words), unit) != units(before.index_select(0, words), unit)
+    nth = inside.nonzero().flatten()
+    per_word = _WORD // unit
+    bits = per_word.bit_length() - 1
+    positions = (words.index_select(0, nth >> bits) << bits) | (nth & (per_word - 1))
+    tail = (units(current[whole:], unit) != units(previous[whole:], unit)).nonzero().flatten()
+    positions = torch.cat((positions, tail + whole // unit))
+    return Changes(positions, units(current, unit).index_select(0, positions))
+
+
+def encode(changes: Changes, nbytes: int, unit: int) -> tuple[Form, torch.Tensor]:
+    """The shortest form that says ``changes`` of a bucket of ``nbytes``, and its payload, uint8 [m].
+
+    The payload of the dense form is the bucket itself, and not returned; no change at all has none.
+    """
+    count, total = changes.positions.numel(), nbytes // unit
+    sizes = {form: payload_bytes(form, count, nbytes, unit) for form in Form}
+    form = min(sizes, key=lambda f: sizes[f])
+    if form is Form.DENSE or not count:
+        return form, torch.empty(0, dtype=torch.uint8)
+    if form is Form.INDEX:
+        ends = torch.arange(-(-total // _BLOCK) + 1) * _BLOCK
+        counts = torch.searchsorted(changes.positions, ends).diff()
+        places = changes.positions.to(torch.int16)  # which keeps the lowest 16 bits: the place in the block
+        where = torch.cat((as_bytes(counts.to(torch.int32)), as_bytes(places)))
+    else:
+        mask = torch.zeros(-(-total // 8) * 8, dtype=torch.uint8)
+        mask[changes.positions] = 1
+        where = (mask.view(-1, 8) * _BITS).sum(1, dtype=torch.uint8)
+    return form, torch.cat((as_bytes(changes.values), where))
+
+
+def payload_bytes(form: Form, count: int, nbytes: int, unit: int) -> int:
+    """Bytes of a payload that says ``count`` changed units of a bucket of ``nbytes``."""
+    total = nbytes // unit
+    if form is Form.DENSE:
+        return nbytes
+    if form is Form.INDEX:
+        return count * (unit + 2) + 4 * -(-total // _BLOCK) if count else 0
+    return count * unit + -(-total // 8)
+
+
+def decode(form: Form, payload: torch.Tensor, count: int, nbytes: int, unit: int) -> Changes:
+    """Read a payload of ``count`` changes, at least one, in the index or bitmap form; it comes from outside.
+
+    Raises:
+        ProtocolError: its places do not rise, lie outside the bucket, or are not ``count``.
+    """
+    total, split = nbytes // unit, count * unit
+    # Slices lie at any offset; a copy of theirs is aligned.
+    values, where = units(payload[:split].clone(), unit), payload[split:].clone()
+    if form is Form.INDEX:
+        blocks = -(-total // _BLOCK)
+        counts = where[: 4 * blocks].clone().view(torch.int32).long()
+        places = where[4 * blocks :].clone().view(torch.int16).long() % _BLOCK
+        if bool((counts < 0).any()) or int(counts.sum()) != count:
+            raise ProtocolError(f"a bucket's index counts {int(counts.sum())} changes, its header {count}")
+        positions = torch.repeat_interleave(torch.arange(blocks) * _BLOCK, counts) + places
+    else:
+        mask = (where[:, None] & _BITS).flatten()
+        positions = mask.nonzero().flatten()
+        if positions.numel() != count:
+            raise ProtocolError(f"a bucket's bitmap has {positions.numel()} changes, its header {count}")
+    if int(positions[-1]) >= total or bool((positions[1:] <= positions[:-1]).any()):
+        raise ProtocolError(f"the places of {count} changes do not rise within a bucket of {total} units")
+    return Changes(positions, values)
+
+
+def scatter(place: torch.Tensor, changes: Changes, unit: int) -> None:
+    """Write changes of one copy to where it lies; positions count from its first unit, in row-major order.
+
+    Args:
+        place: the copy's elements, any shape and strides, on any device.
+        changes: its own, and no others'.
+        unit: bytes; divides the element size of ``place``.
+    """
+    ratio = place.element_size() // unit
+    positions = changes.positions.to(place.device)
+    rest, offset = positions // ratio, torch.zeros_like(positions)
+    for size, stride in zip(reversed(place.shape), reversed(place.stride()), strict=True):
+        offset += rest % size * stride
+        rest = rest // size
+    span = 1 + sum((n - 1) * s for n, s in zip(place.shape, place.stride(), strict=True))
+    flat = place.as_strided((span,), (1,)).view(_INTEGERS[unit])
+    flat[offset * ratio + positions % ratio] = changes.values.to(place.device)

@@ -1,0 +1,205 @@
+"""Gloo that sends of a bucket what changed, where that is shorter: both ends remember what was last sent.
+
+The source keeps each bucket as it was last packed, in the host's memory and the server's dtype, and compares.
+The sink writes what changed over the version that is served, which its updater has brought into the half
+before. A round may only follow the round right before it: of the same epoch, under the same plan. Both ends
+see alone whether it does, and begin with whole buckets otherwise.
+
+The digests form a chain: each covers its bucket's payload and the digest before it, so that ends which
+started from different bytes, or missed a round, cannot agree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+
+import blake3
+import torch
+import torch.distributed as dist
+
+from bridge.errors import ProtocolError
+from bridge.protocol.messages import DIGEST_BYTES
+from bridge.protocol.plan import Bucket, Lane
+from bridge.wire import delta
+from bridge.wire.checksum import checksum_of
+from bridge.wire.delta import Changes, Form
+from bridge.wire.transport import (
+    BUCKET_TAG,
+    DataLink,
+    Landing,
+    SendBuffers,
+    compare_digests,
+    pack,
+    packed_bytes,
+    send_digests,
+    unpack,
+)
+
+HEADER_TAG = 1 << 20
+
+
+class Chain:
+    """What one end of a lane remembers from round to round: digests, and at the source the buckets."""
+
+    def __init__(self, lane: Lane) -> None:
+        self.digests = [b""] * len(lane.buckets)
+        self.previous: list[torch.Tensor] = []
+
+    def extend(self, index: int, header: torch.Tensor, payload: torch.Tensor) -> None:
+        """Add what was sent of a bucket to its digest."""
+        link = self.digests[index] + header.numpy().tobytes() + checksum_of(payload)
+        self.digests[index] = blake3.blake3(link).digest(DIGEST_BYTES)
+
+
+def _unit(bucket: Bucket, wire_dtypes: Sequence[torch.dtype]) -> int:
+    return delta.unit_of([wire_dtypes[copy.target].itemsize for copy in bucket.copies])
+
+
+class DeltaSource:
+    """Packs each bucket, compares it with the last one, and sends the shortest form."""
+
+    def __init__(
+        self,
+        link: DataLink,
+        tensors: Sequence[torch.Tensor],
+        wire_dtypes: Sequence[torch.dtype],
+        buffers: SendBuffers,
+        chain: Chain,
+        *,
+        whole: Collection[int],
+    ) -> None:
+        """``chain`` is that of the round before, or new; targets in ``whole`` must arrive complete."""
+        self._link = link
+        self._tensors = tensors
+        self._wire_dtypes = wire_dtypes
+        self._buffers = buffers
+        self._chain = chain
+        self._whole = whole
+        self._follows = bool(chain.previous)
+        self._headers: list[tuple[torch.Tensor, dist.Work]] = []
+
+    def open(self) -> None:
+        """Nothing: each bucket has a header."""
+
+    def move(self, bucket: Bucket) -> None:
+        buffer = self._buffers.reserve(packed_bytes(bucket, self._wire_dtypes))
+        pack(bucket, self._tensors, self._wire_dtypes, buffer)
+        form, count, payload = self._shorten(bucket, buffer)
+        header = torch.tensor([form, count, payload.numel()])
+        self._headers.append((header, self._link.post_send(header, HEADER_TAG + bucket.index)))
+        self._chain.extend(bucket.index, header, payload)
+        if payload.numel():
+            self._buffers.post(self._link, payload, BUCKET_TAG + bucket.index)
+
+    def _shorten(self, bucket: Bucket, buffer: torch.Tensor) -> tuple[Form, int, torch.Tensor]:
+        """The form, how many units changed, and the payload: all of ``buffer``, or its beginning."""
+        if any(copy.target in self._whole for copy in bucket.copies):
+            if not self._follows:
+                self._chain.previous.append(buffer[:0])
+            return Form.DENSE, 0, buffer
+        if not self._follows:
+            self._chain.previous.append(buffer.clone())
+            return Form.DENSE, 0, buffer
+        previous, unit = self._chain.previous[bucket.index], _unit(bucket, self._wire_dtypes)
+        changes = delta.find_changes(buffer, previous, unit)
+        delta.units(previous, unit).index_copy_(0, *changes)
+        form, payload = delta.encode(changes, buffer.numel(), unit)
+        if form is Form.DENSE:
+            return form, 0, buffer
+        buffer[: payload.numel()] = payload
+        return form, changes.positions.numel(), buffer[: payload.numel()]
+
+    def close(self) -> None:
+        self._buffers.flush()
+        for _, work in self._headers:
+            self._link.finish(work, "a bucket's header")
+        send_digests(self._link, self._chain.digests)
+
+
+class DeltaSink:
+    """Receives each bucket's header, then its payload, and writes over what is there."""
+
+    def __init__(
+        self,
+        link: DataLink,
+        lane: Lane,
+        wire_dtypes: Sequence[torch.dtype],
+        buffers: list[torch.Tensor],
+        chain: Chain,
+        *,
+        follows: bool,
+    ) -> None:
+        """``buffers`` is the lane's memory, as ``GlooSink`` has it.
+
+        ``follows`` says that the half holds what this lane brought in the round before.
+        """
+        self._link = link
+        self._lane = lane
+        self._wire_dtypes = wire_dtypes
+        self._buffers = buffers
+        self._chain = chain
+        self._follows = follows
+        self._header: tuple[torch.Tensor, dist.Work] | None = None
+        self.received_bytes = 0
+
+    def open(self) -> None:
+        largest = max((packed_bytes(b, self._wire_dtypes) for b in self._lane.buckets), default=0)
+        if not self._buffers or self._buffers[0].numel() < largest:
+            self._buffers[:] = [torch.empty(largest, dtype=torch.uint8)]
+        self._expect(0)
+
+    def _expect(self, index: int) -> None:
+        if index < len(self._lane.buckets):
+            header = torch.empty(3, dtype=torch.int64)
+            self._header = header, self._link.post_receive(header, HEADER_TAG + index)
+
+    def move(self, bucket: Bucket, landing: Landing) -> None:
+        assert self._header is not None
+        header, work = self._header
+        self._link.finish(work, f"the header of bucket {bucket.index}")
+        nbytes, unit = packed_bytes(bucket, self._wire_dtypes), _unit(bucket, self._wire_dtypes)
+        form, count = self._read(bucket.index, header, nbytes, unit)
+        payload = self._buffers[0][: int(header[2])]
+        if payload.numel():
+            self._link.receive(payload, BUCKET_TAG + bucket.index, f"bucket {bucket.index}")
+        self._chain.extend(bucket.index, header, payload)
+        self._expect(bucket.index + 1)
+        self.received_bytes += payload.numel()
+        if form is Form.DENSE:
+            unpack(bucket, payload, landing)
+        elif count:
+            self._apply(bucket, delta.decode(form, payload, count, nbytes, unit), landing, unit)
+
+    def _read(self, index: int, header: torch.Tensor, nbytes: int, unit: int) -> tuple[Form, int]:
+        said, count, length = header.tolist()
+        what = f"{self._link.who} sends bucket {index} as form {said} with {count} changes, {length} bytes"
+        try:
+            form = Form(said)
+        except ValueError as err:
+            raise ProtocolError(f"{what}: no such form") from err
+        if not 0 <= count <= nbytes // unit or length != delta.payload_bytes(form, count, nbytes, unit):
+            raise ProtocolError(f"{what}: impossible for a bucket of {nbytes} bytes in units of {unit}")
+        if form is not Form.DENSE and not self._follows:
+            raise ProtocolError(f"{what}, but nothing was sent before that it could be laid over")
+        return form, count
+
+    def _apply(self, bucket: Bucket, changes: Changes, landing: Landing, unit: int) -> None:
+        sizes = [math.prod(copy.size) * self._wire_dtypes[copy.target].itemsize for copy in bucket.copies]
+        ends = torch.tensor(sizes).cumsum(0) // unit
+        splits = torch.searchsorted(changes.positions, ends).tolist()
+        start = first = 0
+        for copy, split, end in zip(bucket.copies, splits, ends.tolist(), strict=True):
+            if split > start:
+                place = landing.view(copy.target, copy.size, copy.dst_offset, copy.dst_stride)
+                own = Changes(changes.positions[start:split] - first, changes.values[start:split])
+                delta.scatter(place, own, unit)
+            start, first = split, end
+
+    def close(self) -> None:
+        """Compare: what arrived, and all that came before it, is what was sent.
+
+        Raises:
+            ChecksumMismatch: it is not.
+        """
+        compare_digests(self._link, self._chain.digests)

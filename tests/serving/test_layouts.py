@@ -1,0 +1,110 @@
+"""Servers whose ranks hold different experts, or that have several engines, follow the trainer alike."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+from typing import Any
+
+import pytest
+
+from bridge.protocol import mapping as mapping_file
+from bridge.protocol.mapping import Mapping
+from tests.support.checks import Streams, assert_equal, flips
+from tests.support.serving import UNBOUND, Server, serving, training
+
+pytestmark = [pytest.mark.serving, pytest.mark.timeout(900, method="signal")]
+
+F32 = ["--dtype=float32"]
+REMOVED = hashlib.sha256().hexdigest()  # a linear weight that an unpatched vLLM has packed away on a CPU
+
+
+def expert_owners(mapping: Mapping) -> dict[int, set[int]]:
+    """Of which experts each inference rank holds anything, by rank."""
+    experts = {
+        index: int(source.name.partition(".experts.")[2].partition(".")[0])
+        for index, source in enumerate(mapping.vocabulary("checkpoint").sources)
+        if ".experts." in source.name
+    }
+    return {
+        rank.rank: {experts[w.source] for w in rank.writes["checkpoint"] if w.source in experts}
+        for rank in mapping.ranks
+    }
+
+
+def digests(server: Server) -> dict[str, str]:
+    """vLLM's own SHA-256 of every parameter and buffer of every rank, by rank and name."""
+    with server.api.open("/weight_checker", {"action": "checksum"}) as response:
+        found: dict[str, str] = json.load(response)["checksums"]
+    return {name: digest for name, digest in found.items() if digest != REMOVED}
+
+
+def test_experts_divided_between_two_ranks(checkpoint, tmp_path):
+    # vLLM's CPU kernel looks local experts up by their global number and dies of it at the first request,
+    # so what the ranks hold is compared rather than what they answer.
+    sets = [checkpoint("qwen3_moe", "float32", seed) for seed in (0, 1)]
+    flags = [*F32, "--tensor-parallel-size=2", "--enable-expert-parallel"]
+    options: dict[str, Any] = {"flags": flags, "env": {**UNBOUND, "VLLM_SERVER_DEV_MODE": "1"}}
+    with serving(sets[1], tmp_path / "fresh", bridge=False, **options) as other:
+        fresh = digests(other)
+    for rank in (0, 1):
+        for part in ("w13_weight", "w2_weight"):
+            assert any(name.startswith(f"dp0:pp0:pcp0:tp{rank}:") and part in name for name in fresh)
+    with (
+        serving(sets[0], tmp_path / "live", **options) as server,
+        training("plain", sets[0], logdir=server.logdir, dtype="float32") as trainers,
+    ):
+        assert expert_owners(mapping_file.load(server.config)) == {0: {0, 1}, 1: {2, 3}}
+        first = digests(server)
+        for version, index in enumerate((1, 0, 1), start=1):
+            trainers.must("load", path=str(sets[index]))
+            assert trainers.must("broadcast")[0]["version"] == version
+            live = digests(server)
+            if index:
+                assert {name: live[name] for name in fresh} == fresh
+                assert all(live[name] != first[name] for name in fresh if "_weight" in name)
+            else:
+                assert live == first
+        assert flips(server, 0) == flips(server, 1)
+
+
+def test_two_engines_of_a_dense_model(checkpoint, tmp_path):
+    sets = [checkpoint("qwen3", "float32", seed) for seed in (0, 1)]
+    options: dict[str, Any] = {"flags": [*F32, "--data-parallel-size=2"], "env": UNBOUND}
+
+    def ask(server: Server, engine: int) -> list[dict[str, Any]]:
+        return server.api.greedy(4, headers={"X-data-parallel-rank": str(engine)})
+
+    with serving(sets[1], tmp_path / "fresh", bridge=False, **options) as other:
+        fresh = ask(other, 0)
+    with (
+        serving(sets[0], tmp_path / "live", **options) as server,
+        training("plain", sets[0], logdir=server.logdir, dtype="float32") as trainers,
+    ):
+        status = server.status()
+        assert (status["world_size"], len(set(status["pids"]["engines"]))) == (2, 2)
+        first = ask(server, 0)
+        assert [a["tokens"] for a in first] != [a["tokens"] for a in fresh]
+        for index, expected in ((1, fresh), (0, first), (1, fresh)):
+            trainers.must("load", path=str(sets[index]))
+            version = trainers.must("broadcast")[0]["version"]
+            assert [row["version"] for row in server.status()["ranks"]] == [version, version]
+            for engine in (0, 1):
+                assert_equal(ask(server, engine), expected, tolerance=1e-5)
+        for width in (1, 4):  # one engine idle, and both at work
+            streams = Streams(server.api, width=width, tokens=400)
+            for seed in range(5):
+                trainers.must("perturb", seed=seed)
+                trainers.must("broadcast")
+            assert any(streams.alive())
+            streams.stop()
+            assert streams.failures == []
+        trainers.must("load", path=str(sets[0]))
+        assert trainers.must("broadcast")[0]["version"] == 14
+        for engine in (0, 1):
+            assert_equal(ask(server, engine), first, tolerance=1e-5)
+            assert [version for _, version in flips(server, engine)] == list(range(1, 15))
+        os.kill(server.status()["pids"]["engines"][1], signal.SIGKILL)
+        assert server.process.wait(60) == 75, "a server is whole or ends"

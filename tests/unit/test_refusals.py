@@ -1,0 +1,88 @@
+"""What of vLLM's own configuration a worker refuses to publish under: by name, and all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.config import OffloadConfig, ParallelConfig, WeightTransferConfig
+
+from bridge.errors import ConfigError
+from vllm_patching import compat
+
+
+def served(**parallel: Any) -> SimpleNamespace:
+    """The parts of a worker's ``VllmConfig`` that are looked at, as they are by default."""
+    return SimpleNamespace(
+        parallel_config=ParallelConfig(**parallel),
+        offload_config=OffloadConfig(),
+        weight_transfer_config=None,
+        speculative_config=None,
+        device_config=SimpleNamespace(device_type="cpu"),
+        model_config=SimpleNamespace(quantization=None, is_multimodal_model=False, enable_sleep_mode=False),
+    )
+
+
+def refusal(config: SimpleNamespace) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        compat.refuse_unsupported_config(config)
+    return str(caught.value).splitlines()[1:]
+
+
+def test_tensor_and_expert_parallel_servers_are_accepted() -> None:
+    compat.refuse_unsupported_config(served())
+    compat.refuse_unsupported_config(served(tensor_parallel_size=2, enable_expert_parallel=True))
+
+
+def _offload(config: SimpleNamespace) -> None:
+    config.offload_config = OffloadConfig(prefetch={"offload_group_size": 8})
+
+
+def _offload_uva(config: SimpleNamespace) -> None:
+    config.offload_config = OffloadConfig(uva={"cpu_offload_gb": 1})
+
+
+def _eplb(config: SimpleNamespace) -> None:
+    config.parallel_config.enable_eplb = True
+
+
+def _pipeline(config: SimpleNamespace) -> None:
+    config.parallel_config.pipeline_parallel_size = 2
+
+
+def _data(config: SimpleNamespace) -> None:
+    config.parallel_config.data_parallel_size = 2
+
+
+def _transfer(config: SimpleNamespace) -> None:
+    config.weight_transfer_config = WeightTransferConfig(backend="nccl")
+
+
+REFUSED: dict[str, Callable[[SimpleNamespace], None]] = {
+    "--enable-eplb": _eplb,
+    "--pipeline-parallel-size 2": _pipeline,
+    "--data-parallel-size 2 with a mixture of experts": _data,
+    "--weight-transfer-config": _transfer,
+    "--cpu-offload-gb": _offload_uva,
+    "--offload-group-size": _offload,
+}
+
+
+@pytest.mark.parametrize("named", REFUSED)
+def test_what_would_part_the_ranks_is_refused_by_name(named: str) -> None:
+    config = served()
+    REFUSED[named](config)
+    (fault,) = refusal(config)
+    assert named in fault
+
+
+def test_all_refusals_are_listed_at_once() -> None:
+    config = served()
+    for apply in REFUSED.values():
+        apply(config)
+    assert len(refusal(config)) == len(REFUSED) - 1  # both ways to offload are one fault
