@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from bridge.errors import ConfigError
 from bridge.job import Encoding
 from bridge.protocol.mapping import Mapping
 from bridge.protocol.plan import Lane, Plan
@@ -19,7 +18,6 @@ from bridge.wire.nccl import Pair, store_of
 from bridge.wire.nccl_transport import NcclSource, Workspace
 from bridge.wire.rendezvous import Answer, Group, Store
 from bridge.wire.transport import (
-    GLOO,
     GPU_PULL,
     NCCL,
     PULL,
@@ -107,7 +105,6 @@ class Mover:
         ``joint`` names the round's layouts and encoding: the second of two alike may carry changes only.
 
         Raises:
-            ConfigError: differences were asked for on a way that carries none.
             PeerLost: an updater is gone, or silent for longer than the deadline.
             DeviceError: CUDA refused to show or to snapshot a shard.
         """
@@ -118,6 +115,7 @@ class Mover:
             self._move(plan, shards, encoding, before)
             self._last_joint = joint
         except BaseException:
+            self._chains.clear()  # the error may keep this object for long
             self._abort_pairs()  # or a kernel would wait for ever on this GPU
             raise
 
@@ -127,8 +125,6 @@ class Mover:
         if self._device is not None:
             cuda.use(self._device)
         lanes = [lane for lane in plan.lanes if lane.trainer == self._rank]
-        if encoding == "delta":
-            self._check_carries_differences(lanes)
         shown = self._show(plan, lanes, shards.tensors)
         checked = self._summed.includes(plan.digest)
         timeout_s = self._deadline_s + plan.total_bytes / SLOWEST_BYTES_PER_S
@@ -147,17 +143,9 @@ class Mover:
         if self._workspace is not None:
             self._workspace.let_go()
 
-    def _check_carries_differences(self, lanes: Sequence[Lane]) -> None:
-        for lane in lanes:
-            if (link := self._links[lane.inference]) != GLOO:
-                raise ConfigError(
-                    f"encoding='delta' was asked for, but the updater of inference rank {lane.inference} "
-                    f"takes trainer rank {self._rank}'s buckets by {link}, which carries whole ones only; "
-                    "pass encoding='auto', or serve with --transport gloo"
-                )
-
     def close(self) -> None:
-        """Give back the device memory that was taken beside the weights, and leave NCCL."""
+        """Give back the memory that was taken beside the weights, and leave NCCL."""
+        self._chains.clear()
         self._abort_pairs()
         self._workspace = None
         if self._showcase is not None:

@@ -45,7 +45,7 @@ from bridge.sharding import LocalShards
 from bridge.wire import rendezvous
 from bridge.wire.control import ControlGroup, Event
 from bridge.wire.meeting import Meeting
-from bridge.wire.transport import SLOWEST_BYTES_PER_S
+from bridge.wire.transport import GLOO, SLOWEST_BYTES_PER_S
 
 logger = logging.getLogger(__name__)
 
@@ -235,6 +235,8 @@ class Session:
             job.finish(None, RoundAborted(f"version {job.version} was not sent: {self.closed}"))
             return
         try:
+            if job.encoding == "delta":
+                self._check_carries_changes()
             job.shards.wait_computed(timeout_s=self._patience_s)
             receipt = self._lead(job) if self.rank == 0 else self._follow(job)
         except BridgeError as err:
@@ -259,6 +261,17 @@ class Session:
             self.version = job.version
             job.finish(receipt, None)
 
+    def _check_carries_changes(self) -> None:
+        """Every rank looks at all of them, so that all refuse alike, before anything has begun."""
+        for inference in range(self._answer.num_inference_ranks):
+            for trainer, link in enumerate(self._meeting.links(inference)):
+                if link != GLOO:
+                    raise ConfigError(
+                        f"encoding='delta' was asked for, but the updater of inference rank {inference} "
+                        f"takes trainer rank {trainer}'s buckets by {link}, which carries whole ones only; "
+                        "pass encoding='auto', or serve with --transport gloo"
+                    )
+
     def _root_cause(self, err: BridgeError) -> BridgeError:
         """A broken transfer is often only how another process's failure looks from here."""
         if not isinstance(err, PeerLost):
@@ -278,12 +291,12 @@ class Session:
 
     def _lead(self, job: Job) -> Receipt:
         digest = self._meeting.publish_layout(job.shards.layout)
-        actions = self._coordinator.begin(job.version, digest, job.call)
+        actions = self._coordinator.begin(job.version, digest, job.call, job.encoding)
         return self._drive(job, actions)
 
     def _follow(self, job: Job) -> Receipt:
         digest = self._meeting.publish_layout(job.shards.layout)
-        return self._drive(job, self._member.begin(job.version, digest, job.call))
+        return self._drive(job, self._member.begin(job.version, digest, job.call, job.encoding))
 
     def _drive(self, job: Job, actions: Sequence[Action]) -> Receipt:
         while True:
@@ -368,16 +381,11 @@ class Session:
         self._move(job, joint, plan.digest)
 
     def _move(self, job: Job, joint: str, plan_digest: bytes) -> None:
-        plan, _, agreed = self._meeting.plan(joint)
+        plan, _, _ = self._meeting.plan(joint)
         if plan.digest != plan_digest:
             raise TransferError(
                 f"plan digests differ: trainer rank 0 has {plan_digest.hex()}, trainer rank {self.rank} has "
                 f"{plan.digest.hex()}; all ranks must read the same mapping file"
-            )
-        if agreed.encoding != job.encoding:
-            raise ConfigError(
-                f"version {job.version}: trainer rank 0 broadcasts with encoding={agreed.encoding!r}, "
-                f"trainer rank {self.rank} with {job.encoding!r}; all ranks must pass the same"
             )
         self._mover.move(
             plan,

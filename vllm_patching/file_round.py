@@ -38,7 +38,11 @@ def stage_file(daemon: Daemon, event: Notified) -> dict[str, Any]:
             daemon.new_crew()  # a late report, or a write under way, must never meet the next round
             daemon.swap.abandon(str(err))
             raise
-        flips = daemon.swap.commit(version)
+        try:
+            flips = daemon.swap.commit(version)
+        except TransferError:
+            daemon.new_crew()  # updaters that begin anew take nothing for granted of the half they filled
+            raise
     except BridgeError as err:
         torn = daemon.swap.torn if daemon.swap is not None else ""
         error = f"{err}; {torn}" if torn else str(err)

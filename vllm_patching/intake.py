@@ -222,7 +222,9 @@ class Intake:
             sink.close()
         self._last_joint = joint
         return sum(
-            sink.received_bytes if isinstance(sink, DeltaSink) else sum(b.nbytes for b in lane.buckets)
+            sink.received_bytes
+            if isinstance(sink, GlooSink | DeltaSink)
+            else sum(b.nbytes for b in lane.buckets)
             for lane, sink in zip(lanes, sinks, strict=True)
         )
 

@@ -200,18 +200,21 @@ class Coordinator(_Machine):
         self._daemons = tuple(range(trainers, trainers + daemons))
         self._waiting: set[int] = set()
         self._call = 0
+        self._encoding = ""
         self.layouts: dict[int, bytes] = {}
         self.measurements: list[str] = []
 
-    def begin(self, version: int, layout_digest: bytes, call: int) -> list[Action]:
+    def begin(self, version: int, layout_digest: bytes, call: int, encoding: str) -> list[Action]:
         """Our own weights are stable; wait for the other trainer ranks to say so too.
 
         ``call`` counts this rank's broadcasts: weights of different steps must never meet in one version.
+        ``encoding`` is how they are to travel, which all ranks must want alike.
         """
         self._note(f"begin {version}")
         if self.state is not State.IDLE or version <= self.version:
             raise self._impossible(f"begin of version {version}")
-        self.version, self.state, self._call = version, State.GATHERING, call
+        self.version, self.state = version, State.GATHERING
+        self._call, self._encoding = call, encoding
         self.layouts = {0: layout_digest}
         self.measurements = []
         self._waiting = set(self._others)
@@ -246,6 +249,11 @@ class Coordinator(_Machine):
                     f"trainer rank {peer} makes its broadcast number {frame.index}, rank 0 number "
                     f"{self._call}; all ranks must call broadcast_weights equally often, or steps would be "
                     "mixed"
+                )
+            if frame.text != self._encoding:
+                return self.abort(
+                    f"trainer rank {peer} broadcasts with encoding={frame.text!r}, rank 0 with "
+                    f"{self._encoding!r}; all ranks must pass the same"
                 )
             self.layouts[peer] = frame.digest
             self._waiting.discard(peer)
@@ -301,13 +309,14 @@ class Coordinator(_Machine):
 class Member(_Machine):
     """The side of a trainer rank other than 0: ready, move, released, done."""
 
-    def begin(self, version: int, layout_digest: bytes, call: int) -> list[Action]:
-        """Tell the coordinator that our weights are stable; ``call`` counts this rank's broadcasts."""
+    def begin(self, version: int, layout_digest: bytes, call: int, encoding: str) -> list[Action]:
+        """Tell the coordinator that our weights are stable; see ``Coordinator.begin``."""
         self._note(f"begin {version}")
         if self.state is not State.IDLE or version <= self.version:
             raise self._impossible(f"begin of version {version}")
         self.version, self.state = version, State.GATHERING
-        return [Send((0,), self._frame(Opcode.READY, digest=layout_digest, index=call))]
+        ready = self._frame(Opcode.READY, digest=layout_digest, index=call, text=encoding)
+        return [Send((0,), ready)]
 
     def on_frame(self, frame: Frame) -> list[Action]:
         """A frame from the coordinator."""

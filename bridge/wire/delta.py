@@ -11,7 +11,8 @@ index    changed units; how many in each 65,536; their places in these      k u 
 bitmap   changed units; one bit for each unit                               k u + n / 8
 =======  =================================================================  ==================
 
-In bfloat16 the index is shortest below 6% of change, the bitmap up to 93%.
+In bfloat16 the index is shortest below 6% of change, the bitmap above. Where more than some 20% of the units
+changed, finding and placing them takes longer than sending all: then the bucket is dense.
 """
 
 from __future__ import annotations
@@ -27,9 +28,12 @@ from bridge.errors import ProtocolError
 from bridge.wire.checksum import as_bytes
 
 _WORD = 8
+_CHUNK_BYTES = 8 << 20  # compared at once: positions take many times the memory of what they point to
+_CHUNK_CHANGES = 1 << 20  # placed at once
+_MOST_WORDS = 0.6  # changed words beyond this are not looked into; 20% of bfloat16 units, spread evenly
 _BLOCK = 1 << 16  # units whose places fit in two bytes
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+_BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device="cpu")
 
 
 class Form(enum.IntEnum):
@@ -57,12 +61,32 @@ def units(data: torch.Tensor, unit: int) -> torch.Tensor:
     return data.view(_INTEGERS[unit])
 
 
-def find_changes(current: torch.Tensor, previous: torch.Tensor, unit: int) -> Changes:
-    """Where two states of a bucket, each uint8 [n] with ``n`` a multiple of ``unit``, differ."""
+def find_changes(current: torch.Tensor, previous: torch.Tensor, unit: int) -> Changes | None:
+    """Where two states of a bucket, each uint8 [n] with ``n`` a multiple of ``unit``, differ.
+
+    None if so much changed that it is not worth saying where.
+    """
+    limit = _MOST_WORDS * current.numel() / _WORD
+    found, num_words = [], 0
+    for start in range(0, current.numel(), _CHUNK_BYTES):
+        now, before = (state[start : start + _CHUNK_BYTES] for state in (current, previous))
+        positions, in_words = _differences(now, before, unit)
+        num_words += in_words
+        if num_words > limit:
+            return None
+        found.append(positions + start // unit)
+    positions = torch.cat(found)
+    return Changes(positions, units(current, unit).index_select(0, positions))
+
+
+def _differences(current: torch.Tensor, previous: torch.Tensor, unit: int) -> tuple[torch.Tensor, int]:
+    """Positions of the units that differ, and how many words those lie in, but for a last word in part.
+
+    Words first: four times fewer comparisons than by bfloat16 elements, and few words differ. Of torch's ways
+    to gather on a CPU index_select is by far the fastest, and shifts are faster than divisions.
+    """
     whole = current.numel() - current.numel() % _WORD
     now, before = current[:whole].view(torch.int64), previous[:whole].view(torch.int64)
-    # Words first: four times fewer comparisons than by bfloat16 elements, and few words differ. Of torch's
-    # ways to gather on a CPU index_select is by far the fastest, and shifts are faster than divisions.
     words = (now != before).nonzero().flatten()
     inside = units(now.index_select(0, words), unit) != units(before.index_select(0, words), unit)
     nth = inside.nonzero().flatten()
@@ -70,8 +94,7 @@ def find_changes(current: torch.Tensor, previous: torch.Tensor, unit: int) -> Ch
     bits = per_word.bit_length() - 1
     positions = (words.index_select(0, nth >> bits) << bits) | (nth & (per_word - 1))
     tail = (units(current[whole:], unit) != units(previous[whole:], unit)).nonzero().flatten()
-    positions = torch.cat((positions, tail + whole // unit))
-    return Changes(positions, units(current, unit).index_select(0, positions))
+    return torch.cat((positions, tail + whole // unit)), words.numel()
 
 
 def encode(changes: Changes, nbytes: int, unit: int) -> tuple[Form, torch.Tensor]:
@@ -140,6 +163,12 @@ def scatter(place: torch.Tensor, changes: Changes, unit: int) -> None:
         changes: its own, and no others'.
         unit: bytes; divides the element size of ``place``.
     """
+    for start in range(0, changes.positions.numel(), _CHUNK_CHANGES):
+        part = slice(start, start + _CHUNK_CHANGES)
+        _scatter(place, Changes(changes.positions[part], changes.values[part]), unit)
+
+
+def _scatter(place: torch.Tensor, changes: Changes, unit: int) -> None:
     ratio = place.element_size() // unit
     positions = changes.positions.to(place.device)
     rest, offset = positions // ratio, torch.zeros_like(positions)

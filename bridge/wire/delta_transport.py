@@ -5,8 +5,8 @@ The sink writes what changed over the version that is served, which its updater 
 before. A round may only follow the round right before it: of the same epoch, under the same plan. Both ends
 see alone whether it does, and begin with whole buckets otherwise.
 
-The digests form a chain: each covers its bucket's payload and the digest before it, so that ends which
-started from different bytes, or missed a round, cannot agree.
+The digests form a chain: each covers its bucket's payload and the digest before it, so that ends which have
+not seen the very same rounds cannot agree.
 """
 
 from __future__ import annotations
@@ -96,13 +96,16 @@ class DeltaSource:
         """The form, how many units changed, and the payload: all of ``buffer``, or its beginning."""
         if any(copy.target in self._whole for copy in bucket.copies):
             if not self._follows:
-                self._chain.previous.append(buffer[:0])
+                self._chain.previous.append(torch.empty(0, dtype=torch.uint8))
             return Form.DENSE, 0, buffer
         if not self._follows:
             self._chain.previous.append(buffer.clone())
             return Form.DENSE, 0, buffer
         previous, unit = self._chain.previous[bucket.index], _unit(bucket, self._wire_dtypes)
         changes = delta.find_changes(buffer, previous, unit)
+        if changes is None:
+            previous.copy_(buffer)
+            return Form.DENSE, 0, buffer
         delta.units(previous, unit).index_copy_(0, *changes)
         form, payload = delta.encode(changes, buffer.numel(), unit)
         if form is Form.DENSE:
@@ -178,7 +181,8 @@ class DeltaSink:
             form = Form(said)
         except ValueError as err:
             raise ProtocolError(f"{what}: no such form") from err
-        if not 0 <= count <= nbytes // unit or length != delta.payload_bytes(form, count, nbytes, unit):
+        fitting = delta.payload_bytes(form, count, nbytes, unit)
+        if not 0 <= count <= nbytes // unit or length != fitting or length > nbytes:
             raise ProtocolError(f"{what}: impossible for a bucket of {nbytes} bytes in units of {unit}")
         if form is not Form.DENSE and not self._follows:
             raise ProtocolError(f"{what}, but nothing was sent before that it could be laid over")

@@ -346,11 +346,12 @@ class GlooSink:
         self._buffers = buffers
         self._posted: dict[int, tuple[torch.Tensor, dist.Work]] = {}
         self._digests: list[bytes] = []
+        self.received_bytes = 0
 
     def open(self) -> None:
         self._posted.clear()
         largest = max((packed_bytes(b, self._wire_dtypes) for b in self._lane.buckets), default=0)
-        if not self._buffers or self._buffers[0].numel() < largest:
+        if len(self._buffers) < 2 or self._buffers[0].numel() < largest:
             self._buffers[:] = [torch.empty(largest, dtype=torch.uint8) for _ in range(2)]
         for bucket in self._lane.buckets[:2]:
             self._post(bucket)
@@ -362,6 +363,7 @@ class GlooSink:
     def move(self, bucket: Bucket, landing: Landing) -> None:
         buffer, work = self._posted.pop(bucket.index)
         self._link.finish(work, f"bucket {bucket.index}")
+        self.received_bytes += buffer.numel()
         unpack(bucket, buffer, landing)
         self._digests.append(checksum_of(buffer))
         if bucket.index + 2 < len(self._lane.buckets):

@@ -78,7 +78,7 @@ def move_all(end: DeltaSource | DeltaSink, *landing: Home) -> None:
 
 def change(tensors: list[torch.Tensor], round_: int) -> None:
     """Another share of the elements in each round, none in some."""
-    share = (0.0, 0.01, 0.2, 1.0, 0.001)[round_ % 5]
+    share = (0.0, 0.01, 0.1, 1.0, 0.001)[round_ % 5]
     for tensor in tensors:
         mask = torch.rand(tensor.shape) < share
         tensor[mask] = torch.randn(int(mask.sum())).to(tensor.dtype)

@@ -351,7 +351,9 @@ def test_tensor_parallel_ranks_flip_at_the_same_batch(checkpoint, tmp_path):
     with serving(sets[1], tmp_path / "fresh", bridge=False, **options) as other:
         fresh = other.api.greedy()
     with (
-        serving(sets[0], tmp_path / "live", bridge_flags=["--transport=gloo"], **options) as server,
+        serving(
+            sets[0], tmp_path / "live", bridge_flags=["--transport=gloo", "--bucket-bytes=65536"], **options
+        ) as server,
         training("plain", sets[0], logdir=server.logdir, dtype="float32") as trainers,
     ):
         first = server.api.greedy()

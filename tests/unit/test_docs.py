@@ -141,8 +141,8 @@ def test_frame_fields():
     assert fields["text"].rstrip(b"\0") == b"hello"
 
 
-def frame(name: str, *, version: int = 2, index: int = 1) -> Frame:
-    return Frame(opcode=Opcode[name], epoch=1, version=version, index=index, text="{}")
+def frame(name: str, *, version: int = 2, index: int = 1, text: str = "{}") -> Frame:
+    return Frame(opcode=Opcode[name], epoch=1, version=version, index=index, text=text)
 
 
 def daemon(state: State) -> InferenceSession:
@@ -158,10 +158,10 @@ def coordinator(state: State, *, trainers: int = 3) -> Coordinator:
     if state is State.CLOSED:
         machine.state = state
     elif state is not State.IDLE:
-        machine.begin(2, b"", call=1)
+        machine.begin(2, b"", call=1, encoding="dense")
     if state in (State.MOVING, State.COMMITTING):
         for peer in range(1, trainers):
-            machine.on_frame(peer, frame("READY"))
+            machine.on_frame(peer, frame("READY", text="dense"))
     if state is State.COMMITTING:
         machine.on_frame(trainers, frame("STAGED"))
     assert machine.state is state
@@ -180,8 +180,8 @@ def last_rank(machine):
 
 
 def last_ready(machine):
-    machine.on_frame(1, frame("READY"))
-    return machine.on_frame(2, frame("READY"))
+    machine.on_frame(1, frame("READY", text="dense"))
+    return machine.on_frame(2, frame("READY", text="dense"))
 
 
 DAEMON = {
@@ -198,12 +198,13 @@ DAEMON = {
     "trainer lost": lambda m: m.on_peer_lost("a test"),
 }
 COORDINATOR = {
-    "begin, alone": lambda m: m.begin(2, b"", call=1),
-    "begin, with others": lambda m: m.begin(2, b"", call=1),
-    "one of two `READY`": lambda m: m.on_frame(1, frame("READY")),
+    "begin, alone": lambda m: m.begin(2, b"", call=1, encoding="dense"),
+    "begin, with others": lambda m: m.begin(2, b"", call=1, encoding="dense"),
+    "one of two `READY`": lambda m: m.on_frame(1, frame("READY", text="dense")),
     "the last `READY`": last_ready,
-    "`READY` of another version": lambda m: m.on_frame(1, frame("READY", version=3)),
-    "`READY` of another call": lambda m: m.on_frame(1, frame("READY", index=9)),
+    "`READY` of another version": lambda m: m.on_frame(1, frame("READY", version=3, text="dense")),
+    "`READY` of another call": lambda m: m.on_frame(1, frame("READY", index=9, text="dense")),
+    "`READY` of another encoding": lambda m: m.on_frame(1, frame("READY", text="auto")),
     "the last `STAGED`": lambda m: m.on_frame(3, frame("STAGED")),
     "the last `COMMITTED`": lambda m: m.on_frame(3, frame("COMMITTED")),
     "`FAILED`": lambda m: m.on_frame(1, frame("FAILED")),
@@ -213,7 +214,7 @@ COORDINATOR = {
     "leaving": lambda m: m.shutdown(),
 }
 MEMBER = {
-    "begin": lambda m: m.begin(2, b"", call=1),
+    "begin": lambda m: m.begin(2, b"", call=1, encoding="dense"),
     "`BEGIN`": lambda m: m.on_frame(frame("BEGIN")),
     "`RELEASE`": lambda m: m.on_frame(frame("RELEASE")),
     "`DONE`": lambda m: m.on_frame(frame("DONE")),
