@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bridge.config import BridgeConfig
+    from bridge.declared import DeclaredLayout
     from bridge.default import (
         broadcast_single_param,
         broadcast_weights,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
         UnsupportedVersion,
     )
     from bridge.legacy import VLLMWeightBridge, create_bridge_from_training_config
-    from bridge.param_mappings import export_param_mappings
+    from bridge.param_mappings import export_param_mappings, load_param_mappings
     from bridge.protocol.messages import PROTOCOL_VERSION
     from bridge.trainer import Bridge, PendingBroadcast, Receipt, Round
 
@@ -56,6 +57,7 @@ __all__ = [
     "BridgeError",
     "ChecksumMismatch",
     "ConfigError",
+    "DeclaredLayout",
     "DeviceError",
     "MappingError",
     "PeerLost",
@@ -77,6 +79,7 @@ __all__ = [
     "connect",
     "create_bridge_from_training_config",
     "export_param_mappings",
+    "load_param_mappings",
     "notify_update",
     "round",
     "send_heartbeat",
@@ -85,6 +88,7 @@ __all__ = [
 
 _HOMES = {
     "bridge.config": ("BridgeConfig",),
+    "bridge.declared": ("DeclaredLayout",),
     "bridge.errors": (
         "BridgeError",
         "ChecksumMismatch",
@@ -101,7 +105,7 @@ _HOMES = {
         "UnsupportedVersion",
     ),
     "bridge.legacy": ("VLLMWeightBridge", "create_bridge_from_training_config"),
-    "bridge.param_mappings": ("export_param_mappings",),
+    "bridge.param_mappings": ("export_param_mappings", "load_param_mappings"),
     "bridge.protocol.messages": ("PROTOCOL_VERSION",),
     "bridge.trainer": ("Bridge", "PendingBroadcast", "Receipt", "Round"),
     "bridge.default": (

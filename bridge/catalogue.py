@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from bridge.declared import DeclaredLayout
 from bridge.guard import Guarded
 from bridge.protocol.mapping import Mapping
 from bridge.sharding import LocalShards, mark_computed
@@ -27,7 +28,14 @@ _Geometry = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
 class Catalogue:
     """One model's shards under one mapping."""
 
-    def __init__(self, model: nn.Module, mapping: Mapping, shards: LocalShards, guarded: Guarded) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        mapping: Mapping,
+        shards: LocalShards,
+        guarded: Guarded,
+        declared: DeclaredLayout | None = None,
+    ) -> None:
         """Remember what was just collected.
 
         Args:
@@ -35,10 +43,12 @@ class Catalogue:
             mapping: what it was compared with.
             shards: what was found.
             guarded: what an optimizer that must wait is recognised by.
+            declared: the layout it was collected by.
         """
         self.guarded = guarded
         self._model = weakref.ref(model)
         self._mapping = mapping
+        self._declared = declared
         self._layout = shards.layout
         self._contiguous = shards.contiguous
         modules = list(model.modules())
@@ -47,8 +57,12 @@ class Catalogue:
         self._tree = _contents(modules)
         self._owners = [(weakref.ref(owner), _geometry(_local(owner))) for owner in shards.owners]
 
-    def find(self, model: nn.Module, mapping: Mapping) -> LocalShards | None:
+    def find(
+        self, model: nn.Module, mapping: Mapping, declared: DeclaredLayout | None = None
+    ) -> LocalShards | None:
         """What ``collect`` would find now, or None if it must look again."""
+        if declared != self._declared:
+            return None
         if self._model() is not model or mapping is not self._mapping or not all(self._contiguous):
             return None  # a tensor that is not contiguous was copied, and its copy is old
         for sharded in self._sharded:

@@ -11,6 +11,7 @@ from torch import nn
 
 from bridge import environment
 from bridge.config import BridgeConfig
+from bridge.declared import DeclaredLayout
 from bridge.job import PendingBroadcast, Receipt
 from bridge.parts import Round
 from bridge.trainer import Bridge, Options, Weights
@@ -52,21 +53,37 @@ def broadcast_weights(
 
 @overload
 def broadcast_single_param(
-    name: str, tensor: torch.Tensor, *, blocking: Literal[True] = True, version: int | None = None
+    name: str,
+    tensor: torch.Tensor,
+    *,
+    blocking: Literal[True] = True,
+    version: int | None = None,
+    layout: DeclaredLayout | None = None,
 ) -> Receipt: ...
 
 
 @overload
 def broadcast_single_param(
-    name: str, tensor: torch.Tensor, *, blocking: bool, version: int | None = None
+    name: str,
+    tensor: torch.Tensor,
+    *,
+    blocking: bool,
+    version: int | None = None,
+    layout: DeclaredLayout | None = None,
 ) -> Receipt | PendingBroadcast: ...
 
 
 def broadcast_single_param(
-    name: str, tensor: torch.Tensor, *, blocking: bool = True, version: int | None = None
+    name: str,
+    tensor: torch.Tensor,
+    *,
+    blocking: bool = True,
+    version: int | None = None,
+    layout: DeclaredLayout | None = None,
 ) -> Receipt | PendingBroadcast:
     """``Bridge.broadcast_single_param`` on the default connection."""
-    return _default_bridge().broadcast_single_param(name, tensor, blocking=blocking, version=version)
+    bridge = _default_bridge()
+    return bridge.broadcast_single_param(name, tensor, blocking=blocking, version=version, layout=layout)
 
 
 def round(*, version: int | None = None, blocking: bool = True) -> AbstractContextManager[Round]:

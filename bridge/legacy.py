@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from bridge.trainer import Bridge, PendingBroadcast, Receipt
+    from bridge.job import PendingBroadcast, Receipt
+    from bridge.trainer import Bridge
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The trainer's own layout as the earlier bridge's JSON, for tools that still read it."""
+"""The trainer's own layout as the earlier bridge's JSON, for its tools and for broadcasts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from bridge import environment, zero3
+from bridge import declared, environment, zero3
+from bridge.declared import DeclaredLayout
 from bridge.errors import ConfigError, MappingError
 from bridge.names import canonical_names
 from bridge.protocol.mapping import CONFIG_NAME, ParamMapping, write_atomically
@@ -19,12 +20,28 @@ from bridge.sharding import local_tensor
 
 
 class TrainerLayout(msgspec.Struct, frozen=True, kw_only=True):
-    """The earlier document. The server's mapping file is a superset, so it can be read as one too."""
+    """The earlier document, and the rows of a head. The server's mapping file can be read as one too."""
 
     model: str
     tp_degree: int = 1
     dp_shard_degree: int = 1
+    head_dim: int | None = None
     param_mappings: dict[str, ParamMapping]
+
+    def declared(self) -> DeclaredLayout:
+        """What a broadcast takes as ``layout``.
+
+        Raises:
+            ConfigError: somebody edited the document, and no trainer can have this layout.
+        """
+        rows = self.param_mappings.items()
+        return DeclaredLayout(
+            tp_degree=self.tp_degree,
+            dp_shard_degree=self.dp_shard_degree,
+            tp_shard_dim={name: row.tp_shard_dim for name, row in rows if row.tp_shard_dim is not None},
+            needs_permute=[name for name, row in rows if row.needs_permute],
+            head_dim=self.head_dim,
+        )
 
 
 def export_param_mappings(
@@ -37,13 +54,18 @@ def export_param_mappings(
     path: str | os.PathLike[str] | None = None,
     tp_shard_dim: Mapping[str, int] | None = None,
     needs_permute: Collection[str] = (),
+    head_dim: int | None = None,
 ) -> Path:
     """Write what this rank holds of each parameter; the first five arguments are the earlier bridge's.
 
-    The server does not need this file: it makes its own mapping. Rank 0 writes, the others only check.
+    The server does not need this file: it makes its own mapping. A trainer that shards by hand may read it
+    again, ``layout=load_param_mappings(path).declared()``. Rank 0 writes, the others only check.
+
+    ``shape`` is the whole tensor's, as far as one rank can know: of a plain tensor that is split by hand,
+    equal tensor-parallel parts are counted together, and the rows that ``dp_shard`` gave others are not.
 
     Args:
-        model: plain, DDP, FSDP2 or tensor parallel.
+        model: plain, DDP, FSDP2, ZeRO-3 or tensor parallel; or split by hand, as a ``DeclaredLayout`` says.
         model_name: what the document calls it.
         tp_degree: tensor-parallel ranks of the trainer.
         dp_shard_degree: ranks over which parameters are sharded besides.
@@ -51,7 +73,8 @@ def export_param_mappings(
         path: the file itself, instead of ``log_dir``.
         tp_shard_dim: by parameter name, the dimension that tensor parallelism splits. DTensors on a mesh
             with a dimension called "tp" say so themselves.
-        needs_permute: names of parameters whose rotary halves the reader must interleave.
+        needs_permute: names of parameters in Meta's rotary order; see ``DeclaredLayout``.
+        head_dim: rows of a head, for ``needs_permute``.
 
     Returns:
         Where the document is.
@@ -63,13 +86,21 @@ def export_param_mappings(
     named = canonical_names(model)
     dims = {name: dim for name, tensor in named.items() if (dim := _tp_dim(tensor)) is not None}
     dims |= tp_shard_dim or {}
-    if faults := _faults(named, model_name, tp_degree, dp_shard_degree, dims, needs_permute):
+    faults = _faults(named, model_name, dims, needs_permute)
+    faults += declared.find_faults(
+        tp_degree=tp_degree,
+        dp_shard_degree=dp_shard_degree,
+        tp_shard_dim=dims,
+        needs_permute=needs_permute,
+        head_dim=head_dim,
+    )
+    if faults:
         listing = "\n  ".join(faults)
         raise ConfigError(f"cannot export the layout of {model_name!r}, {len(faults)} fault(s):\n  {listing}")
     rows = {
         name: ParamMapping(
             vllm_name=name,
-            shape=zero3.full_shape(tensor),
+            shape=_whole_shape(tensor, dims.get(name), tp_degree),
             local_shape=tuple(local_tensor(tensor).shape),
             dtype=str(tensor.dtype).removeprefix("torch."),
             tp_shard_dim=dims.get(name),
@@ -78,7 +109,11 @@ def export_param_mappings(
         for name, tensor in named.items()
     }
     layout = TrainerLayout(
-        model=model_name, tp_degree=tp_degree, dp_shard_degree=dp_shard_degree, param_mappings=rows
+        model=model_name,
+        tp_degree=tp_degree,
+        dp_shard_degree=dp_shard_degree,
+        head_dim=head_dim,
+        param_mappings=rows,
     )
     if (environment.initialised_ranks() or environment.declared_ranks()).rank == 0:
         _refuse_servers_file(place)
@@ -140,21 +175,30 @@ def _tp_dim(tensor: torch.Tensor) -> int | None:
 def _faults(
     named: Mapping[str, torch.Tensor],
     model_name: str,
-    tp_degree: int,
-    dp_shard_degree: int,
     dims: Mapping[str, int],
     needs_permute: Collection[str],
 ) -> list[str]:
     faults = []
     if not isinstance(model_name, str) or not model_name:
         faults.append(f"model_name is {model_name!r}, it must be a name; the file goes into path=")
-    for what, degree in (("tp_degree", tp_degree), ("dp_shard_degree", dp_shard_degree)):
-        if degree < 1:
-            faults.append(f"{what} is {degree}, the least is 1")
     faults += [f"{n}: not a parameter of the model" for n in [*dims, *needs_permute] if n not in named]
+    shapes = {name: zero3.full_shape(tensor) for name, tensor in named.items()}
     faults += [
-        f"{name}: tp_shard_dim is {dim}, but its shape is {tuple(named[name].shape)}"
+        f"{name}: tp_shard_dim is {dim}, but its shape is {shapes[name]}"
         for name, dim in dims.items()
-        if name in named and not 0 <= dim < named[name].ndim
+        if name in named and dim >= len(shapes[name])
+    ]
+    faults += [
+        f"{name}: needs_permute is for one or two dimensions, but its shape is {shapes[name]}"
+        for name in needs_permute
+        if name in named and len(shapes[name]) not in (1, 2)
     ]
     return faults
+
+
+def _whole_shape(tensor: torch.Tensor, dim: int | None, tp_degree: int) -> tuple[int, ...]:
+    """A tensor's own, unless it is a plain one that is a part of equal parts."""
+    shape = list(zero3.full_shape(tensor))
+    if dim is not None and not isinstance(tensor, DTensor) and not zero3.is_partitioned(tensor):
+        shape[dim] *= tp_degree
+    return tuple(shape)

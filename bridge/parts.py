@@ -13,15 +13,15 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 import torch
-from torch.distributed.tensor import DTensor
 
 from bridge import zero3
+from bridge.declared import DeclaredLayout
 from bridge.errors import ConfigError
 from bridge.job import PendingBroadcast, Receipt
 from bridge.names import without_wrappers
 from bridge.protocol.mapping import Mapping as MappingDocument
 from bridge.protocol.mapping import Vocabulary
-from bridge.sharding import Box, LocalShards, Part, make_shards, part_of
+from bridge.sharding import Box, LocalShards, Part, is_plain, make_shards, part_of, place
 
 _ROWS_PER_RANK = 8  # shares of whole rows then differ by an eighth at most
 
@@ -50,7 +50,7 @@ def snapshot(tensor: torch.Tensor, *, rank: int, world_size: int) -> Part:
     """
     part = part_of(tensor)
     held = part.boxes
-    if held and not isinstance(tensor, DTensor) and not zero3.is_partitioned(tensor):
+    if held and is_plain(tensor):
         boxes = share(part.shape, rank=rank, world_size=world_size)
         held = [(box, tensor[_slices(box)]) for box in boxes]
     copies = [(box, local.clone(memory_format=torch.contiguous_format)) for box, local in held]
@@ -61,25 +61,39 @@ def _slices(box: Box) -> tuple[slice, ...]:
     return tuple(slice(first, first + count) for first, count in zip(*box, strict=True))
 
 
-def collect_single(name: str, tensor: torch.Tensor, mapping: MappingDocument, *, rank: int) -> LocalShards:
+def collect_single(
+    name: str,
+    tensor: torch.Tensor,
+    mapping: MappingDocument,
+    *,
+    rank: int,
+    layout: DeclaredLayout | None = None,
+) -> LocalShards:
     """``collect_parts`` for one tensor, which is not copied."""
-    return collect_parts([(name, part_of(tensor))], mapping, rank=rank)
+    return collect_parts([(name, part_of(tensor))], mapping, rank=rank, declared=layout)
 
 
-def collect_parts(named: Sequence[tuple[str, Part]], mapping: MappingDocument, *, rank: int) -> LocalShards:
+def collect_parts(
+    named: Sequence[tuple[str, Part]],
+    mapping: MappingDocument,
+    *,
+    rank: int,
+    declared: DeclaredLayout | None = None,
+) -> LocalShards:
     """This rank's shards of tensors that were handed over by name; all that the server needs, or a part.
 
     Args:
         named: names, in the mapping or as in a wrapped model's state dict, and what this rank holds of each.
         mapping: what the server wants.
         rank: this trainer rank.
+        declared: what plain tensors that were not copied are parts of; None if they are whole.
 
     Raises:
         MappingError: a name twice or unknown, or a tensor that does not fit; lists every fault found.
     """
     names = without_wrappers(name for name, _ in named)
     parts = {name: part for name, (_, part) in zip(names, named, strict=True)}
-    vocabulary = max(mapping.vocabularies, key=lambda v: _fits(parts, v))
+    vocabulary = max(mapping.vocabularies, key=lambda v: _fits(parts, v, declared, rank))
     known = {source.name: (index, source) for index, source in enumerate(vocabulary.sources)}
     unused = frozenset(vocabulary.unused)
     sizes = ", ".join(f"{len(v.sources)} {v.name} names" for v in mapping.vocabularies)
@@ -92,16 +106,19 @@ def collect_parts(named: Sequence[tuple[str, Part]], mapping: MappingDocument, *
     present = [(*known[name], part) for name, part in parts.items() if name in known and name not in unused]
     if not present and not faults:
         faults = [f"{name}: the server's loader drops it, so sending it changes nothing" for name in parts]
-    shards = make_shards(present, mapping, vocabulary, rank, faults)
+    shards = make_shards(present, mapping, vocabulary, rank, faults, declared)
     order = tuple(index for index, _, _ in present)
     layout = msgspec.structs.replace(shards.layout, order=order)
     return dataclasses.replace(shards, layout=layout, partial=len(present) < len(known.keys() - unused))
 
 
-def _fits(parts: Mapping[str, Part], vocabulary: Vocabulary) -> tuple[int, int]:
+def _fits(
+    parts: Mapping[str, Part], vocabulary: Vocabulary, declared: DeclaredLayout | None, rank: int
+) -> tuple[int, int]:
     """How many of the parts a vocabulary knows, and how many of those by their shape."""
     known = [source for source in vocabulary.sources if source.name in parts]
-    return len(known), sum(source.shape == parts[source.name].shape for source in known)
+    placed = ((source, place(parts[source.name], source, declared, rank=rank)) for source in known)
+    return len(known), sum(source.shape == part.shape for source, part in placed)
 
 
 class Round:

@@ -1,12 +1,13 @@
 """What this trainer rank holds of each tensor the server wants: model in, boxes out. Nothing is gathered.
 
-A box is (offset, shape) in the whole tensor. Plain tensors are whole; a DTensor (FSDP2, HSDP, tensor
-parallel, any mesh) is the box its placements give; ZeRO-3's runs are several (``zero3``). What cannot be said
-so is refused by name.
+A box is (offset, shape) in the whole tensor. A DTensor (FSDP2, HSDP, tensor parallel, any mesh) is the box
+its placements give; ZeRO-3's runs are several (``zero3``); plain tensors are whole, unless a layout is
+declared (``declared``). What cannot be said so is refused by name.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ from torch.distributed.tensor.placement_types import Shard as ShardPlacement
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from bridge import zero3
+from bridge.declared import DeclaredLayout
 from bridge.errors import MappingError, TransferError
 from bridge.names import canonical_names, without_wrappers
 from bridge.protocol.holders import CASTS
@@ -184,6 +186,21 @@ def part_of(tensor: torch.Tensor, boxes: _Boxes | None = None) -> Part:
     return Part(zero3.full_shape(tensor), _dtype_name(tensor), held, owner=tensor)
 
 
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` does not say which part of a parameter it is."""
+    return not isinstance(tensor, DTensor) and not zero3.is_partitioned(tensor)
+
+
+def place(part: Part, source: Source, layout: DeclaredLayout | None, *, rank: int) -> Part:
+    """``part`` with the box of ``source`` that ``layout`` says; plain tensors need that, others know it."""
+    if layout is None or part.owner is None or not is_plain(part.owner):
+        return part
+    box = layout.box(source.name, source.shape, part.shape, rank=rank)
+    if isinstance(box, str):
+        return Part(fault=box)
+    return dataclasses.replace(part, shape=source.shape, boxes=[(box, local) for _, local in part.boxes])
+
+
 def _held(tensor: torch.Tensor, boxes: _Boxes) -> list[tuple[Box, torch.Tensor]] | str:
     local = local_tensor(tensor)
     box = _tensor_fault(tensor, local) or boxes.of(tensor, local)
@@ -203,13 +220,16 @@ def _by_name(named: Named) -> dict[str, torch.Tensor]:
     return {name: tensor for name, (_, tensor) in zip(names, items, strict=True)}
 
 
-def collect(named: Named, mapping: MappingDocument, *, rank: int) -> LocalShards:
+def collect(
+    named: Named, mapping: MappingDocument, *, rank: int, layout: DeclaredLayout | None = None
+) -> LocalShards:
     """Find this rank's shard of every tensor the server wants.
 
     Args:
-        named: the model, or its tensors by name (whole ones or DTensors).
+        named: the model, or its tensors by name (whole ones, DTensors, or the parts that ``layout`` says).
         mapping: what the server wants.
         rank: this trainer rank.
+        layout: what plain tensors are parts of; None if they are whole.
 
     Returns:
         The shards under the vocabulary that knows most of the model's names; sources of which this rank holds
@@ -240,9 +260,10 @@ def collect(named: Named, mapping: MappingDocument, *, rank: int) -> LocalShards
         for name, tensor in tensors.items()
         if name not in known and name not in unused and id(tensor) not in sent
     ]
+    faults += layout.strangers(tensors) if layout else []
     boxes = _Boxes()
     present = [(i, s, part_of(tensors[s.name], boxes)) for i, s in wanted if s.name in tensors]
-    return make_shards(present, mapping, vocabulary, rank, faults)
+    return make_shards(present, mapping, vocabulary, rank, faults, layout)
 
 
 def make_shards(
@@ -251,8 +272,9 @@ def make_shards(
     vocabulary: Vocabulary,
     rank: int,
     faults: list[str],
+    declared: DeclaredLayout | None = None,
 ) -> LocalShards:
-    """Shards of the sources that are there, by index in the vocabulary.
+    """Shards of the sources that are there, by index in the vocabulary; plain ones as ``declared`` says.
 
     Raises:
         MappingError: there are ``faults`` already, or a part does not fit; lists them all.
@@ -260,12 +282,18 @@ def make_shards(
     targets = _target_dtypes(mapping, vocabulary.name)
     shards, locals_, contiguous, owners, lasting = [], [], [], [], True
     for index, source, part in present:
-        if fault := part.fault or _fit_fault(source, part, targets.get(index, {})):
-            faults.append(f"{source.name}: {fault}")
+        part = place(part, source, declared, rank=rank)
+        head_dim = declared.permuted(source.name, source.shape) if declared else 0
+        fit = part.fault or _fit_fault(source, part, targets.get(index, {}))
+        if fit or isinstance(head_dim, str):
+            found = (fault for fault in (fit, head_dim) if fault and isinstance(fault, str))
+            faults += [f"{source.name}: {fault}" for fault in found]
             continue
         lasting = lasting and part.owner is not None and not zero3.is_partitioned(part.owner)
         for box, local in part.boxes:
-            shards.append(Shard(source=index, offset=box[0], shape=box[1], dtype=part.dtype))
+            shards.append(
+                Shard(source=index, offset=box[0], shape=box[1], dtype=part.dtype, head_dim=head_dim)
+            )
             contiguous.append(local.is_contiguous())
             locals_.append(local.detach().contiguous())
             if part.owner is not None:

@@ -25,6 +25,7 @@ from bridge import environment, zero3
 from bridge.adapters import Merged, merge
 from bridge.catalogue import Catalogue
 from bridge.config import BridgeConfig
+from bridge.declared import DeclaredLayout
 from bridge.errors import BridgeError, ConfigError, RoundAborted
 from bridge.guard import Guarded, StepGuard
 from bridge.job import Encoding, PendingBroadcast, Receipt
@@ -46,6 +47,7 @@ class Options(TypedDict, total=False):
     version: int | None
     encoding: Encoding
     adapters: Literal["merge"] | None
+    layout: DeclaredLayout | None
 
 
 class Bridge:
@@ -137,6 +139,7 @@ class Bridge:
         version: int | None = None,
         encoding: Encoding = "dense",
         adapters: Literal["merge"] | None = None,
+        layout: DeclaredLayout | None = None,
     ) -> Receipt | PendingBroadcast:
         """Send the model's weights and make them live; every trainer rank calls it.
 
@@ -154,6 +157,8 @@ class Bridge:
             adapters: "merge" for a model with LoRA adapters of peft: each adapted weight is sent as
                 ``W + scaling * B @ A``, by the base model's names. The model stays as it is; the sums take
                 the memory of the adapted weights once, until they have been read.
+            layout: what plain tensors are parts of, where the trainer shards by hand; None if they are whole.
+                With ``adapters`` it goes by the base model's names.
 
         Returns:
             A ``Receipt``, or with ``blocking=False`` a ``PendingBroadcast``.
@@ -161,14 +166,16 @@ class Bridge:
         Raises:
             ConfigError: there is no such encoding, or it cannot be had here; ``adapters`` was given, and
                 there are none.
+            TopologyError: the degrees of ``layout`` do not divide the number of trainer ranks.
             MappingError: the model does not fit the server's; lists every fault. All ranks' round is aborted.
             TransferError: the round failed on the way. The old version is still served, whole.
         """
         if encoding not in get_args(Encoding):
             raise ConfigError(f"encoding is {encoding!r}; it is one of {', '.join(get_args(Encoding))}")
+        self._check_layout(layout)
         merged = self._merge(model, adapters) if adapters is not None else None
         return self._broadcast(
-            lambda session: self._collect(model, session, merged),
+            lambda session: self._collect(model, session, merged, layout),
             device_of(_tensors_of(model)),
             parameters=lambda: _tensors_of(model),
             module=model if isinstance(model, nn.Module) else None,
@@ -179,32 +186,54 @@ class Bridge:
 
     @overload
     def broadcast_single_param(
-        self, name: str, tensor: torch.Tensor, *, blocking: Literal[True] = True, version: int | None = None
+        self,
+        name: str,
+        tensor: torch.Tensor,
+        *,
+        blocking: Literal[True] = True,
+        version: int | None = None,
+        layout: DeclaredLayout | None = None,
     ) -> Receipt: ...
 
     @overload
     def broadcast_single_param(
-        self, name: str, tensor: torch.Tensor, *, blocking: bool, version: int | None = None
+        self,
+        name: str,
+        tensor: torch.Tensor,
+        *,
+        blocking: bool,
+        version: int | None = None,
+        layout: DeclaredLayout | None = None,
     ) -> Receipt | PendingBroadcast: ...
 
     def broadcast_single_param(
-        self, name: str, tensor: torch.Tensor, *, blocking: bool = True, version: int | None = None
+        self,
+        name: str,
+        tensor: torch.Tensor,
+        *,
+        blocking: bool = True,
+        version: int | None = None,
+        layout: DeclaredLayout | None = None,
     ) -> Receipt | PendingBroadcast:
         """Send one parameter under its own version; the others stay as they are. Every rank calls it.
 
         Args:
             name: the parameter's name in the mapping.
-            tensor: the whole tensor or a DTensor, of the mapping's global shape.
+            tensor: the whole tensor or a DTensor, of the mapping's global shape; or the part that ``layout``
+                says.
             blocking: as in ``broadcast_weights``.
             version: as in ``broadcast_weights``.
+            layout: as in ``broadcast_weights``.
 
         Raises:
             MappingError: no such parameter, or of another shape or dtype.
+            TopologyError: as in ``broadcast_weights``.
             TransferError: the round failed on the way.
         """
+        self._check_layout(layout)
 
         def gather(session: Session) -> tuple[LocalShards, Guarded]:
-            shards = collect_single(name, tensor, session.mapping, rank=session.rank)
+            shards = collect_single(name, tensor, session.mapping, rank=session.rank, layout=layout)
             return shards, Guarded([tensor, *shards.tensors])
 
         return self._broadcast(
@@ -285,6 +314,11 @@ class Bridge:
             )
         self._round.update_weight(name, tensor)
 
+    def _check_layout(self, layout: DeclaredLayout | None) -> None:
+        """Before any rank waits for the others: all of them find it alike."""
+        if layout is not None:
+            layout.check_world((self._ranks or environment.ranks()).world_size)
+
     def _merge(self, model: Weights, adapters: str) -> Merged:
         """Before the session is asked for: sums may be collective, and ranks may come to it one by one."""
         if adapters != "merge":
@@ -295,21 +329,22 @@ class Bridge:
         return merge(model)
 
     def _collect(
-        self, model: Weights, session: Session, merged: Merged | None
+        self, model: Weights, session: Session, merged: Merged | None, layout: DeclaredLayout | None
     ) -> tuple[LocalShards, Guarded]:
         if not isinstance(model, nn.Module):
-            named = collect(model, session.mapping, rank=session.rank)
+            named = collect(model, session.mapping, rank=session.rank, layout=layout)
             return named, Guarded([*model.values(), *named.tensors])
         if merged is not None:
-            sums = collect(merged, session.mapping, rank=session.rank)
+            sums = collect(merged, session.mapping, rank=session.rank, layout=layout)
             return sums, Guarded([*merged.kept, *sums.tensors])
         known = self._catalogue
-        if known is not None and (shards := known.find(model, session.mapping)) is not None:
+        if known is not None and (shards := known.find(model, session.mapping, layout)) is not None:
             return shards, known.guarded
-        shards = collect(model, session.mapping, rank=session.rank)
+        shards = collect(model, session.mapping, rank=session.rank, layout=layout)
         # The shards too: an optimizer may hold views of their memory, and not the parameters.
         guarded = Guarded([*model.parameters(), *shards.tensors])
-        self._catalogue = Catalogue(model, session.mapping, shards, guarded) if shards.lasting else None
+        made = Catalogue(model, session.mapping, shards, guarded, layout) if shards.lasting else None
+        self._catalogue = made
         return shards, guarded
 
     def _broadcast(
@@ -420,7 +455,8 @@ class Bridge:
     ) -> Receipt:
         """The HTTP fallback: write safetensors to the shared path and announce them; no group is needed.
 
-        Every rank calls it, as full tensors are gathered one at a time; rank 0 writes and posts.
+        Every rank calls it, as full tensors are gathered one at a time; rank 0 writes and posts. It knows no
+        declared layout: plain tensors must be whole, and as the server has them.
 
         Raises:
             ConfigError: no ``http_url`` or ``update_dir`` is configured.

@@ -29,12 +29,18 @@ class Held:
     offset: tuple[int, ...]
     shape: tuple[int, ...]
     dtype: str
+    head_dim: int = 0
     holders: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def numel(self) -> int:
         """Elements in the box."""
         return math.prod(self.shape)
+
+    @property
+    def form(self) -> str:
+        """What all boxes of a source must agree in."""
+        return _form(self.dtype, self.head_dim)
 
     @property
     def trainers(self) -> list[int]:
@@ -103,7 +109,15 @@ def _shard_fault(shard: Shard, sources: Sequence[Source]) -> str:
         return f"a shard of shape {shard.shape} at {shard.offset} lies outside its shape {shape}"
     if shard.dtype not in ITEMSIZE:
         return f"its dtype {shard.dtype!r} is not one the bridge knows"
+    if shard.head_dim and (
+        shard.head_dim < 0 or shard.head_dim % 2 or not shape or shape[0] % shard.head_dim
+    ):
+        return f"its halves are interleaved in heads of {shard.head_dim} rows, but its shape is {shape}"
     return ""
+
+
+def _form(dtype: str, head_dim: int) -> str:
+    return f"{dtype}, halves interleaved in heads of {head_dim} rows" if head_dim else dtype
 
 
 def _all(layouts: Sequence[Layout]) -> list[int]:
@@ -127,11 +141,12 @@ def _group(
             table = tables.setdefault(shard.source, {})
             held = table.get((shard.offset, shard.shape))
             if held is None:
-                held = table[shard.offset, shard.shape] = Held(shard.offset, shard.shape, shard.dtype)
+                held = Held(shard.offset, shard.shape, shard.dtype, shard.head_dim)
+                table[shard.offset, shard.shape] = held
             if not held.holders or held.holders[-1][0] != layout.rank:
                 held.holders.append((layout.rank, index))
-            if shard.dtype != held.dtype:
-                text = f"held as {shard.dtype}, but by rank {held.trainers[0]} as {held.dtype}"
+            if (form := _form(shard.dtype, shard.head_dim)) != held.form:
+                text = f"held as {form}, but by rank {held.trainers[0]} as {held.form}"
                 faults.add(shard.source, text, [layout.rank])
     return tables
 
@@ -203,14 +218,14 @@ def find_held(
             faults.add(source, text, one.trainers + other.trainers)
         else:
             found[source] = tuple(boxes[i] for i in picked)
-            _check_dtypes(source, found[source], faults)
+            _check_forms(source, found[source], faults)
     return found
 
 
-def _check_dtypes(source: int, boxes: Sequence[Held], faults: Faults) -> None:
+def _check_forms(source: int, boxes: Sequence[Held], faults: Faults) -> None:
     for held in boxes:
-        if held.dtype != boxes[0].dtype:
-            text = f"held as {held.dtype}, but by rank {boxes[0].trainers[0]} as {boxes[0].dtype}"
+        if held.form != boxes[0].form:
+            text = f"held as {held.form}, but by rank {boxes[0].trainers[0]} as {boxes[0].form}"
             faults.add(source, text, held.trainers)
 
 

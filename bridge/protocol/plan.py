@@ -21,16 +21,19 @@ from bridge.protocol.region import Piece, box_write, intersect, row_major
 SHOWN_BOXES = 8  # in one fault; hundreds of ranks may hold a part each
 
 
-class Shard(msgspec.Struct, frozen=True, kw_only=True):
+class Shard(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The box of one source tensor that a trainer rank holds, contiguous and row-major in its memory.
 
-    ``offset`` and ``shape`` are in elements of the source's own dimensions; ``dtype`` is the trainer's.
+    ``offset`` and ``shape`` are in elements of the trainer's dimensions; ``dtype`` is the trainer's. These
+    dimensions are the source's own, unless ``head_dim`` is set: then the trainer's row 2j + p of each
+    ``head_dim`` rows is row p * head_dim / 2 + j of the source's.
     """
 
     source: int
     offset: tuple[int, ...]
     shape: tuple[int, ...]
     dtype: str
+    head_dim: int = 0
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -149,7 +152,9 @@ def _fit(piece: Piece, limit: int) -> Iterator[Piece]:
 
 
 def _span(source: Source, held: Held) -> tuple[int, int]:
-    """First element of a box in the flat source, and the one after its last."""
+    """First element of a box in the flat source, and the one after its last; at least between these."""
+    if held.head_dim:
+        return 0, source.numel
     strides = row_major(source.shape)
     first = sum(lo * stride for lo, stride in zip(held.offset, strides, strict=True))
     return first, first + 1 + sum((n - 1) * s for n, s in zip(held.shape, strides, strict=True))
@@ -219,7 +224,11 @@ class _Builder:
         """Per box that serves a part of the write: its index, the pieces and their elements."""
         source = write.source
         if source not in self._geometry:
-            shapes = (self._sources[source].shape, *((held.offset, held.shape) for held in boxes))
+            shapes = (
+                self._sources[source].shape,
+                boxes[0].head_dim,
+                *((held.offset, held.shape) for held in boxes),
+            )
             if shapes not in self._geometries:
                 spans = [_span(self._sources[source], held) for held in boxes]
                 self._geometries[shapes] = (len(self._geometries), spans)
@@ -234,7 +243,7 @@ class _Builder:
             write.dst_stride,
         )
         if (routes := self._pieces.get(key)) is None:
-            boxed = box_write(write, self._sources[source], target=target.name)
+            boxed = box_write(write, self._sources[source], target=target.name, head_dim=boxes[0].head_dim)
             last = sum((n - 1) * stride for n, stride in zip(write.size, write.src_stride, strict=True))
             cut = [
                 (i, intersect(boxed, held.offset, held.shape))

@@ -104,13 +104,15 @@ def merge_dims(dims: Iterable[Dim]) -> list[Dim]:
 # --- tying a view to the source's dimensions ----------------------------------------------------------
 
 
-def box_write(write: Write, source: Source, *, target: str) -> tuple[Box, ...]:
+def box_write(write: Write, source: Source, *, target: str, head_dim: int = 0) -> tuple[Box, ...]:
     """Bring a write into boxed form; the boxes hold each of its elements exactly once.
 
     Args:
         write: the affine views.
         source: the tensor it reads.
         target: name of the tensor it fills, for the error message.
+        head_dim: if not 0, the boxes are of the source with the two halves of every ``head_dim`` rows
+            interleaved, which is how the trainer holds it.
 
     Raises:
         MappingError: it reads outside the source, or it is too irregular to be cut into boxes.
@@ -123,7 +125,8 @@ def box_write(write: Write, source: Source, *, target: str) -> tuple[Box, ...]:
             f"{source.name}: the write to {target} reads elements {write.src_offset} to {last} of "
             f"{source.numel} (size {write.size}, strides {write.src_stride}, shape {source.shape})"
         )
-    grid = _grid(source.shape)
+    heads = (source.shape[0] // head_dim, 2, head_dim // 2, *source.shape[1:]) if head_dim else source.shape
+    grid = _grid(heads)
     dims = merge_dims([Dim(*dim) for dim in zip(write.size, write.src_stride, write.dst_stride, strict=True)])
     pending = [_View(write.src_offset, write.dst_offset, tuple(dims))]
     boxes: list[Box] = []
@@ -139,7 +142,20 @@ def box_write(write: Write, source: Source, *, target: str) -> tuple[Box, ...]:
                 f"shape {source.shape} (size {write.size}, offset {write.src_offset}, strides "
                 f"{write.src_stride})"
             )
-    return tuple(boxes)
+    return tuple(_interleave(box, head_dim) for box in boxes) if head_dim else tuple(boxes)
+
+
+def _interleave(box: Box, head_dim: int) -> Box:
+    """A box over (head, half, row of the half, ..) as one over rows in which the halves alternate."""
+    head, half, index, *rest = box.start
+    steps = (head_dim, 1, 2, *(1 for _ in rest))
+    axes = tuple(
+        axis
+        if axis.dim == BROADCAST
+        else axis._replace(dim=max(axis.dim - 2, 0), step=axis.step * steps[axis.dim])
+        for axis in box.axes
+    )
+    return Box((head * head_dim + 2 * index + half, *rest), axes, box.dst_offset)
 
 
 def _grid(shape: tuple[int, ...]) -> _Grid:

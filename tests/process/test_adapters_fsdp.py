@@ -13,7 +13,6 @@ from torch.distributed.fsdp import fully_shard
 
 from bridge.adapters import merge
 from bridge.names import canonical_names
-from bridge.protocol.plan import build_plan
 from bridge.sharding import collect
 from tests.support.mappings import identity_mapping, shapes_of
 from tests.support.ranks import put_together, run_ranks
@@ -35,10 +34,9 @@ def merged(_: Path) -> None:
     before = [p.to_local().clone() for p in canonical_names(model, adapters=True).values()]  # type: ignore[attr-defined]
     mapping = identity_mapping(("checkpoint", shapes_of(expected)))
     shards = collect(merge(model), mapping, rank=dist.get_rank())
-    layouts, whole = put_together(shards, mapping, expected)
+    plan, whole = put_together(shards, mapping)
     for name, tensor in expected.items():
         torch.testing.assert_close(whole[name], tensor)
-    plan = build_plan(mapping, layouts, bucket_bytes=64)
     assert plan.total_bytes == sum(t.nbytes for t in expected.values())
     after = [p.to_local() for p in canonical_names(model, adapters=True).values()]  # type: ignore[attr-defined]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

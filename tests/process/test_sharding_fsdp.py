@@ -1,4 +1,4 @@
-"""Real ranks over Gloo: the boxes of all ranks put together are the whole tensors, bit for bit."""
+"""Real ranks over Gloo: what the plan copies from all ranks' tensors is the whole ones, bit for bit."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from bridge.declared import DeclaredLayout
 from bridge.environment import Ranks
 from bridge.errors import MappingError
 from bridge.guard import Guarded, StepGuard
@@ -22,9 +24,8 @@ from bridge.joining import any_rank
 from bridge.names import canonical_names
 from bridge.param_mappings import export_param_mappings, load_param_mappings
 from bridge.parts import Round, collect_single
-from bridge.protocol.plan import build_plan
 from bridge.sharding import LocalShards, collect
-from tests.support.mappings import identity_mapping, shapes_of
+from tests.support.mappings import identity_mapping, interleaved, shapes_of
 from tests.support.ranks import put_together, run_ranks
 
 
@@ -51,18 +52,24 @@ def seeded(**arguments: object) -> Mlp:
     return Mlp(**arguments)  # type: ignore[arg-type]
 
 
-def check_whole(model: nn.Module, reference: nn.Module, *, skip: tuple[str, ...] = ()) -> LocalShards:
-    """All ranks' boxes against the unsharded model and against what torch itself gathers."""
+def check_whole(
+    model: nn.Module,
+    reference: nn.Module,
+    *,
+    skip: tuple[str, ...] = (),
+    layout: DeclaredLayout | None = None,
+) -> LocalShards:
+    """What all ranks' tensors become against the unsharded model and against what torch itself gathers."""
     expected = {n: t.detach() for n, t in canonical_names(reference).items() if n not in skip}
     mapping = identity_mapping(("checkpoint", shapes_of(expected)))
-    shards = collect(model, mapping, rank=dist.get_rank())
-    layouts, whole = put_together(shards, mapping, expected)
+    shards = collect(model, mapping, rank=dist.get_rank(), layout=layout)
+    plan, whole = put_together(shards, mapping)
     for name, tensor in expected.items():
         assert torch.equal(whole[name], tensor), name
     for name, tensor in canonical_names(model).items():
         if isinstance(tensor, DTensor) and name in whole:
-            assert torch.equal(tensor.full_tensor(), whole[name]), name
-    plan = build_plan(mapping, layouts, bucket_bytes=64)
+            head_dim = layout.head_dim if layout is not None and name in layout.needs_permute else 0
+            assert torch.equal(tensor.full_tensor(), interleaved(whole[name], head_dim or 0)), name
     assert plan.total_bytes == sum(t.numel() * t.element_size() for t in expected.values())
     return shards
 
@@ -108,6 +115,37 @@ def fsdp_mixed_precision(path: Path) -> None:
     again = check_whole(model, seeded())
     assert {s.dtype for s in again.layout.shards} == {"float32"}
     assert again.fingerprint() == shards.fingerprint()
+
+
+def fsdp_offloaded(path: Path) -> None:
+    """float32 shards that live in host memory between steps, computed with in bfloat16."""
+    model = seeded()
+    policy = {
+        "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16),
+        "offload_policy": CPUOffloadPolicy(pin_memory=False),  # without a GPU nothing can be pinned
+    }
+    fully_shard(model.up, **policy)
+    fully_shard(model, **policy)
+    before = check_whole(model, seeded())
+    with torch.no_grad():
+        model(torch.arange(4)[None])
+    after = check_whole(model, seeded())
+    assert {s.dtype for s in after.layout.shards} == {"float32"}
+    assert after.fingerprint() == before.fingerprint()
+    assert all(t.device.type == "cpu" for t in after.tensors)
+
+
+def fsdp_in_metas_order(path: Path) -> None:
+    """12 rows in heads of 4, of which 5 ranks hold 3 at most: every cut but one is within a head."""
+    sizes = {"hidden": 8, "inner": 12}
+    model, layout = seeded(**sizes), DeclaredLayout(needs_permute=["up.weight", "up.bias"], head_dim=4)
+    with torch.no_grad():
+        for parameter in model.up.parameters():
+            parameter.copy_(interleaved(parameter.clone(), 4))
+    fully_shard(model.up)
+    fully_shard(model)
+    shards = check_whole(model, seeded(**sizes), layout=layout)
+    assert all(shards.contiguous)
 
 
 def fsdp_tied(path: Path) -> None:
@@ -158,6 +196,36 @@ def fsdp_and_tensor_parallel(path: Path) -> None:
     check_whole(model, seeded(hidden=8, inner=12))
 
 
+def declared(path: Path) -> None:
+    """As Megatron cuts it, a tied vocabulary too; and dp_shard cuts rows of what that left."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    sizes = {"hidden": 8, "inner": 12, "vocab": 10}
+    dims = {"embed.weight": 0, "up.weight": 0, "up.bias": 0, "down.weight": 1, "lm_head.weight": 0}
+    tp_degree, dp_degree = 2, world_size // 2
+    reference, model = seeded(tie=True, **sizes), seeded(tie=True, **sizes)
+    with torch.no_grad():
+        for parameter in model.up.parameters():
+            parameter.copy_(interleaved(parameter.clone(), 4))
+        for name, parameter in model.named_parameters():  # the tied one once
+            part = parameter.chunk(tp_degree, dims[name])[rank % tp_degree] if name in dims else parameter
+            parts = part.chunk(dp_degree)
+            dp_rank = rank // tp_degree
+            mine = parts[dp_rank] if dp_rank < len(parts) else part[:0]
+            parameter.data = mine.clone(memory_format=torch.contiguous_format)
+    place = export_param_mappings(
+        model, "tests/tiny", tp_degree, dp_degree, path=path / "layout.json",
+        tp_shard_dim=dims, needs_permute=["up.weight", "up.bias"], head_dim=4,
+    )  # fmt: skip
+    dist.barrier()
+    layout = load_param_mappings(place).declared()
+    layout.check_world(world_size)
+    shards = check_whole(model, reference, skip=("lm_head.weight",), layout=layout)
+    check_whole(model, reference, layout=layout)
+    held = sum(tensor.numel() for tensor in shards.tensors)
+    whole = sum(tensor.numel() for tensor in canonical_names(reference).values())
+    assert held <= whole / world_size + 20, "each rank shows its own part"
+
+
 def mesh_2d(path: Path) -> None:
     mesh = init_device_mesh("cpu", (2, 2))
     torch.manual_seed(1)
@@ -194,6 +262,30 @@ def data_parallel(path: Path) -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     check_whole(DistributedDataParallel(seeded()), seeded())
+    tied = DistributedDataParallel(seeded(tie=True))
+    shards = check_whole(tied, seeded(tie=True), skip=("lm_head.weight",))
+    assert len(check_whole(tied, seeded(tie=True)).tensors) == len(shards.tensors) + 1
+
+
+def wrapped(path: Path) -> None:
+    """Every wrapper that renames, one in the other, outside and inside of what shards."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    def inner() -> Mlp:
+        model = seeded()
+        model.up = torch.compile(checkpoint_wrapper(model.up))
+        return model
+
+    check_whole(torch.compile(DistributedDataParallel(checkpoint_wrapper(inner()))), seeded())
+    check_whole(DistributedDataParallel(torch.compile(inner())), seeded())
+    model = inner()
+    fully_shard(model.up)
+    check_whole(torch.compile(checkpoint_wrapper(fully_shard(model))), seeded())
+    state = DistributedDataParallel(torch.compile(checkpoint_wrapper(inner()))).state_dict()
+    assert next(iter(state)).startswith("module._orig_mod.")
+    shapes = shapes_of(canonical_names(seeded()))
+    shards = collect(state, identity_mapping(("checkpoint", shapes)), rank=dist.get_rank())
+    assert len(shards.tensors) == len(shapes)
 
 
 def single(path: Path) -> None:
@@ -222,10 +314,9 @@ def handed_over(path: Path) -> None:
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
     for made in rounds:
-        layouts, whole = put_together(made.collect(mapping), mapping, expected)
+        plan, whole = put_together(made.collect(mapping), mapping)
         for name, tensor in expected.items():
             assert torch.equal(whole[name], tensor), name
-        plan = build_plan(mapping, layouts, bucket_bytes=64)
         assert plan.total_bytes == sum(t.nbytes for t in expected.values())
 
 
@@ -278,7 +369,8 @@ def assert_within(event: threading.Event) -> None:
 @pytest.mark.parametrize(
     ("scenario", "world_size"),
     [
-        (fsdp_uneven, 2), (fsdp_uneven, 4), (fsdp_mixed_precision, 2), (fsdp_tied, 2), (fsdp_dim1, 2),
+        (fsdp_uneven, 2), (fsdp_uneven, 3), (fsdp_uneven, 4), (fsdp_mixed_precision, 2), (fsdp_offloaded, 2),
+        (fsdp_tied, 2), (fsdp_dim1, 2), (fsdp_in_metas_order, 5), (declared, 2), (declared, 4), (wrapped, 2),
         (hsdp, 4), (tensor_parallel, 2), (fsdp_and_tensor_parallel, 4), (mesh_2d, 4), (refusals, 2),
         (data_parallel, 2), (single, 2), (guarded_step, 2), (handed_over, 2), (handed_over, 3),
         (one_knows_that_the_epoch_is_over, 2),

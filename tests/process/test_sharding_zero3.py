@@ -15,7 +15,6 @@ from bridge import zero3
 from bridge.errors import MappingError
 from bridge.names import canonical_names
 from bridge.parts import Round
-from bridge.protocol.plan import build_plan
 from bridge.sharding import collect
 from tests.support.mappings import identity_mapping, shapes_of
 from tests.support.ranks import put_together, run_ranks
@@ -78,10 +77,9 @@ def partitioned(_: Path) -> None:
     mapping = identity_mapping(("checkpoint", shapes_of(expected)))
     for _round in range(2):
         shards = collect(model, mapping, rank=dist.get_rank())
-        layouts, found = put_together(shards, mapping, expected)
+        plan, found = put_together(shards, mapping)
         for name, tensor in expected.items():
             assert torch.equal(found[name], tensor), name
-        plan = build_plan(mapping, layouts, bucket_bytes=64)
         assert plan.total_bytes == sum(t.nbytes for t in expected.values())
         # Nothing was gathered or copied: what a rank shows is its own partition.
         owned = {p.ds_tensor.untyped_storage().data_ptr() for p in model.module.parameters()}
@@ -114,10 +112,9 @@ def gathered(_: Path) -> None:
     step(model)
     for made in (one_by_one, as_they_are):
         shards = made.collect(mapping)
-        layouts, found = put_together(shards, mapping, expected)
+        plan, found = put_together(shards, mapping)
         for name, tensor in expected.items():
             assert torch.equal(found[name], tensor), name
-        plan = build_plan(mapping, layouts, bucket_bytes=64)
         assert plan.total_bytes == sum(t.nbytes for t in expected.values())
         held = sum(t.untyped_storage().nbytes() for t in shards.tensors)
         assert held < 0.6 * plan.total_bytes, "a rank keeps what it sends, not the model"

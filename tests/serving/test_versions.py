@@ -226,6 +226,29 @@ def test_ddp_with_two_ranks(qwen3, trainer):
         ddp.must("close")
 
 
+def test_two_tensor_parallel_ranks_that_shard_by_hand(qwen3, trainer):
+    """Plain local tensors, queries and keys in Meta's rotary order: all of it only declared."""
+    trainer.must("close")
+    options = {"logdir": qwen3.server.logdir, "dtype": "float32", "ranks": 2}
+    with training("declared", qwen3.sets[0], **options) as declared:
+        whole = sum(p.stat().st_size for p in qwen3.sets[0].glob("*.safetensors"))
+        for index in (0, 1):
+            declared.must("load", path=str(qwen3.sets[index]))
+            receipts = declared.must("broadcast")
+            assert receipts[0]["version"] == receipts[1]["version"]
+            assert receipts[0]["bytes"] <= whole
+            assert_equal(qwen3.server.api.greedy(), qwen3.fresh[index]["greedy"], tolerance=1e-5)
+        declared.must("declare", tp_degree=4)
+        for answer in declared.command("broadcast"):
+            assert answer["type"] == "TopologyError"
+            assert "do not divide the 2 trainer rank(s)" in answer["error"]
+        declared.must("declare", tp_degree=2)
+        declared.must("broadcast")
+        declared.must("single", name=SINGLE, value=0.01)
+        assert_equal(qwen3.server.api.greedy(), qwen3.fresh[2]["greedy"], tolerance=1e-5)
+        declared.must("close")
+
+
 # --- the HTTP fallback ---------------------------------------------------------------------------------
 
 

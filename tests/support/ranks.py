@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from bridge.protocol.mapping import Mapping
-from bridge.protocol.plan import Layout
+from bridge.protocol.plan import Plan, build_plan
 from bridge.sharding import LocalShards
+from tests.support.mappings import run_copies
 
 JOIN_TIMEOUT_S = 40
 
@@ -62,16 +63,16 @@ def run_ranks(scenario: Callable[[Path], None], world_size: int, path: Path) -> 
     assert [p.exitcode for p in ranks] == [0] * world_size
 
 
-def put_together(
-    shards: LocalShards, mapping: Mapping, expected: dict[str, torch.Tensor]
-) -> tuple[list[Layout], dict[str, torch.Tensor]]:
-    """All ranks' layouts, and their boxes laid into tensors like ``expected``; NaN where nobody holds any."""
+def put_together(shards: LocalShards, mapping: Mapping) -> tuple[Plan, dict[str, torch.Tensor]]:
+    """The plan of all ranks' layouts, and what its copies make of their tensors, by source.
+
+    Args:
+        shards: this rank's.
+        mapping: an ``identity_mapping``.
+    """
     gathered: list = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (shards.layout, shards.tensors))
-    whole = {n: torch.full_like(t, float("nan")) for n, t in expected.items()}
-    names = [source.name for source in mapping.vocabularies[0].sources]
-    for layout, tensors in gathered:
-        for shard, tensor in zip(layout.shards, tensors, strict=True):
-            box = tuple(slice(lo, lo + n) for lo, n in zip(shard.offset, shard.shape, strict=True))
-            whole[names[shard.source]][box] = tensor
-    return [layout for layout, _ in gathered], whole
+    plan = build_plan(mapping, [layout for layout, _ in gathered], bucket_bytes=64)
+    (brought,) = run_copies(plan, mapping, {layout.rank: tensors for layout, tensors in gathered})
+    sources = mapping.vocabularies[0].sources
+    return plan, {s.name: flat.view(s.shape) for s, flat in zip(sources, brought, strict=True)}

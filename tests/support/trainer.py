@@ -2,8 +2,8 @@
 
     python -m support.trainer KIND CHECKPOINT DTYPE      (RANK, WORLD_SIZE, MASTER_*, LOGDIR are set)
 
-KIND is plain, ddp, fsdp2, zero3 or lora. Commands: load, broadcast, wait, step, single, notify, heartbeat,
-close, memory and others: the methods of ``Trainer``.
+KIND is plain, ddp, fsdp2, zero3, declared or lora. Commands: load, broadcast, wait, step, single, notify,
+heartbeat, close, memory and others: the methods of ``Trainer``.
 """
 
 from __future__ import annotations
@@ -80,6 +80,33 @@ def partitioned(model: nn.Module) -> nn.Module:
     return engine.module
 
 
+def megatron_layout(model: nn.Module) -> Any:
+    """Llama's and Qwen's layers cut over all ranks as Megatron does, queries and keys in Meta's order."""
+    from bridge import DeclaredLayout
+
+    rows = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")
+    dims = dict.fromkeys(rows, 0) | {"o_proj": 1, "down_proj": 1}
+    modules = {name: name.split(".")[-2] for name, _ in model.named_parameters()}
+    return DeclaredLayout(
+        tp_degree=dist.get_world_size(),
+        tp_shard_dim={name: dims[module] for name, module in modules.items() if module in dims},
+        needs_permute=[
+            n for n, module in modules.items() if module in ("q_proj", "k_proj", "q_norm", "k_norm")
+        ],
+        head_dim=model.config.head_dim,
+    )
+
+
+def megatron_part(name: str, full: torch.Tensor, layout: Any) -> torch.Tensor:
+    """What this rank holds of a checkpoint's tensor."""
+    from tests.support.mappings import interleaved
+
+    mine = interleaved(full, layout.head_dim) if name in layout.needs_permute else full
+    if name in layout.tp_shard_dim:
+        mine = mine.chunk(layout.tp_degree, layout.tp_shard_dim[name])[dist.get_rank()]
+    return mine.clone(memory_format=torch.contiguous_format)
+
+
 @contextmanager
 def whole(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
     """A parameter that may be written; ZeRO-3 gathers it for that, and partitions it again."""
@@ -96,6 +123,10 @@ class Trainer:
     def __init__(self, kind: str, checkpoint: Path, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.model = build(kind, checkpoint, dtype)
+        self.layout = megatron_layout(self.model) if kind == "declared" else None
+        if self.layout is not None:
+            for name, parameter in self.model.named_parameters():
+                parameter.data = megatron_part(name, parameter.data, self.layout)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0)
         self.pending: Any = None
 
@@ -107,10 +138,19 @@ class Trainer:
         with torch.no_grad():
             for name, mine in self.model.named_parameters():
                 full = other[name.removeprefix("module.")].to(mine.device)
+                if self.layout is not None:
+                    full = megatron_part(name, full, self.layout)
                 if isinstance(mine, DTensor):
                     full = distribute_tensor(full, mine.device_mesh, mine.placements)
                 with whole(mine) as parameter:
                     parameter.copy_(full)
+        return {}
+
+    def declare(self, tp_degree: int) -> dict[str, Any]:
+        """Say from now on that so many ranks are tensor parallel."""
+        import msgspec
+
+        self.layout = msgspec.structs.replace(self.layout, tp_degree=tp_degree)
         return {}
 
     def perturb(self, seed: int) -> dict[str, Any]:
@@ -138,6 +178,7 @@ class Trainer:
         import bridge
 
         start = time.perf_counter()
+        options = {"layout": self.layout, **options}
         result = bridge.broadcast_weights(self.model, blocking=blocking, **options)
         seconds = time.perf_counter() - start
         if not blocking:
@@ -188,7 +229,8 @@ class Trainer:
         parameter = dict(self.model.named_parameters())[name]
         with torch.no_grad():
             parameter.fill_(value)
-        return dict(msgspec.to_builtins(bridge.broadcast_single_param(name, parameter)))
+        receipt = bridge.broadcast_single_param(name, parameter, layout=self.layout)
+        return dict(msgspec.to_builtins(receipt))
 
     def round(
         self, only: str = "", fail_on: int | None = None, short_on: int | None = None

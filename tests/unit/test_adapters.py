@@ -11,6 +11,7 @@ from torch import nn
 
 from bridge import Bridge, BridgeConfig
 from bridge.adapters import merge
+from bridge.declared import DeclaredLayout
 from bridge.errors import ConfigError, MappingError
 from bridge.names import canonical_names
 from bridge.sharding import collect
@@ -122,6 +123,19 @@ def test_a_module_that_the_active_adapter_does_not_replace_is_the_original() -> 
 
 def test_wrappers_around_it_leave_no_trace() -> None:
     assert list(merge(nn.DataParallel(torch.compile(adapted())))) == list(Base().state_dict())
+
+
+def test_sums_of_parts_are_placed_by_the_base_models_names() -> None:
+    shapes = {**shapes_of(canonical_names(Base())), "up.weight": (24, 8), "up.bias": (24,)}
+    layout = DeclaredLayout(tp_degree=2, tp_shard_dim={"up.weight": 0, "up.bias": 0})
+    sums, mapping = merge(adapted()), identity_mapping(("checkpoint", shapes))
+    found = collect(sums, mapping, rank=1, layout=layout)
+    index = list(shapes).index("up.weight")
+    ((shard, tensor),) = [
+        (s, t) for s, t in zip(found.layout.shards, found.tensors, strict=True) if s.source == index
+    ]
+    assert (shard.offset, shard.shape) == ((12, 0), (12, 8))
+    assert torch.equal(tensor, sums["up.weight"])
 
 
 # --- refusals ---------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from bridge.errors import ConfigError, MappingError, TopologyError
 from bridge.protocol.mapping import ITEMSIZE, Mapping, RankMap, Source, Target, Vocabulary, Write
 from bridge.protocol.plan import Layout, Plan, Shard, build_plan
+from tests.support.mappings import MISSING, interleaved, run_copies
 
-SENTINEL = -1.0
 MIB = 1 << 20
 
 
@@ -98,28 +98,20 @@ def values(source: int, shape: tuple[int, ...]) -> torch.Tensor:
 
 def run_plan(plan: Plan, mapping: Mapping, layouts: Sequence[Layout]) -> list[list[torch.Tensor]]:
     """Per inference rank and target what arrives; asserts that nothing is written twice."""
-    out = [[torch.full((t.nbytes // ITEMSIZE[t.dtype],), SENTINEL) for t in r.targets] for r in mapping.ranks]
-    count = [[torch.zeros_like(t) for t in rank] for rank in out]
     sources = mapping.vocabularies[0].sources
-    for lane in plan.lanes:
-        layout = layouts[lane.trainer]
-        for copy in (copy for bucket in lane.buckets for copy in bucket.copies):
-            held = layout.shards[copy.shard]
-            box = tuple(slice(o, o + n) for o, n in zip(held.offset, held.shape, strict=True))
-            local = values(held.source, sources[held.source].shape)[box].clone(
-                memory_format=torch.contiguous_format
-            )
-            place = (copy.size, copy.dst_stride, copy.dst_offset)
-            picked = local.as_strided(copy.size, copy.src_stride, copy.src_offset)
-            out[lane.inference][copy.target].as_strided(*place).copy_(picked)
-            count[lane.inference][copy.target].as_strided(*place).add_(1)
-    assert all(bool((t <= 1).all()) for rank in count for t in rank), "an element was written twice"
-    return out
+
+    def local(held: Shard) -> torch.Tensor:
+        box = tuple(slice(o, o + n) for o, n in zip(held.offset, held.shape, strict=True))
+        whole = interleaved(values(held.source, sources[held.source].shape), held.head_dim)
+        return whole[box].clone(memory_format=torch.contiguous_format)
+
+    held = {layout.rank: [local(held) for held in layout.shards] for layout in layouts}
+    return run_copies(plan, mapping, held)
 
 
 def run_writes(mapping: Mapping, only: frozenset[int] | None = None) -> list[list[torch.Tensor]]:
     """The same from whole tensors."""
-    out = [[torch.full((t.nbytes // ITEMSIZE[t.dtype],), SENTINEL) for t in r.targets] for r in mapping.ranks]
+    out = [[torch.full((t.nbytes // ITEMSIZE[t.dtype],), MISSING) for t in r.targets] for r in mapping.ranks]
     sources = mapping.vocabularies[0].sources
     for rank, targets in zip(mapping.ranks, out, strict=True):
         for write in rank.writes["checkpoint"]:
@@ -134,6 +126,10 @@ def assert_same(got: list[list[torch.Tensor]], expected: list[list[torch.Tensor]
     for rank, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
         for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
             assert torch.equal(a, b), f"inference rank {rank}, target {index}"
+
+
+def _replace(what: Any, **fields: Any) -> Any:
+    return msgspec.structs.replace(what, **fields)
 
 
 def copies(plan: Plan) -> list[Any]:
@@ -189,10 +185,17 @@ def _flat(full: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
 
 @st.composite
 def meshes(draw: st.DrawFn, mapping: Mapping) -> list[Layout]:
-    """What the ranks of a mesh hold: per mesh dim a tensor dim is split as FSDP2 does it, or replicated."""
+    """What the ranks of a mesh hold: per mesh dim a tensor dim is split as FSDP2 does it, or replicated.
+
+    Some sources are in Meta's rotary order.
+    """
     mesh = draw(st.lists(st.integers(1, 3), min_size=1, max_size=2))
     placements = [
         [draw(st.sampled_from([None, *range(len(source.shape))])) for _ in mesh]
+        for source in mapping.vocabularies[0].sources
+    ]
+    heads = [
+        draw(st.sampled_from([0, *(n for n in range(2, 9, 2) if source.shape and source.shape[0] % n == 0)]))
         for source in mapping.vocabularies[0].sources
     ]
     held = []
@@ -200,9 +203,9 @@ def meshes(draw: st.DrawFn, mapping: Mapping) -> list[Layout]:
         coordinates = [rank // math.prod(mesh[i + 1 :]) % size for i, size in enumerate(mesh)]
         held.append(
             [
-                _place(index, source.shape, dims, coordinates, mesh)
-                for index, (source, dims) in enumerate(
-                    zip(mapping.vocabularies[0].sources, placements, strict=True)
+                _replace(_place(index, source.shape, dims, coordinates, mesh), head_dim=head_dim)
+                for index, (source, dims, head_dim) in enumerate(
+                    zip(mapping.vocabularies[0].sources, placements, heads, strict=True)
                 )
             ]
         )
@@ -301,10 +304,6 @@ def test_nothing_to_send_is_an_empty_plan() -> None:
 
 
 # --- the digest --------------------------------------------------------------------------------------
-
-
-def _replace(what: Any, **fields: Any) -> Any:
-    return msgspec.structs.replace(what, **fields)
 
 
 CHANGES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {

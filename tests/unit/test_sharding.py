@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from bridge import guard, zero3
+from bridge.declared import DeclaredLayout
 from bridge.errors import ConfigError, MappingError, RoundAborted
 from bridge.guard import Guarded, StepGuard
 from bridge.names import canonical_names
@@ -389,17 +390,22 @@ def test_loading_a_checkpoint_waits_too() -> None:
 def test_the_layout_is_written_and_read_back(tmp_path: Path) -> None:
     place = export_param_mappings(
         Lm(), "tests/tiny", 2, 4, str(tmp_path),
-        tp_shard_dim={"block.module.weight": 0}, needs_permute=["block.module.weight"],
+        tp_shard_dim={"block.module.weight": 0}, needs_permute=["block.module.weight"], head_dim=2,
     )  # fmt: skip
     assert place == tmp_path / "vllm_bridge_config.json"
     document = json.loads(place.read_text())
     assert (document["model"], document["tp_degree"], document["dp_shard_degree"]) == ("tests/tiny", 2, 4)
     assert document["param_mappings"]["block.module.weight"] == {
-        "vllm_name": "block.module.weight", "shape": [3, 4], "local_shape": [3, 4], "dtype": "float32",
+        "vllm_name": "block.module.weight", "shape": [6, 4], "local_shape": [3, 4], "dtype": "float32",
         "tp_shard_dim": 0, "needs_permute": True,
     }  # fmt: skip
     assert document["param_mappings"].keys() == NAMES
-    assert load_param_mappings(place).param_mappings["embed.weight"].shape == (5, 4)
+    layout = load_param_mappings(place)
+    assert layout.param_mappings["embed.weight"].shape == (5, 4)
+    assert layout.declared() == DeclaredLayout(
+        tp_degree=2, dp_shard_degree=4, tp_shard_dim={"block.module.weight": 0},
+        needs_permute=["block.module.weight"], head_dim=2,
+    )  # fmt: skip
     assert [file.name for file in tmp_path.iterdir()] == [place.name]
 
 
@@ -428,8 +434,11 @@ def test_a_layout_that_cannot_be_lists_every_fault(tmp_path: Path) -> None:
             needs_permute=["no"],
         )
     text = str(caught.value)
-    assert "5 fault(s)" in text
-    for part in ("model_name is ''", "tp_degree is 0", "nope:", "no:", "embed.weight: tp_shard_dim is 2"):
+    assert "6 fault(s)" in text
+    for part in (
+        "model_name is ''", "tp_degree is 0", "nope:", "no:", "embed.weight: tp_shard_dim is 2",
+        "head_dim is not given, and 1 parameter(s) need",
+    ):  # fmt: skip
         assert part in text
     assert list(tmp_path.iterdir()) == []
 
