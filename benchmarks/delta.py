@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stall import FLAGS, build_model
+from stall import FLAGS, build_model, machine
 from support.serving import Trainers, serving, training
 
 SERVER, TRAINER = "10.213.0.1", "10.213.0.2"
@@ -111,7 +111,7 @@ def main() -> int:
     document: dict[str, Any] = {
         "what": __doc__.splitlines()[0] if __doc__ else "",
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "machine": f"{os.cpu_count()} CPU cores, torch {torch.__version__}",
+        "machine": machine(),
         "rate": args.rate,
     }
     with tempfile.TemporaryDirectory(prefix="delta-") as directory, shaped_link(args.rate) as enter:
