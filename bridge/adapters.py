@@ -58,6 +58,13 @@ def merge(model: nn.Module) -> Merged:
         for tensor in layer.original_module.parameters()
     }
     adapted = {id(layer.get_base_layer().weight): layer for layer in layers.values() if _is_adapted(layer)}
+    known = {id(tensor) for tensor in tensors.values()}
+    if faults := [
+        f"{name}: its base weight is not among the model's parameters"
+        for name, layer in layers.items()
+        if _is_adapted(layer) and id(layer.get_base_layer().weight) not in known
+    ]:
+        raise _unmerged(faults)
     uses = Counter(id(tensor) for tensor in tensors.values())
     faults = [
         f"{name}: is tied to another weight, and an adapter of one of the two would change both"

@@ -68,6 +68,16 @@ class DeclaredLayout(msgspec.Struct, frozen=True, kw_only=True):
             for name in sorted({*self.tp_shard_dim, *self.needs_permute} - known)
         ]
 
+    def misnamed(self, names: Iterable[str]) -> list[str]:
+        """A sentence for each of ``names``, without wrappers, that is declared with a prefix."""
+        declared = {*self.tp_shard_dim, *self.needs_permute}
+        return [
+            f"{name}: the layout declares it as {other}; declare it without the prefix"
+            for name in names
+            for other in sorted(declared)
+            if name not in declared and other.endswith(f".{name}")
+        ]
+
     def box(
         self, name: str, shape: Sequence[int], local: Sequence[int], *, rank: int
     ) -> tuple[tuple[int, ...], tuple[int, ...]] | str:

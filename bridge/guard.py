@@ -27,9 +27,10 @@ def _before_step(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str
 class Guarded:
     """Weights by what an optimizer that holds them can be recognised by."""
 
-    def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
-        """``parameters`` are not kept alive: whoever guards them holds them."""
+    def __init__(self, parameters: Iterable[torch.Tensor], *, hold: bool = False) -> None:
+        """``parameters`` are not kept alive, unless ``hold`` says so: whoever guards them holds them."""
         held = tuple(parameters)
+        self.held = held if hold else None
         self.ids = frozenset(map(id, held))
         self.storages = frozenset(filter(None, map(_address, held)))
 

@@ -103,6 +103,7 @@ def collect_parts(
         for name in parts
         if name not in known and name not in unused
     ]
+    faults += declared.misnamed(parts) if declared else []
     present = [(*known[name], part) for name, part in parts.items() if name in known and name not in unused]
     if not present and not faults:
         faults = [f"{name}: the server's loader drops it, so sending it changes nothing" for name in parts]

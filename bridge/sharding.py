@@ -159,6 +159,9 @@ def _tensor_fault(tensor: torch.Tensor, local: torch.Tensor) -> str:
         return f"is stored as {local.layout}; make it dense first"
     if local.device.type not in ("cpu", "cuda"):
         return f"is on {local.device}; the bridge sends from host memory and from CUDA devices"
+    last = local.storage_offset() + sum((n - 1) * s for n, s in zip(local.shape, local.stride(), strict=True))
+    if local.numel() and (last + 1) * local.element_size() > local.untyped_storage().nbytes():
+        return "has no memory any more; whoever gathered it has let it go"
     return ""
 
 

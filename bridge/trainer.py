@@ -26,7 +26,7 @@ from bridge.adapters import Merged, merge
 from bridge.catalogue import Catalogue
 from bridge.config import BridgeConfig
 from bridge.declared import DeclaredLayout
-from bridge.errors import BridgeError, ConfigError, RoundAborted
+from bridge.errors import BridgeError, ConfigError, RoundAborted, TopologyError
 from bridge.guard import Guarded, StepGuard
 from bridge.job import Encoding, PendingBroadcast, Receipt
 from bridge.joining import any_rank
@@ -58,7 +58,19 @@ class Bridge:
     """
 
     def __init__(self, config: BridgeConfig, *, ranks: environment.Ranks | None = None) -> None:
-        """``ranks``: as for ``connect``."""
+        """``ranks``: as for ``connect``.
+
+        Raises:
+            TopologyError: ``ranks`` are several, and not those of the default process group.
+        """
+        group = environment.initialised_ranks()
+        same = ranks and group and (ranks.rank, ranks.world_size) == (group.rank, group.world_size)
+        if ranks and ranks.world_size > 1 and group and not same:
+            raise TopologyError(
+                f"ranks says rank {ranks.rank} of {ranks.world_size}, but torch.distributed's default group, "
+                f"over which trainer ranks agree, says rank {group.rank} of {group.world_size}; a part of a "
+                "group cannot broadcast: use one rank alone, Ranks(), or all"
+            )
         self.config = config
         self._ranks = ranks
         self._session: Session | None = None
@@ -289,7 +301,7 @@ class Bridge:
             raise RoundAborted(f"the round was not sent: {session.closed}; the server keeps its weights")
 
         def gather(session: Session) -> tuple[LocalShards, Guarded]:
-            return made.collect(session.mapping), Guarded([])  # copies, which nobody else changes
+            return made.collect(session.mapping), Guarded([], hold=True)  # copies, which nobody else changes
 
         return self._send(session, gather, blocking=blocking, version=version)
 
@@ -325,8 +337,14 @@ class Bridge:
             raise ConfigError(f"adapters is {adapters!r}; it must be 'merge', or None where there are none")
         if not isinstance(model, nn.Module):
             raise ConfigError("adapters='merge' is for a model; tensors by name are sent as they are")
-        self._finish_pending()  # which may still hold earlier sums
-        return merge(model)
+        try:
+            self._finish_pending()  # which may still hold earlier sums
+            return merge(model)
+        except BaseException as err:
+            self._calls += 1  # the others make this broadcast, and count it
+            if self._session is not None:
+                self._session.refuse_round(str(err) or type(err).__name__)
+            raise
 
     def _collect(
         self, model: Weights, session: Session, merged: Merged | None, layout: DeclaredLayout | None
@@ -336,7 +354,7 @@ class Bridge:
             return named, Guarded([*model.values(), *named.tensors])
         if merged is not None:
             sums = collect(merged, session.mapping, rank=session.rank, layout=layout)
-            return sums, Guarded([*merged.kept, *sums.tensors])
+            return sums, Guarded(merged.kept, hold=True)  # not the sums: no optimizer has them
         known = self._catalogue
         if known is not None and (shards := known.find(model, session.mapping, layout)) is not None:
             return shards, known.guarded
@@ -382,8 +400,8 @@ class Bridge:
         environment.check_enabled()
         if self._round is not None:
             raise ConfigError("a round is open: end its block before another round or broadcast")
+        self._calls += 1  # whatever comes of it: ranks that counted differently would never agree again
         self._finish_pending()
-        self._calls += 1
 
     def _send(
         self,
@@ -399,11 +417,11 @@ class Bridge:
             shards, guarded = gather(session)
             if shards.partial:
                 self._check_base(session)
-        except BridgeError as err:
-            session.refuse_round(str(err))
+        except BaseException as err:
+            session.refuse_round(str(err) or type(err).__name__)
             raise
         job = session.submit(shards, call=self._calls, version=version, encoding=encoding)
-        holding = [*shards.owners, *shards.tensors] if guarded.ids else []
+        holding = [*shards.owners, *shards.tensors] if guarded.held is None else guarded.held
         guard = StepGuard(guarded, job.wait_released, module=module, holding=holding)
         self._pending = PendingBroadcast(job, guard)
         if not blocking:

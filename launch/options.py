@@ -165,8 +165,13 @@ def read_server_args(args: Sequence[str], environ: Mapping[str, str] = os.enviro
 
 
 def node_faults(args: Sequence[str], environ: Mapping[str, str] = os.environ) -> list[str]:
-    """What asks for more than this version can do, or for nothing at all, each as a sentence."""
+    """What asks for more than this version can do, or for nothing at all, each as a sentence.
+
+    Raises:
+        ConfigError: vLLM's --config file cannot be read.
+    """
     faults = []
+    own, args = args, [*_config_file(args), *args]
     only_one = "this version of the bridge serves from one node; start one server per node instead"
     nodes = environ.get("NUM_INFERENCE_NODES", "")
     if nodes and not nodes.isdecimal():
@@ -185,7 +190,7 @@ def node_faults(args: Sequence[str], environ: Mapping[str, str] = os.environ) ->
             "VLLM_ENABLE_SHARED_WEIGHTS is 0, which asks for a server without live weights; unset it, or "
             "start vLLM itself: python -m vllm.entrypoints.openai.api_server"
         )
-    if _is_given(args, "--model"):
+    if _is_given(own, "--model"):
         faults.append("--model is among vLLM's flags; name the model once, right after --")
     return faults
 
@@ -201,7 +206,7 @@ def _config_file(args: Sequence[str]) -> list[str]:
         content = yaml.safe_load(Path(path).read_text())
     except (OSError, yaml.YAMLError) as err:
         raise ConfigError(f"cannot read vLLM's --config {path}: {err}") from err
-    return [f"--{key}={value}" for key, value in (content or {}).items()]
+    return [f"--{key}={value}" for key, value in (content or {}).items() if value is not False]
 
 
 def _split(arg: str) -> tuple[str, str | None]:

@@ -59,7 +59,11 @@ class Boundary:
 
         def late() -> str:
             behind = [rank for rank, slot in enumerate(slots) if slot.version != version]
-            return f"{staged}, but ranks {behind} did not commit within {self.timeout_s:g} s; {if_late}"
+            ahead = [rank for rank in range(len(slots)) if rank not in behind]
+            served = f" (ranks {ahead} serve it already)" if ahead else ""
+            return (
+                f"{staged}{served}, but ranks {behind} did not commit within {self.timeout_s:g} s; {if_late}"
+            )
 
         self._ask(
             lambda: setattr(self.page, "requested", version),

@@ -40,8 +40,9 @@ def stage_file(daemon: Daemon, event: Notified) -> dict[str, Any]:
             raise
         try:
             flips = daemon.swap.commit(version)
-        except TransferError:
+        except TransferError as err:
             daemon.new_crew()  # updaters that begin anew take nothing for granted of the half they filled
+            daemon.swap.abandon(str(err))  # in place, a version that is whole is committed again
             raise
     except BridgeError as err:
         torn = daemon.swap.torn if daemon.swap is not None else ""

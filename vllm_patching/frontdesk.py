@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import socket
 import threading
@@ -85,17 +86,23 @@ class FrontDesk:
         return {"type": "error", "error": f"unknown request {kind!r}"}
 
     def _await_round(self, order: dict[str, Any]) -> dict[str, Any]:
-        """The status once more rounds have ended than ``ended``, or ``version`` is live, or time is up."""
-        daemon, version = self._daemon, order["version"]
-        with daemon.handled:
-            daemon.handled.wait_for(
-                lambda: (
-                    daemon.rounds_ended > order["ended"]
-                    or (version is not None and daemon.live_version >= version)
-                ),
-                timeout=order["timeout_s"],
-            )
-        return describe(daemon)
+        """The status, once what is waited for has come, or cannot come any more, or time is up.
+
+        With a ``version`` that is its commit, or an abort more than ``aborted``; without, the end of more
+        rounds than ``ended``. Another daemon than ``daemon`` has counted none of them.
+        """
+        here, version = self._daemon, order["version"]
+
+        def settled() -> bool:
+            if order["daemon"] != os.getpid():
+                return True
+            if version is None:
+                return bool(here.rounds_ended > order["ended"])
+            return bool(here.live_version >= version or here.aborted > order["aborted"])
+
+        with here.handled:
+            here.handled.wait_for(settled, timeout=order["timeout_s"])
+        return describe(here)
 
     def _keep(self, hello: dict[str, Any], fds: tuple[int, ...], channel: Channel) -> None:
         try:

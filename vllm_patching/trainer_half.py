@@ -67,16 +67,38 @@ def send(named: Named, bridge: Bridge, version: int | None = None) -> Receipt:
 
 def _snapshot(named: Named) -> dict[str, torch.Tensor]:
     kept: dict[str, torch.Tensor] = {}
+    objects: set[int] = set()
+    fault: str = ""
     for name, tensor in named:
-        if tensor is None:
-            raise ConfigError(
-                f"{name}: the source yields no tensor on rank 0, which has to hold the whole model; where "
-                "ranks hold parts of it, call bridge.broadcast_weights on all of them"
-            )
-        if name in kept:
-            raise ConfigError(f"{name}: the source yields it twice")
-        kept[name] = tensor if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
+        if fault:
+            continue  # other ranks may be in the source's next gather, which is collective
+        fault = _fault(name, tensor, name in kept, id(tensor) in objects)
+        if fault:
+            kept.clear()
+        elif isinstance(tensor, nn.Parameter):
+            kept[name] = tensor
+            objects.add(id(tensor))
+        else:
+            kept[name] = tensor.detach().clone()
+    if fault:
+        raise ConfigError(fault)
     return kept
+
+
+def _fault(name: str, tensor: torch.Tensor | None, known: bool, again: bool) -> str:
+    if tensor is None:
+        return (
+            f"{name}: the source yields no tensor on rank 0, which has to hold the whole model; where "
+            "ranks hold parts of it, call bridge.broadcast_weights on all of them"
+        )
+    if known:
+        return f"{name}: the source yields it twice"
+    if again:
+        return (
+            f"{name}: the source yields a parameter that it has yielded under another name; one that is "
+            "filled anew each time must be yielded as a tensor (parameter.detach()), which is copied"
+        )
+    return ""
 
 
 @dataclass

@@ -103,7 +103,8 @@ class WeightUpdates:
             try:
                 self._wait(info, before)
             except Exception:
-                self._before = None  # as in vLLM's workers: an update that fails is over
+                if self._before is before:  # and no later start has taken its place
+                    self._before = None  # as in vLLM's workers: an update that fails is over
                 raise
 
         return _in_background(wait)
@@ -126,6 +127,8 @@ class WeightUpdates:
         order = {
             "type": "await_round",
             "ended": rounds["committed"] + rounds["aborted"],
+            "aborted": rounds["aborted"],
+            "daemon": before["pids"]["daemon"],
             "version": info.version,
             "timeout_s": info.timeout_s,
         }

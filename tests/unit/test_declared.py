@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from bridge import Bridge, BridgeConfig
+from bridge import Bridge, BridgeConfig, environment
 from bridge.catalogue import Catalogue
 from bridge.declared import DeclaredLayout
 from bridge.environment import Ranks
@@ -329,3 +329,23 @@ def test_what_was_checked_cannot_be_changed_behind_the_layouts_back() -> None:
     layout = DeclaredLayout(tp_shard_dim=dims)
     dims["a"] = -1
     assert layout == DeclaredLayout(tp_shard_dim={"a": 0})
+
+
+def test_one_parameter_that_the_layout_names_otherwise_is_refused() -> None:
+    mapping = identity_mapping(("checkpoint", {"q": (4, 2), "k": (4, 2)}))
+    layout = DeclaredLayout(needs_permute=["module.q"], head_dim=4)
+    with pytest.raises(MappingError, match=r"q: the layout declares it as module\.q"):
+        collect_single("module.q", torch.ones(4, 2), mapping, rank=0, layout=layout)
+    of_another = DeclaredLayout(needs_permute=["k"], head_dim=4)
+    assert (
+        collect_single("q", torch.ones(4, 2), mapping, rank=0, layout=of_another).layout.shards[0].head_dim
+        == 0
+    )
+
+
+def test_a_part_of_a_group_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "initialised_ranks", lambda: Ranks(rank=3, world_size=4, local_rank=3))
+    with pytest.raises(TopologyError, match="says rank 3 of 4; a part of a group cannot broadcast"):
+        Bridge(BridgeConfig(logdir="unused"), ranks=Ranks(rank=1, world_size=2))
+    Bridge(BridgeConfig(logdir="unused"), ranks=Ranks(rank=3, world_size=4))
+    Bridge(BridgeConfig(logdir="unused"), ranks=Ranks())

@@ -242,6 +242,12 @@ def partitioned() -> torch.Tensor:
     return parameter
 
 
+def let_go() -> torch.Tensor:
+    tensor = torch.ones(2)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
 def wrapped() -> torch.Tensor:
     from torch.testing._internal.two_tensor import TwoTensor
 
@@ -256,6 +262,7 @@ def wrapped() -> torch.Tensor:
         (lambda: torch.ones(2).to_sparse(), "stored as torch.sparse_coo"),
         (nn.UninitializedParameter, "not initialised yet"),
         (wrapped, "is a TwoTensor"),
+        (let_go, "has no memory any more"),
     ],
 )
 def test_memory_that_does_not_hold_the_values_is_refused_by_name(tensor, reason: str) -> None:

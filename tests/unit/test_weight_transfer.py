@@ -355,6 +355,9 @@ def test_a_round_that_fails_closes_the_update_and_raises(connection: Connection)
     assert client.calls[1:] == ["start", "finish"]
 
 
+SHARED = nn.Parameter(torch.ones(1))
+
+
 def test_memory_that_the_iterator_uses_again_is_copied(connection: Connection) -> None:
     buffer = torch.zeros(2)
 
@@ -372,12 +375,19 @@ def test_memory_that_the_iterator_uses_again_is_copied(connection: Connection) -
     [
         ([("a", None)], "a: the source yields no tensor on rank 0"),
         ([("a", torch.ones(1)), ("a", torch.ones(1))], "a: the source yields it twice"),
+        (
+            [("a", SHARED), ("b", SHARED)],
+            "b: the source yields a parameter that it has yielded under another",
+        ),
     ],
 )
 def test_pairs_that_are_no_model_are_refused(connection: Connection, pairs: Any, said: str) -> None:
+    """The source is taken to its end all the same: other ranks may be in its gathers."""
+    source = iter([*pairs, ("z", torch.ones(1))])
     with pytest.raises(ConfigError, match=said):
-        trainer_half.send(pairs, connection)  # type: ignore[arg-type]
+        trainer_half.send(source, connection)  # type: ignore[arg-type]
     assert connection.sent == []
+    assert next(source, None) is None
 
 
 def test_a_rank_that_is_another_is_refused(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
