@@ -139,6 +139,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, server: Server, trainers: Trainers) -> None:
         self.args, self.server, self.trainers = args, server, trainers
+        self.found: dict[str, Any] = {}
         self.updates = {"bridge": self.ours, "native": self.native}
         described = trainers.must("describe")[0]
         self.info = {
@@ -230,7 +231,7 @@ class Bench:
 
     def run(self) -> dict[str, Any]:
         """All stretches."""
-        args, found = self.args, {}
+        args, found = self.args, self.found
         systems = ["bridge"] if args.no_native else ["bridge", "native"]
         memory = self.trainers.must("memory")
         say("first updates, on an idle server")
@@ -382,7 +383,7 @@ def main() -> int:
             "CUDA_VISIBLE_DEVICES": visible[0],
         }
         server = Server(model, Path(directory) / "log", flags=flags, bridge_flags=args.bridge_flag, env=env)
-        trainers = None
+        trainers = bench = None
         try:
             kind = "fsdp2" if args.trainers > 1 else "plain"
             trainers = Trainers(
@@ -399,6 +400,8 @@ def main() -> int:
             found = bench.run()
             trainers.must("close")
         except BaseException:
+            if args.out and bench is not None:
+                args.out.with_suffix(".part.json").write_text(json.dumps(bench.found))
             sys.stderr.write(server.text()[-6000:])
             for log in server.logdir.glob("trainer*.log"):
                 sys.stderr.write(f"== {log.name}\n{log.read_text(errors='replace')[-3000:]}")
