@@ -64,8 +64,11 @@ class Bridge:
             TopologyError: ``ranks`` are several, and not those of the default process group.
         """
         group = environment.initialised_ranks()
-        same = ranks and group and (ranks.rank, ranks.world_size) == (group.rank, group.world_size)
-        if ranks and ranks.world_size > 1 and group and not same:
+        if (
+            (ranks and group)
+            and ranks.world_size > 1
+            and (ranks.rank, ranks.world_size) != (group.rank, group.world_size)
+        ):
             raise TopologyError(
                 f"ranks says rank {ranks.rank} of {ranks.world_size}, but torch.distributed's default group, "
                 f"over which trainer ranks agree, says rank {group.rank} of {group.world_size}; a part of a "
@@ -107,6 +110,9 @@ class Bridge:
             return self._session
         return self._open_session(device)
 
+    def _own_ranks(self) -> environment.Ranks:
+        return self._ranks or environment.ranks()
+
     def _is_over(self, device: torch.device | None) -> bool:
         session = self._session
         return session is None or bool(session.closed) or (session.device is None and device is not None)
@@ -115,7 +121,7 @@ class Bridge:
         if self._session is not None:
             self._session.close()
             self._session = None
-        self._session = Session.open(self.config, self._ranks or environment.ranks(), device=device)
+        self._session = Session.open(self.config, self._own_ranks(), device=device)
         return self._session
 
     def _agreed_session(self) -> Session:
@@ -125,7 +131,7 @@ class Bridge:
         wait for the others in the first gather of its round.
         """
         device = current_gpu()
-        anew = any_rank(self._is_over(device), self._ranks or environment.ranks())
+        anew = any_rank(self._is_over(device), self._own_ranks())
         return self._open_session(device) if anew or self._session is None else self._session
 
     @property
@@ -329,7 +335,7 @@ class Bridge:
     def _check_layout(self, layout: DeclaredLayout | None) -> None:
         """Before any rank waits for the others: all of them find it alike."""
         if layout is not None:
-            layout.check_world((self._ranks or environment.ranks()).world_size)
+            layout.check_world((self._own_ranks()).world_size)
 
     def _merge(self, model: Weights, adapters: str) -> Merged:
         """Before the session is asked for: sums may be collective, and ranks may come to it one by one."""
@@ -482,7 +488,7 @@ class Bridge:
         """
         from bridge.fallback import notify_update
 
-        return notify_update(self.config, model, self._ranks or environment.ranks(), version=version)
+        return notify_update(self.config, model, self._own_ranks(), version=version)
 
     def close(self) -> None:
         """Leave in order; the server goes on serving. Idempotent.

@@ -30,6 +30,7 @@ from bridge.wire.transport import (
     Landing,
     SendBuffers,
     compare_digests,
+    make_room,
     pack,
     packed_bytes,
     send_digests,
@@ -44,7 +45,7 @@ class Chain:
 
     def __init__(self, lane: Lane) -> None:
         self.digests = [b""] * len(lane.buckets)
-        self.previous: list[torch.Tensor] = []
+        self.previous: dict[int, torch.Tensor] = {}
 
     def extend(self, index: int, header: torch.Tensor, payload: torch.Tensor) -> None:
         """Add what was sent of a bucket to its digest."""
@@ -76,7 +77,6 @@ class DeltaSource:
         self._buffers = buffers
         self._chain = chain
         self._whole = whole
-        self._follows = bool(chain.previous)
         self._headers: list[tuple[torch.Tensor, dist.Work]] = []
 
     def open(self) -> None:
@@ -94,14 +94,12 @@ class DeltaSource:
 
     def _shorten(self, bucket: Bucket, buffer: torch.Tensor) -> tuple[Form, int, torch.Tensor]:
         """The form, how many units changed, and the payload: all of ``buffer``, or its beginning."""
-        if any(copy.target in self._whole for copy in bucket.copies):
-            if not self._follows:
-                self._chain.previous.append(torch.empty(0, dtype=torch.uint8))
+        previous = self._chain.previous.get(bucket.index)
+        if previous is None:
+            if not any(copy.target in self._whole for copy in bucket.copies):
+                self._chain.previous[bucket.index] = buffer.clone()
             return Form.DENSE, 0, buffer
-        if not self._follows:
-            self._chain.previous.append(buffer.clone())
-            return Form.DENSE, 0, buffer
-        previous, unit = self._chain.previous[bucket.index], _unit(bucket, self._wire_dtypes)
+        unit = _unit(bucket, self._wire_dtypes)
         changes = delta.find_changes(buffer, previous, unit)
         if changes is None:
             previous.copy_(buffer)
@@ -147,9 +145,7 @@ class DeltaSink:
         self.received_bytes = 0
 
     def open(self) -> None:
-        largest = max((packed_bytes(b, self._wire_dtypes) for b in self._lane.buckets), default=0)
-        if not self._buffers or self._buffers[0].numel() < largest:
-            self._buffers[:] = [torch.empty(largest, dtype=torch.uint8)]
+        make_room(self._buffers, 1, self._lane, self._wire_dtypes)
         self._expect(0)
 
     def _expect(self, index: int) -> None:

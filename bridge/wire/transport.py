@@ -329,6 +329,15 @@ def direct_runs(copy: Copy, base: int, place: torch.Tensor) -> list[peer_memory.
     return [(r, w, nbytes) for r, w in zip(remote, local, strict=True)]
 
 
+def make_room(
+    buffers: list[torch.Tensor], count: int, lane: Lane, wire_dtypes: Sequence[torch.dtype]
+) -> None:
+    """See to it that ``buffers``, kept from round to round, has ``count`` for any bucket of ``lane``."""
+    largest = max((packed_bytes(bucket, wire_dtypes) for bucket in lane.buckets), default=0)
+    if len(buffers) < count or buffers[0].numel() < largest:
+        buffers[:] = [torch.empty(largest, dtype=torch.uint8) for _ in range(count)]
+
+
 class GlooSink:
     """Receives packed buckets and puts their elements in place; the next one arrives meanwhile."""
 
@@ -350,9 +359,7 @@ class GlooSink:
 
     def open(self) -> None:
         self._posted.clear()
-        largest = max((packed_bytes(b, self._wire_dtypes) for b in self._lane.buckets), default=0)
-        if len(self._buffers) < 2 or self._buffers[0].numel() < largest:
-            self._buffers[:] = [torch.empty(largest, dtype=torch.uint8) for _ in range(2)]
+        make_room(self._buffers, 2, self._lane, self._wire_dtypes)
         for bucket in self._lane.buckets[:2]:
             self._post(bucket)
 
