@@ -11,10 +11,9 @@ from torch import nn
 
 from bridge import environment
 from bridge.config import BridgeConfig
-from bridge.declared import DeclaredLayout
 from bridge.job import PendingBroadcast, Receipt
 from bridge.parts import Round
-from bridge.trainer import Bridge, Options, Weights
+from bridge.trainer import Bridge, Options, SingleOptions, Weights
 
 _default: Bridge | None = None
 
@@ -53,37 +52,21 @@ def broadcast_weights(
 
 @overload
 def broadcast_single_param(
-    name: str,
-    tensor: torch.Tensor,
-    *,
-    blocking: Literal[True] = True,
-    version: int | None = None,
-    layout: DeclaredLayout | None = None,
+    name: str, tensor: torch.Tensor, *, blocking: Literal[True] = True, **options: Unpack[SingleOptions]
 ) -> Receipt: ...
 
 
 @overload
 def broadcast_single_param(
-    name: str,
-    tensor: torch.Tensor,
-    *,
-    blocking: bool,
-    version: int | None = None,
-    layout: DeclaredLayout | None = None,
+    name: str, tensor: torch.Tensor, *, blocking: bool, **options: Unpack[SingleOptions]
 ) -> Receipt | PendingBroadcast: ...
 
 
 def broadcast_single_param(
-    name: str,
-    tensor: torch.Tensor,
-    *,
-    blocking: bool = True,
-    version: int | None = None,
-    layout: DeclaredLayout | None = None,
+    name: str, tensor: torch.Tensor, *, blocking: bool = True, **options: Unpack[SingleOptions]
 ) -> Receipt | PendingBroadcast:
     """``Bridge.broadcast_single_param`` on the default connection."""
-    bridge = _default_bridge()
-    return bridge.broadcast_single_param(name, tensor, blocking=blocking, version=version, layout=layout)
+    return _default_bridge().broadcast_single_param(name, tensor, blocking=blocking, **options)
 
 
 def round(*, version: int | None = None, blocking: bool = True) -> AbstractContextManager[Round]:

@@ -41,13 +41,18 @@ Weights = nn.Module | Mapping[str, torch.Tensor]
 __all__ = ["Bridge", "PendingBroadcast", "Receipt", "Round"]
 
 
-class Options(TypedDict, total=False):
-    """Keywords of ``Bridge.broadcast_weights``, which says what they mean."""
+class SingleOptions(TypedDict, total=False):
+    """Keywords of ``Bridge.broadcast_single_param``; ``broadcast_weights`` says what they mean."""
 
     version: int | None
+    layout: DeclaredLayout | None
+
+
+class Options(SingleOptions, total=False):
+    """Keywords of ``Bridge.broadcast_weights``."""
+
     encoding: Encoding
     adapters: Literal["merge"] | None
-    layout: DeclaredLayout | None
 
 
 class Bridge:
@@ -209,19 +214,12 @@ class Bridge:
         tensor: torch.Tensor,
         *,
         blocking: Literal[True] = True,
-        version: int | None = None,
-        layout: DeclaredLayout | None = None,
+        **options: Unpack[SingleOptions],
     ) -> Receipt: ...
 
     @overload
     def broadcast_single_param(
-        self,
-        name: str,
-        tensor: torch.Tensor,
-        *,
-        blocking: bool,
-        version: int | None = None,
-        layout: DeclaredLayout | None = None,
+        self, name: str, tensor: torch.Tensor, *, blocking: bool, **options: Unpack[SingleOptions]
     ) -> Receipt | PendingBroadcast: ...
 
     def broadcast_single_param(
