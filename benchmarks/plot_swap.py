@@ -62,7 +62,8 @@ def main() -> int:
     kept = "throughput kept, update every 200 ms, %"
     draw_bars(figure.add_subplot(grid[-1, 2]), summary, "throughput_kept", kept, scale=100)
     size = f"{summary['model_bytes'] / 1e9:.1f} GB"
-    figure.suptitle(f"{document['machine']}, {size}: {' '.join(document['command'])}", fontsize=9)
+    # In two lines: the command alone is as wide as the picture.
+    figure.suptitle(f"{document['machine']}, {size}\n{' '.join(document['command'])}", fontsize=9)
     figure.savefig(target, dpi=110)
     return 0
 
