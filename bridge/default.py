@@ -79,6 +79,11 @@ def update_weight(name: str, tensor: torch.Tensor) -> None:
     _default_bridge().update_weight(name, tensor)
 
 
+def rollback() -> Receipt:
+    """``Bridge.rollback`` on the default connection."""
+    return _default_bridge().rollback()
+
+
 def send_heartbeat() -> None:
     """``Bridge.send_heartbeat`` on the default connection."""
     _default_bridge().send_heartbeat()

@@ -11,6 +11,7 @@ import msgspec
 
 from bridge.errors import BridgeError
 from bridge.guard import StepGuard
+from bridge.protocol.messages import ROLLBACK
 from bridge.sharding import LocalShards
 
 Encoding = Literal["dense", "auto", "delta"]
@@ -22,6 +23,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
 
     ``bytes`` counts what travelled to the inference ranks; ``transfer_s`` moving it, ``stage_s`` from the
     start of the round to every rank holding it, ``total_s`` the whole broadcast as this rank saw it.
+    ``restores`` is the older version whose weights this one has, after a rollback.
     """
 
     version: int
@@ -31,12 +33,14 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     flip_s: float
     transport: str
     total_s: float = 0.0
+    restores: int | None = None
 
 
 class Job:
     """One broadcast, between the caller and the background thread."""
 
-    def __init__(self, shards: LocalShards, *, version: int, call: int, encoding: Encoding) -> None:
+    def __init__(self, shards: LocalShards | None, *, version: int, call: int, encoding: Encoding) -> None:
+        """Without ``shards`` nothing is sent: the version before the served one comes back."""
         self.shards = shards
         self.version = version
         self.call = call
@@ -48,15 +52,21 @@ class Job:
         self.error: BridgeError | None = None
         self.seen = False  # whether the caller was given the outcome
 
+    @property
+    def manner(self) -> str:
+        """What all ranks must want alike."""
+        return self.encoding if self.shards is not None else ROLLBACK
+
     @functools.cached_property
     def nbytes(self) -> int:
         """Of this rank's shards. Worked out in the background, while they are held."""
-        return sum(part.numel() * part.element_size() for part in self.shards.tensors)
+        return sum(part.numel() * part.element_size() for part in self.shards.tensors) if self.shards else 0
 
     def finish(self, receipt: Receipt | None, error: BridgeError | None) -> None:
         """Record the outcome; the weights are free either way, and nothing of them is held."""
         self.receipt, self.error = receipt, error
-        self.shards.release()
+        if self.shards is not None:
+            self.shards.release()
         self.released.set()
         self.finished.set()
 

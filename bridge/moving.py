@@ -91,6 +91,11 @@ class Mover:
         """The epoch is over: whoever waits for the GPU is to stop. Called by any thread."""
         self._interrupted.set()
 
+    def forget(self) -> None:
+        """What is served is no longer what was last sent: the next round goes whole."""
+        self._chains.clear()
+        self._last_joint = ""
+
     def move(
         self,
         plan: Plan,

@@ -29,7 +29,7 @@ from bridge.job import Encoding, Job, Receipt
 from bridge.joining import ask_admission, meet
 from bridge.moving import Mover
 from bridge.protocol.mapping import Mapping
-from bridge.protocol.messages import Frame, Opcode
+from bridge.protocol.messages import DIGEST_BYTES, ROLLBACK, Frame, Opcode
 from bridge.protocol.session import (
     Action,
     Close,
@@ -140,9 +140,9 @@ class Session:
     # --- the caller's side -------------------------------------------------------------------------
 
     def submit(
-        self, shards: LocalShards, *, call: int, version: int | None, encoding: Encoding = "dense"
+        self, shards: LocalShards | None, *, call: int, version: int | None, encoding: Encoding = "dense"
     ) -> Job:
-        """Hand a broadcast to the background thread; ``call`` counts this process's broadcasts."""
+        """Hand a broadcast, or a rollback, to the background thread; ``call`` counts this process's."""
         wanted = self.version + 1 if version is None else version
         job = Job(shards, version=wanted, call=call, encoding=encoding)
         self._inbox.put(job)
@@ -237,7 +237,8 @@ class Session:
         try:
             if job.encoding == "delta":
                 self._check_carries_changes()
-            job.shards.wait_computed(timeout_s=self._patience_s)
+            if job.shards is not None:
+                job.shards.wait_computed(timeout_s=self._patience_s)
             receipt = self._lead(job) if self.rank == 0 else self._follow(job)
         except BridgeError as err:
             error = self._root_cause(err)
@@ -290,13 +291,14 @@ class Session:
         return err
 
     def _lead(self, job: Job) -> Receipt:
-        digest = self._meeting.publish_layout(job.shards.layout)
-        actions = self._coordinator.begin(job.version, digest, job.call, job.encoding)
+        actions = self._coordinator.begin(job.version, self._publish(job), job.call, job.manner)
         return self._drive(job, actions)
 
     def _follow(self, job: Job) -> Receipt:
-        digest = self._meeting.publish_layout(job.shards.layout)
-        return self._drive(job, self._member.begin(job.version, digest, job.call, job.encoding))
+        return self._drive(job, self._member.begin(job.version, self._publish(job), job.call, job.manner))
+
+    def _publish(self, job: Job) -> bytes:
+        return self._meeting.publish_layout(job.shards.layout) if job.shards else bytes(DIGEST_BYTES)
 
     def _drive(self, job: Job, actions: Sequence[Action]) -> Receipt:
         while True:
@@ -368,6 +370,11 @@ class Session:
     # --- moving bytes ------------------------------------------------------------------------------
 
     def _start_moving(self, job: Job) -> None:
+        if job.shards is None:
+            for action in self._coordinator.announce(bytes(DIGEST_BYTES), ROLLBACK):
+                self._perform(job, action)
+            self._mover.forget()
+            return
         layouts = [self._coordinator.layouts[rank] for rank in range(self.world_size)]
         joint = self._meeting.publish_round(
             layouts,
@@ -381,6 +388,9 @@ class Session:
         self._move(job, joint, plan.digest)
 
     def _move(self, job: Job, joint: str, plan_digest: bytes) -> None:
+        if job.shards is None:
+            self._mover.forget()
+            return
         plan, _, _ = self._meeting.plan(joint)
         if plan.digest != plan_digest:
             raise TransferError(

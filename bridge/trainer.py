@@ -330,6 +330,23 @@ class Bridge:
             )
         self._round.update_weight(name, tensor)
 
+    def rollback(self) -> Receipt:
+        """Serve the version before the served one again, at once and without sending it; every rank calls it.
+
+        It is kept until the next round begins. Numbers never come back: after version 7 this makes version 8,
+        with the weights of 6, and another rollback version 9, with those of 7. The trainer's own weights stay
+        as they are.
+
+        Raises:
+            TransferError: the server does not hold it any more (a later round has begun), or never does
+                (``--staging in-place``, ``--flip copy``). The served version stays.
+        """
+        self._begin()
+        session = self._agreed_session()
+        receipt = session.submit(None, call=self._calls, version=None).wait()
+        self._base = (session.mapping.run_dir, receipt.version)
+        return receipt
+
     def _check_layout(self, layout: DeclaredLayout | None) -> None:
         """Before any rank waits for the others: all of them find it alike."""
         if layout is not None:

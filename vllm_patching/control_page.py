@@ -11,9 +11,10 @@ from bridge.errors import ConfigError
 class ControlPage:
     """One page shared by daemon, engines and workers: what is wanted, and what each of them has done.
 
-    Single 8-byte words, each with one writer, so no lock is needed: ``requested``, ``hold``, ``writing`` and
-    ``writing_since_ns`` are the daemon's; an engine's slot (held, stand-still nanoseconds) is that engine
-    core's; a rank's slot (version, batch, flip nanoseconds, failures, active half, flips) that worker's.
+    Single 8-byte words, each with one writer, so no lock is needed: ``requested``, ``hold``, ``writing``,
+    ``writing_since_ns`` and ``restorable`` are the daemon's; an engine's slot (held, stand-still nanoseconds)
+    is that engine core's; a rank's slot (version, batch, flip nanoseconds, failures, active half, flips)
+    that worker's.
     """
 
     MAGIC = 0x42524944_47453032
@@ -84,6 +85,18 @@ class ControlPage:
     @writing_since_ns.setter
     def writing_since_ns(self, value: int) -> None:
         self._words[6] = value
+
+    @property
+    def restorable(self) -> int | None:
+        """The version before the requested one, while every inactive half still holds it; else None.
+
+        Survives the daemon, as the halves do.
+        """
+        return self._words[7] - 1 if self._words[7] else None
+
+    @restorable.setter
+    def restorable(self, version: int | None) -> None:
+        self._words[7] = 0 if version is None else version + 1
 
     def slot(self, rank: int) -> RankSlot:
         """The words of one rank."""

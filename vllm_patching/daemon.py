@@ -36,7 +36,7 @@ from vllm_patching.crew import Crew, Report
 from vllm_patching.epoch import Epoch, Limits
 from vllm_patching.events import Broken, Heard, Lost, Notified, Requested, Stop
 from vllm_patching.file_round import stage_file
-from vllm_patching.fixed_arena import IN_PLACE
+from vllm_patching.fixed_arena import COPY, IN_PLACE
 from vllm_patching.frontdesk import FrontDesk, start_thread
 from vllm_patching.registry import Registry
 from vllm_patching.swap import DoubleStaging, InPlaceStaging, Swap
@@ -244,10 +244,11 @@ class Daemon:
             self.registry, timeout_s=limits.commit_timeout_s, first_death=lambda: self._first_death
         )
         # What the workers have, whatever the launcher said: an earlier daemon may have published for them.
-        if any(worker.hello["arena"] == IN_PLACE for worker in self.registry.workers.values()):
+        kinds = {worker.hello["arena"] for worker in self.registry.workers.values()}
+        if IN_PLACE in kinds:
             self.swap = InPlaceStaging(self.boundary, repair_timeout_s=self.args.repair_timeout)
         else:
-            self.swap = DoubleStaging(self.boundary)
+            self.swap = DoubleStaging(self.boundary, copies=COPY in kinds)
 
     @property
     def _on_gpu(self) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bridge.errors import BridgeError, PeerLost
-from bridge.protocol.messages import Frame
+from bridge.protocol.messages import ROLLBACK, Frame
 from bridge.protocol.session import Action, Close, Commit, InferenceSession, Send, Stage, State
 from bridge.wire import rendezvous
 from bridge.wire.control import ControlGroup, Event
@@ -40,6 +40,7 @@ class RoundRecord:
     reports: dict[int, dict[str, Any]] = field(default_factory=dict)
     staged_s: float = 0.0
     joint: str = ""
+    restores: int | None = None
     committed: bool = False  # or about to be
 
 
@@ -216,6 +217,10 @@ class Epoch:
     def _stage(self, action: Stage) -> None:
         self.round = RoundRecord(version=action.version, started=time.monotonic(), joint=action.joint)
         self._poised.clear()
+        if action.joint == ROLLBACK:
+            self.round.restores = self._swap.restore()
+            self.crew.order({"type": "restore"})
+            return
         order = {"type": "stage", "joint": action.joint, "plan_digest": action.plan_digest.hex()}
         self.crew.order(order, self._swap.orders())
 
@@ -230,6 +235,7 @@ class Epoch:
                 "stage_s": round(self.round.staged_s, 6),
                 "flip_s": round(max(flips_ns) / 1e9, 9),
                 "transport": "+".join(sorted({r["transport"] for r in reports})),
+                "restores": self.round.restores,
             }
         )
 

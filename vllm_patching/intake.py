@@ -195,6 +195,11 @@ class Intake:
         _, _, description = self._meeting.plan(joint)
         return description.encoding != "dense" and joint == self._last_joint and GLOO in self._links
 
+    def forget(self) -> None:
+        """What is served is no longer what the last round brought: the next one comes whole."""
+        self._chains.clear()
+        self._last_joint = ""
+
     @property
     def transport(self) -> str:
         """The transports in use."""

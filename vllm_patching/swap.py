@@ -32,6 +32,13 @@ class Swap(Protocol):
             TransferError: nothing may be written now.
         """
 
+    def restore(self) -> int:
+        """The version that a flip would bring back, as no byte of it has been overwritten.
+
+        Raises:
+            TransferError: there is none.
+        """
+
     def hold(self) -> None:
         """Every updater has checked all it can and asks for leave to write: see to it that it may be given.
 
@@ -75,14 +82,30 @@ class DoubleStaging:
     repair_due: float | None = None
     keeps_what_is_staged = False
 
-    def __init__(self, boundary: Boundary) -> None:
+    def __init__(self, boundary: Boundary, *, copies: bool) -> None:
+        """``copies``: a flip copies one half over the other, so that none keeps the version before."""
         self._boundary = boundary
+        self._page = boundary.page
+        self._copies = copies
 
     def orders(self) -> Orders:
-        page, ranks = self._boundary.page, range(self._boundary.num_ranks)
-        if late := behind(page, ranks):
+        ranks = range(self._boundary.num_ranks)
+        if late := behind(self._page, ranks):
             raise TransferError(late)
-        return {rank: {"half": 1 - page.slot(rank).active} for rank in ranks}
+        self._page.restorable = None  # before the first byte is written over it
+        return {rank: {"half": 1 - self._page.slot(rank).active} for rank in ranks}
+
+    def restore(self) -> int:
+        if late := behind(self._page, range(self._boundary.num_ranks)):
+            raise TransferError(late)
+        if self._copies:
+            raise TransferError("with --flip copy both halves are the served version, none is the one before")
+        if (version := self._page.restorable) is None:
+            raise TransferError(
+                f"version {self._page.requested} is served, and the one before it is not there any more: a "
+                "later round has begun to write over it, or there was none; broadcast those weights again"
+            )
+        return version
 
     def hold(self) -> None:
         raise AssertionError("no leave is needed to write a half that nobody reads")
@@ -91,7 +114,10 @@ class DoubleStaging:
         raise AssertionError(f"version {version}: no leave is needed to write a half that nobody reads")
 
     def commit(self, version: int) -> list[int]:
-        return self._boundary.commit(version, if_late="it becomes live with their next batch")
+        before = self._page.requested
+        flips = self._boundary.commit(version, if_late="it becomes live with their next batch")
+        self._page.restorable = None if self._copies else before
+        return flips
 
     def abandon(self, why: str) -> None:
         """Nothing: the half that was written is not read, and the next round writes all of it."""
@@ -122,6 +148,9 @@ class InPlaceStaging:
     def orders(self) -> Orders:
         order = {"half": 0, "leave_s": self._boundary.timeout_s + LEAVE_MARGIN_S, "torn": self.torn}
         return {rank: dict(order) for rank in range(self._boundary.num_ranks)}
+
+    def restore(self) -> int:
+        raise TransferError("with --staging in-place the version before is not kept")
 
     def hold(self) -> None:
         if not self._page.writing:

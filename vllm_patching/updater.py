@@ -127,6 +127,12 @@ class Updater:
             self.halves.synchronize()  # or it might overtake what arrives on other streams
         return Staging(self.halves.halves[half], self.rank_map.targets)
 
+    def restore(self) -> dict[str, Any]:
+        """The inactive half holds the wanted version as it is; the next round follows none."""
+        self.intake.forget()
+        self._in_step = False
+        return {"bytes": 0, "seconds": 0.0, "transport": self.intake.transport}
+
     def stage_file(self, *, path: str, half: int, leave_s: float = 0.0, torn: str = "") -> dict[str, Any]:  # noqa: ARG002 - files hold all, and repair
         """Stage a whole version from safetensors files (a file, or a folder of them); see ``stage``.
 
@@ -165,6 +171,8 @@ def _serve(channel: Channel, updater: Updater) -> NoReturn:
                 answer = updater.join(msgspec.convert(message, Join))
             elif kind == "stage":
                 answer = {"type": "staged", **updater.stage(**message)}
+            elif kind == "restore":
+                answer = {"type": "staged", **updater.restore()}
             elif kind == "stage_file":
                 answer = {"type": "staged", **updater.stage_file(**message)}
             else:

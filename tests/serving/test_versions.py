@@ -71,6 +71,40 @@ def test_answers_equal_a_fresh_server_at_every_version(qwen3, trainer):
         assert_equal(api.greedy(), qwen3.fresh[index]["greedy"], tolerance=1e-5)
 
 
+def test_the_version_before_comes_back(qwen3, trainer):
+    api = qwen3.server.api
+    first, second = (publish(qwen3, trainer, index)["version"] for index in (1, 2))
+    streams = Streams(api, width=4, tokens=200)
+    (back,) = trainer.must("rollback")
+    assert (back["version"], back["restores"], back["bytes"]) == (second + 1, first, 0)
+    streams.stop()
+    assert streams.failures == []
+    assert_labels_in_order(qwen3.server, streams.finished)
+    assert_equal(api.greedy(), qwen3.fresh[1]["greedy"], tolerance=1e-5)
+    (again,) = trainer.must("rollback")
+    assert again["restores"] == second
+    assert_equal(api.greedy(2), qwen3.fresh[2]["greedy"][:2], tolerance=1e-5)
+    publish(qwen3, trainer, 0)
+    assert_equal(api.greedy(2), qwen3.fresh[0]["greedy"][:2], tolerance=1e-5)
+
+
+def test_a_version_that_a_round_has_begun_to_overwrite_does_not_come_back(qwen3, trainer):
+    publish(qwen3, trainer, 1)
+    served = publish(qwen3, trainer, 2)["version"]
+    (updater,) = qwen3.server.status()["pids"]["updaters"]
+    os.kill(updater, signal.SIGSTOP)
+    trainer.must("broadcast", blocking=False)
+    os.kill(updater, signal.SIGKILL)
+    (lost,) = trainer.command("wait")
+    assert "error" in lost
+    (refused,) = trainer.command("rollback")
+    assert "begun to write over it" in refused["error"]
+    assert refused["type"] == "RoundAborted"
+    assert_equal(qwen3.server.api.greedy(2), qwen3.fresh[2]["greedy"][:2], tolerance=1e-5)
+    assert publish(qwen3, trainer, 0)["version"] == served + 1
+    assert_equal(qwen3.server.api.greedy(2), qwen3.fresh[0]["greedy"][:2], tolerance=1e-5)
+
+
 def test_an_idle_engine_commits_at_once(qwen3, trainer):
     rows = [trainer.must("broadcast")[0] for _ in range(3)]
     # Nobody asks for tokens: the engine is woken. Well below any timeout or polling interval of vLLM.

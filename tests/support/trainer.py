@@ -257,6 +257,13 @@ class Trainer:
                 raise ArithmeticError("the loss is not finite")
         return dict(msgspec.to_builtins(made.receipt))
 
+    def rollback(self) -> dict[str, Any]:
+        import msgspec
+
+        import bridge
+
+        return dict(msgspec.to_builtins(bridge.rollback()))
+
     def notify(self) -> dict[str, Any]:
         import msgspec
 

@@ -25,7 +25,7 @@ NAMES = [
     "TransferError", "UnsupportedVersion",
     "VLLMWeightBridge", "__version__", "broadcast_single_param", "broadcast_weights", "close", "connect",
     "create_bridge_from_training_config", "export_param_mappings", "load_param_mappings", "notify_update",
-    "round", "send_heartbeat", "update_weight",
+    "rollback", "round", "send_heartbeat", "update_weight",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The daemon's side of in-place staging: what a round that ends early leaves behind.
+"""The daemon's side of both stagings: what a round leaves behind, and one that ends early.
 
 The control page, the boundary and the swap are the real ones; the engine's and the workers' answers come from
 a thread, as they would from other processes.
@@ -16,7 +16,7 @@ import pytest
 from bridge.errors import TransferError
 from vllm_patching.boundary import Boundary
 from vllm_patching.control_page import ControlPage
-from vllm_patching.swap import InPlaceStaging
+from vllm_patching.swap import DoubleStaging, InPlaceStaging
 
 RANKS = 2
 ENGINES = 2
@@ -72,6 +72,66 @@ def server() -> Iterator[Server]:
     server = Server()
     yield server
     server.stop()
+
+
+# --- two halves: which version the inactive one holds ------------------------------------------------------
+
+
+def double(server: Server, *, copies: bool = False) -> DoubleStaging:
+    boundary = Boundary(server, timeout_s=0.3, first_death=lambda: "")  # type: ignore[arg-type]
+    return DoubleStaging(boundary, copies=copies)
+
+
+def publish(swap: DoubleStaging, version: int) -> None:
+    swap.orders()
+    swap.commit(version)
+
+
+def test_the_first_version_has_the_checkpoint_before_it(server: Server) -> None:
+    swap = double(server)
+    with pytest.raises(TransferError, match=r"version 0 is served.*there was none"):
+        swap.restore()
+    publish(swap, 1)
+    assert swap.restore() == 0
+
+
+def test_a_rollback_can_be_rolled_back(server: Server) -> None:
+    swap = double(server)
+    publish(swap, 4)
+    publish(swap, 7)
+    assert swap.restore() == 4
+    swap.commit(8)
+    assert swap.restore() == 7
+
+
+def test_orders_to_write_end_it_and_so_does_a_commit_that_is_late(server: Server) -> None:
+    swap = double(server)
+    publish(swap, 1)
+    swap.orders()
+    with pytest.raises(TransferError, match="begun to write over it"):
+        swap.restore()
+    server.commits = False
+    with pytest.raises(TransferError, match="did not commit within"):
+        swap.commit(2)
+    with pytest.raises(TransferError, match="still serves version 1 while version 2 waits"):
+        swap.restore()
+
+
+def test_another_daemon_knows_it_too(server: Server) -> None:
+    swap = double(server)
+    publish(swap, 1)
+    publish(swap, 2)
+    assert double(server).restore() == 1
+
+
+def test_a_flip_that_copies_keeps_nothing(server: Server) -> None:
+    swap = double(server, copies=True)
+    publish(swap, 1)
+    with pytest.raises(TransferError, match="--flip copy"):
+        swap.restore()
+
+
+# --- one half ------------------------------------------------------------------------------------------
 
 
 def staging(server: Server, *, timeout_s: float = 5.0) -> InPlaceStaging:
