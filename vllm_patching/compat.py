@@ -312,8 +312,22 @@ def refuse_unsupported_config(vllm_config: Any) -> None:
         faults.append("a multimodal model: vLLM would go on reusing its encoder's outputs of older weights")
     if vllm_config.speculative_config is not None:
         faults.append("speculative decoding: the draft model's weights would stay behind")
+    faults += _memory_faults(vllm_config)
+    if faults:
+        listing = "\n  ".join(faults)
+        raise ConfigError(f"the bridge cannot keep this server's weights in step:\n  {listing}")
+
+
+def _memory_faults(vllm_config: Any) -> list[str]:
+    """What else would write, move or outlive the weights of a version."""
+    faults = []
     if getattr(vllm_config.model_config, "enable_sleep_mode", False):
         faults.append("--enable-sleep-mode unmaps the weights under the bridge")
+    if vllm_config.kv_transfer_config is not None:
+        faults.append(
+            "--kv-transfer-config: blocks from elsewhere, or of an earlier version, would be mixed with this "
+            "version's"
+        )
     backend = getattr(vllm_config.weight_transfer_config, "backend", BACKEND)
     if backend != BACKEND and os.environ.get("BRIDGE_BENCHMARK_NATIVE") != "1":
         faults.append(
@@ -325,9 +339,7 @@ def refuse_unsupported_config(vllm_config: Any) -> None:
         or vllm_config.offload_config.uva.cpu_offload_gb
     ):
         faults.append("--cpu-offload-gb or --offload-group-size: offloaded weights move at run time")
-    if faults:
-        listing = "\n  ".join(faults)
-        raise ConfigError(f"the bridge cannot keep this server's weights in step:\n  {listing}")
+    return faults
 
 
 def stamp_and_tokens(scheduler_output: Any) -> tuple[int, int]:

@@ -317,7 +317,7 @@ def test_flags_named_anywhere_exist():
         "--enable-eplb", "--enable-sleep-mode", "--nproc-per-node", "--shm-size", "--signal", "--no-kill",
         "--partition", "--steps", "--gpu-memory-utilization", "--compilation-config", "--data-parallel-size",
         "--data-parallel-rank", "--enable-expert-parallel", "--cpu-offload-gb", "--offload-group-size",
-        "--weight-transfer-config", "--distributed-executor-backend",
+        "--weight-transfer-config", "--distributed-executor-backend", "--kv-transfer-config",
     }  # fmt: skip
     own = {
         flag

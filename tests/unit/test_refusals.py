@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from vllm.config import OffloadConfig, ParallelConfig, WeightTransferConfig
+from vllm.config import KVTransferConfig, OffloadConfig, ParallelConfig, WeightTransferConfig
 
 from bridge.errors import ConfigError
 from vllm_patching import compat
@@ -22,6 +22,7 @@ def served(**parallel: Any) -> SimpleNamespace:
         parallel_config=ParallelConfig(**parallel),
         offload_config=OffloadConfig(),
         weight_transfer_config=None,
+        kv_transfer_config=None,
         speculative_config=None,
         device_config=SimpleNamespace(device_type="cpu"),
         model_config=SimpleNamespace(quantization=None, is_multimodal_model=False, enable_sleep_mode=False),
@@ -63,11 +64,16 @@ def _transfer(config: SimpleNamespace) -> None:
     config.weight_transfer_config = WeightTransferConfig(backend="nccl")
 
 
+def _connector(config: SimpleNamespace) -> None:
+    config.kv_transfer_config = KVTransferConfig(kv_connector="SharedStorageConnector", kv_role="kv_both")
+
+
 REFUSED: dict[str, Callable[[SimpleNamespace], None]] = {
     "--enable-eplb": _eplb,
     "--pipeline-parallel-size 2": _pipeline,
     "--data-parallel-size 2 with a mixture of experts": _data,
     "--weight-transfer-config": _transfer,
+    "--kv-transfer-config": _connector,
     "--cpu-offload-gb": _offload_uva,
     "--offload-group-size": _offload,
 }
