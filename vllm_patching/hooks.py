@@ -10,6 +10,8 @@ worker                    Worker.execute_model           counts batches, notes t
 worker                    the forward (three places)     before it: flips if this batch's stamp is new
 engine core               EngineCoreProc.run_busy_loop   stamps batches, labels outputs, salts prefix cache,
                                                          stands still on request
+engine core, mixture of   _process_engine_step           agrees with the other engines on the version
+experts, data parallel    execute_dummy_batch            before it: flips if the version agreed on is new
 engine core               EngineCore.collective_rpc      answers weight-transfer calls of the backend "bridge"
 API server                RequestState                   keeps each request's version spans
 ========================  =============================  ================================================
@@ -105,16 +107,19 @@ def _hook_forward(module: ModuleType, *, path: tuple[str, ...]) -> None:
 
 
 def _hook_engine(module: ModuleType) -> None:
-    from vllm_patching import engine
+    from vllm_patching.engine import EngineBridge, attach
+    from vllm_patching.lockstep import LockstepBridge
 
-    def make_loop(original: Wrapped) -> Wrapped:
+    def make_loop(original: Wrapped, kind: type[EngineBridge]) -> Wrapped:
         def run_busy_loop(self: Any, *args: Any, **kwargs: Any) -> Any:
-            engine.attach(self)
+            attach(self, kind)
             return original(self, *args, **kwargs)
 
         return run_busy_loop
 
-    compat.wrap(module.EngineCoreProc, "run_busy_loop", make_loop)
+    kinds = {module.EngineCoreProc: EngineBridge, module.DPEngineCoreProc: LockstepBridge}
+    for owner, kind in kinds.items():
+        compat.wrap(owner, "run_busy_loop", functools.partial(make_loop, kind=kind))
 
 
 def _hook_outputs(module: ModuleType) -> None:
