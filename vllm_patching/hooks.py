@@ -7,6 +7,7 @@ worker                    BaseModelLoader.load_model     remembers the loader (w
 worker                    process_weights_after_loading  before it: traces ``model.load_weights``
 worker                    Worker.load_model              after it: moves weights into the arena, publishes
 worker                    Worker.execute_model           counts batches, notes the stamp
+worker                    Worker.execute_dummy_batch     counts it, as other engines' workers do theirs
 worker                    the forward (three places)     before it: flips if this batch's stamp is new
 engine core               EngineCoreProc.run_busy_loop   stamps batches, labels outputs, salts prefix cache,
                                                          stands still on request
@@ -85,8 +86,16 @@ def _hook_worker(module: ModuleType) -> None:
 
         return execute_model
 
+    def make_dummy(original: Wrapped) -> Wrapped:
+        def execute_dummy_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
+            self.bridge.before_dummy_batch()
+            return original(self, *args, **kwargs)
+
+        return execute_dummy_batch
+
     compat.wrap(module.Worker, "load_model", make_load)
     compat.wrap(module.Worker, "execute_model", make_execute)
+    compat.wrap(module.Worker, "execute_dummy_batch", make_dummy)
     module.Worker.bridge_commit = worker.commit_while_idle
     module.Worker.bridge_quiesce = worker.quiesce
     module.Worker.bridge = worker.Unpublished()
