@@ -14,7 +14,7 @@ from tests.gpu.test_serving import ON_GPU, SHAPE
 from tests.gpu.test_two_gpus import TOGETHER
 from tests.support.checks import Streams, assert_equal, assert_labels_in_order, flips
 from tests.support.models import build_checkpoint
-from tests.support.serving import Server, Trainers, serving_together, training, wait_until
+from tests.support.serving import Server, Trainers, serving_together, training
 from vllm_patching.compat import installed_version
 
 pytestmark = [
@@ -26,11 +26,7 @@ pytestmark = [
 EXPERTS = {"moe_intermediate_size": 256, "num_experts": 8}
 LAYOUTS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {  # name -> kind, shape, vLLM's flags
     "pipeline": ("qwen3", SHAPE | {"tie_word_embeddings": True}, ("--pipeline-parallel-size=2",)),
-    "lockstep": (
-        "qwen3_moe",
-        SHAPE | EXPERTS,
-        ("--data-parallel-size=2", "--enable-expert-parallel"),
-    ),
+    "lockstep": ("qwen3_moe", SHAPE | EXPERTS, ("--data-parallel-size=2", "--enable-expert-parallel")),
 }
 LABELS = tuple(int(part) for part in installed_version().split(".")[:2]) >= (0, 32)
 Answers = list[list[dict[str, Any]]]  # of each engine
@@ -88,12 +84,12 @@ def all_served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, S
         yield found
 
 
-@pytest.fixture(params=list(LAYOUTS))
+@pytest.fixture(scope="module", params=list(LAYOUTS))
 def served(request: pytest.FixtureRequest, all_served: dict[str, Served]) -> Served:
     return all_served[request.param]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def trainers(served: Served) -> Iterator[Trainers]:
     """Two ranks that shard the model, on the server's own two GPUs."""
     with training("fsdp2", served.sets[0], logdir=served.server.logdir, env=ON_GPU, ranks=2) as ranks:
@@ -119,39 +115,36 @@ def test_versions_of_sharded_weights_with_requests_in_flight(served: Served, tra
     assert versions == list(range(1, 14))
     assert [row["version"] for row in server.status()["ranks"]] == [13, 13]
     assert [version for _, version in flips(server, 0)] == versions
-    assert flips(server, 0) == flips(server, 1)
+    assert flips(server, 1) == flips(server, 0)
     if LABELS:
         assert assert_labels_in_order(server, streams.finished) > 0
 
 
-def test_engines_in_lockstep_while_load_comes_and_goes(all_served: dict[str, Served]) -> None:
-    """Commits with one engine idle, with both idle, and while waves of requests begin and end."""
-    served = all_served["lockstep"]
+@pytest.mark.parametrize("served", ["lockstep"], indirect=True)
+def test_engines_in_lockstep_while_load_comes_and_goes(served: Served, trainers: Trainers) -> None:
+    """Commits with both engines idle, with one at work, and while waves of requests begin and end."""
     server = served.server
     assert served.engines == 2
-    with training("fsdp2", served.sets[0], logdir=server.logdir, env=ON_GPU, ranks=2) as trainers:
 
-        def commit(times: int) -> None:
-            for _ in range(times):
-                trainers.must("broadcast")
+    def commit(times: int) -> None:
+        for _ in range(times):
+            trainers.must("broadcast")
 
-        commit(3)  # both idle
-        for width in (1, 3):  # one idle, and both at work
-            streams = Streams(server.api, width=width, tokens=400)
-            commit(8)
-            assert any(streams.alive())
-            streams.stop()
-            assert streams.failures == []
-        for tokens in (1, 2, 5, 20, 33, 60):  # waves that end around a commit
-            streams = Streams(server.api, width=2, tokens=tokens)
-            commit(3)
-            streams.stop()
-            assert streams.failures == []
-        wait_until(
-            "every rank's flips to be logged", lambda: flips(server, 0) == flips(server, 1), timeout_s=10
-        )
-        for index, expected in ((1, served.fresh), (0, served.first)):
-            served.publish(trainers, index)
-            served.must_answer(expected)
-    assert flips(server, 0) == flips(server, 1)
-    assert [version for _, version in flips(server, 0)] == list(range(1, len(flips(server, 0)) + 1))
+    commit(3)
+    for width in (1, 3):
+        streams = Streams(server.api, width=width, tokens=400)
+        commit(8)
+        assert any(streams.alive())
+        streams.stop()
+        assert streams.failures == []
+    for tokens in (1, 2, 5, 20, 33, 60):
+        streams = Streams(server.api, width=2, tokens=tokens)
+        commit(3)
+        streams.stop()
+        assert streams.failures == []
+    for index, expected in ((1, served.fresh), (0, served.first)):
+        served.publish(trainers, index)
+        served.must_answer(expected)
+    committed = flips(server, 0)
+    assert [version for _, version in committed] == list(range(1, len(committed) + 1))
+    assert flips(server, 1) == committed
