@@ -180,3 +180,5 @@ def test_engines_of_a_mixture_of_experts_flip_before_the_same_step(checkpoint, t
             assert_equal(ask(server, engine), first, tolerance=1e-5)
         assert [version for _, version in flips(server, 0)] == list(range(1, 25))
         assert flips(server, 1) == flips(server, 0)
+        os.kill(server.status()["pids"]["engines"][1], signal.SIGKILL)
+        assert server.process.wait(60) == 75, "a server is whole or ends"
