@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from bridge.errors import ConfigError, UnsupportedVersion
@@ -284,6 +285,19 @@ def loader_weights(loader: Any, model_config: Any, model: nn.Module) -> Iterator
     return iter(weights)
 
 
+def _unsupported_in_lockstep(parallel: Any) -> list[str]:
+    """What cannot be combined with engines that step together: those of a mixture of experts."""
+    if parallel.data_parallel_size == 1:  # as in each engine of a dense model
+        return []
+    layout = f"--data-parallel-size {parallel.data_parallel_size} with a mixture of experts"
+    faults = []
+    if parallel.pipeline_parallel_size > 1:
+        faults.append(f"{layout} and --pipeline-parallel-size: that was never tested")
+    if os.environ.get("BRIDGE_STAGING") == "in-place":
+        faults.append(f"{layout} and --staging in-place: its engines cannot stand still one by one")
+    return faults
+
+
 def refuse_unsupported_config(vllm_config: Any) -> None:
     """Refuse features whose weights move or repack behind the mapping's back, all at once.
 
@@ -296,16 +310,7 @@ def refuse_unsupported_config(vllm_config: Any) -> None:
         faults.append(f"device {device!r}: the bridge knows CPUs and CUDA devices")
     if getattr(parallel, "enable_eplb", False):
         faults.append("--enable-eplb moves experts between ranks at run time")
-    if parallel.pipeline_parallel_size > 1:
-        faults.append(
-            f"--pipeline-parallel-size {parallel.pipeline_parallel_size}: a version that becomes live while "
-            "batches stand between the stages was never tested (vLLM on a CPU cannot serve that)"
-        )
-    if parallel.data_parallel_size > 1:  # 1 in the engines of a dense model, which are independent
-        faults.append(
-            f"--data-parallel-size {parallel.data_parallel_size} with a mixture of experts: its engines "
-            "combine their experts in every step, and nothing makes all of them flip at the same one"
-        )
+    faults += _unsupported_in_lockstep(parallel)
     if vllm_config.model_config.quantization:
         faults.append(f"quantization {vllm_config.model_config.quantization!r} repacks the weights")
     if getattr(vllm_config.model_config, "is_multimodal_model", False):
@@ -383,6 +388,28 @@ def will_not_step(engine: Any) -> bool:
     scheduler = engine.scheduler
     state = getattr(scheduler, "pause_state", None)
     return not scheduler.has_requests() or getattr(state, "name", "") == "PAUSED_ALL"
+
+
+def runs_wave(engine: Any) -> bool:
+    """Whether the next turn of a lockstep engine's busy loop may run a forward, which is all engines'."""
+    return bool(engine.engines_running or engine.scheduler.has_unfinished_requests())
+
+
+def enter_wave(engine: Any) -> int:
+    """See to it that this turn counts as a step of the wave; returns how many came before, on all engines.
+
+    vLLM says so itself once a batch has run. A request that is aborted before would leave the other engines
+    alone with a step that they have begun.
+    """
+    engine.engines_running = True
+    return int(engine.step_counter)
+
+
+def highest(engine: Any, value: int) -> int:
+    """The highest ``value`` of all lockstep engines, each of which must call this at the same step."""
+    word = torch.tensor([value], dtype=torch.int64)
+    dist.all_reduce(word, op=dist.ReduceOp.MAX, group=engine.dp_group)
+    return int(word.item())
 
 
 def pause_all(scheduler: Any) -> Any:

@@ -137,6 +137,7 @@ class RankSlot:
 
     @property
     def batch(self) -> int:
+        """The number of the first batch under ``version``."""
         return self._words[1]
 
     @property

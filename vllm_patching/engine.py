@@ -3,7 +3,8 @@
 The daemon asks for a version by writing one word in the control page, after every rank has staged it. The
 engine reads that word before it schedules a batch and stamps the batch: one message queue feeds all ranks in
 order, so all of them flip before the same batch, without a drain and without a further message. An
-engine that runs no batches is woken and commits by one RPC instead.
+engine that runs no batches is woken and commits by one RPC instead. Engines whose steps are one forward
+together agree before they follow the word: ``lockstep.py``.
 
 New requests after a commit must not reuse KV blocks computed under older weights: their prefix-cache salt
 names the version, and requests that still wait are given the new salt before the stamped batch is
@@ -26,7 +27,9 @@ from vllm_patching.weight_updates import WeightUpdates
 
 logger = logging.getLogger(__name__)
 
-IDLE_COMMIT_TIMEOUT_S = 30.0
+RPC_TIMEOUT_S = 30.0
+SCHEDULER_HOOKS = ("schedule", "update_from_output", "set_pause_state")
+ENGINE_HOOKS = ("_handle_client_request", "add_request", "_pause_complete", "_notify_idle_state_callbacks")
 
 Wrapped = Callable[..., Any]
 
@@ -46,6 +49,16 @@ class EngineBridge:
         self.control = self.hold.control = control
         self.hold.slot = control.engine(index)
 
+    def hook(self) -> None:
+        """Wrap what vLLM's busy loop calls from now on."""
+        _hook(self.engine, self)
+
+    def hooks(self) -> dict[str, bool]:
+        """Which of vLLM's calls must be wrapped, and whether they are."""
+        engine, scheduler = self.engine, self.engine.scheduler
+        wrapped = {name: compat.is_wrapped(getattr(engine, name)) for name in ENGINE_HOOKS}
+        return wrapped | {name: compat.is_wrapped(getattr(scheduler, name)) for name in SCHEDULER_HOOKS}
+
     def stamp(self, scheduler_output: Any) -> None:
         """Mark one batch with the version it runs under; workers flip where that is new to them."""
         scheduler_output.bridge_commit = self.version
@@ -55,12 +68,15 @@ class EngineBridge:
         """The version the daemon wants live; ours until it has answered."""
         return self.version if self.control is None else self.control.requested
 
-    def adopt(self) -> None:
-        """Take up a newly requested version, before a batch is scheduled."""
-        requested = self.requested
-        if requested <= self.version:
+    def before_schedule(self) -> None:
+        """Called before a batch is scheduled, which will be stamped."""
+        self.adopt(self.requested)
+
+    def adopt(self, version: int) -> None:
+        """Take up ``version`` if it is newer than ours; between two batches."""
+        if version <= self.version:
             return
-        self.version = requested
+        self.version = version
         if self.salted:
             for request in compat.waiting_requests(self.engine.scheduler):
                 self.salt(request)
@@ -76,26 +92,37 @@ class EngineBridge:
         if self.version:
             compat.resalt(request, f"{request.bridge_salt}|weight_version={self.version}")
 
+    @property
+    def idle(self) -> bool:
+        """Whether no batch will carry a stamp, and a flip may come at any time."""
+        return compat.will_not_step(self.engine)
+
     def commit_if_idle(self) -> None:
         """Commit by RPC when no batch will carry the stamp; runs in the busy loop, between steps."""
-        if self.requested <= self.version or not compat.will_not_step(self.engine):
+        if self.requested <= self.version or not self.idle:
             return
-        self.adopt()
-        self.engine.model_executor.collective_rpc(
-            "bridge_commit", timeout=IDLE_COMMIT_TIMEOUT_S, args=(self.version,)
-        )
+        self.adopt(self.requested)
+        self.commit_now()
         self.engine._weight_version = str(self.version)
 
+    def commit_now(self) -> None:
+        """Let every worker flip behind the batches it has been given; one that has flipped does nothing."""
+        self.engine.model_executor.collective_rpc(
+            "bridge_commit", timeout=RPC_TIMEOUT_S, args=(self.version,)
+        )
 
-def attach(engine: Any) -> None:
+
+def attach(engine: Any, kind: type[EngineBridge] = EngineBridge) -> None:
     """Hook one engine core, right before its busy loop starts, and introduce it to the daemon.
+
+    ``kind`` says by what rule it follows the daemon's word.
 
     Raises:
         BridgeError: the daemon cannot be reached.
     """
     salted = os.environ.get("BRIDGE_PREFIX_CACHE", "salt") == "salt"
-    bridge = EngineBridge(engine, salted=salted)
-    _hook(engine, bridge)
+    bridge = kind(engine, salted=salted)
+    bridge.hook()
     if compat.transfers_weights_by_bridge(engine.vllm_config):
         _hook_weight_updates(engine, WeightUpdates(Path(os.environ["BRIDGE_RUN_DIR"])))
     parallel = engine.vllm_config.parallel_config
@@ -104,15 +131,7 @@ def attach(engine: Any) -> None:
         "type": "engine",
         "index": index,
         "world_size": world_size,
-        "hooks": {
-            "schedule": compat.is_wrapped(engine.scheduler.schedule),
-            "update_from_output": compat.is_wrapped(engine.scheduler.update_from_output),
-            "handle_client_request": compat.is_wrapped(engine._handle_client_request),
-            "add_request": compat.is_wrapped(engine.add_request),
-            "set_pause_state": compat.is_wrapped(engine.scheduler.set_pause_state),
-            "_pause_complete": compat.is_wrapped(engine._pause_complete),
-            "_notify_idle_state_callbacks": compat.is_wrapped(engine._notify_idle_state_callbacks),
-        },
+        "hooks": bridge.hooks(),
     }
     registration = Registration(hello, who=f"vLLM engine core {index}")
     bridge.connect(registration.connect(), index)
@@ -126,7 +145,7 @@ def attach(engine: Any) -> None:
 def _hook(engine: Any, bridge: EngineBridge) -> None:
     def make_schedule(schedule: Wrapped) -> Wrapped:
         def stamped_schedule(*args: Any, **kwargs: Any) -> Any:
-            bridge.adopt()
+            bridge.before_schedule()
             scheduler_output = schedule(*args, **kwargs)
             bridge.stamp(scheduler_output)
             return scheduler_output

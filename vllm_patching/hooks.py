@@ -7,9 +7,12 @@ worker                    BaseModelLoader.load_model     remembers the loader (w
 worker                    process_weights_after_loading  before it: traces ``model.load_weights``
 worker                    Worker.load_model              after it: moves weights into the arena, publishes
 worker                    Worker.execute_model           counts batches, notes the stamp
+worker                    Worker.execute_dummy_batch     counts it, as other engines' workers do theirs
 worker                    the forward (three places)     before it: flips if this batch's stamp is new
 engine core               EngineCoreProc.run_busy_loop   stamps batches, labels outputs, salts prefix cache,
                                                          stands still on request
+engine core, mixture of   _process_engine_step           agrees with the other engines on the version
+experts, data parallel    execute_dummy_batch            before it: flips if the version agreed on is new
 engine core               EngineCore.collective_rpc      answers weight-transfer calls of the backend "bridge"
 API server                RequestState                   keeps each request's version spans
 ========================  =============================  ================================================
@@ -83,8 +86,16 @@ def _hook_worker(module: ModuleType) -> None:
 
         return execute_model
 
+    def make_dummy(original: Wrapped) -> Wrapped:
+        def execute_dummy_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
+            self.bridge.before_dummy_batch()
+            return original(self, *args, **kwargs)
+
+        return execute_dummy_batch
+
     compat.wrap(module.Worker, "load_model", make_load)
     compat.wrap(module.Worker, "execute_model", make_execute)
+    compat.wrap(module.Worker, "execute_dummy_batch", make_dummy)
     module.Worker.bridge_commit = worker.commit_while_idle
     module.Worker.bridge_quiesce = worker.quiesce
     module.Worker.bridge = worker.Unpublished()
@@ -105,16 +116,19 @@ def _hook_forward(module: ModuleType, *, path: tuple[str, ...]) -> None:
 
 
 def _hook_engine(module: ModuleType) -> None:
-    from vllm_patching import engine
+    from vllm_patching.engine import EngineBridge, attach
+    from vllm_patching.lockstep import LockstepBridge
 
-    def make_loop(original: Wrapped) -> Wrapped:
+    def make_loop(original: Wrapped, kind: type[EngineBridge]) -> Wrapped:
         def run_busy_loop(self: Any, *args: Any, **kwargs: Any) -> Any:
-            engine.attach(self)
+            attach(self, kind)
             return original(self, *args, **kwargs)
 
         return run_busy_loop
 
-    compat.wrap(module.EngineCoreProc, "run_busy_loop", make_loop)
+    kinds = {module.EngineCoreProc: EngineBridge, module.DPEngineCoreProc: LockstepBridge}
+    for owner, kind in kinds.items():
+        compat.wrap(owner, "run_busy_loop", functools.partial(make_loop, kind=kind))
 
 
 def _hook_outputs(module: ModuleType) -> None:

@@ -28,7 +28,11 @@ logger = logging.getLogger(__name__)
 
 
 class WorkerBridge:
-    """The state of one worker: its arena, what it has committed, and how many batches it has run."""
+    """The state of one worker: its arena, what it has committed, and how many batches it has begun.
+
+    Only batches with tokens count, and dummy batches, as they are forwards too: ranks that flip before the
+    same forward have then flipped before the same batch.
+    """
 
     def __init__(self, *, rank: int, arena: Arena, log_path: Path, at_entry: bool = False) -> None:
         """``at_entry`` says that something reads weights before the forward, so nothing may be put off."""
@@ -38,6 +42,7 @@ class WorkerBridge:
         self.version = 0
         self._at_entry = at_entry
         self._pending = 0
+        self._within = False  # a batch that counts, whose forward has not run
         self._unlogged: dict[str, int] = {}
         self._forward_seen = False
         self.slot: RankSlot | None = None
@@ -48,13 +53,18 @@ class WorkerBridge:
 
         A flip is put off only once a forward was seen to announce itself.
         """
-        self.batch += 1
+        self._within = tokens > 0
+        self.batch += self._within
         if stamp <= self.version:
             return
         if tokens and self._forward_seen and not self._at_entry:
             self._pending = stamp
         else:
             self.commit(stamp)
+
+    def before_dummy_batch(self) -> None:
+        """Called before a batch that vLLM runs for the sake of other engines; it carries no stamp."""
+        self.batch += 1
 
     def before_forward(self) -> None:
         """Called right before the model runs, within a batch or for vLLM's own profiling."""
@@ -65,6 +75,7 @@ class WorkerBridge:
 
     def after_batch(self) -> None:
         """Called at the exit of ``execute_model``; a flip still pending was missed by the forward."""
+        self._within = False
         self._write_log()
         if self._pending:
             assert self.slot is not None, "no commit can be requested before the daemon has answered"
@@ -93,8 +104,9 @@ class WorkerBridge:
             return
         flip_ns = time.perf_counter_ns() - start
         self.version = version
-        self.slot.record(version=version, batch=self.batch, flip_ns=flip_ns, active=self.arena.active)
-        self._unlogged = {"rank": self.rank, "batch": self.batch, "version": version, "flip_ns": flip_ns}
+        first = self.batch + (not self._within)  # the first batch under this version
+        self.slot.record(version=version, batch=first, flip_ns=flip_ns, active=self.arena.active)
+        self._unlogged = {"rank": self.rank, "batch": first, "version": version, "flip_ns": flip_ns}
 
     def quiesce(self) -> bool:
         """Wait until nothing on the device reads a weight any more; False, and counted, if that failed."""
@@ -132,6 +144,9 @@ class Unpublished:
     def before_batch(self, stamp: int, tokens: int) -> None:  # noqa: ARG002 - as WorkerBridge has it
         if stamp:
             raise AssertionError("a stamped batch reached a worker that has published no memory")
+
+    def before_dummy_batch(self) -> None:
+        """Nothing: there is no arena yet."""
 
     def before_forward(self) -> None:
         """Nothing: there is no arena yet."""
@@ -202,6 +217,7 @@ def publish(worker: Any) -> None:
         "hooks": {
             "load_model": compat.is_wrapped(type(worker).load_model),
             "execute_model": compat.is_wrapped(type(worker).execute_model),
+            "execute_dummy_batch": compat.is_wrapped(type(worker).execute_dummy_batch),
         },
         **description,
     }

@@ -12,12 +12,15 @@ import pytest
 
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import Mapping
-from tests.support.checks import Streams, assert_equal, flips
-from tests.support.serving import UNBOUND, Server, serving, training
+from tests.support.checks import Streams, assert_equal, assert_labels_in_order, flips
+from tests.support.serving import REPO, UNBOUND, Server, serving, training
 
 pytestmark = [pytest.mark.serving, pytest.mark.timeout(900, method="signal")]
 
 F32 = ["--dtype=float32"]
+# What vLLM lacks on a CPU for the layouts below is added by a sitecustomize; see there.
+PATHS = [str(REPO / "tests" / "support" / "layouts_on_cpu"), str(REPO), str(REPO / "tests")]
+COMPLETED = {**UNBOUND, "PYTHONPATH": os.pathsep.join(PATHS)}
 REMOVED = hashlib.sha256().hexdigest()  # a linear weight that an unpatched vLLM has packed away on a CPU
 
 
@@ -106,5 +109,76 @@ def test_two_engines_of_a_dense_model(checkpoint, tmp_path):
         for engine in (0, 1):
             assert_equal(ask(server, engine), first, tolerance=1e-5)
             assert [version for _, version in flips(server, engine)] == list(range(1, 15))
+        os.kill(server.status()["pids"]["engines"][1], signal.SIGKILL)
+        assert server.process.wait(60) == 75, "a server is whole or ends"
+
+
+def test_the_stages_of_a_pipeline_flip_before_the_same_batch(checkpoint, tmp_path):
+    # A tied embedding lies on both stages.
+    sets = [checkpoint("llama_tied", "float32", seed) for seed in (0, 1)]
+    flags = [*F32, "--pipeline-parallel-size=2"]
+    with serving(sets[1], tmp_path / "fresh", bridge=False, flags=flags, env=COMPLETED) as other:
+        fresh = other.api.greedy()
+    options: dict[str, Any] = {"flags": flags, "bridge_flags": ["--http"], "env": COMPLETED}
+    with (
+        serving(sets[0], tmp_path / "live", **options) as server,
+        training("plain", sets[0], logdir=server.logdir, dtype="float32") as trainers,
+    ):
+        first = server.api.greedy()
+        assert [a["tokens"] for a in first] != [a["tokens"] for a in fresh]
+        for index, expected in ((1, fresh), (0, first), (1, fresh)):
+            trainers.must("load", path=str(sets[index]))
+            trainers.must("broadcast")
+            assert_equal(server.api.greedy(), expected, tolerance=1e-5)
+        streams = Streams(server.api, width=8, tokens=300)
+        for seed in range(10):
+            trainers.must("perturb", seed=seed)
+            trainers.must("broadcast")
+        assert all(streams.alive())
+        streams.stop()
+        assert streams.failures == []
+        assert assert_labels_in_order(server, streams.finished) >= 8
+        batches, versions = zip(*flips(server, 0), strict=True)
+        assert list(versions) == list(range(1, 14))
+        assert len(set(batches[3:])) == 10, "flips happened between batches of running requests"
+        assert flips(server, 1) == flips(server, 0)
+
+
+def test_engines_of_a_mixture_of_experts_flip_before_the_same_step(checkpoint, tmp_path):
+    # Without --enable-expert-parallel, as above: the engines' ranks share each expert, and step together too.
+    sets = [checkpoint("qwen3_moe", "float32", seed) for seed in (0, 1)]
+    flags = [*F32, "--data-parallel-size=2"]
+
+    def ask(server: Server, engine: int) -> list[dict[str, Any]]:
+        return server.api.greedy(4, headers={"X-data-parallel-rank": str(engine)})
+
+    with serving(sets[1], tmp_path / "fresh", bridge=False, flags=flags, env=COMPLETED) as other:
+        fresh = ask(other, 0)
+    options: dict[str, Any] = {"flags": flags, "bridge_flags": ["--http"], "env": COMPLETED}
+    with (
+        serving(sets[0], tmp_path / "live", **options) as server,
+        training("plain", sets[0], logdir=server.logdir, dtype="float32") as trainers,
+    ):
+        first = ask(server, 0)
+        assert [a["tokens"] for a in first] != [a["tokens"] for a in fresh]
+        for index, expected in ((1, fresh), (0, first), (1, fresh)):
+            trainers.must("load", path=str(sets[index]))
+            trainers.must("broadcast")
+            for engine in (0, 1):
+                assert_equal(ask(server, engine), expected, tolerance=1e-5)
+        for width, tokens in ((1, 200), (8, 200), (2, 1), (2, 5), (2, 33)):
+            streams = Streams(server.api, width=width, tokens=tokens)
+            for seed in range(4):
+                trainers.must("perturb", seed=seed)
+                trainers.must("broadcast")
+            streams.stop()
+            assert streams.failures == []
+            assert_labels_in_order(server, streams.finished)
+        trainers.must("load", path=str(sets[0]))
+        assert trainers.must("broadcast")[0]["version"] == 24
+        for engine in (0, 1):
+            assert_equal(ask(server, engine), first, tolerance=1e-5)
+        assert [version for _, version in flips(server, 0)] == list(range(1, 25))
+        assert flips(server, 1) == flips(server, 0)
         os.kill(server.status()["pids"]["engines"][1], signal.SIGKILL)
         assert server.process.wait(60) == 75, "a server is whole or ends"

@@ -316,8 +316,9 @@ def test_flags_named_anywhere_exist():
         "--port", "--tensor-parallel-size", "--max-model-len", "--enforce-eager", "--load-format", "--nodes",
         "--enable-eplb", "--enable-sleep-mode", "--nproc-per-node", "--shm-size", "--signal", "--no-kill",
         "--partition", "--steps", "--gpu-memory-utilization", "--compilation-config", "--data-parallel-size",
-        "--data-parallel-rank", "--enable-expert-parallel", "--cpu-offload-gb", "--offload-group-size",
-        "--weight-transfer-config", "--distributed-executor-backend", "--kv-transfer-config",
+        "--data-parallel-rank", "--enable-expert-parallel", "--pipeline-parallel-size", "--cpu-offload-gb",
+        "--offload-group-size", "--weight-transfer-config", "--distributed-executor-backend",
+        "--kv-transfer-config",
     }  # fmt: skip
     own = {
         flag

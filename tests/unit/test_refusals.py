@@ -40,6 +40,18 @@ def test_tensor_and_expert_parallel_servers_are_accepted() -> None:
     compat.refuse_unsupported_config(served(tensor_parallel_size=2, enable_expert_parallel=True))
 
 
+def test_pipelines_and_engines_in_lockstep_are_accepted() -> None:
+    compat.refuse_unsupported_config(served(pipeline_parallel_size=2, tensor_parallel_size=2))
+    compat.refuse_unsupported_config(served(data_parallel_size=2, enable_expert_parallel=True))
+
+
+def test_engines_in_lockstep_do_not_stand_still_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BRIDGE_STAGING", "in-place")
+    compat.refuse_unsupported_config(served(pipeline_parallel_size=2))
+    (fault,) = refusal(served(data_parallel_size=2))
+    assert "--data-parallel-size 2 with a mixture of experts and --staging in-place" in fault
+
+
 def _offload(config: SimpleNamespace) -> None:
     config.offload_config = OffloadConfig(prefetch={"offload_group_size": 8})
 
@@ -52,12 +64,8 @@ def _eplb(config: SimpleNamespace) -> None:
     config.parallel_config.enable_eplb = True
 
 
-def _pipeline(config: SimpleNamespace) -> None:
-    config.parallel_config.pipeline_parallel_size = 2
-
-
-def _data(config: SimpleNamespace) -> None:
-    config.parallel_config.data_parallel_size = 2
+def _lockstep_pipelines(config: SimpleNamespace) -> None:
+    config.parallel_config.data_parallel_size = config.parallel_config.pipeline_parallel_size = 2
 
 
 def _transfer(config: SimpleNamespace) -> None:
@@ -70,8 +78,7 @@ def _connector(config: SimpleNamespace) -> None:
 
 REFUSED: dict[str, Callable[[SimpleNamespace], None]] = {
     "--enable-eplb": _eplb,
-    "--pipeline-parallel-size 2": _pipeline,
-    "--data-parallel-size 2 with a mixture of experts": _data,
+    "--data-parallel-size 2 with a mixture of experts and --pipeline-parallel-size": _lockstep_pipelines,
     "--weight-transfer-config": _transfer,
     "--kv-transfer-config": _connector,
     "--cpu-offload-gb": _offload_uva,

@@ -59,8 +59,21 @@ def test_a_batch_without_tokens_flips_at_once(worker: WorkerBridge) -> None:
     run_batch(worker, 0)
     run_batch(worker, 1, tokens=0)
     assert served(worker) == 1
+    assert worker.slot is not None
+    assert worker.slot.batch == 2  # the first that reads it, as on ranks that flip with that
     assert run_batch(worker, 2) == 0
-    assert worker.version == 2
+    assert (worker.version, worker.slot.batch) == (2, 2)
+
+
+def test_dummy_batches_count_as_the_batches_of_other_engines_do(worker: WorkerBridge) -> None:
+    run_batch(worker, 0)
+    worker.before_dummy_batch()
+    worker.commit(1)
+    assert worker.slot is not None
+    assert worker.slot.batch == 3
+    worker.before_dummy_batch()
+    run_batch(worker, 2)
+    assert worker.slot.batch == 4
 
 
 def test_a_forward_that_was_not_announced_is_a_failure(worker: WorkerBridge) -> None:
