@@ -2,8 +2,8 @@
 
 The source keeps each bucket as it was last packed, in the host's memory and the server's dtype, and compares.
 The sink writes what changed over the version that is served, which its updater has brought into the half
-before. A round may only follow the round right before it: of the same epoch, under the same plan. Both ends
-see alone whether it does, and begin with whole buckets otherwise.
+before. A round may only follow the round right before it (``Chains``). Both ends see alone whether it does,
+and begin with whole buckets otherwise.
 
 The digests form a chain: each covers its bucket's payload and the digest before it, so that ends which have
 not seen the very same rounds cannot agree.
@@ -12,7 +12,8 @@ not seen the very same rounds cannot agree.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 import blake3
 import torch
@@ -51,6 +52,44 @@ class Chain:
         """Add what was sent of a bucket to its digest."""
         link = self.digests[index] + header.numpy().tobytes() + checksum_of(payload)
         self.digests[index] = blake3.blake3(link).digest(DIGEST_BYTES)
+
+
+class Chains:
+    """One process's chains, by the rank at the other end, and the rule of when they go on. One per epoch.
+
+    A round may carry changes only if the round right before it ended well and was its like: the same layouts
+    and encoding, which is the same ``joint``.
+    """
+
+    def __init__(self) -> None:
+        self._chains: dict[int, Chain] = {}
+        self._last = ""
+
+    def follow(self, joint: str) -> bool:
+        """Whether a round of ``joint`` would be laid over the one before it."""
+        return bool(self._chains) and joint == self._last
+
+    def of(self, peer: int, lane: Lane) -> Chain:
+        """The chain of the lane that joins this process to ``peer``; a new one begins with whole buckets."""
+        return self._chains.setdefault(peer, Chain(lane))
+
+    @contextmanager
+    def round(self, joint: str) -> Iterator[None]:
+        """Around one round, of either encoding; an exception out of it ends all chains."""
+        if not self.follow(joint):
+            self._chains.clear()
+        self._last = ""  # until this round has ended well
+        try:
+            yield
+        except BaseException:
+            self.forget()  # the error may keep this object for long
+            raise
+        self._last = joint
+
+    def forget(self) -> None:
+        """End all chains, and give back the memory of what was sent."""
+        self._chains.clear()
+        self._last = ""
 
 
 def _unit(bucket: Bucket, wire_dtypes: Sequence[torch.dtype]) -> int:
