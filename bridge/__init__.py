@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     )
     from bridge.legacy import VLLMWeightBridge, create_bridge_from_training_config
     from bridge.param_mappings import export_param_mappings, load_param_mappings
+    from bridge.patches import SparsePatch
     from bridge.protocol.messages import PROTOCOL_VERSION
     from bridge.trainer import Bridge, PendingBroadcast, Receipt, Round
 
@@ -68,6 +69,7 @@ __all__ = [
     "RendezvousRefused",
     "Round",
     "RoundAborted",
+    "SparsePatch",
     "TopologyError",
     "TransferError",
     "UnsupportedVersion",
@@ -106,6 +108,7 @@ _HOMES = {
     ),
     "bridge.legacy": ("VLLMWeightBridge", "create_bridge_from_training_config"),
     "bridge.param_mappings": ("export_param_mappings", "load_param_mappings"),
+    "bridge.patches": ("SparsePatch",),
     "bridge.protocol.messages": ("PROTOCOL_VERSION",),
     "bridge.trainer": ("Bridge", "PendingBroadcast", "Receipt", "Round"),
     "bridge.default": (

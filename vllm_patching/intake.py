@@ -22,7 +22,7 @@ from bridge.wire.delta_transport import Chains, DeltaSink
 from bridge.wire.device_checksum import DeviceChecksums
 from bridge.wire.device_memory import PeerAllocations
 from bridge.wire.device_transport import DevicePullSink, Engines, SummedRounds
-from bridge.wire.meeting import Meeting, Round
+from bridge.wire.meeting import KEPT_PLANS, Meeting, Round
 from bridge.wire.nccl_transport import NcclSink, Workspace
 from bridge.wire.transport import (
     GLOO,
@@ -39,8 +39,6 @@ from bridge.wire.transport import (
 from vllm_patching.staging import torch_dtype
 
 logger = logging.getLogger(__name__)
-
-KEPT_PLANS = 4  # copy jobs of so many plans are kept; a training run has one, or two
 
 
 class Join(msgspec.Struct, kw_only=True):

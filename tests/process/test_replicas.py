@@ -25,14 +25,14 @@ import torch
 from bridge.errors import BridgeError, PeerLost
 from bridge.job import Encoding
 from bridge.moving import Mover
-from bridge.protocol.mapping import ITEMSIZE, Mapping, RankMap, Source, Target, Vocabulary, Write
+from bridge.protocol.mapping import ITEMSIZE, Mapping
 from bridge.protocol.plan import Layout, Shard
-from bridge.protocol.region import row_major
 from bridge.sharding import LocalShards
 from bridge.wire import rendezvous
 from bridge.wire.meeting import Meeting
 from bridge.wire.peer_memory import Nonce
 from bridge.wire.transport import GLOO
+from tests.support.mappings import SOURCES, dtype_name, half_of, parallel_mapping
 from tests.support.ranks import _context
 from vllm_patching.channel import Channel
 from vllm_patching.intake import Join
@@ -45,79 +45,6 @@ TRAINERS = 2
 BUCKET_BYTES = 1 << 14
 DEADLINE_S = 20.0
 HERE = "127.0.0.1"
-
-# Shape, the trainer's dtype, the server's.
-SOURCES = {
-    "embed": ((96, 128), torch.bfloat16, torch.bfloat16),
-    "column": ((64, 80), torch.float32, torch.bfloat16),
-    "row": ((48, 64), torch.bfloat16, torch.bfloat16),
-    "norm": ((37,), torch.float32, torch.float32),
-}
-SPLIT = {"embed": 0, "column": 0, "row": 1, "norm": None}  # along which dimension tensor parallelism cuts
-
-
-def mapping(tp: int) -> Mapping:
-    """A server of ``tp`` ranks; "row" lies there transposed, and "embed" in front of four rows of padding."""
-    sources = tuple(
-        Source(name=name, shape=shape, dtype=dtype_name(dtype)) for name, (shape, _, dtype) in SOURCES.items()
-    )
-    ranks = []
-    for rank in range(tp):
-        targets, writes, offset = [], [], 0
-        for index, (name, (shape, _, dtype)) in enumerate(SOURCES.items()):
-            cut, strides, src_offset = list(shape), row_major(shape), 0
-            if (dim := SPLIT[name]) is not None:
-                cut[dim] //= tp
-                src_offset = rank * cut[dim] * strides[dim]
-            dst_strides = (1, cut[0]) if name == "row" else row_major(cut)
-            numel = torch.Size(cut).numel()
-            nbytes = (numel + (4 * shape[1] if name == "embed" else 0)) * dtype.itemsize
-            targets.append(
-                Target(
-                    name=name, shape=tuple(cut), stride=dst_strides, dtype=dtype_name(dtype),
-                    offset=offset, nbytes=nbytes,
-                )
-            )  # fmt: skip
-            writes.append(
-                Write(
-                    source=index, target=index, size=tuple(cut), src_offset=src_offset, src_stride=strides,
-                    dst_offset=0, dst_stride=dst_strides,
-                )
-            )  # fmt: skip
-            offset += nbytes + -nbytes % 16
-        ranks.append(
-            RankMap(
-                rank=rank, arena_bytes=offset, targets=tuple(targets), writes={"checkpoint": tuple(writes)}
-            )
-        )
-    return Mapping(
-        model="tests/replicas",
-        vllm_version="0.0",
-        dtype="bfloat16",
-        tp_degree=tp,
-        num_inference_ranks=tp,
-        vocabularies=(Vocabulary(name="checkpoint", sources=sources),),
-        ranks=tuple(ranks),
-        param_mappings={},
-    )
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def half_of(rank_map: RankMap, state: dict[str, torch.Tensor]) -> torch.Tensor:
-    """A half as it must be: every write done by hand, from whole tensors."""
-    half = torch.zeros(rank_map.arena_bytes, dtype=torch.uint8)
-    for write in rank_map.writes["checkpoint"]:
-        target = rank_map.targets[write.target]
-        dtype = getattr(torch, target.dtype)
-        flat = half[target.offset : target.offset + target.nbytes].view(dtype)
-        whole = state[list(SOURCES)[write.source]].to(dtype)
-        picked = whole.as_strided(write.size, write.src_stride, write.src_offset)
-        flat.as_strided(write.size, write.dst_stride, flat.storage_offset() + write.dst_offset).copy_(picked)
-    return half
-
 
 # --- an updater in a process of its own ---------------------------------------------------------------
 
@@ -152,7 +79,7 @@ class Server:
 
     def __init__(self, tp: int, path: Path) -> None:
         path.mkdir()
-        self.mapping = mapping(tp)
+        self.mapping = parallel_mapping(tp)
         self.store = rendezvous.serve_store(HERE, 0)
         self.files = [[path / f"half{which}.{rank}" for which in range(2)] for rank in range(tp)]
         self.halves = []
@@ -340,7 +267,7 @@ def servers(tmp_path: Path) -> Iterator[list[Server]]:
 @pytest.mark.parametrize("seed", [1, 2])
 def test_servers_that_miss_versions_end_bit_equal(servers: list[Server], seed: int) -> None:
     draw = random.Random(seed)
-    tensors = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype, _) in SOURCES.items()}
+    tensors = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype, *_) in SOURCES.items()}
     seen: Counter[str] = Counter()
     encodings: list[Encoding] = ["dense", "auto", "auto", "delta"]
     encoding = encodings[0]
