@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -28,6 +30,8 @@ from bridge.wire.transport import (
     SendBuffers,
     Source,
 )
+
+COMPARING = min(4, len(os.sched_getaffinity(0)))  # threads that look for changes; memory is soon the limit
 
 
 class Mover:
@@ -64,6 +68,7 @@ class Mover:
         self._showcase: Showcase | None = None
         self._wanted: tuple[bytes, list[torch.dtype]] = (b"", [])
         self._chains = Chains()
+        self._workers = ThreadPoolExecutor(COMPARING, thread_name_prefix="bridge-compare")
 
     def join_pairs(self, store: Store, answer: Answer) -> None:
         """Join the updaters that chose NCCL, in the order in which they join the trainers.
@@ -141,6 +146,7 @@ class Mover:
     def close(self) -> None:
         """Give back the memory that was taken beside the weights, and leave NCCL."""
         self._chains.forget()
+        self._workers.shutdown()
         self._abort_pairs()
         self._workspace = None
         if self._showcase is not None:
@@ -207,4 +213,6 @@ class Mover:
             return GlooSource(link, tensors, wire_dtypes, self._buffers)
         chain = self._chains.of(lane.inference, lane)
         whole = {index for index, target in enumerate(targets) if target.transform}
-        return DeltaSource(link, tensors, wire_dtypes, self._buffers, chain, whole=whole)
+        return DeltaSource(
+            link, tensors, wire_dtypes, self._buffers, chain, whole=whole, workers=self._workers
+        )
