@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     )
     from bridge.legacy import VLLMWeightBridge, create_bridge_from_training_config
     from bridge.param_mappings import export_param_mappings, load_param_mappings
+    from bridge.patches import SparsePatch
     from bridge.protocol.messages import PROTOCOL_VERSION
     from bridge.trainer import Bridge, PendingBroadcast, Receipt, Round
 
@@ -69,6 +70,7 @@ __all__ = [
     "RendezvousRefused",
     "Round",
     "RoundAborted",
+    "SparsePatch",
     "TopologyError",
     "TransferError",
     "UnsupportedVersion",
@@ -108,6 +110,7 @@ _HOMES = {
     ),
     "bridge.legacy": ("VLLMWeightBridge", "create_bridge_from_training_config"),
     "bridge.param_mappings": ("export_param_mappings", "load_param_mappings"),
+    "bridge.patches": ("SparsePatch",),
     "bridge.protocol.messages": ("PROTOCOL_VERSION",),
     "bridge.trainer": ("Bridge", "PendingBroadcast", "Receipt", "Round"),
     "bridge.default": (

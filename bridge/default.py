@@ -13,6 +13,7 @@ from bridge import environment
 from bridge.config import BridgeConfig
 from bridge.job import PendingBroadcast, Receipt
 from bridge.parts import Round
+from bridge.patches import SparsePatch
 from bridge.trainer import Bridge, Options, SingleOptions, Weights
 
 _default: Bridge | None = None
@@ -74,9 +75,17 @@ def round(*, version: int | None = None, blocking: bool = True) -> AbstractConte
     return _default_bridge().round(version=version, blocking=blocking)
 
 
-def update_weight(name: str, tensor: torch.Tensor) -> None:
+@overload
+def update_weight(name: str, tensor: torch.Tensor) -> None: ...
+
+
+@overload
+def update_weight(name: SparsePatch) -> None: ...
+
+
+def update_weight(name: str | SparsePatch, tensor: torch.Tensor | None = None) -> None:
     """``Bridge.update_weight`` on the default connection."""
-    _default_bridge().update_weight(name, tensor)
+    _default_bridge().update_weight(name, tensor)  # type: ignore[arg-type]  # told apart there
 
 
 def rollback() -> Receipt:

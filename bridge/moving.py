@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -12,7 +14,7 @@ from bridge.protocol.mapping import Mapping
 from bridge.protocol.plan import Lane, Plan
 from bridge.sharding import LocalShards
 from bridge.wire import cuda
-from bridge.wire.delta_transport import Chain, DeltaSource
+from bridge.wire.delta_transport import Chains, DeltaSource
 from bridge.wire.device_transport import DevicePullSource, Showcase, Shown, SummedRounds
 from bridge.wire.nccl import Pair, store_of
 from bridge.wire.nccl_transport import NcclSource, Workspace
@@ -28,6 +30,8 @@ from bridge.wire.transport import (
     SendBuffers,
     Source,
 )
+
+COMPARING = min(4, len(os.sched_getaffinity(0)))  # threads that look for changes; memory is soon the limit
 
 
 class Mover:
@@ -63,8 +67,8 @@ class Mover:
         self._buffers = SendBuffers()
         self._showcase: Showcase | None = None
         self._wanted: tuple[bytes, list[torch.dtype]] = (b"", [])
-        self._chains: dict[int, Chain] = {}
-        self._last_joint = ""
+        self._chains = Chains()
+        self._workers = ThreadPoolExecutor(COMPARING, thread_name_prefix="bridge-compare")
 
     def join_pairs(self, store: Store, answer: Answer) -> None:
         """Join the updaters that chose NCCL, in the order in which they join the trainers.
@@ -93,8 +97,7 @@ class Mover:
 
     def forget(self) -> None:
         """What is served is no longer what was last sent: the next round goes whole."""
-        self._chains.clear()
-        self._last_joint = ""
+        self._chains.forget()
 
     def move(
         self,
@@ -113,14 +116,10 @@ class Mover:
             PeerLost: an updater is gone, or silent for longer than the deadline.
             DeviceError: CUDA refused to show or to snapshot a shard.
         """
-        if encoding == "dense" or joint != self._last_joint:
-            self._chains.clear()
-        self._last_joint = ""  # until this round has ended well
         try:
-            self._move(plan, shards, encoding, before)
-            self._last_joint = joint
+            with self._chains.round(joint):
+                self._move(plan, shards, encoding, before)
         except BaseException:
-            self._chains.clear()  # the error may keep this object for long
             self._abort_pairs()  # or a kernel would wait for ever on this GPU
             raise
 
@@ -150,7 +149,8 @@ class Mover:
 
     def close(self) -> None:
         """Give back the memory that was taken beside the weights, and leave NCCL."""
-        self._chains.clear()
+        self._chains.forget()
+        self._workers.shutdown()
         self._abort_pairs()
         self._workspace = None
         if self._showcase is not None:
@@ -215,6 +215,8 @@ class Mover:
             return NcclSource(link, pair, tensors, wire_dtypes, lane, self._workspace, checked=checked)
         if encoding == "dense":
             return GlooSource(link, tensors, wire_dtypes, self._buffers)
-        chain = self._chains.setdefault(lane.inference, Chain(lane))
+        chain = self._chains.of(lane.inference, lane)
         whole = {index for index, target in enumerate(targets) if target.transform}
-        return DeltaSource(link, tensors, wire_dtypes, self._buffers, chain, whole=whole)
+        return DeltaSource(
+            link, tensors, wire_dtypes, self._buffers, chain, whole=whole, workers=self._workers
+        )

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import overload
 
 import msgspec
 import torch
@@ -19,8 +20,10 @@ from bridge.declared import DeclaredLayout
 from bridge.errors import ConfigError
 from bridge.job import PendingBroadcast, Receipt
 from bridge.names import without_wrappers
+from bridge.patches import SparsePatch, share_of
 from bridge.protocol.mapping import Mapping as MappingDocument
-from bridge.protocol.mapping import Vocabulary
+from bridge.protocol.mapping import Source, Vocabulary
+from bridge.protocol.plan import Patch
 from bridge.sharding import Box, LocalShards, Part, is_plain, make_shards, part_of, place
 
 _ROWS_PER_RANK = 8  # shares of whole rows then differ by an eighth at most
@@ -105,12 +108,33 @@ def collect_parts(
     ]
     faults += declared.misnamed(parts) if declared else []
     present = [(*known[name], part) for name, part in parts.items() if name in known and name not in unused]
+    faults += _packed(present, mapping, vocabulary)
     if not present and not faults:
         faults = [f"{name}: the server's loader drops it, so sending it changes nothing" for name in parts]
     shards = make_shards(present, mapping, vocabulary, rank, faults, declared)
     order = tuple(index for index, _, _ in present)
-    layout = msgspec.structs.replace(shards.layout, order=order)
-    return dataclasses.replace(shards, layout=layout, partial=len(present) < len(known.keys() - unused))
+    patches = tuple(Patch(source=i, digest=p.patch.digest) for i, _, p in present if p.patch is not None)
+    layout = msgspec.structs.replace(shards.layout, order=order, patches=patches)
+    partial = bool(patches) or len(present) < len(known.keys() - unused)
+    return dataclasses.replace(shards, layout=layout, partial=partial)
+
+
+def _packed(
+    present: Sequence[tuple[int, Source, Part]], mapping: MappingDocument, vocabulary: Vocabulary
+) -> list[str]:
+    """Faults of patches whose elements are nowhere by themselves, as vLLM packs the whole tensor."""
+    patched = {index: source.name for index, source, part in present if part.patch is not None}
+    packed = {
+        patched[write.source]: rank.targets[write.target].transform
+        for rank in (mapping.ranks if patched else ())
+        for write in rank.writes.get(vocabulary.name, ())
+        if write.source in patched and rank.targets[write.target].transform
+    }
+    return [
+        f"{name}: vLLM keeps it in another layout ({transform}), in which no element can be patched; hand "
+        "the whole tensor over"
+        for name, transform in packed.items()
+    ]
 
 
 def _fits(
@@ -131,14 +155,28 @@ class Round:
         self._streams: set[torch.cuda.Stream] = set()
         self._outcome: Receipt | PendingBroadcast | None = None
 
-    def update_weight(self, name: str, tensor: torch.Tensor) -> None:
+    @overload
+    def update_weight(self, name: str, tensor: torch.Tensor) -> None: ...
+
+    @overload
+    def update_weight(self, name: SparsePatch) -> None: ...
+
+    def update_weight(self, name: str | SparsePatch, tensor: torch.Tensor | None = None) -> None:
         """``Bridge.update_weight`` in this round."""
+        called = f"update_weight({name.name if isinstance(name, SparsePatch) else name!r})"
         if self._named is None:
-            raise ConfigError(
-                f"update_weight({name!r}) came after its round; open another with bridge.round()"
-            )
-        part = snapshot(tensor, rank=self._rank, world_size=self._world_size)
-        gpus = {copy.device for _, copy in part.boxes if copy.is_cuda}
+            raise ConfigError(f"{called} came after its round; open another with bridge.round()")
+        ours = {"rank": self._rank, "world_size": self._world_size}
+        if isinstance(name, SparsePatch):
+            patch = share_of(name, **ours)
+            part = Part(dtype=str(patch.values.dtype).removeprefix("torch."), patch=patch)
+            copies, name = [patch.values], name.name
+        elif tensor is None:
+            raise ConfigError(f"{called} needs a tensor, or a bridge.SparsePatch in place of the name")
+        else:
+            part = snapshot(tensor, **ours)
+            copies = [copy for _, copy in part.boxes]
+        gpus = {copy.device for copy in copies if copy.is_cuda}
         self._streams |= {torch.cuda.current_stream(gpu) for gpu in gpus}
         self._named.append((name, part))
 

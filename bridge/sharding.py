@@ -24,6 +24,7 @@ from bridge import zero3
 from bridge.declared import DeclaredLayout
 from bridge.errors import MappingError, TransferError
 from bridge.names import canonical_names, without_wrappers
+from bridge.patches import PatchShare
 from bridge.protocol.holders import CASTS
 from bridge.protocol.mapping import Mapping as MappingDocument
 from bridge.protocol.mapping import Source, Vocabulary
@@ -170,7 +171,7 @@ class Part:
     """What this rank holds of one tensor: boxes, each with the memory it lies in.
 
     ``shape`` is the whole tensor's, ``fault`` is why the rest cannot be said, or "". ``owner`` is the tensor
-    itself, None where the memory is a copy.
+    itself, None where the memory is a copy. Of a ``patch`` shape and boxes are known once it has a place.
     """
 
     shape: tuple[int, ...] = ()
@@ -178,6 +179,7 @@ class Part:
     boxes: Sequence[tuple[Box, torch.Tensor]] = ()
     fault: str = ""
     owner: torch.Tensor | None = None
+    patch: PatchShare | None = None
 
 
 def part_of(tensor: torch.Tensor, boxes: _Boxes | None = None) -> Part:
@@ -195,7 +197,14 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 
 def place(part: Part, source: Source, layout: DeclaredLayout | None, *, rank: int) -> Part:
-    """``part`` with the box of ``source`` that ``layout`` says; plain tensors need that, others know it."""
+    """``part`` with its boxes of ``source``: plain tensors need ``layout`` for that, others know them."""
+    if part.patch is not None:
+        boxes = part.patch.boxes(source.shape)
+        return (
+            Part(fault=boxes)
+            if isinstance(boxes, str)
+            else dataclasses.replace(part, shape=source.shape, boxes=boxes)
+        )
     if layout is None or part.owner is None or not is_plain(part.owner):
         return part
     box = layout.box(source.name, source.shape, part.shape, rank=rank)

@@ -31,6 +31,7 @@ from bridge.guard import Guarded, StepGuard
 from bridge.job import Encoding, PendingBroadcast, Receipt
 from bridge.joining import any_rank
 from bridge.parts import Round, collect_single
+from bridge.patches import SparsePatch
 from bridge.rounds import Session
 from bridge.sharding import LocalShards, collect, current_gpu, device_of
 
@@ -309,26 +310,35 @@ class Bridge:
 
         return self._send(session, gather, blocking=blocking, version=version)
 
-    def update_weight(self, name: str, tensor: torch.Tensor) -> None:
+    @overload
+    def update_weight(self, name: str, tensor: torch.Tensor) -> None: ...
+
+    @overload
+    def update_weight(self, name: SparsePatch) -> None: ...
+
+    def update_weight(self, name: str | SparsePatch, tensor: torch.Tensor | None = None) -> None:
         """Hand one parameter over to the round under way; the tensor may be freed or overwritten at once.
 
         Every rank calls it with the same names in the same order. What does not fit is told when the round
         ends, all at once.
 
         Args:
-            name: the parameter's name in the mapping, or as in the model's state dict.
+            name: the parameter's name in the mapping, or as in the model's state dict. Or alone a
+                ``SparsePatch``, equal on all ranks, for some elements of a parameter; the others stay as they
+                were in the version that this trainer made live itself.
             tensor: the whole tensor (such as ``full_tensor()`` or one that ``GatheredParameters`` gathers),
                 equal on all ranks; or a DTensor or a ZeRO-3 parameter as it is. Of the mapping's shape.
 
         Raises:
-            ConfigError: no round is open.
+            ConfigError: no round is open; a name came without a tensor.
         """
         if self._round is None:
+            given = name.name if isinstance(name, SparsePatch) else name
             raise ConfigError(
-                f"update_weight({name!r}) belongs into a round: `with bridge.round(): ...` around the loop "
+                f"update_weight({given!r}) belongs into a round: `with bridge.round(): ...` around the loop "
                 "makes one version of it. broadcast_single_param sends one parameter as a version of its own"
             )
-        self._round.update_weight(name, tensor)
+        self._round.update_weight(name, tensor)  # type: ignore[arg-type]  # told apart there
 
     def rollback(self) -> Receipt:
         """Serve the version before the served one again, at once and without sending it; every rank calls it.

@@ -18,11 +18,11 @@ from bridge.protocol.mapping import Mapping, RankMap
 from bridge.protocol.plan import Lane, Plan
 from bridge.wire import device_memory, nccl, peer_memory, rendezvous
 from bridge.wire.copy_jobs import LaneSteps
-from bridge.wire.delta_transport import Chain, DeltaSink
+from bridge.wire.delta_transport import Chains, DeltaSink
 from bridge.wire.device_checksum import DeviceChecksums
 from bridge.wire.device_memory import PeerAllocations
 from bridge.wire.device_transport import DevicePullSink, Engines, SummedRounds
-from bridge.wire.meeting import Meeting, Round
+from bridge.wire.meeting import KEPT_PLANS, Meeting, Round
 from bridge.wire.nccl_transport import NcclSink, Workspace
 from bridge.wire.transport import (
     GLOO,
@@ -39,8 +39,6 @@ from bridge.wire.transport import (
 from vllm_patching.staging import torch_dtype
 
 logger = logging.getLogger(__name__)
-
-KEPT_PLANS = 4  # copy jobs of so many plans are kept; a training run has one, or two
 
 
 class Join(msgspec.Struct, kw_only=True):
@@ -79,8 +77,7 @@ class Intake:
         self._pairs: dict[int, nccl.Pair] = {}
         self._workspace: Workspace | None = None
         self._engines = Engines(device) if device.type == "cuda" else None
-        self._chains: dict[int, Chain] = {}
-        self._last_joint = ""
+        self._chains = Chains()
 
     def prepare(self) -> None:
         """Pay now what the first round would else wait for: compiling a kernel."""
@@ -98,7 +95,7 @@ class Intake:
         store = rendezvous.reach_store(order.host, order.port, timeout_s=order.deadline_s)
         self._meeting = Meeting(store, self._mapping, epoch=order.epoch, timeout_s=order.deadline_s)
         self._join = order
-        self._chains, self._last_joint = {}, ""
+        self._chains = Chains()
         self._summed = SummedRounds(order.checksum)
         self._where = [self._meeting.whereabouts(t) for t in range(order.num_trainers)]
         self._links = [self._choose(t, order.transport) for t in range(order.num_trainers)]
@@ -191,14 +188,11 @@ class Intake:
 
     def follows(self, joint: str) -> bool:
         """Whether the round carries only what has changed since the round before."""
-        assert self._meeting is not None
-        _, _, description = self._meeting.plan(joint)
-        return description.encoding != "dense" and joint == self._last_joint and GLOO in self._links
+        return self._chains.follow(joint)
 
     def forget(self) -> None:
         """What is served is no longer what the last round brought: the next one comes whole."""
-        self._chains.clear()
-        self._last_joint = ""
+        self._chains.forget()
 
     @property
     def transport(self) -> str:
@@ -214,18 +208,19 @@ class Intake:
             TransferError: a peer was lost, or a checksum does not match.
         """
         lanes, checked = self._lanes(plan), self._summed.includes(plan.digest)
-        if not self.follows(joint):
-            self._chains.clear()
-        sinks = [self._sink(lane, len(lanes), joint, plan, checked=checked) for lane in lanes]
-        for sink in sinks:
-            sink.open()
-        for index in range(plan.num_buckets):
-            for lane, sink in zip(lanes, sinks, strict=True):
-                if index < len(lane.buckets):
-                    sink.move(lane.buckets[index], landing)
-        for sink in sinks:
-            sink.close()
-        self._last_joint = joint
+        follows = self.follows(joint)
+        with self._chains.round(joint):
+            sinks = [
+                self._sink(lane, len(lanes), joint, plan, checked=checked, follows=follows) for lane in lanes
+            ]
+            for sink in sinks:
+                sink.open()
+            for index in range(plan.num_buckets):
+                for lane, sink in zip(lanes, sinks, strict=True):
+                    if index < len(lane.buckets):
+                        sink.move(lane.buckets[index], landing)
+            for sink in sinks:
+                sink.close()
         return sum(
             sink.received_bytes
             if isinstance(sink, GlooSink | DeltaSink)
@@ -241,7 +236,7 @@ class Intake:
             lanes = lanes[start:] + lanes[:start]
         return lanes
 
-    def _sink(self, lane: Lane, lanes: int, joint: str, plan: Plan, *, checked: bool) -> Sink:
+    def _sink(self, lane: Lane, lanes: int, joint: str, plan: Plan, *, checked: bool, follows: bool) -> Sink:
         assert self._meeting is not None
         assert self._join is not None
         where = self._where[lane.trainer]
@@ -266,8 +261,7 @@ class Intake:
         _, _, description = self._meeting.plan(joint)
         if description.encoding == "dense":
             return GlooSink(link, lane, dtypes, self._buffers[lane.trainer])
-        follows = lane.trainer in self._chains
-        chain = self._chains.setdefault(lane.trainer, Chain(lane))
+        chain = self._chains.of(lane.trainer, lane)
         return DeltaSink(link, lane, dtypes, self._buffers[lane.trainer], chain, follows=follows)
 
     def _lane_steps(self, plan: Plan, lane: Lane) -> LaneSteps:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from bridge.errors import MappingError
 from bridge.protocol.mapping import ITEMSIZE, Source
+from bridge.protocol.region import row_major
 
 if TYPE_CHECKING:  # plan.py imports this module
     from bridge.protocol.plan import Layout, Shard
@@ -182,6 +183,20 @@ def check_order(layouts: Sequence[Layout], sources: Sequence[Source]) -> None:
         )
 
 
+def check_patches(layouts: Sequence[Layout], faults: Faults) -> frozenset[int]:
+    """The sources that are patched. Ranks share a patch by its order, so all must have the same one."""
+    first = {patch.source: patch.digest for patch in layouts[0].patches}
+    patched = set(first)
+    for layout in layouts[1:]:
+        theirs = {patch.source: patch.digest for patch in layout.patches}
+        for source in first.keys() | theirs.keys():
+            if theirs.get(source) != first.get(source):
+                text = f"its patch names other elements than on rank {layouts[0].rank}; pass the same to all"
+                faults.add(source, text, [layout.rank])
+        patched |= theirs.keys()
+    return frozenset(patched)
+
+
 def _handed(order: Sequence[int], index: int, sources: Sequence[Source]) -> str:
     if index >= len(order):
         return f"no more than {len(order)}"
@@ -210,10 +225,10 @@ def find_held(
         boxes = sorted(table.values(), key=lambda held: (held.offset, held.shape))
         key = (sources[source].shape, *sorted(table))
         if key not in chosen:  # layers repeat, so few geometries are ever looked at
-            chosen[key] = _choose(boxes, sources[source].numel)
+            chosen[key] = _choose(boxes, sources[source].shape)
         if (picked := chosen[key]) is None:
-            one, other = next(_overlaps(boxes))
             shape = sources[source].shape
+            one, other = next(_overlaps(boxes, shape))
             text = f"{one} and {other} of its shape {shape} overlap without being equal"
             faults.add(source, text, one.trainers + other.trainers)
         else:
@@ -229,25 +244,34 @@ def _check_forms(source: int, boxes: Sequence[Held], faults: Faults) -> None:
             faults.add(source, text, held.trainers)
 
 
-def _choose(boxes: Sequence[Held], numel: int) -> tuple[int, ...] | None:
+def _choose(boxes: Sequence[Held], shape: tuple[int, ...]) -> tuple[int, ...] | None:
     """Indices of disjoint boxes to use: parts that make up the whole, else the whole, else what there is."""
+    numel = math.prod(shape)
     parts = [i for i, held in enumerate(boxes) if held.numel < numel]
     wholes = [i for i, held in enumerate(boxes) if held.numel == numel]
-    disjoint = next(_overlaps([boxes[i] for i in parts]), None) is None
+    disjoint = next(_overlaps([boxes[i] for i in parts], shape), None) is None
     if wholes and not (disjoint and sum(boxes[i].numel for i in parts) == numel):
         return (wholes[0],)
     return tuple(parts) if disjoint else None
 
 
-def _overlaps(boxes: Sequence[Held]) -> Iterator[tuple[Held, Held]]:
-    """Pairs of boxes that share an element; ``boxes`` in order of offset."""
+def _overlaps(boxes: Sequence[Held], shape: tuple[int, ...]) -> Iterator[tuple[Held, Held]]:
+    """Pairs of boxes of ``shape`` that share an element; ``boxes`` in order of offset."""
+    strides = row_major(shape)
+    starts = [_dot(held.offset, strides) for held in boxes]
     for i, one in enumerate(boxes):
-        for other in boxes[i + 1 :]:
-            if one.offset and other.offset[0] >= one.offset[0] + one.shape[0]:
+        last = starts[i] + _dot([n - 1 for n in one.shape], strides)
+        for j in range(i + 1, len(boxes)):
+            if starts[j] > last:  # as all that follow it
                 break
+            other = boxes[j]
             apart = any(
                 a + n <= b or b + m <= a
                 for a, n, b, m in zip(one.offset, one.shape, other.offset, other.shape, strict=True)
             )
             if not apart:
                 yield one, other
+
+
+def _dot(counts: Sequence[int], strides: Sequence[int]) -> int:
+    return sum(n * stride for n, stride in zip(counts, strides, strict=True))

@@ -13,7 +13,7 @@ import blake3
 import msgspec
 
 from bridge.errors import ConfigError, MappingError, TopologyError
-from bridge.protocol.holders import CASTS, Faults, Held, check_order, find_held, name_ranks
+from bridge.protocol.holders import CASTS, Faults, Held, check_order, check_patches, find_held, name_ranks
 from bridge.protocol.mapping import ITEMSIZE, Mapping, Source, Target, Write, compute_digest
 from bridge.protocol.messages import DIGEST_BYTES
 from bridge.protocol.region import Piece, box_write, intersect, row_major
@@ -36,16 +36,25 @@ class Shard(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     head_dim: int = 0
 
 
+class Patch(msgspec.Struct, frozen=True, kw_only=True):
+    """A source of which only some elements are sent; ``digest`` names them, and is equal on all ranks."""
+
+    source: int
+    digest: bytes
+
+
 class Layout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """All that one trainer rank holds, under one vocabulary.
 
     ``order`` are the sources in the order in which they were handed over one by one; empty for a model.
+    ``patches`` are those of them whose shards are no more than what is to be written over.
     """
 
     rank: int
     vocabulary: str
     shards: tuple[Shard, ...]
     order: tuple[int, ...] = ()
+    patches: tuple[Patch, ...] = ()
 
 
 class Copy(msgspec.Struct, frozen=True, kw_only=True):
@@ -170,8 +179,10 @@ class _Builder:
         faults: Faults,
         bucket_bytes: int,
         trainers: Sequence[int],
+        patched: frozenset[int],
     ) -> None:
         self._sources, self._held, self._faults = sources, held, faults
+        self._patched = patched
         self._bucket_bytes = bucket_bytes
         self._load = dict.fromkeys(trainers, 0)
         self._fillings: dict[tuple[int, int], _Filling] = {}
@@ -200,7 +211,7 @@ class _Builder:
         except MappingError as err:
             self._faults.add(source, f"cannot serve inference rank {inference}: {err}", self._load)
             return
-        if sum(numel for _, _, numel in routes) != write.numel:
+        if source not in self._patched and sum(numel for _, _, numel in routes) != write.numel:
             self._gaps.setdefault(source, set()).add(inference)
             return
         itemsize = ITEMSIZE[dtype]
@@ -285,7 +296,8 @@ def build_plan(
         ConfigError: ``bucket_bytes`` is not positive.
         TopologyError: there are no layouts, two of one rank, or different vocabularies.
         MappingError: an element that is needed is held by nobody, or boxes overlap without being equal, or
-            shapes or dtypes do not fit, or ranks handed over different sources; lists every fault found.
+            shapes or dtypes do not fit, or ranks handed over different sources or patches; lists every fault
+            found.
     """
     if bucket_bytes <= 0:
         raise ConfigError(f"bucket_bytes is {bucket_bytes}; a bucket must hold at least one byte")
@@ -295,7 +307,8 @@ def build_plan(
     check_order(ordered, sources)
     faults = Faults(sources)
     held = find_held(ordered, sources, only, faults)
-    builder = _Builder(sources, held, faults, bucket_bytes, [layout.rank for layout in ordered])
+    patched = check_patches(ordered, faults)
+    builder = _Builder(sources, held, faults, bucket_bytes, [layout.rank for layout in ordered], patched)
     for rank_map in sorted(mapping.ranks, key=lambda r: r.rank):
         if vocabulary.name not in rank_map.writes:
             raise MappingError(

@@ -20,20 +20,28 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from concurrent.futures import Executor, wait
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from bridge.errors import ProtocolError
 from bridge.wire.checksum import as_bytes
 
 _WORD = 8
-_CHUNK_BYTES = 8 << 20  # compared at once: positions take many times the memory of what they point to
+_CHUNK_BYTES = 2 << 20  # compared at once: positions take many times the memory of what they point to
 _CHUNK_CHANGES = 1 << 20  # placed at once
 _MOST_WORDS = 0.6  # changed words beyond this are not looked into; 20% of bfloat16 units, spread evenly
 _BLOCK = 1 << 16  # units whose places fit in two bytes
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device="cpu")
+_DTYPES = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
+
+
+_Bytes = NDArray[Any]
+_Places = NDArray[np.int64]
+Piece = tuple[torch.Tensor, torch.Tensor]  # uint8 [n] as it is now, and as it is remembered
 
 
 class Form(enum.IntEnum):
@@ -61,40 +69,63 @@ def units(data: torch.Tensor, unit: int) -> torch.Tensor:
     return data.view(_INTEGERS[unit])
 
 
-def find_changes(current: torch.Tensor, previous: torch.Tensor, unit: int) -> Changes | None:
-    """Where two states of a bucket, each uint8 [n] with ``n`` a multiple of ``unit``, differ.
+def take_changes(pieces: Sequence[Piece], unit: int, workers: Executor) -> Changes | None:
+    """Where two states of a bucket differ; the remembered one is brought up to the other.
 
-    None if so much changed that it is not worth saying where.
+    None if so much changed that it is not worth saying where: then it is left in between.
+
+    Args:
+        pieces: the bucket, in order.
+        unit: bytes; divides the length of every piece.
+        workers: look at several chunks at a time.
     """
-    limit = _MOST_WORDS * current.numel() / _WORD
+    limit = _MOST_WORDS * sum(now.numel() for now, _ in pieces) / _WORD
+    at, pending = 0, []
+    for now, before in pieces:
+        for start in range(0, now.numel(), _CHUNK_BYTES):
+            chunk = slice(start, start + _CHUNK_BYTES)
+            pending.append(
+                workers.submit(_differences, at + start, now[chunk].numpy(), before[chunk].numpy(), unit)
+            )
+        at += now.numel()
     found, num_words = [], 0
-    for start in range(0, current.numel(), _CHUNK_BYTES):
-        now, before = (state[start : start + _CHUNK_BYTES] for state in (current, previous))
-        positions, in_words = _differences(now, before, unit)
+    for task in pending:
+        positions, values, in_words = task.result()
         num_words += in_words
         if num_words > limit:
+            for rest in pending:
+                rest.cancel()
+            wait(pending)  # nobody may write the remembered state any more
             return None
-        found.append(positions + start // unit)
-    positions = torch.cat(found)
-    return Changes(positions, units(current, unit).index_select(0, positions))
+        found.append((positions, values))
+    return Changes(*(torch.from_numpy(np.concatenate(parts)) for parts in zip(*found, strict=True)))
 
 
-def _differences(current: torch.Tensor, previous: torch.Tensor, unit: int) -> tuple[torch.Tensor, int]:
-    """Positions of the units that differ, and how many words those lie in, but for a last word in part.
+def _differences(first: int, now: _Bytes, before: _Bytes, unit: int) -> tuple[_Places, _Bytes, int]:
+    """Positions and values of the units that differ, and how many words those lie in; ``before`` follows.
 
-    Words first: four times fewer comparisons than by bfloat16 elements, and few words differ. Of torch's ways
-    to gather on a CPU index_select is by far the fastest, and shifts are faster than divisions.
+    Words first: four times fewer comparisons than by bfloat16 elements, and few words differ. numpy works in
+    one thread, lets others run, and is fastest to find what is set. Shifts are faster than divisions.
+    ``first`` is the byte at which the states begin.
     """
-    whole = current.numel() - current.numel() % _WORD
-    now, before = current[:whole].view(torch.int64), previous[:whole].view(torch.int64)
-    words = (now != before).nonzero().flatten()
-    inside = units(now.index_select(0, words), unit) != units(before.index_select(0, words), unit)
-    nth = inside.nonzero().flatten()
+    whole = len(now) - len(now) % _WORD
+    current, previous = (state[:whole].view(np.int64) for state in (now, before))
+    words = np.flatnonzero(current != previous)
+    there = current.take(words)
+    differ = (there ^ previous.take(words)).view(_DTYPES[unit]) != 0
+    previous[words] = there
+    nth = np.flatnonzero(differ)
     per_word = _WORD // unit
     bits = per_word.bit_length() - 1
-    positions = (words.index_select(0, nth >> bits) << bits) | (nth & (per_word - 1))
-    tail = (units(current[whole:], unit) != units(previous[whole:], unit)).nonzero().flatten()
-    return torch.cat((positions, tail + whole // unit)), words.numel()
+    positions = (words.take(nth >> bits) << bits) | (nth & (per_word - 1))
+    values = there.view(_DTYPES[unit]).take(nth)
+    if whole < len(now):
+        current, previous = (state[whole:].view(_DTYPES[unit]) for state in (now, before))
+        tail = np.flatnonzero(current != previous)
+        positions = np.concatenate((positions, tail + whole // unit))
+        values = np.concatenate((values, current[tail]))
+        previous[tail] = current[tail]
+    return positions + first // unit, values, len(words)
 
 
 def encode(changes: Changes, nbytes: int, unit: int) -> tuple[Form, torch.Tensor]:
@@ -113,9 +144,9 @@ def encode(changes: Changes, nbytes: int, unit: int) -> tuple[Form, torch.Tensor
         places = changes.positions.to(torch.int16)  # which keeps the lowest 16 bits: the place in the block
         where = torch.cat((as_bytes(counts.to(torch.int32)), as_bytes(places)))
     else:
-        mask = torch.zeros(-(-total // 8) * 8, dtype=torch.uint8)
-        mask[changes.positions] = 1
-        where = (mask.view(-1, 8) * _BITS).sum(1, dtype=torch.uint8)
+        mask = np.zeros(total, dtype=np.bool_)
+        mask[changes.positions.numpy()] = True
+        where = torch.from_numpy(np.packbits(mask, bitorder="little"))
     return form, torch.cat((as_bytes(changes.values), where))
 
 
@@ -146,8 +177,8 @@ def decode(form: Form, payload: torch.Tensor, count: int, nbytes: int, unit: int
             raise ProtocolError(f"a bucket's index counts {int(counts.sum())} changes, its header {count}")
         positions = torch.repeat_interleave(torch.arange(blocks) * _BLOCK, counts) + places
     else:
-        mask = (where[:, None] & _BITS).flatten()
-        positions = mask.nonzero().flatten()
+        mask = np.unpackbits(where.numpy(), bitorder="little").view(np.bool_)
+        positions = torch.from_numpy(np.flatnonzero(mask))
         if positions.numel() != count:
             raise ProtocolError(f"a bucket's bitmap has {positions.numel()} changes, its header {count}")
     if int(positions[-1]) >= total or bool((positions[1:] <= positions[:-1]).any()):
@@ -171,6 +202,9 @@ def scatter(place: torch.Tensor, changes: Changes, unit: int) -> None:
 def _scatter(place: torch.Tensor, changes: Changes, unit: int) -> None:
     ratio = place.element_size() // unit
     positions = changes.positions.to(place.device)
+    if place.is_contiguous():
+        units(as_bytes(place), unit).index_copy_(0, positions, changes.values.to(place.device))
+        return
     rest, offset = positions // ratio, torch.zeros_like(positions)
     for size, stride in zip(reversed(place.shape), reversed(place.stride()), strict=True):
         offset += rest % size * stride

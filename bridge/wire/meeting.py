@@ -19,6 +19,9 @@ from bridge.protocol.plan import Layout, Plan, build_plan
 from bridge.wire.peer_memory import Whereabouts
 from bridge.wire.rendezvous import Store, fetch
 
+KEPT_PLANS = 4  # a training run has one, or two; but each patch has one of its own
+KEPT_PATCHES = 2  # by the second round behind a patch's, every rank has read its layout
+
 
 class Round(msgspec.Struct, frozen=True, kw_only=True):
     """What BEGIN refers to: whose layouts are in force, whether the round carries every source, and how."""
@@ -39,6 +42,7 @@ class Meeting:
         self._timeout_s = timeout_s
         self._plans: dict[str, tuple[Plan, tuple[Layout, ...], Round]] = {}
         self._published: set[bytes] = set()
+        self._patches: list[bytes] = []
         self._last: tuple[Layout | None, bytes] = (None, b"")
 
     def _key(self, *parts: object) -> str:
@@ -49,6 +53,12 @@ class Meeting:
             self._store.set(key, value)  # type: ignore[arg-type]  # bytes too, the stub says str
         except (RuntimeError, dist.DistError) as err:
             raise PeerLost(f"the daemon's store is gone (setting {key}): {err}") from err
+
+    def _delete(self, key: str) -> None:
+        try:
+            self._store.delete_key(key)
+        except (RuntimeError, dist.DistError) as err:
+            raise PeerLost(f"the daemon's store is gone (deleting {key}): {err}") from err
 
     def _get(self, key: str, what: str) -> bytes:
         try:
@@ -65,8 +75,18 @@ class Meeting:
         if digest not in self._published:
             self._set(self._key("layout", digest.hex()), data)
             self._published.add(digest)
+        if layout.patches:
+            self._forget_patches(digest)
         self._last = layout, digest
         return digest
+
+    def _forget_patches(self, latest: bytes) -> None:
+        """Let the daemon's store go of earlier patches: they are as many as rounds, and hardly come again."""
+        self._patches = [*(known for known in self._patches if known != latest), latest]
+        while len(self._patches) > KEPT_PATCHES:
+            old = self._patches.pop(0)
+            self._published.discard(old)
+            self._delete(self._key("layout", old.hex()))
 
     def publish_round(
         self, layouts: Sequence[bytes], *, partial: bool, encoding: str, bucket_bytes: int
@@ -81,7 +101,7 @@ class Meeting:
         return joint
 
     def plan(self, joint: str) -> tuple[Plan, tuple[Layout, ...], Round]:
-        """The plan of a joint layout, computed here and kept; every rank gets the same."""
+        """The plan of a joint layout, computed here and kept for a while; every rank gets the same."""
         if joint not in self._plans:
             data = self._get(self._key("round", joint), "trainer rank 0's joint layout")
             description = msgspec.msgpack.decode(data, type=Round)
@@ -94,6 +114,8 @@ class Meeting:
             )
             only = frozenset(s.source for lay in layouts for s in lay.shards) if description.partial else None
             plan = build_plan(self._mapping, layouts, bucket_bytes=description.bucket_bytes, only=only)
+            while len(self._plans) >= KEPT_PLANS:
+                del self._plans[next(iter(self._plans))]
             self._plans[joint] = (plan, layouts, description)
         return self._plans[joint]
 

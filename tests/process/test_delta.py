@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,8 @@ def change(tensors: list[torch.Tensor], round_: int) -> None:
 
 
 def source(chain: Chain, tensors: list[torch.Tensor], buffers: SendBuffers) -> DeltaSource:
-    return DeltaSource(link(1), tensors, DTYPES, buffers, chain, whole={WHOLE})
+    workers = ThreadPoolExecutor(2)
+    return DeltaSource(link(1), tensors, DTYPES, buffers, chain, whole={WHOLE}, workers=workers)
 
 
 def sink(chain: Chain, *, follows: bool) -> DeltaSink:

@@ -415,7 +415,13 @@ def test_tensor_parallel_ranks_flip_at_the_same_batch(checkpoint, tmp_path):
             trainers.must("load", path=str(sets[index]))
             trainers.must("broadcast", encoding=encoding)
             assert_equal(server.api.greedy(), (first, fresh)[index], tolerance=1e-5)
+        (patched,) = trainers.must("patch", rows="model.embed_tokens.weight", whole=SINGLE, every=3)
+        assert patched["bytes"] == 4 * patched["numel"], "each row and each element to one rank"
+        served = server.api.greedy()
+        assert served != fresh
+        trainers.must("broadcast")
+        assert_equal(server.api.greedy(), served, tolerance=0.0)
         assert flips(server, 0) == flips(server, 1)
         batches, versions = zip(*flips(server, 0), strict=True)
-        assert list(versions) == list(range(1, 17))
+        assert list(versions) == list(range(1, 19))
         assert len(set(batches[:10])) == 10, "flips happened between batches of running requests"

@@ -1,4 +1,4 @@
-"""Small mapping documents without a vLLM: every source lands whole in a tensor of the one inference rank."""
+"""Small mapping documents without a vLLM: of one inference rank that has everything whole, and of several."""
 
 from __future__ import annotations
 
@@ -11,9 +11,20 @@ from torch import Tensor
 from bridge.protocol.mapping import ITEMSIZE, RankMap, Source, Target, Vocabulary, Write
 from bridge.protocol.mapping import Mapping as MappingDocument
 from bridge.protocol.plan import Plan
+from bridge.protocol.region import row_major
 
 Shapes = Mapping[str, Sequence[int]]
 MISSING = -1.0
+
+# What the ranks of ``parallel_mapping`` cut along a dimension: shape, trainer's dtype, server's, dimension.
+SOURCES: dict[str, tuple[tuple[int, ...], torch.dtype, torch.dtype, int | None]] = {
+    "embed": ((96, 128), torch.bfloat16, torch.bfloat16, 0),
+    "gate": ((64, 80), torch.float32, torch.bfloat16, 0),
+    "up": ((64, 80), torch.float32, torch.bfloat16, 0),
+    "row": ((48, 64), torch.bfloat16, torch.bfloat16, 1),
+    "norm": ((37,), torch.float32, torch.float32, None),
+}
+_TARGETS = {"embed": ("embed",), "gate_up": ("gate", "up"), "row": ("row",), "norm": ("norm",)}
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -106,3 +117,73 @@ def run_copies(
             count[lane.inference][copy.target].as_strided(*place).add_(1)
     assert all(bool((t <= 1).all()) for rank in count for t in rank), "an element was written twice"
     return out
+
+
+def parallel_mapping(tp: int) -> MappingDocument:
+    """A document of ``tp`` tensor-parallel ranks with the ``SOURCES``.
+
+    "gate" and "up" share a target, one behind the other; "row" lies transposed; "embed" has rows of padding.
+    """
+    sources = tuple(
+        Source(name=name, shape=shape, dtype=dtype_name(dtype))
+        for name, (shape, _, dtype, _) in SOURCES.items()
+    )
+    return MappingDocument(
+        model="tests/parallel",
+        vllm_version="0.0",
+        dtype="bfloat16",
+        tp_degree=tp,
+        num_inference_ranks=tp,
+        vocabularies=(Vocabulary(name="checkpoint", sources=sources),),
+        ranks=tuple(_parallel_rank(rank, tp) for rank in range(tp)),
+        param_mappings={},
+    )
+
+
+def _parallel_rank(rank: int, tp: int) -> RankMap:
+    targets, writes, offset = [], [], 0
+    for name, parts in _TARGETS.items():
+        shape, _, dtype, dim = SOURCES[parts[0]]
+        cut, strides, first = list(shape), row_major(shape), 0
+        if dim is not None:
+            cut[dim] //= tp
+            first = rank * cut[dim] * strides[dim]
+        dst_strides = (1, cut[0]) if name == "row" else row_major(cut)
+        numel = math.prod(cut)
+        for nth, part in enumerate(parts):
+            writes.append(
+                Write(
+                    source=list(SOURCES).index(part), target=len(targets), size=tuple(cut), src_offset=first,
+                    src_stride=strides, dst_offset=nth * numel, dst_stride=dst_strides,
+                )
+            )  # fmt: skip
+        padding = 4 * shape[1] if name == "embed" else 0
+        nbytes = (len(parts) * numel + padding) * dtype.itemsize
+        targets.append(
+            Target(
+                name=name, shape=(len(parts) * cut[0], *cut[1:]), stride=dst_strides, dtype=dtype_name(dtype),
+                offset=offset, nbytes=nbytes,
+            )
+        )  # fmt: skip
+        offset += nbytes + -nbytes % 16
+    return RankMap(
+        rank=rank, arena_bytes=offset, targets=tuple(targets), writes={"checkpoint": tuple(writes)}
+    )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as mappings have it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def half_of(rank_map: RankMap, state: Mapping[str, Tensor]) -> Tensor:
+    """A half of a ``parallel_mapping``'s rank, uint8: every write done by hand, from whole tensors."""
+    half = torch.zeros(rank_map.arena_bytes, dtype=torch.uint8)
+    for write in rank_map.writes["checkpoint"]:
+        target = rank_map.targets[write.target]
+        dtype = getattr(torch, target.dtype)
+        flat = half[target.offset : target.offset + target.nbytes].view(dtype)
+        whole = state[list(SOURCES)[write.source]].to(dtype)
+        picked = whole.as_strided(write.size, write.src_stride, write.src_offset)
+        flat.as_strided(write.size, write.dst_stride, flat.storage_offset() + write.dst_offset).copy_(picked)
+    return half

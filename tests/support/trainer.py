@@ -264,6 +264,23 @@ class Trainer:
 
         return dict(msgspec.to_builtins(bridge.rollback()))
 
+    def patch(self, rows: str, whole: str, every: int) -> dict[str, Any]:
+        """Turn the sign of every so many rows of one parameter, halve another: a round of just these."""
+        import msgspec
+
+        import bridge
+
+        named = dict(self.model.named_parameters())
+        with torch.no_grad():
+            indices = torch.arange(0, len(named[rows]), every).flip(0)
+            named[rows][indices] *= -1
+            named[whole] *= 0.5
+            with bridge.round() as made:
+                bridge.update_weight(bridge.SparsePatch(rows, indices, named[rows][indices]))
+                bridge.update_weight(whole, named[whole])
+        numel = indices.numel() * named[rows].shape[1] + named[whole].numel()
+        return {"numel": numel, **msgspec.to_builtins(made.receipt)}
+
     def notify(self) -> dict[str, Any]:
         import msgspec
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -26,6 +28,17 @@ def two_states(nbytes: int, unit: int, count: int) -> tuple[torch.Tensor, torch.
     return before, now
 
 
+def find_changes(now: torch.Tensor, before: torch.Tensor, unit: int) -> delta.Changes | None:
+    """``take_changes`` of a state in three pieces at odd places; ``before`` stays as it is."""
+    remembered, third = before.clone(), now.numel() // unit // 3 * unit
+    cuts = [third, third, now.numel() - 2 * third]
+    with ThreadPoolExecutor(2) as workers:
+        pieces = list(zip(now.split(cuts), remembered.split(cuts), strict=True))
+        found = delta.take_changes(pieces, unit, workers)
+    assert found is None or torch.equal(remembered, now)
+    return found
+
+
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("num_units", [1, 3, 8, 13, 65536, 65537, 1_200_001, 5_000_003])
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.02, 0.3, 0.99, 1.0])
@@ -33,7 +46,7 @@ def two_states(nbytes: int, unit: int, count: int) -> tuple[torch.Tensor, torch.
 def test_a_payload_says_exactly_what_changed(unit: int, num_units: int, share: float) -> None:
     nbytes, count = num_units * unit, int(num_units * share)
     before, now = two_states(nbytes, unit, count)
-    changes = delta.find_changes(now, before, unit)
+    changes = find_changes(now, before, unit)
     assert changes is not None
     assert changes.positions.numel() == count
     form, payload = delta.encode(changes, nbytes, unit)
@@ -53,7 +66,7 @@ def test_each_form_has_its_use() -> None:
     found = {}
     for share in (0.01, 0.15, 0.5):
         before, now = two_states(nbytes, 2, int(share * nbytes / 2))
-        changes = delta.find_changes(now, before, 2)
+        changes = find_changes(now, before, 2)
         found[share] = delta.encode(changes, nbytes, 2)[0] if changes else None
     assert found == {0.01: Form.INDEX, 0.15: Form.BITMAP, 0.5: None}
 
@@ -67,7 +80,7 @@ def test_one_percent_of_bfloat16_costs_less_than_three_percent() -> None:
 def test_bits_decide_not_values() -> None:
     before = torch.tensor([0.0, float("nan"), 1.0, float("nan")], dtype=torch.bfloat16)
     now = torch.tensor([-0.0, float("nan"), 1.0, 2.0], dtype=torch.bfloat16)
-    changes = delta.find_changes(now.view(torch.uint8), before.view(torch.uint8), 2)
+    changes = find_changes(now.view(torch.uint8), before.view(torch.uint8), 2)
     assert changes is not None
     assert changes.positions.tolist() == [0, 3]
 
@@ -80,7 +93,7 @@ def test_changes_land_where_strides_say(dtype: torch.dtype, unit: int) -> None:
     place = home[1:3, ::2, 3:8].permute(2, 0, 1)
     want = torch.randn(place.shape, dtype=torch.float64).to(dtype)
     bytes_of = [t.contiguous().flatten().view(torch.uint8) for t in (want, place)]
-    changes = delta.find_changes(*bytes_of, unit)
+    changes = find_changes(*bytes_of, unit)
     assert changes is not None
     delta.scatter(place, changes, unit)
     assert torch.equal(place, want)

@@ -21,8 +21,8 @@ ROOT = Path(bridge.__file__).parent.parent
 NAMES = [
     "PROTOCOL_VERSION", "Bridge", "BridgeConfig", "BridgeError", "ChecksumMismatch", "ConfigError",
     "DeclaredLayout", "DeviceError", "MappingError", "PeerLost", "PendingBroadcast", "ProtocolError",
-    "Receipt", "RendezvousError", "RendezvousRefused", "Round", "RoundAborted", "TopologyError",
-    "TransferError", "UnsupportedVersion",
+    "Receipt", "RendezvousError", "RendezvousRefused", "Round", "RoundAborted", "SparsePatch",
+    "TopologyError", "TransferError", "UnsupportedVersion",
     "VLLMWeightBridge", "__version__", "broadcast_single_param", "broadcast_weights", "close", "connect",
     "create_bridge_from_training_config", "export_param_mappings", "load_param_mappings", "notify_update",
     "rollback", "round", "send_heartbeat", "update_weight",
