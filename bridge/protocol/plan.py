@@ -107,14 +107,16 @@ class _Filling:
     def __init__(self, bucket_bytes: int) -> None:
         self._limit = bucket_bytes
         self._copies: list[Copy] = []
-        self._nbytes = 0
+        self._nbytes = self._room = 0
         self._buckets: list[Bucket] = []
 
-    def add(self, piece: Piece, shard: int, target: int, itemsize: int) -> None:
-        for part in _fit(piece, self._limit // itemsize):
+    def add(self, piece: Piece, shard: int, target: int, itemsize: int, packed: int) -> None:
+        """``packed`` is the target's item size: Gloo's buffers hold its dtype, which may be the wider one."""
+        wide = max(itemsize, packed)
+        for part in _fit(piece, self._limit // wide):
             size, src_offset, src_stride, dst_offset, dst_stride = part
-            nbytes = math.prod(size) * itemsize
-            if self._copies and self._nbytes + nbytes > self._limit:
+            numel = math.prod(size)
+            if self._copies and self._room + numel * wide > self._limit:
                 self._flush()
             self._copies.append(
                 Copy(
@@ -127,12 +129,13 @@ class _Filling:
                     dst_stride=dst_stride,
                 )
             )
-            self._nbytes += nbytes
+            self._nbytes += numel * itemsize
+            self._room += numel * wide
 
     def _flush(self) -> None:
         bucket = Bucket(index=len(self._buckets), nbytes=self._nbytes, copies=tuple(self._copies))
         self._buckets.append(bucket)
-        self._copies, self._nbytes = [], 0
+        self._copies, self._nbytes, self._room = [], 0, 0
 
     def finish(self) -> tuple[Bucket, ...]:
         if self._copies:
@@ -222,7 +225,7 @@ class _Builder:
             if filling is None:
                 filling = self._fillings[inference, trainer] = _Filling(self._bucket_bytes)
             for piece in pieces:
-                filling.add(piece, shard, write.target, itemsize)
+                filling.add(piece, shard, write.target, itemsize, ITEMSIZE[target.dtype])
 
     def _least_loaded(self, held: Held) -> tuple[int, int]:
         if len(held.holders) == 1:
@@ -289,7 +292,8 @@ def build_plan(
     Args:
         mapping: what the inference ranks need.
         layouts: what each trainer rank holds, in any order.
-        bucket_bytes: the most bytes in a bucket, in the trainer's dtypes; larger copies are cut.
+        bucket_bytes: the most bytes in a bucket, in the trainer's dtypes or the server's, whichever are
+            wider; larger copies are cut.
         only: the sources (indices) of a partial round; None for all.
 
     Raises:

@@ -225,9 +225,12 @@ def pack(
         picked = pick(tensors[copy.shard], copy)
         dtype = wire_dtypes[copy.target]
         nbytes = picked.numel() * dtype.itemsize
-        # Offsets in a packed bucket are not aligned to the dtype; a byte view of the cast is.
-        cast = picked.to(dtype).contiguous()
-        buffer[offset : offset + nbytes] = as_bytes(cast)
+        place = buffer[offset : offset + nbytes]
+        if place.storage_offset() % dtype.itemsize == 0:
+            # Casts and gathers in place: a copy in between would be a third bucket's worth of memory.
+            place.view(dtype).view(picked.shape).copy_(picked)
+        else:  # behind elements of another size; a byte view of the cast has no alignment
+            place.copy_(as_bytes(picked.to(dtype).contiguous()))
         offset += nbytes
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import signal
 from typing import Any
@@ -13,7 +11,8 @@ import pytest
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import Mapping
 from tests.support.checks import Streams, assert_equal, assert_labels_in_order, flips
-from tests.support.serving import REPO, UNBOUND, Server, serving, training
+from tests.support.fresh_load import arena_bytes, broadcast_each, differing, fresh_loads, live_digests
+from tests.support.serving import REPO, RETURN_MEMORY, UNBOUND, Server, serving, training
 
 pytestmark = [pytest.mark.serving, pytest.mark.timeout(900, method="signal")]
 
@@ -21,7 +20,6 @@ F32 = ["--dtype=float32"]
 # What vLLM lacks on a CPU for the layouts below is added by a sitecustomize; see there.
 PATHS = [str(REPO / "tests" / "support" / "layouts_on_cpu"), str(REPO), str(REPO / "tests")]
 COMPLETED = {**UNBOUND, "PYTHONPATH": os.pathsep.join(PATHS)}
-REMOVED = hashlib.sha256().hexdigest()  # a linear weight that an unpatched vLLM has packed away on a CPU
 
 
 def expert_owners(mapping: Mapping) -> dict[int, set[int]]:
@@ -37,40 +35,33 @@ def expert_owners(mapping: Mapping) -> dict[int, set[int]]:
     }
 
 
-def digests(server: Server) -> dict[str, str]:
-    """vLLM's own SHA-256 of every parameter and buffer of every rank, by rank and name."""
-    with server.api.open("/weight_checker", {"action": "checksum"}) as response:
-        found: dict[str, str] = json.load(response)["checksums"]
-    return {name: digest for name, digest in found.items() if digest != REMOVED}
-
-
-def test_experts_divided_between_two_ranks(checkpoint, tmp_path):
-    # vLLM's CPU kernel looks local experts up by their global number and dies of it at the first request,
-    # so what the ranks hold is compared rather than what they answer.
+@pytest.mark.parametrize(
+    ("flags", "owners", "kinds"),
+    [
+        # vLLM's CPU kernel looks local experts up by their global number and dies of it at the first request.
+        (["--enable-expert-parallel"], {0: {0, 1}, 1: {2, 3}}, [("plain", 1)]),
+        ([], {0: {0, 1, 2, 3}, 1: {0, 1, 2, 3}}, [("fsdp2", 3), ("tp_fsdp2", 4)]),
+    ],
+    ids=["expert-parallel", "tensor-parallel"],
+)
+def test_every_byte_of_every_rank_is_that_of_a_fresh_load(checkpoint, tmp_path, flags, owners, kinds):
+    """Uneven shards of three ranks and a mesh of two dimensions; benchmarks/matrix.py has all the others."""
     sets = [checkpoint("qwen3_moe", "float32", seed) for seed in (0, 1)]
-    flags = [*F32, "--tensor-parallel-size=2", "--enable-expert-parallel"]
-    options: dict[str, Any] = {"flags": flags, "env": {**UNBOUND, "VLLM_SERVER_DEV_MODE": "1"}}
-    with serving(sets[1], tmp_path / "fresh", bridge=False, **options) as other:
-        fresh = digests(other)
-    for rank in (0, 1):
-        for part in ("w13_weight", "w2_weight"):
-            assert any(name.startswith(f"dp0:pp0:pcp0:tp{rank}:") and part in name for name in fresh)
-    with (
-        serving(sets[0], tmp_path / "live", **options) as server,
-        training("plain", sets[0], logdir=server.logdir, dtype="float32") as trainers,
-    ):
-        assert expert_owners(mapping_file.load(server.config)) == {0: {0, 1}, 1: {2, 3}}
-        first = digests(server)
-        for version, index in enumerate((1, 0, 1), start=1):
-            trainers.must("load", path=str(sets[index]))
-            assert trainers.must("broadcast")[0]["version"] == version
-            live = digests(server)
-            if index:
-                assert {name: live[name] for name in fresh} == fresh
-                assert all(live[name] != first[name] for name in fresh if "_weight" in name)
-            else:
-                assert live == first
+    flags = [*F32, "--tensor-parallel-size=2", *flags]
+    fresh = fresh_loads(sets, flags=flags, tp=2)
+    assert differing(*fresh) == sorted(fresh[0]), "nothing may pass by being the same in both"
+    env = {**UNBOUND, "VLLM_SERVER_DEV_MODE": "1"}
+    with serving(sets[0], tmp_path / "live", flags=flags, env=env) as server:
+        assert expert_owners(mapping_file.load(server.config)) == owners
+        assert arena_bytes(server, fresh[0])
+        assert differing(live_digests(server), fresh[0]) == []
+        for kind, ranks in kinds:
+            options = {"logdir": server.logdir, "dtype": "float32", "ranks": ranks, "env": RETURN_MEMORY}
+            with training(kind, sets[0], **options) as trainers:
+                found = list(broadcast_each(server, trainers, [sets[1], sets[0]], [fresh[1], fresh[0]]))
+            assert [made["differing"] for made in found] == [[], []]
         assert flips(server, 0) == flips(server, 1)
+        assert [version for _, version in flips(server, 0)] == list(range(1, 2 * len(kinds) + 1))
 
 
 def test_two_engines_of_a_dense_model(checkpoint, tmp_path):

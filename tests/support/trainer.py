@@ -2,13 +2,15 @@
 
     python -m support.trainer KIND CHECKPOINT DTYPE      (RANK, WORLD_SIZE, MASTER_*, LOGDIR are set)
 
-KIND is plain, ddp, fsdp2, zero3, declared or lora. Commands: load, broadcast, wait, step, single, notify,
-heartbeat, close, memory and others: the methods of ``Trainer``.
+KIND is plain, ddp, fsdp2, hsdp, tp, tp_fsdp2, zero3, declared or lora. Commands: load, broadcast, wait, step,
+single, notify, heartbeat, close, memory and others: the methods of ``Trainer``.
 """
 
 from __future__ import annotations
 
+import gc
 import json
+import math
 import os
 import resource
 import sys
@@ -33,19 +35,53 @@ def build(kind: str, checkpoint: Path, dtype: torch.dtype) -> nn.Module:
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(device)
     if kind == "ddp":
         return nn.parallel.DistributedDataParallel(model)
-    if kind == "fsdp2":
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = init_device_mesh(device, (dist.get_world_size(),))
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+    if kind in ("fsdp2", "hsdp", "tp", "tp_fsdp2"):
+        return distributed(model, kind, device)
     if kind == "zero3":
         return partitioned(model)
     if kind == "lora":
         return adapted(model)
     return model
+
+
+def distributed(model: nn.Module, kind: str, device: str) -> nn.Module:
+    """The model with DTensor parameters; of "hsdp" and "tp_fsdp2" the inner mesh dimension has two ranks."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    ranks = dist.get_world_size()
+    if kind == "fsdp2":
+        mesh = init_device_mesh(device, (ranks,))
+    elif kind == "hsdp":
+        mesh = init_device_mesh(device, (ranks // 2, 2), mesh_dim_names=("replicate", "shard"))
+    else:
+        tensor = ranks if kind == "tp" else 2
+        both = init_device_mesh(device, (ranks // tensor, tensor), mesh_dim_names=("data", "tensor"))
+        cut_for_tensor_parallel(model, both["tensor"])
+        mesh = both["data"]
+    if kind != "tp":
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    return model
+
+
+def cut_for_tensor_parallel(model: nn.Module, mesh: Any) -> None:
+    """Linears by rows or columns, the vocabulary by rows, fused experts one after the other."""
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    rows = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")
+    styles = dict.fromkeys(rows, ColwiseParallel)
+    styles |= dict.fromkeys(("o_proj", "down_proj", "embed_tokens"), RowwiseParallel)
+    for path, module in list(model.named_modules()):
+        if (style := styles.get(path.rpartition(".")[2])) is not None:
+            parallelize_module(module, mesh, style())
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3:
+                module.register_parameter(
+                    name, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(0)]))
+                )
 
 
 def adapted(model: nn.Module) -> nn.Module:
@@ -300,16 +336,49 @@ class Trainer:
         bridge.close()
         return {}
 
-    def measured_broadcast(self) -> dict[str, Any]:
-        """One blocking broadcast; how far resident memory rose above what it was before it."""
+    def follow(self, logdir: str) -> dict[str, Any]:
+        """Turn to another server, and meet it."""
         import bridge
 
+        bridge.close()
+        os.environ["BRIDGE_LOGDIR"] = logdir
+        bridge.send_heartbeat()
+        return {}
+
+    def measured_broadcast(self) -> dict[str, Any]:
+        """One blocking broadcast; how far resident memory rose above what it was before it, and what stayed.
+
+        Start the trainer with ``serving.RETURN_MEMORY``, or memory that was freed before hides what rises.
+        """
+        import bridge
+        from bridge.sharding import local_tensor
+
         for parameter in self.model.parameters():  # files are mapped lazily, and the model is not overhead
-            parameter.detach().flatten()[::1024].sum()
+            local_tensor(parameter.detach()).flatten()[::1024].sum()
+        gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         before = _status_bytes("VmRSS")
-        bridge.broadcast_weights(self.model)
-        return {"peak_above_bytes": max(0, _status_bytes("VmHWM") - before)}
+        receipt = bridge.broadcast_weights(self.model)
+        return {
+            "version": receipt.version,
+            "transport": receipt.transport,
+            "peak_above_bytes": max(0, _status_bytes("VmHWM") - before),
+            "kept_bytes": _status_bytes("VmRSS") - before,
+        }
+
+    def held(self) -> dict[str, Any]:
+        """Bytes of this rank's part of the model, and of the largest parameter that it holds a part of."""
+        from bridge import zero3
+        from bridge.sharding import local_tensor
+
+        mine = largest = 0
+        for parameter in self.model.parameters():
+            shard = parameter.ds_tensor if zero3.is_partitioned(parameter) else local_tensor(parameter)
+            numel = math.prod(zero3.full_shape(parameter))
+            mine += shard.numel() * shard.element_size()
+            if shard.numel() < numel:
+                largest = max(largest, numel * shard.element_size())
+        return {"bytes": mine, "largest_in_part_bytes": largest}
 
     def memory(self) -> dict[str, Any]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

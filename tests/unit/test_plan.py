@@ -294,6 +294,16 @@ def test_large_copies_are_cut_along_the_longest_outer_dim() -> None:
     assert {b.nbytes for b in single.lanes[0].buckets} == {4}
 
 
+@pytest.mark.parametrize(("trainer", "target"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_a_bucket_fits_in_its_size_on_either_side_of_a_cast(trainer: str, target: str) -> None:
+    mapping = whole((7, 9), (50,), (3,), dtype=target)
+    plan = build_plan(mapping, replicated(mapping, 1, trainer), bucket_bytes=64)
+    counts = [sum(math.prod(copy.size) for copy in bucket.copies) for bucket in plan.lanes[0].buckets]
+    assert sum(counts) == 7 * 9 + 50 + 3
+    assert max(counts) == 64 // ITEMSIZE["float32"]
+    assert [b.nbytes for b in plan.lanes[0].buckets] == [n * ITEMSIZE[trainer] for n in counts]
+
+
 def test_nothing_to_send_is_an_empty_plan() -> None:
     mapping = whole((4,), (0, 3))
     plan = build_plan(mapping, layouts_of([]), bucket_bytes=64, only=frozenset())
