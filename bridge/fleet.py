@@ -1,8 +1,8 @@
 """The servers that one trainer feeds: one as a rule, or several, which get each version in the same round.
 
 Each server has a session of its own, with its epoch, groups and background thread, so their layouts may
-differ and all of them take the bytes at the same time. Here is what several servers need beyond that: which of
-them take part in a round, the one decision to commit (``protocol.ballot``), one outcome for the caller.
+differ and all of them take the bytes at the same time. Here is what several need beyond that: who takes part
+in a round, the one decision to commit (``protocol.ballot``), and one outcome for the caller.
 
 Trainer rank 0 decides. The others learn it server by server, as DONE or ABORT of that server's epoch, so that
 all ranks tell the same of a round. Before each round the ranks agree over the trainer's own default group on

@@ -237,12 +237,9 @@ class Session:
             self._mover.interrupt()  # it may be waiting for a GPU, which hears nothing
         self._inbox.put((peer, event))
         job = self._under_way
-        if (
-            isinstance(event, Frame)
-            and event.opcode is Opcode.ABORT
-            and job is not None
-            and job.vote is not None
-        ):
+        if job is None or job.vote is None or job.done or not isinstance(event, Frame):
+            return
+        if event.opcode is Opcode.ABORT:
             # Other servers may go on without this one, for which our own thread may still be held up.
             self.closed = event.text
             job.forsake(RoundAborted(event.text))

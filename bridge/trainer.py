@@ -162,7 +162,9 @@ class Bridge:
                 there are none.
             TopologyError: the degrees of ``layout`` do not divide the number of trainer ranks.
             MappingError: the model does not fit the server's; lists every fault. All ranks' round is aborted.
-            TransferError: the round failed on the way. The old version is still served, whole.
+            RendezvousError: the server cannot be met; of several, one that ``commit`` needs.
+            TransferError: the round failed on the way. The old version is still served, whole; by several
+                servers, unless the error says on which of them the new one is live.
         """
         if encoding not in get_args(Encoding):
             raise ConfigError(f"encoding is {encoding!r}; it is one of {', '.join(get_args(Encoding))}")

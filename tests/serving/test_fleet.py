@@ -78,74 +78,73 @@ def test_two_servers_of_different_layout(checkpoint: Callable[..., Path], tmp_pa
     two = {**one, "flags": [F32, "--tensor-parallel-size=2"]}
     places = [str(tmp_path / "one"), str(tmp_path / "two")]
     env = {"BRIDGE_LOGDIRS": os.pathsep.join(places), "BRIDGE_CONNECT_TIMEOUT_S": "3"}
-    lenient = {**env, "BRIDGE_COMMIT": "available", "BRIDGE_STAGE_TIMEOUT_S": f"{STAGE_TIMEOUT_S:g}"}
-    options: dict[str, Any] = {"logdir": tmp_path, "dtype": "float32", "ranks": 2}
-    with serving_together((sets[0], Path(places[0]), one), (sets[0], Path(places[1]), two)) as servers:
+    with (
+        serving_together((sets[0], Path(places[0]), one), (sets[0], Path(places[1]), two)) as servers,
+        training("fsdp2", sets[0], logdir=tmp_path, dtype="float32", ranks=2, env=env) as trainers,
+    ):
         first, second = servers
-        with training("fsdp2", sets[0], env=env, **options) as strict:
-            for made, index in enumerate((1, 0, 1), start=1):
-                strict.must("load", path=str(sets[index]))
-                if made < 3:
-                    receipts = strict.must("broadcast")
-                else:
-                    strict.must("broadcast", blocking=False)
-                    strict.must("step", fill=0.0)  # waits until both have read
-                    receipts = strict.must("wait")
-                for receipt in receipts:
-                    assert (receipt["version"], receipt["servers"], receipt["absent"]) == (made, places, {})
-                assert [version(server) for server in servers] == [made, made]
-                assert answers(first) == answers(second) == expected[index]
+        for made, index in enumerate((1, 0, 1), start=1):
+            trainers.must("load", path=str(sets[index]))
+            if made < 3:
+                receipts = trainers.must("broadcast")
+            else:
+                trainers.must("broadcast", blocking=False)
+                trainers.must("step", fill=0.0)  # waits until both have read
+                receipts = trainers.must("wait")
+            for receipt in receipts:
+                assert (receipt["version"], receipt["servers"], receipt["absent"]) == (made, places, {})
+            assert [version(server) for server in servers] == [made, made]
+            assert answers(first) == answers(second) == expected[index]
 
-            strict.must("load", path=str(sets[0]))
-            stop_an_updater(first)
-            strict.send("broadcast")
-            wait_until("a round in the middle", lambda: first.status()["state"] == "round", timeout_s=30)
-            kill(first)
-            for failed in strict.answers(timeout_s=60):
-                assert "version 4 is live on no server" in failed["error"], failed
-                assert f"{places[0]}: " in failed["error"]
-                assert f"{places[1]}: given up because of {places[0]}" in failed["error"]
-            assert version(second) == 3
-            assert answers(second) == expected[1]
-            for failed in strict.command("broadcast"):
-                assert "1 of 2 servers cannot be met, and commit='all' needs all" in failed["error"], failed
-            assert version(second) == 3
-            strict.must("close")
+        trainers.must("load", path=str(sets[0]))
+        stop_an_updater(first)
+        trainers.send("broadcast")
+        wait_until("a round in the middle", lambda: first.status()["state"] == "round", timeout_s=30)
+        kill(first)
+        for failed in trainers.answers(timeout_s=60):
+            assert "version 4 is live on no server" in failed["error"], failed
+            assert f"{places[0]}: " in failed["error"]
+            assert f"{places[1]}: given up because of {places[0]}" in failed["error"]
+        assert version(second) == 3
+        assert answers(second) == expected[1]
+        for failed in trainers.command("broadcast"):
+            assert "1 of 2 servers cannot be met, and commit='all' needs all" in failed["error"], failed
+        assert version(second) == 3
+        trainers.must("close")
+        trainers.must("environ", BRIDGE_COMMIT="available", BRIDGE_STAGE_TIMEOUT_S=f"{STAGE_TIMEOUT_S:g}")
+        for made in (4, 5):  # the absent server is waited for once
+            start = time.monotonic()
+            for receipt in trainers.must("broadcast"):
+                assert (receipt["version"], receipt["servers"]) == (made, [places[1]])
+                assert receipt["absent"].keys() == {places[0]}
+            assert time.monotonic() - start < SOON_S
+            assert version(second) == made
+        assert answers(second) == expected[0]
 
-        with training("fsdp2", sets[0], env=lenient, **options) as available:
-            for made in (4, 5):  # the absent server is waited for once
-                start = time.monotonic()
-                for receipt in available.must("broadcast"):
-                    assert (receipt["version"], receipt["servers"]) == (made, [places[1]])
-                    assert receipt["absent"].keys() == {places[0]}
-                assert time.monotonic() - start < SOON_S
-                assert version(second) == made
+        with serving(sets[0], Path(places[0]), **one) as first:
+            trainers.must("load", path=str(sets[1]))
+            name = "model.norm.weight"
+            for receipt in trainers.must("single", name=name, value=0.5):
+                assert (receipt["version"], receipt["servers"]) == (6, [places[1]])
+                assert "serves version 0" in receipt["absent"][places[0]]
+            trainers.must("load", path=str(sets[1]))
+            for receipt in trainers.must("broadcast"):
+                assert (receipt["version"], receipt["servers"]) == (7, places)
+            assert version(first) == version(second) == 7
+            assert answers(first) == answers(second) == expected[1]
+
+            trainers.must("load", path=str(sets[0]))
+            stopped = stop_an_updater(first)
+            start = time.monotonic()
+            for receipt in trainers.must("broadcast"):
+                assert (receipt["version"], receipt["servers"]) == (8, [places[1]])
+                reason = f"not staged {STAGE_TIMEOUT_S:g} s after another server was"
+                assert receipt["absent"] == {places[0]: reason}
+            assert time.monotonic() - start < SOON_S
             assert answers(second) == expected[0]
-
-            with serving(sets[0], Path(places[0]), **one) as first:
-                available.must("load", path=str(sets[1]))
-                name = "model.norm.weight"
-                for receipt in available.must("single", name=name, value=0.5):
-                    assert (receipt["version"], receipt["servers"]) == (6, [places[1]])
-                    assert "serves version 0" in receipt["absent"][places[0]]
-                available.must("load", path=str(sets[1]))
-                for receipt in available.must("broadcast"):
-                    assert (receipt["version"], receipt["servers"]) == (7, places)
-                assert version(first) == version(second) == 7
-                assert answers(first) == answers(second) == expected[1]
-
-                available.must("load", path=str(sets[0]))
-                stopped = stop_an_updater(first)
-                start = time.monotonic()
-                for receipt in available.must("broadcast"):
-                    assert (receipt["version"], receipt["servers"]) == (8, [places[1]])
-                    reason = f"not staged {STAGE_TIMEOUT_S:g} s after another server was"
-                    assert receipt["absent"] == {places[0]: reason}
-                assert time.monotonic() - start < SOON_S
-                assert answers(second) == expected[0]
-                assert answers(first) == expected[1]
-                wait_until("the daemon to end the stopped updater", lambda: not alive(stopped), timeout_s=30)
-                for receipt in available.must("broadcast"):
-                    assert (receipt["version"], receipt["servers"]) == (9, places)
-                assert answers(first) == answers(second) == expected[0]
-                available.must("close")
+            assert answers(first) == expected[1]
+            wait_until("the daemon to end the stopped updater", lambda: not alive(stopped), timeout_s=30)
+            for receipt in trainers.must("broadcast"):
+                assert (receipt["version"], receipt["servers"]) == (9, places)
+            assert answers(first) == answers(second) == expected[0]
+            trainers.must("close")

@@ -335,6 +335,7 @@ def test_documented_defaults():
     documented = {
         "BRIDGE_CONNECT_TIMEOUT_S": "connect_timeout_s",
         "BRIDGE_COMMIT_TIMEOUT_S": "commit_timeout_s",
+        "BRIDGE_STAGE_TIMEOUT_S": "stage_timeout_s",
     }
     from bridge.config import BridgeConfig
 

@@ -174,7 +174,7 @@ class Servers:
         self.patience: list[tuple[str, bool]] = []
 
     def open(
-        self, config: BridgeConfig, ranks: Ranks, *, device: torch.device | None, patient: bool = True
+        self, config: BridgeConfig, _: Ranks, *, device: torch.device | None, patient: bool = True
     ) -> FakeSession:
         assert config.logdir is not None
         self.patience.append((config.logdir, patient))
