@@ -104,7 +104,7 @@ def _ask_until_answered(
 ) -> tuple[Mapping, rendezvous.Store, str, rendezvous.Answer]:
     deadline = time.monotonic() + timeout_s
     while True:
-        left = max(RETRY_S, deadline - time.monotonic())
+        left = max(RETRY_S, deadline - time.monotonic()) if again else timeout_s
         mapping, place = _load(config)
         try:
             store = rendezvous.reach_store(place.host, place.port, timeout_s=left)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import nn
 
 import bridge
+from bridge import joining
 from bridge.config import BridgeConfig
 from bridge.environment import Ranks
 from bridge.errors import (
@@ -24,10 +27,12 @@ from bridge.errors import (
 )
 from bridge.guard import _active
 from bridge.job import Encoding, Job, Receipt, Vote
+from bridge.protocol import mapping as mapping_file
 from bridge.protocol.ballot import Ballot, Policy, Verdict
+from bridge.protocol.mapping import CONFIG_NAME, Rendezvous
 from bridge.rounds import Session
 from bridge.sharding import LocalShards
-from bridge.wire import peer_memory
+from bridge.wire import peer_memory, rendezvous
 from tests.support.mappings import identity_mapping
 
 # --- the ballot ------------------------------------------------------------------------------------------
@@ -100,8 +105,8 @@ class FakeSession:
     """Stands where a session is: the test says what its server does."""
 
     def __init__(self, place: str, version: int, dtype: str, device: torch.device | None) -> None:
-        self.mapping = identity_mapping(("checkpoint", SHAPES), dtype=dtype)
-        self.mapping = type(self.mapping)(**{**_fields(self.mapping), "run_dir": f"/run/{place}"})
+        mapping = identity_mapping(("checkpoint", SHAPES), dtype=dtype)
+        self.mapping = msgspec.structs.replace(mapping, run_dir=f"/run/{place}")
         self.place, self.rank, self.device = place, 0, device
         self.version, self.closed, self.stale, self.in_place = version, "", False, False
         self.job: Job | None = None
@@ -155,10 +160,6 @@ class FakeSession:
 
     def close(self) -> None:
         self.closed = self.closed or "closed"
-
-
-def _fields(struct: Any) -> dict[str, Any]:
-    return {name: getattr(struct, name) for name in struct.__struct_fields__}
 
 
 _answers: dict[str, Callable[[FakeSession], None]] = {}
@@ -453,3 +454,54 @@ def test_yama_knows_one_reader_or_all(
     for pid in pids:
         peer_memory.allow_reader(pid)
     assert said == allowed
+
+
+# --- being admitted --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def silent_daemon(tmp_path: Path) -> tuple[rendezvous.Store, BridgeConfig]:
+    """A rendezvous at which nobody answers, and the way there."""
+    store = rendezvous.serve_store("127.0.0.1", 0)
+    place = Rendezvous(host="127.0.0.1", port=store.port, secret="s")
+    mapping = msgspec.structs.replace(identity_mapping(("checkpoint", SHAPES)), rendezvous=place)
+    mapping_file.write_atomically(tmp_path / CONFIG_NAME, mapping_file.encode(mapping))
+    return store, BridgeConfig(logdir=tmp_path, connect_timeout_s=1.0)
+
+
+@pytest.mark.parametrize("patient", [True, False])
+def test_who_gives_up_waiting_takes_its_request_back(
+    silent_daemon: tuple[rendezvous.Store, BridgeConfig], monkeypatch: pytest.MonkeyPatch, patient: bool
+) -> None:
+    store, config = silent_daemon
+    monkeypatch.setattr(joining, "IMPATIENT_S", 0.2)
+    monkeypatch.setattr(joining, "RETRY_S", 0.1)
+    with pytest.raises(RendezvousError, match="waited .* for the daemon's answer"):
+        joining.ask_admission(config, Ranks(), patient=patient)
+    assert patient or store.add("ticket", 0) == 1
+    request = rendezvous.next_request(store, 1, secret="s")
+    assert request is not None
+    assert rendezvous.is_withdrawn(store, request)
+    other = msgspec.structs.replace(request, session="0" * 32)
+    assert not rendezvous.is_withdrawn(store, other)
+
+
+def test_an_absent_server_is_tried_once(
+    silent_daemon: tuple[rendezvous.Store, BridgeConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, config = silent_daemon
+    tries: list[float] = []
+
+    def refuse(host: str, port: int, *, timeout_s: float) -> rendezvous.Store:
+        tries.append(timeout_s)
+        raise RendezvousError(f"nobody at {host}:{port}")
+
+    monkeypatch.setattr(rendezvous, "reach_store", refuse)
+    monkeypatch.setattr(joining, "RETRY_S", 0.1)
+    with pytest.raises(RendezvousError, match="nobody at"):
+        joining.ask_admission(config, Ranks(), patient=False)
+    assert len(tries) == 1
+    tries.clear()
+    with pytest.raises(RendezvousError, match="nobody at"):
+        joining.ask_admission(config, Ranks())
+    assert len(tries) > 1
