@@ -476,7 +476,7 @@ def test_who_gives_up_waiting_takes_its_request_back(
     store, config = silent_daemon
     monkeypatch.setattr(joining, "IMPATIENT_S", 0.2)
     monkeypatch.setattr(joining, "RETRY_S", 0.1)
-    with pytest.raises(RendezvousError, match="waited .* for the daemon's answer"):
+    with pytest.raises(RendezvousError, match=r"waited .* for the daemon's answer"):
         joining.ask_admission(config, Ranks(), patient=patient)
     assert patient or store.add("ticket", 0) == 1
     request = rendezvous.next_request(store, 1, secret="s")
