@@ -55,10 +55,9 @@ class Server:
         return self._session
 
     @property
-    def newest(self) -> int:
-        """The newest version known to be live there; 0 before the first."""
-        served = self._session.version if self._session is not None else 0
-        return max(served, self.base[1] if self.base is not None else 0)
+    def version(self) -> int:
+        """The version known to be live there; 0 before the first."""
+        return self._session.version if self._session is not None else 0
 
     def is_over(self, device: torch.device | None) -> bool:
         """Whether it must be met anew, also because the weights have come to a GPU since."""
@@ -100,9 +99,9 @@ class Fleet:
         return len(self.servers) > 1
 
     @property
-    def newest(self) -> int:
+    def version(self) -> int:
         """The newest version that is live on any of them, as far as this rank knows."""
-        return max(server.newest for server in self.servers)
+        return max(server.version for server in self.servers)
 
     @property
     def stale(self) -> bool:
@@ -203,6 +202,11 @@ class Fleet:
 
     # --- a round -----------------------------------------------------------------------------------
 
+    @property
+    def _made(self) -> list[int]:
+        """The versions that this trainer has made live last, of those servers where it has."""
+        return [server.base[1] for server in self.servers if server.base is not None]
+
     def that_take_parts(self, servers: Sequence[Server]) -> list[Server]:
         """Those of ``servers`` over whose version a part of the weights may be laid.
 
@@ -211,7 +215,7 @@ class Fleet:
         Raises:
             ConfigError: one of them serves another, and the policy is "all", or none of them may.
         """
-        made = [server.base[1] for server in self.servers if server.base is not None]
+        made = self._made
         wanted = max(made or [server.session.version for server in servers])
         faults = {
             server.name: f"the server at {server.session.mapping.run_dir} serves version "
@@ -243,7 +247,7 @@ class Fleet:
         if not self.several:
             ((server, shards),) = parts
             return server.session.submit(shards, call=call, version=version, encoding=encoding)
-        wanted = self.newest + 1 if version is None else version
+        wanted = max([self.version, *self._made]) + 1 if version is None else version
         sessions = {server.name: server.session for server, _ in parts}
         leads = self._own_ranks().rank == 0
         tally = _Tally(sessions, self._policy, self._stage_timeout_s) if leads else None

@@ -112,7 +112,7 @@ class Bridge:
     @property
     def weight_version(self) -> int:
         """The newest version this rank knows to be live on any server; 0 before the first broadcast."""
-        return self._fleet.newest
+        return self._fleet.version
 
     @overload
     def broadcast_weights(
