@@ -111,6 +111,7 @@ class FakeSession:
         self.version, self.closed, self.stale, self.in_place = version, "", False, False
         self.job: Job | None = None
         self.committed = False
+        self.beats = 0
 
     def submit(
         self,
@@ -157,6 +158,11 @@ class FakeSession:
 
     def refuse_round(self, reason: str) -> None:
         self.closed = reason
+
+    def beat(self) -> None:
+        if self.closed:
+            raise PeerLost(self.closed)
+        self.beats += 1
 
     def close(self) -> None:
         self.closed = self.closed or "closed"
@@ -223,6 +229,32 @@ def test_a_version_goes_to_all_and_its_number_is_one_above_the_newest(
     assert made.broadcast_weights(MODEL).version == 9
     assert made.broadcast_weights(MODEL, version=20).version == 20
     assert len(servers.patience) == 3, "epochs last"
+
+
+def test_a_number_is_not_given_twice_when_the_newest_server_is_gone(servers: Servers) -> None:
+    made = trainer("available")
+    _answers["b"] = lost("b")
+    assert made.broadcast_weights(MODEL, version=9).servers == ("a", "c")
+    for name in "ac":
+        servers.sessions[name].closed = servers.served[name] = "gone"
+    _answers["b"] = FakeSession.stage
+    receipt = made.broadcast_weights(MODEL)
+    assert (receipt.version, receipt.servers) == (10, ("b",))
+    assert made.weight_version == 10
+
+
+@pytest.mark.parametrize("policy", ["all", "available"])
+def test_heartbeats_tell_who_is_gone_where_all_are_needed(servers: Servers, policy: Policy) -> None:
+    made = trainer(policy)
+    made.broadcast_weights(MODEL)
+    made.send_heartbeat()
+    servers.sessions["b"].closed = "b is gone"
+    if policy == "all":
+        with pytest.raises(PeerLost, match="b is gone"):
+            made.send_heartbeat()
+    else:
+        made.send_heartbeat()
+    assert [servers.sessions[name].beats for name in "abc"] == ([2, 1, 1] if policy == "all" else [2, 1, 2])
 
 
 def test_all_or_none(servers: Servers) -> None:
