@@ -6,11 +6,12 @@ import difflib
 import math
 import os
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import msgspec
 
 from bridge.errors import ConfigError
+from bridge.protocol.ballot import Policy
 from bridge.protocol.mapping import CONFIG_NAME
 
 # Flags of ``python -m bridge.launch serve``, whose values reach the trainer when the two sides meet.
@@ -22,7 +23,7 @@ SERVER_DECIDES = {
     "prefix_cache": "--prefix-cache",
 }
 _PATHS = ("config_path", "logdir", "update_dir")
-_TIMEOUTS = ("connect_timeout_s", "commit_timeout_s")
+_TIMEOUTS = ("connect_timeout_s", "commit_timeout_s", "stage_timeout_s")
 
 
 class _Constructor(msgspec.StructMeta):
@@ -42,6 +43,10 @@ class _Constructor(msgspec.StructMeta):
         for name in _PATHS:
             if isinstance(values.get(name), os.PathLike):
                 values[name] = os.fspath(values[name])
+        if isinstance(values.get("logdirs"), list | tuple):
+            values["logdirs"] = tuple(
+                os.fspath(d) if isinstance(d, os.PathLike) else d for d in values["logdirs"]
+            )
         return super().__call__(**values)
 
 
@@ -73,6 +78,13 @@ class BridgeConfig(
     config_path: str | None = None
     # The server's --logdir as this host sees it. No default: a guess could find another run's mapping.
     logdir: str | None = None
+    # Several servers instead of one: each one's --logdir. A broadcast brings its version to all of them.
+    logdirs: tuple[str, ...] = ()
+    # With several servers. "all": a version is committed on every server or on none. "available": on those
+    # that have staged it; the others are left out of the round, and met again by the next broadcast.
+    commit: Policy = "all"
+    # Seconds that servers which have staged a version wait for the others, with commit="available".
+    stage_timeout_s: float = 30.0
     # Seconds for each step of meeting the server: it answers in milliseconds when it is up, but a daemon
     # that its supervisor just restarted needs some ten seconds to gather its workers again.
     connect_timeout_s: float = 60.0
@@ -88,6 +100,11 @@ class BridgeConfig(
     api_key: str | None = None
 
     def __post_init__(self) -> None:
+        if self.logdirs and (self.logdir is not None or self.config_path is not None):
+            raise ConfigError(
+                f"BridgeConfig.logdirs is {self.logdirs!r}, and logdir or config_path names a server too; "
+                "give one of them"
+            )
         for name in self.__struct_fields__:
             if (fault := _fault(name, getattr(self, name))) is not None:
                 shown = "not" if name == "api_key" else f"{getattr(self, name)!r}; it must be"
@@ -98,19 +115,33 @@ class BridgeConfig(
         shown["api_key"] = None if self.api_key is None else "..."  # configurations end up in logs
         return f"BridgeConfig({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
+    def servers(self) -> tuple[Self, ...]:
+        """One configuration for each server."""
+        if not self.logdirs:
+            return (self,)
+        return tuple(msgspec.structs.replace(self, logdirs=(), logdir=logdir) for logdir in self.logdirs)
+
     def mapping_path(self) -> Path:
         """Where the server's mapping is.
 
         Raises:
-            ConfigError: neither ``config_path`` nor ``logdir`` is set.
+            ConfigError: none of ``config_path``, ``logdir`` and ``logdirs`` is set, or there are several.
         """
+        if len(self.logdirs) > 1:
+            raise ConfigError(
+                f"this is done with one server at a time, and logdirs names {len(self.logdirs)}: "
+                f"{', '.join(self.logdirs)}; use BridgeConfig(logdir=...) of one of them"
+            )
+        if self.logdirs:
+            return Path(self.logdirs[0]) / CONFIG_NAME
         if self.config_path is not None:
             return Path(self.config_path)
         if self.logdir is not None:
             return Path(self.logdir) / CONFIG_NAME
         raise ConfigError(
             "no server is configured: looked at BRIDGE_CONFIG (the mapping file), BRIDGE_LOGDIR and LOGDIR "
-            "(the server's --logdir), and at config_path and logdir of BridgeConfig; set one of them"
+            "(the server's --logdir), BRIDGE_LOGDIRS (of several servers), and at config_path, logdir and "
+            "logdirs of BridgeConfig; set one of them"
         )
 
     def update_path(self) -> Path:
@@ -121,7 +152,7 @@ class BridgeConfig(
         """
         if self.update_dir is not None:
             return Path(self.update_dir)
-        if self.logdir is None and self.config_path is None:
+        if self.logdir is None and self.config_path is None and not self.logdirs:
             raise ConfigError(
                 "notify_update needs a directory that the server sees too: set BRIDGE_UPDATE_DIR or "
                 "BridgeConfig.update_dir to the server's --update-dir (or BRIDGE_LOGDIR to its --logdir)"
@@ -140,6 +171,11 @@ class BridgeConfig(
 
 def _fault(name: str, value: Any) -> str | None:
     """What ``value`` should have been, or None if it is fine."""
+    if name == "logdirs":
+        paths = isinstance(value, tuple) and all(isinstance(path, str) and path for path in value)
+        return None if paths and len(set(value)) == len(value) else "a list of different paths"
+    if name == "commit":
+        return None if value in get_args(Policy) else f"one of {', '.join(get_args(Policy))}"
     if name in _TIMEOUTS:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return None if number and 0 < value < math.inf else "a finite number of seconds above 0"

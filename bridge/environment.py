@@ -3,6 +3,7 @@
 ======================  ==============================================================================
 BRIDGE_CONFIG           the server's mapping file
 BRIDGE_LOGDIR           the server's --logdir, where the mapping file is
+BRIDGE_LOGDIRS          the --logdir of several servers, separated as in PATH; wins over the two above
 BRIDGE_<FIELD>          any other field of ``BridgeConfig``, such as BRIDGE_CONNECT_TIMEOUT_S
 LOGDIR                  the earlier name of BRIDGE_LOGDIR
 VLLM_API_KEY            vLLM's own variable, used when BRIDGE_API_KEY is absent
@@ -31,12 +32,16 @@ logger = logging.getLogger(__name__)
 VARIABLES: dict[str, tuple[str, ...]] = {
     "config_path": ("BRIDGE_CONFIG",),
     "logdir": ("BRIDGE_LOGDIR", "LOGDIR"),
+    "logdirs": ("BRIDGE_LOGDIRS",),
+    "commit": ("BRIDGE_COMMIT",),
+    "stage_timeout_s": ("BRIDGE_STAGE_TIMEOUT_S",),
     "connect_timeout_s": ("BRIDGE_CONNECT_TIMEOUT_S",),
     "commit_timeout_s": ("BRIDGE_COMMIT_TIMEOUT_S",),
     "update_dir": ("BRIDGE_UPDATE_DIR",),
     "http_url": ("BRIDGE_HTTP_URL",),
     "api_key": ("BRIDGE_API_KEY", "VLLM_API_KEY"),
 }
+_PLACES = ("config_path", "logdir", "logdirs")
 EARLIER_NAMES = {"LOGDIR": "BRIDGE_LOGDIR", "NUM_INFERENCE_NODES": "BRIDGE_HTTP_URL"}
 VLLM_PORT = 8000  # vLLM's default
 _OFF = ("0", "false", "no", "off")
@@ -148,11 +153,13 @@ def bridge_config(base: BridgeConfig | None = None) -> BridgeConfig:
     found: dict[str, object] = {}
     for field, names in VARIABLES.items():
         # A base that names the mapping in one way must not be overruled by a variable of the other.
-        placed = field in ("config_path", "logdir") and (base.config_path or base.logdir)
+        placed = field in _PLACES and (base.config_path or base.logdir or base.logdirs)
         if placed or getattr(base, field) != defaults[field]:
             continue
         if (name := next((n for n in names if os.environ.get(n)), None)) is not None:
-            found[field] = _parse(name, os.environ[name], numeric=isinstance(defaults[field], float))
+            found[field] = _parse(name, os.environ[name], like=defaults[field])
+    if found.get("logdirs"):  # LOGDIR is often there for other reasons
+        found = {field: value for field, value in found.items() if field not in _PLACES[:2]}
     if base.http_url is None and "http_url" not in found and (url := _earlier_url()) is not None:
         found["http_url"] = url
     try:
@@ -162,9 +169,11 @@ def bridge_config(base: BridgeConfig | None = None) -> BridgeConfig:
         raise ConfigError(f"{err} (the environment set {looked_at})") from err
 
 
-def _parse(name: str, text: str, *, numeric: bool) -> str | float:
+def _parse(name: str, text: str, *, like: object) -> str | float | tuple[str, ...]:
     _mention(name)
-    if not numeric:
+    if isinstance(like, tuple):
+        return tuple(path for path in text.split(os.pathsep) if path)
+    if not isinstance(like, float):
         return text
     try:
         return float(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,16 @@ class Guarded:
         self.held = held if hold else None
         self.ids = frozenset(map(id, held))
         self.storages = frozenset(filter(None, map(_address, held)))
+
+    @classmethod
+    def together(cls, every: Sequence[Guarded]) -> Guarded:
+        """What any of them is recognised by; nothing is held."""
+        if len(every) == 1:
+            return every[0]
+        made = cls([])
+        made.ids = frozenset().union(*(one.ids for one in every))
+        made.storages = frozenset().union(*(one.storages for one in every))
+        return made
 
 
 class StepGuard:

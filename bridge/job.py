@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from typing import Literal
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -24,6 +24,9 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     ``bytes`` counts what travelled to the inference ranks; ``transfer_s`` moving it, ``stage_s`` from the
     start of the round to every rank holding it, ``total_s`` the whole broadcast as this rank saw it.
     ``restores`` is the older version whose weights this one has, after a rollback.
+
+    Where several servers are configured, ``bytes`` is the sum and the times are the longest of those that
+    have the version live: ``servers``, by their log directories. ``absent`` says why the others have not.
     """
 
     version: int
@@ -34,14 +37,45 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     transport: str
     total_s: float = 0.0
     restores: int | None = None
+    servers: tuple[str, ...] = ()
+    absent: dict[str, str] = {}
+
+
+class Vote(Protocol):
+    """One server's say, on trainer rank 0, in whether the version is committed; see ``bridge.fleet``."""
+
+    @property
+    def stage_timeout_s(self) -> float:
+        """How long to wait for a verdict before ``expired``."""
+
+    def staged(self) -> None:
+        """The server holds the whole version."""
+
+    def expired(self) -> None:
+        """It has waited long enough for the others."""
+
+    def failed(self, error: BridgeError) -> None:
+        """It will not take the version."""
 
 
 class Job:
     """One broadcast, between the caller and the background thread."""
 
-    def __init__(self, shards: LocalShards | None, *, version: int, call: int, encoding: Encoding) -> None:
-        """Without ``shards`` nothing is sent: the version before the served one comes back."""
+    def __init__(
+        self,
+        shards: LocalShards | None,
+        *,
+        version: int,
+        call: int,
+        encoding: Encoding,
+        vote: Vote | None = None,
+    ) -> None:
+        """Without ``shards`` nothing is sent: the version before the served one comes back.
+
+        ``vote``: who decides whether to commit; None where there is nobody to ask, and on other ranks.
+        """
         self.shards = shards
+        self.vote = vote
         self.version = version
         self.call = call
         self.encoding = encoding
@@ -51,6 +85,7 @@ class Job:
         self.receipt: Receipt | None = None
         self.error: BridgeError | None = None
         self.seen = False  # whether the caller was given the outcome
+        self._concluding = threading.Lock()
 
     @property
     def manner(self) -> str:
@@ -64,11 +99,31 @@ class Job:
 
     def finish(self, receipt: Receipt | None, error: BridgeError | None) -> None:
         """Record the outcome; the weights are free either way, and nothing of them is held."""
-        self.receipt, self.error = receipt, error
         if self.shards is not None:
             self.shards.release()
-        self.released.set()
-        self.finished.set()
+        self._conclude(receipt, error)
+
+    def forsake(self, error: BridgeError) -> None:
+        """Record that the round is lost, while the background thread may still be held up in it.
+
+        The weights are free: whatever is still read of them will never be served.
+        """
+        self._conclude(None, error)
+
+    def _conclude(self, receipt: Receipt | None, error: BridgeError | None) -> None:
+        with self._concluding:
+            if self.finished.is_set():
+                return
+            self.receipt, self.error = receipt, error
+            self.released.set()
+            self.finished.set()
+        if error is not None and self.vote is not None:
+            self.vote.failed(error)
+
+    @property
+    def done(self) -> bool:
+        """Whether the outcome is known."""
+        return self.finished.is_set()
 
     # Both waits end by the deadlines of the background thread, which always calls finish().
 
@@ -89,17 +144,30 @@ class Job:
         return self.receipt
 
 
+class Outcome(Protocol):
+    """What a caller waits for: a ``Job``, or those of several servers."""
+
+    seen: bool
+
+    @property
+    def done(self) -> bool: ...
+
+    def wait_released(self) -> None: ...
+
+    def wait(self) -> Receipt: ...
+
+
 class PendingBroadcast:
     """A broadcast under way. The weights are protected until every byte has been read."""
 
-    def __init__(self, job: Job, guard: StepGuard) -> None:
+    def __init__(self, job: Outcome, guard: StepGuard) -> None:
         self._job = job
         self._guard = guard
 
     @property
     def done(self) -> bool:
         """Whether the version is live, or the round has failed."""
-        return self._job.finished.is_set()
+        return self._job.done
 
     def wait_released(self) -> None:
         """Wait until the weights may be changed; the next optimizer step does this by itself.

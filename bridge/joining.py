@@ -8,6 +8,7 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,7 @@ from bridge.wire.meeting import Meeting
 logger = logging.getLogger(__name__)
 
 RETRY_S = 0.5
+IMPATIENT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,14 @@ class Joined:
     device_nonce: DeviceNonce | None
 
 
-def ask_admission(config: BridgeConfig, ranks: Ranks) -> tuple[Mapping, rendezvous.Answer, rendezvous.Store]:
+def ask_admission(
+    config: BridgeConfig, ranks: Ranks, *, patient: bool = True
+) -> tuple[Mapping, rendezvous.Answer, rendezvous.Store]:
     """Rank 0 asks the daemon, the others read its answer; called by every trainer rank.
 
     A daemon that is being restarted publishes another rendezvous, so rank 0 reads the mapping anew for every
-    try, for as long as ``config.connect_timeout_s``.
+    try, for as long as ``config.connect_timeout_s``. If not ``patient``, for a server without which a round
+    would go on, it tries once, and no step of it takes longer than ``IMPATIENT_S``.
 
     Returns:
         The mapping, the answer, and a connection to the daemon's store.
@@ -65,11 +70,11 @@ def ask_admission(config: BridgeConfig, ranks: Ranks) -> tuple[Mapping, rendezvo
         MappingError: the mapping is missing or damaged, or was exported without a rendezvous.
         RendezvousError: the daemon cannot be reached in time, or refuses.
     """
-    timeout_s = config.connect_timeout_s
+    timeout_s = config.connect_timeout_s if patient else min(IMPATIENT_S, config.connect_timeout_s)
     session, failure = "", None
     if ranks.rank == 0:
         try:
-            mapping, store, session, answer = _ask_until_answered(config, ranks)
+            mapping, store, session, answer = _ask_until_answered(config, ranks, timeout_s, again=patient)
         except BridgeError as err:
             failure = err
     session = _agree(session, ranks)
@@ -95,11 +100,11 @@ def _load(config: BridgeConfig) -> tuple[Mapping, Rendezvous]:
 
 
 def _ask_until_answered(
-    config: BridgeConfig, ranks: Ranks
+    config: BridgeConfig, ranks: Ranks, timeout_s: float, *, again: bool
 ) -> tuple[Mapping, rendezvous.Store, str, rendezvous.Answer]:
-    deadline = time.monotonic() + config.connect_timeout_s
+    deadline = time.monotonic() + timeout_s
     while True:
-        left = max(RETRY_S, deadline - time.monotonic())
+        left = max(RETRY_S, deadline - time.monotonic()) if again else timeout_s
         mapping, place = _load(config)
         try:
             store = rendezvous.reach_store(place.host, place.port, timeout_s=left)
@@ -107,7 +112,7 @@ def _ask_until_answered(
         except RendezvousRefused:
             raise
         except RendezvousError as err:
-            if time.monotonic() + RETRY_S >= deadline:
+            if not again or time.monotonic() + RETRY_S >= deadline:
                 raise
             logger.info("trying again: %s", err)
             threading.Event().wait(RETRY_S)
@@ -129,7 +134,11 @@ def _ask(
         torch_version=str(torch.__version__),
     )
     rendezvous.ask(store, request, place.secret, timeout_s=timeout_s)
-    return session, rendezvous.await_answer(store, session, place.secret, timeout_s=timeout_s)
+    try:
+        return session, rendezvous.await_answer(store, session, place.secret, timeout_s=timeout_s)
+    except RendezvousError:
+        rendezvous.withdraw(store, session)
+        raise
 
 
 def _agree(session: str, ranks: Ranks) -> str:
@@ -145,11 +154,16 @@ def _agree(session: str, ranks: Ranks) -> str:
 
 def any_rank(flag: bool, ranks: Ranks) -> bool:
     """Whether ``flag`` is set on any trainer rank, asked over the trainer's own default group."""
+    return on_any_rank([flag], ranks)[0]
+
+
+def on_any_rank(flags: Sequence[bool], ranks: Ranks) -> list[bool]:
+    """Which of the ``flags`` are set on any trainer rank, asked over the trainer's own default group."""
     if ranks.world_size == 1:
-        return flag
-    wire = torch.tensor([int(flag)], dtype=torch.int32, device=_group_device())
+        return list(flags)
+    wire = torch.tensor(flags, dtype=torch.int32, device=_group_device())
     dist.all_reduce(wire, op=dist.ReduceOp.MAX)
-    return bool(wire.item())
+    return [bool(flag) for flag in wire.tolist()]
 
 
 def _group_device() -> torch.device:

@@ -25,7 +25,7 @@ from bridge.errors import (
     RoundAborted,
     TransferError,
 )
-from bridge.job import Encoding, Job, Receipt
+from bridge.job import Encoding, Job, Receipt, Vote
 from bridge.joining import ask_admission, meet
 from bridge.moving import Mover
 from bridge.protocol.mapping import Mapping
@@ -40,6 +40,8 @@ from bridge.protocol.session import (
     Released,
     Send,
     Stage,
+    Staged,
+    State,
 )
 from bridge.sharding import LocalShards
 from bridge.wire import rendezvous
@@ -58,7 +60,17 @@ class _Stop:
     pass
 
 
-_Inbox = queue.Queue[Job | tuple[int, Event] | _Stop]
+@dataclass(frozen=True)
+class _Commit:
+    pass
+
+
+@dataclass(frozen=True)
+class _GiveUp:
+    reason: str
+
+
+_Inbox = queue.Queue[Job | tuple[int, Event] | _Stop | _Commit | _GiveUp]
 
 
 class Session:
@@ -79,10 +91,13 @@ class Session:
         self.mapping = mapping
         self.rank, self.world_size = ranks.rank, ranks.world_size
         self.version = answer.weight_version
+        self.in_place = answer.in_place
         self.closed = ""
         self.stale = False
         self._answer = answer
         self._inbox: _Inbox = queue.Queue()
+        self._under_way: Job | None = None
+        self._staged_at = 0.0
         self._early: list[tuple[int, Event]] = []
         self._meeting = Meeting(store, mapping, epoch=answer.epoch, timeout_s=answer.deadline_s * 2)
         machine = {"epoch": answer.epoch, "version": answer.weight_version}
@@ -125,28 +140,56 @@ class Session:
         self._thread.start()
 
     @classmethod
-    def open(cls, config: BridgeConfig, ranks: Ranks, *, device: torch.device | None) -> Self:
+    def open(
+        cls, config: BridgeConfig, ranks: Ranks, *, device: torch.device | None, patient: bool = True
+    ) -> Self:
         """Meet the inference side; called by every trainer rank.
 
-        ``device`` is the GPU that this rank's weights are on, None for the host's memory.
+        ``device`` is the GPU that this rank's weights are on, None for the host's memory. ``patient`` is as
+        for ``ask_admission``.
 
         Raises:
             MappingError: the mapping is missing or damaged, or was exported without a rendezvous.
             RendezvousError: the daemon cannot be reached in time, or refuses.
         """
-        mapping, answer, store = ask_admission(config, ranks)
+        mapping, answer, store = ask_admission(config, ranks, patient=patient)
         return cls(config, mapping, ranks, answer, store, device=device)
 
     # --- the caller's side -------------------------------------------------------------------------
 
     def submit(
-        self, shards: LocalShards | None, *, call: int, version: int | None, encoding: Encoding = "dense"
+        self,
+        shards: LocalShards | None,
+        *,
+        call: int,
+        version: int | None,
+        encoding: Encoding = "dense",
+        vote: Vote | None = None,
     ) -> Job:
         """Hand a broadcast, or a rollback, to the background thread; ``call`` counts this process's."""
         wanted = self.version + 1 if version is None else version
-        job = Job(shards, version=wanted, call=call, encoding=encoding)
+        job = Job(shards, version=wanted, call=call, encoding=encoding, vote=vote)
+        self._under_way = job
         self._inbox.put(job)
         return job
+
+    def commit(self) -> None:
+        """The verdict on what this session's server has staged (trainer rank 0): make it live."""
+        self._inbox.put(_Commit())
+
+    def give_up(self, reason: str) -> None:
+        """The other verdict: end the epoch, and the round for the caller at once.
+
+        The background thread may be held up by the server for as long as its deadlines allow, and learns of
+        it behind them. The other trainer ranks are told here, so that none of them waits for that.
+        """
+        self.closed = reason
+        self._mover.interrupt()
+        self._inbox.put(_GiveUp(reason))
+        frame = Frame(opcode=Opcode.ABORT, epoch=self._answer.epoch, version=self.version, text=reason)
+        self._perform_safely([Send(tuple(self._joined.peers), frame)])
+        if self._under_way is not None:
+            self._under_way.forsake(RoundAborted(reason))
 
     def refuse_round(self, reason: str) -> None:
         """This rank cannot take part: end the epoch for everyone, so that nobody waits for it."""
@@ -193,6 +236,13 @@ class Session:
         if not isinstance(event, Frame) or event.opcode in ends:
             self._mover.interrupt()  # it may be waiting for a GPU, which hears nothing
         self._inbox.put((peer, event))
+        job = self._under_way
+        if job is None or job.vote is None or job.done or not isinstance(event, Frame):
+            return
+        if event.opcode is Opcode.ABORT:
+            # Other servers may go on without this one, for which our own thread may still be held up.
+            self.closed = event.text
+            job.forsake(RoundAborted(event.text))
 
     # --- the background thread ---------------------------------------------------------------------
 
@@ -204,7 +254,7 @@ class Session:
                 return
             if isinstance(item, Job):
                 self._run_job(item)
-            elif not self.closed:
+            elif isinstance(item, tuple) and not self.closed:
                 self._idle_event(*item)
 
     def _who(self, peer: int) -> str:
@@ -318,12 +368,19 @@ class Session:
             + 2 * self._answer.deadline_s
             + job.nbytes * self.world_size / SLOWEST_BYTES_PER_S
         )
+        until = job.started + limit_s
+        others = job.vote if self._coordinator.state is State.STAGED else None
+        if others is not None:
+            until = min(until, self._staged_at + others.stage_timeout_s)
         machine = self._coordinator if self.rank == 0 else self._member
         if self._early:
             return self._on_event(job, *self._early.pop(0))
         try:
-            item = self._inbox.get(timeout=max(0.0, job.started + limit_s - time.monotonic()))
+            item = self._inbox.get(timeout=max(0.0, until - time.monotonic()))
         except queue.Empty:
+            if others is not None and until < job.started + limit_s:
+                others.expired()
+                return []
             raise TransferError(
                 f"version {job.version} did not become live within {limit_s:g} s (waiting while "
                 f"{machine.state.value})"
@@ -331,6 +388,10 @@ class Session:
         if isinstance(item, _Stop):
             self._inbox.put(item)
             raise RoundAborted(f"version {job.version}: the bridge was closed in the middle of the round")
+        if isinstance(item, _GiveUp):
+            raise RoundAborted(item.reason)
+        if isinstance(item, _Commit):
+            return self._coordinator.commit()
         if isinstance(item, Job):
             raise ProtocolError("a second broadcast was submitted in the middle of a round")
         return self._on_event(job, *item)
@@ -352,6 +413,12 @@ class Session:
             self._move(job, action.joint, action.plan_digest)
         elif isinstance(action, Released):
             job.released.set()
+        elif isinstance(action, Staged):
+            self._staged_at = time.monotonic()
+            if job.vote is None:
+                self.commit()
+            else:
+                job.vote.staged()
         elif isinstance(action, Finished):
             receipt = msgspec.json.decode(action.text, type=Receipt)
             return msgspec.structs.replace(receipt, total_s=time.monotonic() - job.started)

@@ -27,17 +27,17 @@ from bridge.catalogue import Catalogue
 from bridge.config import BridgeConfig
 from bridge.declared import DeclaredLayout
 from bridge.errors import BridgeError, ConfigError, RoundAborted, TopologyError
+from bridge.fleet import Fleet, Server
 from bridge.guard import Guarded, StepGuard
 from bridge.job import Encoding, PendingBroadcast, Receipt
-from bridge.joining import any_rank
 from bridge.parts import Round, collect_single
 from bridge.patches import SparsePatch
-from bridge.rounds import Session
 from bridge.sharding import LocalShards, collect, current_gpu, device_of
 
 logger = logging.getLogger(__name__)
 
 Weights = nn.Module | Mapping[str, torch.Tensor]
+Gather = Callable[[Server], tuple[LocalShards, Guarded]]
 
 __all__ = ["Bridge", "PendingBroadcast", "Receipt", "Round"]
 
@@ -61,6 +61,9 @@ class Bridge:
 
     The connection is made by the first broadcast, or by ``connect``. A round that fails ends it, and the next
     broadcast makes a new one under a new epoch, so a restarted server or trainer needs no further call.
+
+    With ``logdirs`` of several servers there is one connection to each, and a round brings its version to all
+    of them; ``commit`` says what becomes of it where one fails.
     """
 
     def __init__(self, config: BridgeConfig, *, ranks: environment.Ranks | None = None) -> None:
@@ -82,12 +85,10 @@ class Bridge:
             )
         self.config = config
         self._ranks = ranks
-        self._session: Session | None = None
+        self._fleet = Fleet(config, self._own_ranks)
         self._pending: PendingBroadcast | None = None
         self._round: Round | None = None
         self._calls = 0
-        self._base: tuple[str, int] | None = None
-        self._catalogue: Catalogue | None = None
 
     @classmethod
     def connect(cls, config: BridgeConfig | None = None, *, ranks: environment.Ranks | None = None) -> Self:
@@ -103,47 +104,16 @@ class Bridge:
             RendezvousError: the daemon cannot be reached, or refuses.
         """
         bridge = cls(config or environment.bridge_config(), ranks=ranks)
-        bridge._ensure_session(current_gpu())
+        bridge._fleet.ready(current_gpu())
         return bridge
-
-    def _ensure_session(self, device: torch.device | None) -> Session:
-        """The session; a new one if it is over, or if it was made before the weights came to a GPU.
-
-        Weights on another GPU than the session's, or back in host memory, are sent from a snapshot: every
-        rank must decide alike, and this one cannot ask.
-        """
-        if self._session is not None and not self._is_over(device):
-            return self._session
-        return self._open_session(device)
 
     def _own_ranks(self) -> environment.Ranks:
         return self._ranks or environment.ranks()
 
-    def _is_over(self, device: torch.device | None) -> bool:
-        session = self._session
-        return session is None or bool(session.closed) or (session.device is None and device is not None)
-
-    def _open_session(self, device: torch.device | None) -> Session:
-        if self._session is not None:
-            self._session.close()
-            self._session = None
-        self._session = Session.open(self.config, self._own_ranks(), device=device)
-        return self._session
-
-    def _agreed_session(self) -> Session:
-        """As ``_ensure_session``, but ranks decide together.
-
-        The news that an epoch is over reaches them at different times, and a rank that went on alone would
-        wait for the others in the first gather of its round.
-        """
-        device = current_gpu()
-        anew = any_rank(self._is_over(device), self._own_ranks())
-        return self._open_session(device) if anew or self._session is None else self._session
-
     @property
     def weight_version(self) -> int:
-        """The newest version this rank knows to be live; 0 before the first broadcast."""
-        return self._session.version if self._session else 0
+        """The newest version this rank knows to be live on any server; 0 before the first broadcast."""
+        return self._fleet.version
 
     @overload
     def broadcast_weights(
@@ -173,7 +143,8 @@ class Bridge:
                 float32 master weights are cast to the server's dtype on the way.
             blocking: wait until the version is live. With False the call returns at once; the next step of an
                 optimizer over these parameters waits by itself until the weights have been read.
-            version: the weight version; default is the served one plus one. Equal on all ranks.
+            version: the weight version; default is the served one plus one, the newest served by any of
+                several servers. Equal on all ranks.
             encoding: "dense" sends every element. "auto" sends of each bucket what has changed since the last
                 broadcast, without loss, where that is shorter and the bytes go by Gloo; each rank then keeps
                 what it last sent, in the server's dtype, in host memory. "delta" does the same, and refuses
@@ -192,14 +163,16 @@ class Bridge:
                 there are none.
             TopologyError: the degrees of ``layout`` do not divide the number of trainer ranks.
             MappingError: the model does not fit the server's; lists every fault. All ranks' round is aborted.
-            TransferError: the round failed on the way. The old version is still served, whole.
+            RendezvousError: the server cannot be met; of several, one that ``commit`` needs.
+            TransferError: the round failed on the way. The old version is still served, whole; by several
+                servers, unless the error says on which of them the new one is live.
         """
         if encoding not in get_args(Encoding):
             raise ConfigError(f"encoding is {encoding!r}; it is one of {', '.join(get_args(Encoding))}")
         self._check_layout(layout)
         merged = self._merge(model, adapters) if adapters is not None else None
         return self._broadcast(
-            lambda session: self._collect(model, session, merged, layout),
+            lambda server: self._collect(model, server, merged, layout),
             device_of(_tensors_of(model)),
             parameters=lambda: _tensors_of(model),
             module=model if isinstance(model, nn.Module) else None,
@@ -249,7 +222,8 @@ class Bridge:
         """
         self._check_layout(layout)
 
-        def gather(session: Session) -> tuple[LocalShards, Guarded]:
+        def gather(server: Server) -> tuple[LocalShards, Guarded]:
+            session = server.session
             shards = collect_single(name, tensor, session.mapping, rank=session.rank, layout=layout)
             return shards, Guarded([tensor, *shards.tensors])
 
@@ -285,30 +259,32 @@ class Bridge:
             TransferError: the round failed on the way, or another rank abandoned it.
         """
         self._begin()
-        session = self._agreed_session()
-        made = self._round = Round(rank=session.rank, world_size=session.world_size)
+        servers = self._fleet.agreed(current_gpu())
+        ranks = self._own_ranks()
+        made = self._round = Round(rank=ranks.rank, world_size=ranks.world_size)
         outcome = None
         try:
             yield made
         except BaseException as err:
-            session.refuse_round(f"the round was abandoned: {type(err).__name__}: {err}")
+            _refuse(servers, f"the round was abandoned: {type(err).__name__}: {err}")
             raise
         else:
-            outcome = self._send_round(made, session, blocking=blocking, version=version)
+            outcome = self._send_round(made, servers, blocking=blocking, version=version)
         finally:
             made.end(outcome)
             self._round = None
 
     def _send_round(
-        self, made: Round, session: Session, *, blocking: bool, version: int | None
+        self, made: Round, servers: list[Server], *, blocking: bool, version: int | None
     ) -> Receipt | PendingBroadcast:
-        if session.closed:  # told only now: a rank that left its block early would be missed in a gather
-            raise RoundAborted(f"the round was not sent: {session.closed}; the server keeps its weights")
+        closed = [server.session.closed for server in servers]
+        if all(closed):  # told only now: a rank that left its block early would be missed in a gather
+            raise RoundAborted(f"the round was not sent: {closed[0]}; the server keeps its weights")
 
-        def gather(session: Session) -> tuple[LocalShards, Guarded]:
-            return made.collect(session.mapping), Guarded([], hold=True)  # copies, which nobody else changes
+        def gather(server: Server) -> tuple[LocalShards, Guarded]:
+            return made.collect(server.session.mapping), Guarded([], hold=True)  # copies, which only we have
 
-        return self._send(session, gather, blocking=blocking, version=version)
+        return self._send(servers, gather, blocking=blocking, version=version)
 
     @overload
     def update_weight(self, name: str, tensor: torch.Tensor) -> None: ...
@@ -348,13 +324,15 @@ class Bridge:
         as they are.
 
         Raises:
+            ConfigError: several servers would not all come back to the same version.
             TransferError: the server does not hold it any more (a later round has begun), or never does
                 (``--staging in-place``, ``--flip copy``). The served version stays.
         """
         self._begin()
-        session = self._agreed_session()
-        receipt = session.submit(None, call=self._calls, version=None).wait()
-        self._base = (session.mapping.run_dir, receipt.version)
+        servers = self._fleet.that_roll_back(self._fleet.agreed(current_gpu()))
+        parts = [(server, None) for server in servers]
+        receipt = self._fleet.submit(parts, call=self._calls, version=None, encoding="dense").wait()
+        self._fleet.remember(receipt)
         return receipt
 
     def _check_layout(self, layout: DeclaredLayout | None) -> None:
@@ -373,32 +351,32 @@ class Bridge:
             return merge(model)
         except BaseException as err:
             self._calls += 1  # the others make this broadcast, and count it
-            if self._session is not None:
-                self._session.refuse_round(str(err) or type(err).__name__)
+            self._fleet.refuse(str(err) or type(err).__name__)
             raise
 
     def _collect(
-        self, model: Weights, session: Session, merged: Merged | None, layout: DeclaredLayout | None
+        self, model: Weights, server: Server, merged: Merged | None, layout: DeclaredLayout | None
     ) -> tuple[LocalShards, Guarded]:
+        session = server.session
         if not isinstance(model, nn.Module):
             named = collect(model, session.mapping, rank=session.rank, layout=layout)
             return named, Guarded([*model.values(), *named.tensors])
         if merged is not None:
             sums = collect(merged, session.mapping, rank=session.rank, layout=layout)
             return sums, Guarded(merged.kept, hold=True)  # not the sums: no optimizer has them
-        known = self._catalogue
+        known = server.catalogue
         if known is not None and (shards := known.find(model, session.mapping, layout)) is not None:
             return shards, known.guarded
         shards = collect(model, session.mapping, rank=session.rank, layout=layout)
         # The shards too: an optimizer may hold views of their memory, and not the parameters.
         guarded = Guarded([*model.parameters(), *shards.tensors])
         made = Catalogue(model, session.mapping, shards, guarded, layout) if shards.lasting else None
-        self._catalogue = made
+        server.catalogue = made
         return shards, guarded
 
     def _broadcast(
         self,
-        gather: Callable[[Session], tuple[LocalShards, Guarded]],
+        gather: Gather,
         device: torch.device | None,
         *,
         parameters: Callable[[], Iterable[torch.Tensor]],
@@ -414,15 +392,15 @@ class Bridge:
             )
         self._begin()
         for attempt in range(2):
-            session = self._ensure_session(device)
+            servers = self._fleet.ready(device)
             try:
                 return self._send(
-                    session, gather, module=module, blocking=blocking, version=version, encoding=encoding
+                    servers, gather, module=module, blocking=blocking, version=version, encoding=encoding
                 )
             except BridgeError:
                 # The epoch had ended between two rounds, and the news reached this rank during its own
                 # call: rank 0 has not begun this round, and waits for us in a new epoch.
-                if attempt or not session.stale:
+                if attempt or not self._fleet.stale:
                     raise
         raise AssertionError("unreachable: the second attempt returns or raises")
 
@@ -432,12 +410,17 @@ class Bridge:
         if self._round is not None:
             raise ConfigError("a round is open: end its block before another round or broadcast")
         self._calls += 1  # whatever comes of it: ranks that counted differently would never agree again
-        self._finish_pending()
+        try:
+            self._finish_pending()
+        except BridgeError as err:
+            if self._fleet.several:  # which the other ranks are about to meet together
+                self._fleet.refuse(str(err))
+            raise
 
     def _send(
         self,
-        session: Session,
-        gather: Callable[[Session], tuple[LocalShards, Guarded]],
+        servers: list[Server],
+        gather: Gather,
         *,
         module: nn.Module | None = None,
         blocking: bool,
@@ -445,22 +428,38 @@ class Bridge:
         encoding: Encoding = "dense",
     ) -> Receipt | PendingBroadcast:
         try:
-            shards, guarded = gather(session)
-            if shards.partial:
-                self._check_base(session)
+            gathered = {server: self._gather(gather, server) for server in servers}
+            if any(shards.partial for shards, _ in gathered.values()):
+                servers = self._fleet.that_take_parts(servers)
         except BaseException as err:
-            session.refuse_round(str(err) or type(err).__name__)
+            _refuse(servers, str(err) or type(err).__name__)
             raise
-        job = session.submit(shards, call=self._calls, version=version, encoding=encoding)
-        holding = [*shards.owners, *shards.tensors] if guarded.held is None else guarded.held
-        guard = StepGuard(guarded, job.wait_released, module=module, holding=holding)
-        self._pending = PendingBroadcast(job, guard)
+        found = [gathered[server] for server in servers]
+        holding = [
+            tensor
+            for shards, guarded in found
+            for tensor in ([*shards.owners, *shards.tensors] if guarded.held is None else guarded.held)
+        ]
+        parts = [(server, gathered[server][0]) for server in servers]
+        job = self._fleet.submit(parts, call=self._calls, version=version, encoding=encoding)
+        guarded = Guarded.together([guarded for _, guarded in found])
+        self._pending = PendingBroadcast(
+            job, StepGuard(guarded, job.wait_released, module=module, holding=holding)
+        )
         if not blocking:
             return self._pending
         receipt = self._pending.wait()
         self._pending = None
-        self._base = (session.mapping.run_dir, receipt.version)
+        self._fleet.remember(receipt)
         return receipt
+
+    def _gather(self, gather: Gather, server: Server) -> tuple[LocalShards, Guarded]:
+        try:
+            return gather(server)
+        except BridgeError as err:
+            if self._fleet.several:
+                raise type(err)(f"server {server.name}: {err}") from err
+            raise
 
     def _finish_pending(self) -> None:
         """Wait for a broadcast that was left under way; raise its error unless its caller has seen it."""
@@ -474,22 +473,7 @@ class Bridge:
             if not seen:
                 raise
         else:
-            if self._session is not None:
-                self._base = (self._session.mapping.run_dir, receipt.version)
-
-    def _check_base(self, session: Session) -> None:
-        """A part may only be laid over the version this trainer made live itself.
-
-        Raises:
-            ConfigError: the server was restarted, or somebody else's version came between.
-        """
-        served = (session.mapping.run_dir, session.version)
-        if self._base is not None and self._base != served:
-            raise ConfigError(
-                f"part of the weights was to be laid over version {self._base[1]}, but the server at "
-                f"{session.mapping.run_dir} serves version {session.version} of another history; call "
-                "broadcast_weights once"
-            )
+            self._fleet.remember(receipt)
 
     def send_heartbeat(self) -> None:
         """Send one heartbeat now. Heartbeats are sent by themselves; this one raises if the peer is gone.
@@ -497,7 +481,7 @@ class Bridge:
         Raises:
             PeerLost: the daemon (or on other ranks trainer rank 0) cannot be reached.
         """
-        self._ensure_session(self._session.device if self._session else current_gpu()).beat()
+        self._fleet.beat()
 
     def notify_update(
         self, model: nn.Module | dict[str, torch.Tensor], *, version: int | None = None
@@ -521,19 +505,22 @@ class Bridge:
         Raises:
             BridgeError: a broadcast with ``blocking=False`` failed, and nobody had asked for its outcome.
         """
-        self._catalogue = None
         try:
             self._finish_pending()
         finally:
-            if self._session is not None:
-                self._session.close()
-                self._session = None
+            self._fleet.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def _refuse(servers: Iterable[Server], reason: str) -> None:
+    """This rank cannot take part: end the epochs for everyone, so that nobody waits for it."""
+    for server in servers:
+        server.session.refuse_round(reason)
 
 
 def _tensors_of(model: Weights) -> Iterable[torch.Tensor]:

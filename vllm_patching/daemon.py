@@ -314,6 +314,9 @@ class Daemon:
             logger.warning("refused a trainer (pid %d on %s): %s", request.pid, request.host, reason)
             self._answer(rendezvous.Answer(session=request.session, refusal=reason, try_again=try_again))
             return
+        if rendezvous.is_withdrawn(self.store, request):
+            logger.info("a trainer (pid %d on %s) did not wait for its answer", request.pid, request.host)
+            return
         assert self.crew is not None
         assert self.mapping is not None
         assert self.swap is not None

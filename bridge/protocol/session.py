@@ -6,7 +6,11 @@ Inference (one per daemon)::
 
 Coordinator (trainer rank 0)::
 
-    IDLE --begin--> GATHERING --all ready--> MOVING --all staged--> COMMITTING --all committed--> IDLE
+    IDLE --begin--> GATHERING --all ready--> MOVING --all staged--> STAGED --commit--> COMMITTING
+    COMMITTING --all committed--> IDLE
+
+Whether to commit is decided outside: at once where there is one server, by a ``Ballot`` where there are
+several, each of which has a coordinator and an epoch of its own.
 
 Any failure ends the epoch: the inference side drops what it staged and keeps serving the old version, and the
 two sides meet again under a new epoch. There is one exception to dropping: once COMMIT has been received,
@@ -69,6 +73,12 @@ class Released(msgspec.Struct, frozen=True):
     version: int
 
 
+class Staged(msgspec.Struct, frozen=True):
+    """Action of the coordinator: the server holds the whole version; ``commit`` or ``abort`` comes next."""
+
+    version: int
+
+
 class Finished(msgspec.Struct, frozen=True):
     """Action of a trainer rank: the version is live; ``text`` is the receipt."""
 
@@ -82,7 +92,7 @@ class Close(msgspec.Struct, frozen=True):
     reason: str
 
 
-Action = Send | Stage | Commit | Move | Released | Finished | Close
+Action = Send | Stage | Commit | Move | Released | Staged | Finished | Close
 
 
 class _Machine:
@@ -272,13 +282,18 @@ class Coordinator(_Machine):
         self._waiting.discard(peer)
         if self._waiting:
             return []
+        self.state = State.STAGED
+        release = Send(self._others, self._frame(Opcode.RELEASE))
+        return [release, Released(self.version), Staged(self.version)]
+
+    def commit(self) -> list[Action]:
+        """Every server that is to have the version holds it: make it live."""
+        self._note("commit")
+        if self.state is not State.STAGED:
+            raise self._impossible("commit")
         self.state = State.COMMITTING
         self._waiting = set(self._daemons)
-        return [
-            Send(self._others, self._frame(Opcode.RELEASE)),
-            Send(self._daemons, self._frame(Opcode.COMMIT)),
-            Released(self.version),
-        ]
+        return [Send(self._daemons, self._frame(Opcode.COMMIT))]
 
     def _committed(self, peer: int, text: str) -> list[Action]:
         self.measurements.append(text)

@@ -22,6 +22,7 @@ from bridge.wire.rendezvous import boot_id
 
 _IOV_MAX = 1024
 _PR_SET_PTRACER = 0x59616D61
+_readers: set[int] = set()
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -81,9 +82,20 @@ class Nonce:
 
 
 def allow_reader(pid: int) -> None:
-    """Let ``pid`` and its children read this process where Yama would refuse (ptrace_scope 1)."""
-    if _YAMA.exists() and _YAMA.read_text().strip() == "1":
-        _libc.prctl(_PR_SET_PTRACER, ctypes.c_ulong(pid), 0, 0, 0)
+    """Let ``pid`` and its children read this process where Yama would refuse (ptrace_scope 1).
+
+    Yama keeps one name only: for the daemons of several servers, every process of this user is let.
+    """
+    if not (_YAMA.exists() and _YAMA.read_text().strip() == "1"):
+        return
+    _readers.add(pid)
+    _readers.intersection_update([reader for reader in _readers if _exists(reader)])
+    allowed = ctypes.c_ulong(-1) if len(_readers) > 1 else ctypes.c_ulong(pid)  # -1: PR_SET_PTRACER_ANY
+    _libc.prctl(_PR_SET_PTRACER, allowed, 0, 0, 0)
+
+
+def _exists(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
 
 
 def can_pull(peer: Whereabouts) -> str:

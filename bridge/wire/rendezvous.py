@@ -187,6 +187,19 @@ def fetch(store: Store, key: str, *, timeout_s: float, what: str) -> bytes:
         raise RendezvousError(f"waited {timeout_s:g} s for {what}: {first_line(err)}") from err
 
 
+def withdraw(store: Store, session: str) -> None:
+    """Take a request back: whoever is admitted and does not come holds the daemon up for its deadline."""
+    try:
+        store.set(f"withdrawn/{session}", "")
+    except (RuntimeError, dist.DistError):
+        return  # with the store, the request is gone too
+
+
+def is_withdrawn(store: Store, request: Request) -> bool:
+    """Whether the trainer has given up meanwhile; does not wait."""
+    return bool(store.check([f"withdrawn/{request.session}"]))
+
+
 def next_request(store: Store, ticket: int, *, secret: str) -> Request | None:
     """The request with this ticket, or None if nobody came yet; does not wait.
 

@@ -59,6 +59,11 @@ def alive(pid: int) -> bool:
         return False
 
 
+def prompts(count: int) -> list[list[int]]:
+    """Fixed prompts, as token ids."""
+    return [[1] + [3 + (seed * 29 + i * 11) % 90 for i in range(20)] for seed in range(count)]
+
+
 class Api:
     """A server's OpenAI API and the bridge's endpoints."""
 
@@ -105,8 +110,7 @@ class Api:
     def greedy(self, num_prompts: int = 8, tokens: int = 64, **extra: Any) -> list[dict[str, Any]]:
         """Greedy tokens and logprobs of fixed prompts, one request at a time so that batches are alike."""
         answers = []
-        for seed in range(num_prompts):
-            prompt = [1] + [3 + (seed * 29 + i * 11) % 90 for i in range(20)]
+        for prompt in prompts(num_prompts):
             (choice,) = self.complete(
                 prompt, max_tokens=tokens, temperature=0.0, logprobs=0, ignore_eos=True, **extra
             )

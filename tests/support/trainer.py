@@ -182,6 +182,11 @@ class Trainer:
                     parameter.copy_(full)
         return {}
 
+    def environ(self, **variables: str) -> dict[str, Any]:
+        """From the next connection on."""
+        os.environ.update(variables)
+        return {}
+
     def declare(self, tp_degree: int) -> dict[str, Any]:
         """Say from now on that so many ranks are tensor parallel."""
         import msgspec

@@ -43,7 +43,7 @@ def test_where_things_are(tmp_path: Path) -> None:
 
 
 def test_no_server_lists_what_was_looked_at() -> None:
-    with pytest.raises(ConfigError, match=r"BRIDGE_CONFIG.*BRIDGE_LOGDIR and LOGDIR.*config_path and logdir"):
+    with pytest.raises(ConfigError, match=r"BRIDGE_CONFIG.*BRIDGE_LOGDIR and LOGDIR.*config_path, logdir"):
         environment.bridge_config().mapping_path()
     with pytest.raises(ConfigError, match="BRIDGE_UPDATE_DIR"):
         environment.bridge_config().update_path()
@@ -62,6 +62,11 @@ def test_fewer_than_fifteen_fields() -> None:
         ({"connect_timeout_s": True}, "connect_timeout_s is True"),
         ({"logdir": ""}, "logdir is ''; it must be absent or not empty"),
         ({"logdir": 3}, "logdir is 3; it must be a path"),
+        ({"logdirs": "a"}, "logdirs is 'a'; it must be a list of different paths"),
+        ({"logdirs": ["a", "a"]}, "it must be a list of different paths"),
+        ({"logdirs": ["a", ""]}, "it must be a list of different paths"),
+        ({"logdirs": ["a"], "logdir": "b"}, "names a server too"),
+        ({"commit": "some"}, "commit is 'some'; it must be one of all, available"),
         ({"http_url": "host:8000"}, "http_url is 'host:8000'; it must be a URL"),
         ({"conect_timeout_s": 1}, r"no conect_timeout_s \(did you mean connect_timeout_s\?\)"),
         ({"checksums": False}, "every bucket is always compared"),
@@ -137,9 +142,33 @@ def test_every_field_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     assert environment.VARIABLES.keys() == set(BridgeConfig.__struct_fields__)
     for names in environment.VARIABLES.values():
         monkeypatch.setenv(names[0], "7" if names[0].endswith("_S") else "http://x")
+    monkeypatch.delenv("BRIDGE_LOGDIRS")
+    monkeypatch.setenv("BRIDGE_COMMIT", "available")
     config = environment.bridge_config()
-    assert config.connect_timeout_s == 7.0
+    assert config.connect_timeout_s == config.stage_timeout_s == 7.0
+    assert config.commit == "available"
     assert config.api_key == config.http_url == config.config_path == "http://x"
+
+
+def test_several_servers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = BridgeConfig(logdirs=[tmp_path, "b:1"], commit="available")
+    assert config.logdirs == (str(tmp_path), "b:1")
+    first, second = config.servers()
+    assert (first.mapping_path(), second.mapping_path()) == (
+        tmp_path / CONFIG_NAME,
+        Path("b:1") / CONFIG_NAME,
+    )
+    assert first.commit == "available"
+    with pytest.raises(ConfigError, match="one server at a time, and logdirs names 2"):
+        config.mapping_path()
+    one = BridgeConfig(logdir="a")
+    assert one.servers() == (one,)
+    assert BridgeConfig(logdirs=["a"]).mapping_path() == one.mapping_path()
+    assert BridgeConfig(logdirs=["a"]).update_path() == one.update_path()
+    monkeypatch.setenv("LOGDIR", "/runs/own")
+    monkeypatch.setenv("BRIDGE_LOGDIRS", os.pathsep.join(("/runs/a", "/runs/b")))
+    assert [c.logdir for c in environment.bridge_config().servers()] == ["/runs/a", "/runs/b"]
+    assert environment.bridge_config(BridgeConfig(logdir="/mine")).logdirs == ()
 
 
 def test_the_earlier_logdir_is_mentioned_once(

@@ -159,11 +159,13 @@ def coordinator(state: State, *, trainers: int = 3) -> Coordinator:
         machine.state = state
     elif state is not State.IDLE:
         machine.begin(2, b"", call=1, encoding="dense")
-    if state in (State.MOVING, State.COMMITTING):
+    if state in (State.MOVING, State.STAGED, State.COMMITTING):
         for peer in range(1, trainers):
             machine.on_frame(peer, frame("READY", text="dense"))
-    if state is State.COMMITTING:
+    if state in (State.STAGED, State.COMMITTING):
         machine.on_frame(trainers, frame("STAGED"))
+    if state is State.COMMITTING:
+        machine.commit()
     assert machine.state is state
     return machine
 
@@ -206,6 +208,7 @@ COORDINATOR = {
     "`READY` of another call": lambda m: m.on_frame(1, frame("READY", index=9, text="dense")),
     "`READY` of another encoding": lambda m: m.on_frame(1, frame("READY", text="auto")),
     "the last `STAGED`": lambda m: m.on_frame(3, frame("STAGED")),
+    "commit": lambda m: m.commit(),
     "the last `COMMITTED`": lambda m: m.on_frame(3, frame("COMMITTED")),
     "`FAILED`": lambda m: m.on_frame(1, frame("FAILED")),
     "`ABORT`": lambda m: m.on_frame(1, frame("ABORT")),
@@ -333,6 +336,7 @@ def test_documented_defaults():
     documented = {
         "BRIDGE_CONNECT_TIMEOUT_S": "connect_timeout_s",
         "BRIDGE_COMMIT_TIMEOUT_S": "commit_timeout_s",
+        "BRIDGE_STAGE_TIMEOUT_S": "stage_timeout_s",
     }
     from bridge.config import BridgeConfig
 

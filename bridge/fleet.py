@@ -1,0 +1,423 @@
+"""The servers that one trainer feeds: one as a rule, or several, which get each version in the same round.
+
+Each server has a session of its own, with its epoch, groups and background thread, so their layouts may
+differ and all of them take the bytes at the same time. Here is what several need beyond that: who takes part
+in a round, the one decision to commit (``protocol.ballot``), and one outcome for the caller.
+
+Trainer rank 0 decides. The others learn it server by server, as DONE or ABORT of that server's epoch, so that
+all ranks tell the same of a round. Before each round the ranks agree over the trainer's own default group on
+whom to meet anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from bridge.catalogue import Catalogue
+from bridge.config import BridgeConfig
+from bridge.environment import Ranks
+from bridge.errors import BridgeError, ConfigError, RendezvousError, RoundAborted
+from bridge.job import Encoding, Job, Outcome, Receipt
+from bridge.joining import any_rank, on_any_rank
+from bridge.protocol.ballot import GIVEN_UP, Ballot, Policy, Verdict
+from bridge.rounds import Session
+from bridge.sharding import LocalShards, current_gpu
+
+logger = logging.getLogger(__name__)
+
+
+class Server:
+    """One server, as a trainer rank sees it from epoch to epoch."""
+
+    def __init__(self, config: BridgeConfig) -> None:
+        self.config = config
+        self.name = config.logdir or config.config_path or ""
+        self.catalogue: Catalogue | None = None
+        self.base: tuple[str, int] | None = None  # run directory and version of what we last made live
+        self.before: int | None = None  # the version that we had made live there before
+        self.tried = False
+        self._session: Session | None = None
+
+    @property
+    def met(self) -> bool:
+        """Whether there is a session; it may be over."""
+        return self._session is not None
+
+    @property
+    def session(self) -> Session:
+        """The session of a server that was met."""
+        assert self._session is not None, f"{self.name} was not met"
+        return self._session
+
+    @property
+    def version(self) -> int:
+        """The version known to be live there; 0 before the first."""
+        return self._session.version if self._session is not None else 0
+
+    def is_over(self, device: torch.device | None) -> bool:
+        """Whether it must be met anew, also because the weights have come to a GPU since."""
+        session = self._session
+        return session is None or bool(session.closed) or (session.device is None and device is not None)
+
+    def open(self, ranks: Ranks, device: torch.device | None, *, patient: bool = True) -> None:
+        """Meet it anew; see ``Session.open``."""
+        self.close()
+        self.tried = True
+        self._session = Session.open(self.config, ranks, device=device, patient=patient)
+
+    def close(self) -> None:
+        """End the session, if there is one."""
+        self.catalogue = None
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    def remember(self, version: int) -> None:
+        """``version`` was made live there by us."""
+        if self._session is not None:
+            run_dir = self._session.mapping.run_dir
+            self.before = self.base[1] if self.base is not None and self.base[0] == run_dir else None
+            self.base = (run_dir, version)
+
+
+class Fleet:
+    """All configured servers. Methods that say so are called by every trainer rank, in the same order."""
+
+    def __init__(self, config: BridgeConfig, own_ranks: Callable[[], Ranks]) -> None:
+        self.servers = tuple(Server(one) for one in config.servers())
+        self._policy = config.commit
+        self._stage_timeout_s = config.stage_timeout_s
+        self._own_ranks = own_ranks
+        self._absent: dict[str, str] = {}
+
+    @property
+    def several(self) -> bool:
+        """Whether there is more than one."""
+        return len(self.servers) > 1
+
+    @property
+    def version(self) -> int:
+        """The newest version that is live on any of them, as far as this rank knows."""
+        return max(server.version for server in self.servers)
+
+    @property
+    def stale(self) -> bool:
+        """Whether the only server's epoch had ended before the round; several agree on that beforehand."""
+        return not self.several and self.servers[0].met and self.servers[0].session.stale
+
+    # --- meeting -----------------------------------------------------------------------------------
+
+    def ready(self, device: torch.device | None) -> list[Server]:
+        """The servers of the next round, met anew where their epoch is over.
+
+        Weights on another GPU than a session's, or back in host memory, are sent from a snapshot: every rank
+        must decide alike, and with one server this one cannot ask. With several every rank calls this.
+
+        Raises:
+            BridgeError: a server cannot be met, and the policy is "all", or it is the last.
+        """
+        if self.several:
+            return self._meet(device)
+        (server,) = self.servers
+        if server.is_over(device):
+            server.open(self._own_ranks(), device)
+        return [server]
+
+    def agreed(self, device: torch.device | None) -> list[Server]:
+        """As ``ready``, but ranks decide together also on one server; every rank calls it.
+
+        The news that an epoch is over reaches them at different times, and a rank that went on alone would
+        wait for the others in the first gather of its round.
+        """
+        if self.several:
+            return self._meet(device)
+        (server,) = self.servers
+        if any_rank(server.is_over(device), self._own_ranks()) or not server.met:
+            server.open(self._own_ranks(), device)
+        return [server]
+
+    def refuse(self, reason: str) -> None:
+        """This rank cannot take part in a round that the others begin: let nobody wait for it."""
+        if self.several:
+            self._agree(refusing=True, over=[False] * len(self.servers))
+        elif self.servers[0].met:
+            self.servers[0].session.refuse_round(reason)
+
+    def _agree(self, *, refusing: bool, over: Sequence[bool]) -> list[bool]:
+        refused, *anew = on_any_rank([refusing, *over], self._own_ranks())
+        if refused and not refusing:
+            raise RoundAborted(
+                "another trainer rank cannot take part in this round, and its error says why; every server "
+                "keeps its weights"
+            )
+        return anew
+
+    def _meet(self, device: torch.device | None) -> list[Server]:
+        ranks = self._own_ranks()
+        anew = self._agree(refusing=False, over=[server.is_over(device) for server in self.servers])
+        over = [server for server, flag in zip(self.servers, anew, strict=True) if flag]
+        faults: dict[str, BridgeError] = {}
+        for server in over:
+            try:
+                # One that was not there lately must not hold up every round of the others.
+                server.open(ranks, device, patient=self._policy == "all" or not server.tried)
+            except BridgeError as err:
+                faults[server.name] = err
+        if over:
+            lost = on_any_rank([server.name in faults for server in over], ranks)
+            for server in (s for s, flag in zip(over, lost, strict=True) if flag):
+                server.close()
+                faults.setdefault(server.name, RendezvousError("another trainer rank could not join it"))
+        self._check_absent(faults)
+        present = [server for server in self.servers if server.met]
+        self._check_policy(present)
+        return present
+
+    def _check_absent(self, faults: Mapping[str, BridgeError]) -> None:
+        self._absent = {name: str(err) for name, err in faults.items()}
+        if faults and (self._policy == "all" or len(faults) == len(self.servers)):
+            kind = type(next(iter(faults.values())))
+            raise kind(
+                f"{len(faults)} of {len(self.servers)} servers cannot be met, and commit={self._policy!r} "
+                f"needs {'all' if self._policy == 'all' else 'one'}: {_listed(self._absent)}"
+            )
+        for name, reason in self._absent.items():
+            self._warn("server %s is left out of this round: %s", name, reason)
+
+    def _check_policy(self, present: Sequence[Server]) -> None:
+        in_place = [server.name for server in present if server.session.in_place]
+        if in_place and self._policy == "all":
+            raise ConfigError(
+                f"commit='all' needs servers that can give a staged version up, and {', '.join(in_place)} "
+                "cannot: with --staging in-place it is written over the old one; use commit='available'"
+            )
+
+    def _warn(self, message: str, *args: object) -> None:
+        """Once for all ranks, which find the same."""
+        if self._own_ranks().rank == 0:
+            logger.warning(message, *args)
+
+    # --- a round -----------------------------------------------------------------------------------
+
+    @property
+    def _made(self) -> list[int]:
+        """The versions that this trainer has made live last, of those servers where it has."""
+        return [server.base[1] for server in self.servers if server.base is not None]
+
+    def that_take_parts(self, servers: Sequence[Server]) -> list[Server]:
+        """Those of ``servers`` over whose version a part of the weights may be laid.
+
+        That is the one this trainer made live last, and on all of them the same.
+
+        Raises:
+            ConfigError: one of them serves another, and the policy is "all", or none of them may.
+        """
+        made = self._made
+        wanted = max(made or [server.session.version for server in servers])
+        faults = {
+            server.name: f"the server at {server.session.mapping.run_dir} serves version "
+            f"{server.session.version}{'' if server.session.version != wanted else ' of another history'}"
+            for server in servers
+            if server.session.version != wanted
+            or (made and server.base != (server.session.mapping.run_dir, wanted))
+        }
+        fit = [server for server in servers if server.name not in faults]
+        if faults and (self._policy == "all" or not fit):
+            raise ConfigError(
+                f"part of the weights was to be laid over version {wanted}, but "
+                f"{', '.join(faults.values())}; call broadcast_weights once"
+            )
+        for name, fault in faults.items():
+            self._absent[name] = f"a part is laid over version {wanted}, but {fault}"
+            self._warn("server %s is left out of this round: %s", name, self._absent[name])
+        return fit
+
+    def that_roll_back(self, servers: Sequence[Server]) -> Sequence[Server]:
+        """``servers``, which would all come back to one version. A single one knows by itself which.
+
+        Raises:
+            ConfigError: they would not, or this trainer cannot know; nothing has begun.
+        """
+        if not self.several:
+            return servers
+        fit = self.that_take_parts(servers)
+        before = {server.name: server.before for server in servers}
+        if len(fit) < len(self.servers) or None in before.values() or len(set(before.values())) > 1:
+            held = ", ".join(f"{name}: {'unknown' if v is None else v}" for name, v in before.items())
+            raise ConfigError(
+                f"the versions that this trainer had made live before are not one ({held}), or servers are "
+                "absent, so a rollback would part them; broadcast the wanted weights instead"
+            )
+        return servers
+
+    def submit(
+        self,
+        parts: Sequence[tuple[Server, LocalShards | None]],
+        *,
+        call: int,
+        version: int | None,
+        encoding: Encoding,
+    ) -> Outcome:
+        """Hand a broadcast to the sessions' threads; see ``Session.submit``."""
+        if not self.several:
+            ((server, shards),) = parts
+            return server.session.submit(shards, call=call, version=version, encoding=encoding)
+        wanted = max([self.version, *self._made]) + 1 if version is None else version
+        sessions = {server.name: server.session for server, _ in parts}
+        leads = self._own_ranks().rank == 0
+        tally = _Tally(sessions, self._policy, self._stage_timeout_s) if leads else None
+        jobs = {
+            server.name: server.session.submit(
+                shards, call=call, version=wanted, encoding=encoding, vote=_Say(tally, server.name)
+            )
+            for server, shards in parts
+        }
+        return _Together(jobs, self._absent, policy=self._policy, version=wanted, warn=self._warn)
+
+    def remember(self, receipt: Receipt) -> None:
+        """What a round has made live."""
+        for server in self.servers:
+            if not self.several or server.name in receipt.servers:
+                server.remember(receipt.version)
+
+    def beat(self) -> None:
+        """Send a heartbeat to every server that was met; the only one is met first.
+
+        Raises:
+            PeerLost: one of them is gone, and the policy is "all".
+        """
+        if not self.several:
+            self.ready(self.servers[0].session.device if self.servers[0].met else current_gpu())
+        for server in self.servers:
+            if server.met and not (self._policy == "available" and server.session.closed):
+                server.session.beat()
+
+    def close(self) -> None:
+        """Leave all servers."""
+        for server in self.servers:
+            server.close()
+
+
+def _listed(reasons: Mapping[str, object]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+
+
+class _Tally:
+    """Trainer rank 0's count of the votes, which come from the sessions' threads."""
+
+    def __init__(self, sessions: Mapping[str, Session], policy: Policy, stage_timeout_s: float) -> None:
+        self.stage_timeout_s = math.inf if policy == "all" else stage_timeout_s
+        self._sessions = sessions
+        self._ballot = Ballot(sessions, policy)
+        self._lock = threading.Lock()
+
+    def count(self, event: Callable[[Ballot], Verdict | None]) -> None:
+        """Take one event, and carry out the verdict if it led to one."""
+        with self._lock:
+            verdict = event(self._ballot)
+        if verdict is None:
+            return
+        for name in verdict.commit:
+            self._sessions[name].commit()
+        for name in verdict.give_up:
+            self._sessions[name].give_up(verdict.reason)
+
+
+@dataclass(frozen=True)
+class _Say:
+    """One server's vote; on ranks other than 0, who do not count, nothing."""
+
+    tally: _Tally | None
+    server: str
+
+    @property
+    def stage_timeout_s(self) -> float:
+        return math.inf if self.tally is None else self.tally.stage_timeout_s
+
+    def staged(self) -> None:
+        self._count(lambda ballot: ballot.staged(self.server))
+
+    def expired(self) -> None:
+        self._count(lambda ballot: ballot.expired(self.stage_timeout_s))
+
+    def failed(self, error: BridgeError) -> None:
+        self._count(lambda ballot: ballot.failed(self.server, hopeless=isinstance(error, ConfigError)))
+
+    def _count(self, event: Callable[[Ballot], Verdict | None]) -> None:
+        if self.tally is not None:
+            self.tally.count(event)
+
+
+class _Together:
+    """The outcome of one broadcast to several servers."""
+
+    def __init__(
+        self,
+        jobs: Mapping[str, Job],
+        absent: Mapping[str, str],
+        *,
+        policy: Policy,
+        version: int,
+        warn: Callable[..., None],
+    ) -> None:
+        self.seen = False
+        self._jobs = jobs
+        self._absent = absent
+        self._policy = policy
+        self._version = version
+        self._warn = warn
+
+    @property
+    def done(self) -> bool:
+        return all(job.done for job in self._jobs.values())
+
+    def wait_released(self) -> None:
+        """Wait until every server has read the weights, or is left out; raises if the round failed before."""
+        for job in self._jobs.values():
+            job.released.wait()
+        self._raise_failure()
+
+    def wait(self) -> Receipt:
+        """Wait for the outcome on every server."""
+        for job in self._jobs.values():
+            job.finished.wait()
+        first = not self.seen
+        self.seen = True
+        self._raise_failure()
+        errors = {name: str(job.error) for name, job in self._jobs.items() if job.error is not None}
+        if first:
+            for name, reason in errors.items():
+                self._warn("version %d is not live on server %s: %s", self._version, name, reason)
+        receipts = {name: job.receipt for name, job in self._jobs.items() if job.receipt is not None}
+        made = list(receipts.values())
+        return Receipt(
+            version=self._version,
+            bytes=sum(receipt.bytes for receipt in made),
+            transfer_s=max(receipt.transfer_s for receipt in made),
+            stage_s=max(receipt.stage_s for receipt in made),
+            flip_s=max(receipt.flip_s for receipt in made),
+            transport="+".join(sorted({part for r in made for part in r.transport.split("+")})),
+            total_s=max(receipt.total_s for receipt in made),
+            servers=tuple(receipts),
+            restores=made[0].restores,
+            absent={**self._absent, **errors},
+        )
+
+    def _raise_failure(self) -> None:
+        errors = {name: job.error for name, job in self._jobs.items() if job.error is not None}
+        if not errors or (self._policy == "available" and len(errors) < len(self._jobs)):
+            return
+        self.seen = True
+        # Those that were given up because of another come last: the other is the cause.
+        ordered = dict(sorted(errors.items(), key=lambda item: GIVEN_UP in str(item[1])))
+        live = [name for name, job in self._jobs.items() if job.receipt is not None]
+        where = f"on {', '.join(live)}, but not on every server" if live else "on no server"
+        raise type(next(iter(ordered.values())))(
+            f"version {self._version} is live {where}: {_listed(ordered)}"
+        )

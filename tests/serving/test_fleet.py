@@ -1,0 +1,150 @@
+"""One trainer feeds two servers of different layout: each version on both, or on those that can have it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.serving import (
+    UNBOUND,
+    Server,
+    alive,
+    prompts,
+    serving,
+    serving_together,
+    training,
+    wait_until,
+)
+
+pytestmark = [pytest.mark.serving, pytest.mark.timeout(420, method="signal")]
+
+F32 = "--dtype=float32"
+TIMES = ["--deadline=5", "--heartbeat-interval=0.5"]
+TOKENS = 16
+STAGE_TIMEOUT_S = 2.0
+SOON_S = 15.0  # "within seconds", on a busy machine; every timeout of the configuration is far above
+
+
+def own_answers(checkpoint: Path) -> list[list[int]]:
+    """Greedy tokens of the trainer's model, by its own forward."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    answers = []
+    with torch.no_grad():
+        for prompt in prompts(4):
+            tokens = list(prompt)
+            for _ in range(TOKENS):
+                tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+            answers.append(tokens[len(prompt) :])
+    return answers
+
+
+def answers(server: Server) -> list[list[int]]:
+    return [answer["tokens"] for answer in server.api.greedy(4, TOKENS)]
+
+
+def version(server: Server) -> int:
+    return int(server.status()["weight_version"])
+
+
+def stop_an_updater(server: Server) -> int:
+    """A round stands in the middle on this server from now on; the stopped process."""
+    pid = int(server.status()["pids"]["updaters"][0])
+    os.kill(pid, signal.SIGSTOP)
+    return pid
+
+
+def kill(server: Server) -> None:
+    """End a server without a word, and wait until all of it is gone."""
+    pids = server.pids()
+    server.process.kill()
+    server.process.wait()
+    wait_until("the killed server's processes to end", lambda: not any(map(alive, pids)), timeout_s=60)
+
+
+def test_two_servers_of_different_layout(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    sets = [checkpoint("qwen3", "float32", seed) for seed in (0, 1)]
+    expected = [own_answers(path) for path in sets]
+    assert expected[0] != expected[1]
+    one: dict[str, Any] = {"flags": [F32], "bridge_flags": TIMES, "env": UNBOUND}
+    two = {**one, "flags": [F32, "--tensor-parallel-size=2"]}
+    places = [str(tmp_path / "one"), str(tmp_path / "two")]
+    env = {"BRIDGE_LOGDIRS": os.pathsep.join(places), "BRIDGE_CONNECT_TIMEOUT_S": "3"}
+    with (
+        serving_together((sets[0], Path(places[0]), one), (sets[0], Path(places[1]), two)) as servers,
+        training("fsdp2", sets[0], logdir=tmp_path, dtype="float32", ranks=2, env=env) as trainers,
+    ):
+        first, second = servers
+        for made, index in enumerate((1, 0, 1), start=1):
+            trainers.must("load", path=str(sets[index]))
+            if made < 3:
+                receipts = trainers.must("broadcast")
+            else:
+                trainers.must("broadcast", blocking=False)
+                trainers.must("step", fill=0.0)  # waits until both have read
+                receipts = trainers.must("wait")
+            for receipt in receipts:
+                assert (receipt["version"], receipt["servers"], receipt["absent"]) == (made, places, {})
+            assert [version(server) for server in servers] == [made, made]
+            assert answers(first) == answers(second) == expected[index]
+
+        trainers.must("load", path=str(sets[0]))
+        stop_an_updater(first)
+        trainers.send("broadcast")
+        wait_until("a round in the middle", lambda: first.status()["state"] == "round", timeout_s=30)
+        kill(first)
+        for failed in trainers.answers(timeout_s=60):
+            assert "version 4 is live on no server" in failed["error"], failed
+            assert f"{places[0]}: " in failed["error"]
+            assert f"{places[1]}: given up because of {places[0]}" in failed["error"]
+        assert version(second) == 3
+        assert answers(second) == expected[1]
+        for failed in trainers.command("broadcast"):
+            assert "1 of 2 servers cannot be met, and commit='all' needs all" in failed["error"], failed
+        assert version(second) == 3
+        trainers.must("close")
+        trainers.must("environ", BRIDGE_COMMIT="available", BRIDGE_STAGE_TIMEOUT_S=f"{STAGE_TIMEOUT_S:g}")
+        for made in (4, 5):  # the absent server is waited for once
+            start = time.monotonic()
+            for receipt in trainers.must("broadcast"):
+                assert (receipt["version"], receipt["servers"]) == (made, [places[1]])
+                assert receipt["absent"].keys() == {places[0]}
+            assert time.monotonic() - start < SOON_S
+            assert version(second) == made
+        assert answers(second) == expected[0]
+
+        with serving(sets[0], Path(places[0]), **one) as first:
+            trainers.must("load", path=str(sets[1]))
+            name = "model.norm.weight"
+            for receipt in trainers.must("single", name=name, value=0.5):
+                assert (receipt["version"], receipt["servers"]) == (6, [places[1]])
+                assert "serves version 0" in receipt["absent"][places[0]]
+            trainers.must("load", path=str(sets[1]))
+            for receipt in trainers.must("broadcast"):
+                assert (receipt["version"], receipt["servers"]) == (7, places)
+            assert version(first) == version(second) == 7
+            assert answers(first) == answers(second) == expected[1]
+
+            trainers.must("load", path=str(sets[0]))
+            stopped = stop_an_updater(first)
+            start = time.monotonic()
+            for receipt in trainers.must("broadcast"):
+                assert (receipt["version"], receipt["servers"]) == (8, [places[1]])
+                reason = f"not staged {STAGE_TIMEOUT_S:g} s after another server was"
+                assert receipt["absent"] == {places[0]: reason}
+            assert time.monotonic() - start < SOON_S
+            assert answers(second) == expected[0]
+            assert answers(first) == expected[1]
+            wait_until("the daemon to end the stopped updater", lambda: not alive(stopped), timeout_s=30)
+            for receipt in trainers.must("broadcast"):
+                assert (receipt["version"], receipt["servers"]) == (9, places)
+            assert answers(first) == answers(second) == expected[0]
+            trainers.must("close")

@@ -1,0 +1,539 @@
+"""Several servers: who decides to commit what, where, and what the caller is told."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from torch import nn
+
+import bridge
+from bridge import joining
+from bridge.config import BridgeConfig
+from bridge.environment import Ranks
+from bridge.errors import (
+    BridgeError,
+    ConfigError,
+    MappingError,
+    PeerLost,
+    RendezvousError,
+    RoundAborted,
+    TransferError,
+)
+from bridge.guard import _active
+from bridge.job import Encoding, Job, Receipt, Vote
+from bridge.protocol import mapping as mapping_file
+from bridge.protocol.ballot import Ballot, Policy, Verdict
+from bridge.protocol.mapping import CONFIG_NAME, Rendezvous
+from bridge.rounds import Session
+from bridge.sharding import LocalShards
+from bridge.wire import peer_memory, rendezvous
+from tests.support.mappings import identity_mapping
+
+# --- the ballot ------------------------------------------------------------------------------------------
+
+
+def verdict_of(ballot: Ballot, events: str) -> Verdict | None:
+    """Capital letters: that server has staged; small ones: it has failed."""
+    given = [
+        ballot.staged(event.lower()) if event.isupper() else ballot.failed(event.lower()) for event in events
+    ]
+    verdicts = [verdict for verdict in given if verdict is not None]
+    assert len(verdicts) <= 1, "a verdict is final"
+    return verdicts[0] if verdicts else None
+
+
+@pytest.mark.parametrize("votes", list(itertools.product("Aa", "Bb", "Cc")), ids="".join)
+def test_every_order_of_every_vote(votes: tuple[str, ...]) -> None:
+    staged = {vote.lower() for vote in votes if vote.isupper()}
+    for order in itertools.permutations(votes):
+        strict = verdict_of(Ballot("abc", "all"), "".join(order))
+        assert strict is not None
+        assert set(strict.commit) == (staged if len(staged) == 3 else set())
+        failed = [vote for vote in order if vote.islower()]
+        assert set(strict.give_up) == ({*"abc"} - {failed[0]} if failed else set())
+        lenient = verdict_of(Ballot("abc", "available"), "".join(order))
+        assert lenient == Verdict(tuple(vote.lower() for vote in order if vote.isupper()), ())
+
+
+@pytest.mark.parametrize(
+    ("policy", "events", "expected"),
+    [
+        ("all", "", None),
+        ("all", "AB", None),
+        ("available", "", None),
+        ("available", "ab", None),  # c may still stage
+        ("available", "Ab", None),
+        ("available", "Aa", None),  # it staged and was lost before the verdict
+        ("available", "AaBc", Verdict(("b",), ())),
+        ("all", "AaBC", Verdict((), ("b", "c"), "given up because of a")),
+    ],
+)
+def test_the_verdict_waits_for_what_it_needs(policy: Policy, events: str, expected: Verdict | None) -> None:
+    assert verdict_of(Ballot("abc", policy), events) == expected
+
+
+def test_who_has_staged_waits_for_the_others_so_long() -> None:
+    lenient = Ballot("abc", "available")
+    assert lenient.expired(9.0) is None, "nobody has staged: there is nothing to commit"
+    lenient.staged("b")
+    assert lenient.expired(9.0) == Verdict(("b",), ("a", "c"), "not staged 9 s after another server was")
+    assert lenient.staged("a") is None, "too late"
+    strict = Ballot("ab", "all")
+    strict.staged("b")
+    assert strict.expired(9.0) is None
+
+
+@pytest.mark.parametrize("policy", ["all", "available"])
+def test_the_trainers_own_fault_is_nobodys_version(policy: Policy) -> None:
+    ballot = Ballot("abc", policy)
+    ballot.staged("a")
+    assert ballot.failed("b", hopeless=True) == Verdict((), ("a", "c"), "given up because of b")
+
+
+# --- a bridge to several servers -------------------------------------------------------------------------
+
+SHAPES = {"weight": (4, 3), "bias": (4,)}
+
+
+class FakeSession:
+    """Stands where a session is: the test says what its server does."""
+
+    def __init__(self, place: str, version: int, dtype: str, device: torch.device | None) -> None:
+        mapping = identity_mapping(("checkpoint", SHAPES), dtype=dtype)
+        self.mapping = msgspec.structs.replace(mapping, run_dir=f"/run/{place}")
+        self.place, self.rank, self.device = place, 0, device
+        self.version, self.closed, self.stale, self.in_place = version, "", False, False
+        self.job: Job | None = None
+        self.committed = False
+        self.beats = 0
+
+    def submit(
+        self,
+        shards: LocalShards,
+        *,
+        call: int,
+        version: int | None,
+        encoding: Encoding = "dense",
+        vote: Vote | None = None,
+    ) -> Job:
+        assert version is not None
+        self.job = Job(shards, version=version, call=call, encoding=encoding, vote=vote)
+        self.committed = False
+        if self.closed:
+            self.job.finish(None, RoundAborted(self.closed))
+        elif _answers.get(self.place) is not None:
+            _answers[self.place](self)
+        return self.job
+
+    def stage(self) -> None:
+        assert self.job is not None
+        assert self.job.vote is not None
+        self.job.released.set()
+        self.job.vote.staged()
+
+    def fail(self, error: BridgeError) -> None:
+        assert self.job is not None
+        self.closed = str(error)
+        self.job.finish(None, error)
+
+    def commit(self) -> None:
+        assert self.job is not None
+        self.committed = True
+        self.version = self.job.version
+        made = Receipt(
+            version=self.version, bytes=10, transfer_s=0.1, stage_s=0.2, flip_s=0.3, transport="pull"
+        )
+        self.job.finish(made, None)
+
+    def give_up(self, reason: str) -> None:
+        self.closed = reason
+        if self.job is not None:
+            self.job.forsake(RoundAborted(reason))
+
+    def refuse_round(self, reason: str) -> None:
+        self.closed = reason
+
+    def beat(self) -> None:
+        if self.closed:
+            raise PeerLost(self.closed)
+        self.beats += 1
+
+    def close(self) -> None:
+        self.closed = self.closed or "closed"
+
+
+_answers: dict[str, Callable[[FakeSession], None]] = {}
+
+
+class Servers:
+    """What stands at the other end: by log directory the served version, or why nobody answers."""
+
+    def __init__(self) -> None:
+        self.served: dict[str, int | str] = {"a": 0, "b": 0, "c": 0}
+        self.dtypes = dict.fromkeys("abc", "float32")
+        self.sessions: dict[str, FakeSession] = {}
+        self.patience: list[tuple[str, bool]] = []
+
+    def open(
+        self, config: BridgeConfig, _: Ranks, *, device: torch.device | None, patient: bool = True
+    ) -> FakeSession:
+        assert config.logdir is not None
+        self.patience.append((config.logdir, patient))
+        served = self.served[config.logdir]
+        if isinstance(served, str):
+            raise RendezvousError(served)
+        session = FakeSession(config.logdir, served, self.dtypes[config.logdir], device)
+        self.sessions[config.logdir] = session
+        return session
+
+
+@pytest.fixture
+def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Servers]:
+    made = Servers()
+    monkeypatch.setattr(Session, "open", made.open)
+    for name in ("VLLM_ENABLE_SHARED_WEIGHTS", "NUM_INFERENCE_NODES", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    _answers.clear()
+    _answers.update(dict.fromkeys("abc", FakeSession.stage))
+    yield made
+    _answers.clear()
+
+
+def trainer(policy: Policy = "all") -> bridge.Bridge:
+    return bridge.Bridge(BridgeConfig(logdirs=("a", "b", "c"), commit=policy))
+
+
+def lost(name: str) -> Callable[[FakeSession], None]:
+    return lambda session: session.fail(PeerLost(f"{name} is gone"))
+
+
+MODEL = nn.Linear(3, 4)
+
+
+@pytest.mark.parametrize("policy", ["all", "available"])
+def test_a_version_goes_to_all_and_its_number_is_one_above_the_newest(
+    servers: Servers, policy: Policy
+) -> None:
+    servers.served.update(a=3, b=7, c=0)
+    made = trainer(policy)
+    receipt = made.broadcast_weights(MODEL)
+    assert (receipt.version, receipt.servers, receipt.absent) == (8, ("a", "b", "c"), {})
+    assert (receipt.bytes, receipt.transport) == (30, "pull")
+    assert made.weight_version == 8
+    assert made.broadcast_weights(MODEL).version == 9
+    assert made.broadcast_weights(MODEL, version=20).version == 20
+    assert len(servers.patience) == 3, "epochs last"
+
+
+def test_a_number_is_not_given_twice_when_the_newest_server_is_gone(servers: Servers) -> None:
+    made = trainer("available")
+    _answers["b"] = lost("b")
+    assert made.broadcast_weights(MODEL, version=9).servers == ("a", "c")
+    for name in "ac":
+        servers.sessions[name].closed = servers.served[name] = "gone"
+    _answers["b"] = FakeSession.stage
+    receipt = made.broadcast_weights(MODEL)
+    assert (receipt.version, receipt.servers) == (10, ("b",))
+    assert made.weight_version == 10
+
+
+@pytest.mark.parametrize("policy", ["all", "available"])
+def test_heartbeats_tell_who_is_gone_where_all_are_needed(servers: Servers, policy: Policy) -> None:
+    made = trainer(policy)
+    made.broadcast_weights(MODEL)
+    made.send_heartbeat()
+    servers.sessions["b"].closed = "b is gone"
+    if policy == "all":
+        with pytest.raises(PeerLost, match="b is gone"):
+            made.send_heartbeat()
+    else:
+        made.send_heartbeat()
+    assert [servers.sessions[name].beats for name in "abc"] == ([2, 1, 1] if policy == "all" else [2, 1, 2])
+
+
+def test_all_or_none(servers: Servers) -> None:
+    made = trainer()
+    made.broadcast_weights(MODEL)
+    _answers["b"] = lost("b's updater")
+    with pytest.raises(PeerLost) as caught:
+        made.broadcast_weights(MODEL)
+    assert str(caught.value) == (
+        "version 2 is live on no server: b: b's updater is gone; a: given up because of b; "
+        "c: given up because of b"
+    )
+    assert [session.version for session in servers.sessions.values()] == [1, 1, 1]
+    _answers["b"] = FakeSession.stage
+    receipt = made.broadcast_weights(MODEL)
+    assert (receipt.version, receipt.servers) == (2, ("a", "b", "c"))
+
+
+def test_a_server_lost_behind_the_verdict_is_named(servers: Servers) -> None:
+    made = trainer()
+    _answers["b"] = lambda s: setattr(s, "commit", lambda: s.fail(TransferError("did not flip"))) or s.stage()
+    with pytest.raises(TransferError, match="live on a, c, but not on every server: b: did not flip"):
+        made.broadcast_weights(MODEL)
+    assert made.weight_version == 1
+
+
+def test_those_that_can_have_it_get_it(servers: Servers, caplog: pytest.LogCaptureFixture) -> None:
+    made = trainer("available")
+    servers.served["c"] = "nobody answers"
+    _answers["a"] = lost("a's daemon")
+    receipt = made.broadcast_weights(MODEL)
+    assert receipt.servers == ("b",)
+    assert receipt.absent == {"a": "a's daemon is gone", "c": "nobody answers"}
+    said = [record.getMessage() for record in caplog.records if record.name == "bridge.fleet"]
+    assert said == [
+        "server c is left out of this round: nobody answers",
+        "version 1 is not live on server a: a's daemon is gone",
+    ]
+    servers.served.update(a=0, c=0)
+    _answers["a"] = FakeSession.stage
+    servers.patience.clear()
+    receipt = made.broadcast_weights(MODEL)
+    assert (receipt.version, receipt.servers, receipt.absent) == (2, ("a", "b", "c"), {})
+    assert servers.patience == [("a", False), ("c", False)], "one that was away must not hold the others up"
+
+
+def test_none_is_an_error_even_then(servers: Servers) -> None:
+    made = trainer("available")
+    _answers.update({name: lost(name) for name in "abc"})
+    with pytest.raises(PeerLost, match="live on no server: a: a is gone; b: b is gone; c: c is gone"):
+        made.broadcast_weights(MODEL)
+    servers.served = dict.fromkeys("abc", "nobody answers")
+    with pytest.raises(
+        RendezvousError, match="3 of 3 servers cannot be met, and commit='available' needs one"
+    ):
+        made.broadcast_weights(MODEL)
+
+
+def test_an_absent_server_stops_a_round_for_all(servers: Servers) -> None:
+    servers.served["c"] = "nobody answers"
+    made = trainer()
+    with pytest.raises(RendezvousError, match="needs all: c: nobody answers"):
+        made.broadcast_weights(MODEL)
+    assert all(session.job is None for session in servers.sessions.values())
+    servers.served["c"] = 0
+    assert made.broadcast_weights(MODEL).servers == ("a", "b", "c")
+    assert all(patient for _, patient in servers.patience)
+
+
+def test_what_the_trainer_may_not_ask_for_is_an_error_under_any_policy(servers: Servers) -> None:
+    made = trainer("available")
+    _answers["a"] = lambda session: session.fail(ConfigError("encoding='delta' cannot be had"))
+    with pytest.raises(ConfigError, match="live on no server: a: encoding='delta' cannot be had"):
+        made.broadcast_weights(MODEL)
+    with pytest.raises(MappingError, match="server a: "):
+        made.broadcast_weights(nn.Linear(5, 5))
+    assert all(session.closed.startswith("server a: ") for session in servers.sessions.values())
+
+
+def test_weights_staged_in_place_cannot_be_given_up(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = servers.open
+
+    def in_place(*args: Any, **options: Any) -> FakeSession:
+        session = opened(*args, **options)
+        session.in_place = session.place == "b"
+        return session
+
+    monkeypatch.setattr(Session, "open", in_place)
+    with pytest.raises(ConfigError, match=r"commit='all' needs servers that can give .* b cannot"):
+        trainer().broadcast_weights(MODEL)
+    assert trainer("available").broadcast_weights(MODEL).servers == ("a", "b", "c")
+
+
+@pytest.mark.parametrize("policy", ["all", "available"])
+def test_the_step_waits_until_every_server_has_read(servers: Servers, policy: Policy) -> None:
+    made = trainer(policy)
+    _answers.update(dict.fromkeys("bc", None))  # type: ignore[arg-type]  # they are busy reading
+    pending = made.broadcast_weights(MODEL, blocking=False)
+    assert isinstance(pending, bridge.PendingBroadcast)
+    a, b, c = (servers.sessions[name] for name in "abc")
+    optimizer = torch.optim.SGD(MODEL.parameters(), lr=0.1)
+    stepped: list[bool] = []
+    waited: list[str] = []
+
+    def read(session: FakeSession) -> Callable[[], bool]:
+        def wait(*_: object) -> bool:
+            waited.append(session.place)
+            session.stage()
+            return True
+
+        return wait
+
+    for session in (b, c):
+        assert session.job is not None
+        session.job.released.wait = read(session)  # type: ignore[method-assign, assignment]
+    assert not pending.done
+    assert a.job is not None
+    assert not a.committed, "the others have not staged yet"
+    MODEL.weight.grad = torch.zeros_like(MODEL.weight)
+    optimizer.step()
+    stepped.append(True)
+    assert waited == ["b", "c"]
+    assert pending.done
+    assert pending.wait().servers == ("a", "b", "c")
+    assert not any(guard is pending._guard for guard in _active)
+
+
+def test_a_server_that_was_given_up_holds_no_step_up(servers: Servers) -> None:
+    made = trainer("available")
+    _answers.update(b=None)  # type: ignore[arg-type]
+    pending = made.broadcast_weights(MODEL, blocking=False)
+    assert isinstance(pending, bridge.PendingBroadcast)
+    first = servers.sessions["a"].job
+    assert first is not None
+    assert first.vote is not None
+    assert first.vote.stage_timeout_s == 30.0
+    first.vote.expired()
+    pending.wait_released()
+    assert pending.wait().absent == {"b": "not staged 30 s after another server was"}
+    stuck = servers.sessions["b"].job
+    assert stuck is not None
+    assert stuck.shards.tensors, "its thread may still be in the middle of them"
+    stuck.finish(None, PeerLost("at last"))
+    assert isinstance(stuck.error, RoundAborted), "the outcome is what the caller was told"
+    assert stuck.shards.tensors == []
+
+
+def test_a_part_goes_only_where_the_last_version_is(servers: Servers) -> None:
+    made = trainer("available")
+    made.broadcast_weights(MODEL)
+    _answers["b"] = lost("b")
+    made.broadcast_weights(MODEL)
+    servers.served["b"] = 1
+    _answers["b"] = FakeSession.stage
+    receipt = made.broadcast_single_param("bias", MODEL.bias)
+    assert (receipt.version, receipt.servers) == (3, ("a", "c"))
+    assert receipt.absent == {"b": "a part is laid over version 2, but the server at /run/b serves version 1"}
+    servers.sessions["b"].version = 3  # the number, but not the weights
+    with made.round() as block:
+        made.update_weight("bias", MODEL.bias)
+    assert block.receipt.servers == ("a", "c")
+    assert "serves version 3 of another history" in block.receipt.absent["b"]
+    assert made.broadcast_weights(MODEL).servers == ("a", "b", "c")
+    assert made.broadcast_single_param("bias", MODEL.bias).servers == ("a", "b", "c")
+
+
+def test_a_part_that_one_cannot_take_is_refused_for_all(servers: Servers) -> None:
+    servers.served["b"] = 4
+    made = trainer()
+    with pytest.raises(
+        ConfigError, match=r"over version 4, but the server at /run/a serves version 0, the s"
+    ):
+        made.broadcast_single_param("bias", MODEL.bias)
+    assert all(session.job is None for session in servers.sessions.values())
+
+
+def test_an_exception_in_a_block_abandons_the_round_everywhere(servers: Servers) -> None:
+    made = trainer()
+    with pytest.raises(ArithmeticError), made.round():
+        raise ArithmeticError("nan")
+    assert {session.closed for session in servers.sessions.values()} == {
+        "the round was abandoned: ArithmeticError: nan"
+    }
+
+
+def test_what_was_found_in_a_model_is_kept_for_each_mapping(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers.dtypes["b"] = "bfloat16"
+    made = trainer()
+    made.broadcast_weights(MODEL)
+    monkeypatch.setattr("bridge.trainer.collect", lambda *_, **__: pytest.fail("the model was walked again"))
+    assert made.broadcast_weights(MODEL).version == 2
+
+
+def test_one_failure_of_a_broadcast_left_under_way_is_told_once(servers: Servers) -> None:
+    made = trainer()
+    _answers["b"] = lost("b")
+    made.broadcast_weights(MODEL, blocking=False)
+    _answers["b"] = FakeSession.stage
+    with pytest.raises(PeerLost, match="b is gone"):
+        made.broadcast_weights(MODEL)
+    assert made.broadcast_weights(MODEL).version == 1
+
+
+# --- reading this process's memory -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("pids", "allowed"), [((1,), [1]), ((1, 1), [1, 1]), ((1, 2), [1, -1])])
+def test_yama_knows_one_reader_or_all(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, pids: tuple[int, ...], allowed: list[int]
+) -> None:
+    yama = tmp_path / "ptrace_scope"
+    yama.write_text("1\n")
+    said: list[int] = []
+
+    class Libc:
+        @staticmethod
+        def prctl(_: int, pid: Any, *__: int) -> int:
+            said.append(pid.value if pid.value < 2**31 else -1)
+            return 0
+
+    monkeypatch.setattr(peer_memory, "_YAMA", yama)
+    monkeypatch.setattr(peer_memory, "_libc", Libc)
+    monkeypatch.setattr(peer_memory, "_readers", set())
+    monkeypatch.setattr(peer_memory, "_exists", lambda _: True)
+    for pid in pids:
+        peer_memory.allow_reader(pid)
+    assert said == allowed
+
+
+# --- being admitted --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def silent_daemon(tmp_path: Path) -> tuple[rendezvous.Store, BridgeConfig]:
+    """A rendezvous at which nobody answers, and the way there."""
+    store = rendezvous.serve_store("127.0.0.1", 0)
+    place = Rendezvous(host="127.0.0.1", port=store.port, secret="s")
+    mapping = msgspec.structs.replace(identity_mapping(("checkpoint", SHAPES)), rendezvous=place)
+    mapping_file.write_atomically(tmp_path / CONFIG_NAME, mapping_file.encode(mapping))
+    return store, BridgeConfig(logdir=tmp_path, connect_timeout_s=1.0)
+
+
+@pytest.mark.parametrize("patient", [True, False])
+def test_who_gives_up_waiting_takes_its_request_back(
+    silent_daemon: tuple[rendezvous.Store, BridgeConfig], monkeypatch: pytest.MonkeyPatch, patient: bool
+) -> None:
+    store, config = silent_daemon
+    monkeypatch.setattr(joining, "IMPATIENT_S", 0.2)
+    monkeypatch.setattr(joining, "RETRY_S", 0.1)
+    with pytest.raises(RendezvousError, match=r"waited .* for the daemon's answer"):
+        joining.ask_admission(config, Ranks(), patient=patient)
+    assert patient or store.add("ticket", 0) == 1
+    request = rendezvous.next_request(store, 1, secret="s")
+    assert request is not None
+    assert rendezvous.is_withdrawn(store, request)
+    other = msgspec.structs.replace(request, session="0" * 32)
+    assert not rendezvous.is_withdrawn(store, other)
+
+
+def test_an_absent_server_is_tried_once(
+    silent_daemon: tuple[rendezvous.Store, BridgeConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, config = silent_daemon
+    tries: list[float] = []
+
+    def refuse(host: str, port: int, *, timeout_s: float) -> rendezvous.Store:
+        tries.append(timeout_s)
+        raise RendezvousError(f"nobody at {host}:{port}")
+
+    monkeypatch.setattr(rendezvous, "reach_store", refuse)
+    monkeypatch.setattr(joining, "RETRY_S", 0.1)
+    with pytest.raises(RendezvousError, match="nobody at"):
+        joining.ask_admission(config, Ranks(), patient=False)
+    assert len(tries) == 1
+    tries.clear()
+    with pytest.raises(RendezvousError, match="nobody at"):
+        joining.ask_admission(config, Ranks())
+    assert len(tries) > 1
