@@ -96,23 +96,29 @@ def test_two_servers_of_different_layout(checkpoint: Callable[..., Path], tmp_pa
             assert [version(server) for server in servers] == [made, made]
             assert answers(first) == answers(second) == expected[index]
 
+        for receipt in trainers.must("rollback"):
+            assert (receipt["version"], receipt["restores"], receipt["servers"]) == (4, 2, places)
+        assert answers(first) == answers(second) == expected[0]
+        assert [r["restores"] for r in trainers.must("rollback")] == [3, 3]
+        assert answers(first) == answers(second) == expected[1]
+
         trainers.must("load", path=str(sets[0]))
         stop_an_updater(first)
         trainers.send("broadcast")
         wait_until("a round in the middle", lambda: first.status()["state"] == "round", timeout_s=30)
         kill(first)
         for failed in trainers.answers(timeout_s=60):
-            assert "version 4 is live on no server" in failed["error"], failed
+            assert "version 6 is live on no server" in failed["error"], failed
             assert f"{places[0]}: " in failed["error"]
             assert f"{places[1]}: given up because of {places[0]}" in failed["error"]
-        assert version(second) == 3
+        assert version(second) == 5
         assert answers(second) == expected[1]
         for failed in trainers.command("broadcast"):
             assert "1 of 2 servers cannot be met, and commit='all' needs all" in failed["error"], failed
-        assert version(second) == 3
+        assert version(second) == 5
         trainers.must("close")
         trainers.must("environ", BRIDGE_COMMIT="available", BRIDGE_STAGE_TIMEOUT_S=f"{STAGE_TIMEOUT_S:g}")
-        for made in (4, 5):  # the absent server is waited for once
+        for made in (6, 7):  # the absent server is waited for once
             start = time.monotonic()
             for receipt in trainers.must("broadcast"):
                 assert (receipt["version"], receipt["servers"]) == (made, [places[1]])
@@ -125,19 +131,19 @@ def test_two_servers_of_different_layout(checkpoint: Callable[..., Path], tmp_pa
             trainers.must("load", path=str(sets[1]))
             name = "model.norm.weight"
             for receipt in trainers.must("single", name=name, value=0.5):
-                assert (receipt["version"], receipt["servers"]) == (6, [places[1]])
+                assert (receipt["version"], receipt["servers"]) == (8, [places[1]])
                 assert "serves version 0" in receipt["absent"][places[0]]
             trainers.must("load", path=str(sets[1]))
             for receipt in trainers.must("broadcast"):
-                assert (receipt["version"], receipt["servers"]) == (7, places)
-            assert version(first) == version(second) == 7
+                assert (receipt["version"], receipt["servers"]) == (9, places)
+            assert version(first) == version(second) == 9
             assert answers(first) == answers(second) == expected[1]
 
             trainers.must("load", path=str(sets[0]))
             stopped = stop_an_updater(first)
             start = time.monotonic()
             for receipt in trainers.must("broadcast"):
-                assert (receipt["version"], receipt["servers"]) == (8, [places[1]])
+                assert (receipt["version"], receipt["servers"]) == (10, [places[1]])
                 reason = f"not staged {STAGE_TIMEOUT_S:g} s after another server was"
                 assert receipt["absent"] == {places[0]: reason}
             assert time.monotonic() - start < SOON_S
@@ -145,6 +151,6 @@ def test_two_servers_of_different_layout(checkpoint: Callable[..., Path], tmp_pa
             assert answers(first) == expected[1]
             wait_until("the daemon to end the stopped updater", lambda: not alive(stopped), timeout_s=30)
             for receipt in trainers.must("broadcast"):
-                assert (receipt["version"], receipt["servers"]) == (9, places)
+                assert (receipt["version"], receipt["servers"]) == (11, places)
             assert answers(first) == answers(second) == expected[0]
             trainers.must("close")

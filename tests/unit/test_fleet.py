@@ -115,7 +115,7 @@ class FakeSession:
 
     def submit(
         self,
-        shards: LocalShards,
+        shards: LocalShards | None,
         *,
         call: int,
         version: int | None,
@@ -431,6 +431,26 @@ def test_a_part_that_one_cannot_take_is_refused_for_all(servers: Servers) -> Non
     ):
         made.broadcast_single_param("bias", MODEL.bias)
     assert all(session.job is None for session in servers.sessions.values())
+
+
+def test_all_come_back_to_one_version_or_none_does(servers: Servers) -> None:
+    made = trainer("available")
+    made.broadcast_weights(MODEL)
+    with pytest.raises(ConfigError, match="a: unknown, b: unknown, c: unknown"):
+        made.rollback()
+    made.broadcast_weights(MODEL)
+    assert (made.rollback().version, made.rollback().version) == (3, 4)
+    _answers["b"] = lost("b")
+    made.broadcast_weights(MODEL)
+    servers.served["b"] = 4
+    _answers["b"] = FakeSession.stage
+    with pytest.raises(ConfigError, match="would part them"):
+        made.rollback()
+    made.broadcast_weights(MODEL)
+    with pytest.raises(ConfigError, match="a: 5, b: 4, c: 5"):
+        made.rollback()
+    made.broadcast_weights(MODEL)
+    assert made.rollback().servers == ("a", "b", "c")
 
 
 def test_an_exception_in_a_block_abandons_the_round_everywhere(servers: Servers) -> None:
