@@ -71,18 +71,13 @@ def main() -> None:
         # The checkpoint as it is. The first "delta" is as long as "dense": it is what changes are told from.
         bridge.broadcast_weights(model, encoding=encoding)
         before = complete(args.url, rows.tolist()) if first else []
-        dist.barrier()
         patch_rows(model, rows, seed=args.seed)
         receipts[encoding] = bridge.broadcast_weights(model, encoding=encoding)
         answers[encoding] = (before, complete(args.url, rows.tolist()) if first else [])
 
     if first:
         for encoding, receipt in receipts.items():
-            print(
-                f"{encoding}: {receipt.bytes} bytes sent in {receipt.transfer_s * 1e3:.1f} ms, "
-                f"live after {receipt.total_s * 1e3:.1f} ms, tokens {answers[encoding][1][:8]}...",
-                flush=True,
-            )
+            print(f"{encoding}: {receipt}; tokens {answers[encoding][1][:8]}...", flush=True)
         assert answers["dense"] == answers["delta"], "the tokens differ"
         assert answers["dense"][0] != answers["dense"][1], "the patch changed no token"
         saved = 1 - receipts["delta"].bytes / receipts["dense"].bytes
