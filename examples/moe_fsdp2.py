@@ -79,7 +79,7 @@ for step in range(1, args.steps + 1):
         print(f"step {step}: loss {loss.item():.3f}, {receipt}", flush=True)
 if first:
     after = complete(prompt, len(target))
-    print(f"after:  {after!r}, version {receipt.version}", flush=True)
+    print(f"after:  {after!r}, {receipt}", flush=True)
     assert before != args.text
     assert after == args.text, f"the server says {after!r}; the loss is {loss.item():.3f}"
 
