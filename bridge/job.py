@@ -57,6 +57,13 @@ class Vote(Protocol):
     def failed(self, error: BridgeError) -> None:
         """It will not take the version."""
 
+    def __str__(self) -> str:
+        """For people: milliseconds, and the bytes in full."""
+        return (
+            f"version {self.version} live after {self.total_s * 1e3:.1f} ms: {self.bytes:,} bytes by "
+            f"{self.transport} in {self.transfer_s * 1e3:.1f} ms, stood still for {self.flip_s * 1e3:.2f} ms"
+        )
+
 
 class Job:
     """One broadcast, between the caller and the background thread."""

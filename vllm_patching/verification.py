@@ -44,8 +44,11 @@ def verify(loaded: Loaded, rank_map: RankMap, arena: Arena) -> None:
     Raises:
         MappingError: lists the tensors that differ.
     """
-    if "checkpoint" not in loaded.traces or os.environ.get("BRIDGE_VERIFY_MAPPING", "1") == "0":
-        logger.warning("the mapping was not compared with a checkpoint")
+    skipped = "BRIDGE_VERIFY_MAPPING is 0" if os.environ.get("BRIDGE_VERIFY_MAPPING", "1") == "0" else ""
+    if "checkpoint" not in loaded.traces:
+        skipped = loaded.omitted.get("checkpoint", "its names were not traced")
+    if skipped:
+        logger.warning("the mapping was not compared with a checkpoint (%s)", skipped)
         return
     start = time.perf_counter()
     live = arena.half(arena.active)

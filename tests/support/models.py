@@ -1,8 +1,12 @@
-"""Tiny random checkpoints that a real vLLM can serve: a transformers config, seeded weights, a tokenizer."""
+"""Tiny random checkpoints that a real vLLM can serve: a transformers config, seeded weights, a tokenizer.
+
+python -m tests.support.models KIND FOLDER [NAME=NUMBER ...]      arguments of the config, such as hidden_size
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +116,8 @@ def write_tokenizer(path: Path, *, vocab_size: int = VOCAB) -> None:
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512, **names}
     (path / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+
+
+if __name__ == "__main__":
+    overrides = {name: int(number) for name, number in (word.split("=") for word in sys.argv[3:])}
+    print(build_checkpoint(sys.argv[1], Path(sys.argv[2]), **overrides))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 import tomllib
@@ -42,6 +43,27 @@ def test_every_error_is_public() -> None:
     while more := {c for e in found for c in e.__subclasses__() if c.__module__ == "bridge.errors"} - found:
         found |= more
     assert {error.__name__ for error in found} <= set(NAMES)
+
+
+def test_errors_and_receipts_travel_between_processes() -> None:
+    """As Ray brings them from an actor to its driver."""
+    receipt = bridge.Receipt(
+        version=3, bytes=8208, transfer_s=0.0123, stage_s=0.02, flip_s=0.00011, transport="pull", total_s=0.03
+    )
+    assert pickle.loads(pickle.dumps(receipt)) == receipt
+    for name in NAMES:
+        kind = getattr(bridge, name)
+        if isinstance(kind, type) and issubclass(kind, BridgeError):
+            error = pickle.loads(pickle.dumps(kind("version 3 is served on")))
+            assert (type(error), str(error)) == (kind, "version 3 is served on")
+
+
+def test_a_receipt_is_printed_for_people() -> None:
+    receipt = bridge.Receipt(
+        version=3, bytes=8208, transfer_s=0.0123, stage_s=0.02, flip_s=0.00011, transport="pull", total_s=0.03
+    )
+    said = "version 3 live after 30.0 ms: 8,208 bytes by pull in 12.3 ms, stood still for 0.11 ms"
+    assert str(receipt) == said
 
 
 def test_an_unknown_name_lists_the_known() -> None:
