@@ -1,9 +1,12 @@
-"""New values for a few rows of the embedding, sent as all weights and as what has changed: the same tokens.
+"""New values for a few rows of the embedding, sent in three ways: the same tokens.
+
+As all weights; as what has changed since the last broadcast, which the bridge finds; and as a patch that
+names the rows.
 
     python -m bridge.launch serve --logdir runs/a --transport gloo -- MODEL
     BRIDGE_LOGDIR=runs/a torchrun --nproc-per-node=2 examples/sparse_rows.py MODEL
 
-Only Gloo carries changes; the other transports are fast enough to send everything.
+Only Gloo carries changes (the other transports are fast enough to send everything); patches go by any.
 """
 
 import argparse
@@ -21,7 +24,7 @@ from transformers import AutoModelForCausalLM
 import bridge
 
 
-def patch_rows(model: nn.Module, rows: torch.Tensor, *, seed: int) -> None:
+def patch_rows(model: nn.Module, rows: torch.Tensor, *, seed: int) -> torch.Tensor:
     """Give ``rows`` of the embedding values that depend on the seed only, on however many ranks it lies."""
     weight = model.get_input_embeddings().weight
     values = torch.randn(len(rows), weight.shape[1], generator=torch.Generator().manual_seed(seed))
@@ -29,6 +32,7 @@ def patch_rows(model: nn.Module, rows: torch.Tensor, *, seed: int) -> None:
         whole = weight.full_tensor()
         whole[rows.to(whole.device)] = (values * whole.float().std().cpu()).to(whole)
         weight.copy_(distribute_tensor(whole, weight.device_mesh, weight.placements))
+    return whole[rows.to(whole.device)]
 
 
 def complete(url: str, prompt: list[int]) -> list[int]:
@@ -59,29 +63,37 @@ def main() -> None:
         fully_shard(layer)
     fully_shard(model)
     embedding = model.get_input_embeddings().weight
+    name = next(key for key, value in model.named_parameters() if value is embedding)
     original = embedding.detach().clone()
     generator = torch.Generator().manual_seed(args.seed)
     rows = torch.randperm(embedding.shape[0], generator=generator)[: args.rows]
 
     first = dist.get_rank() == 0
     answers, receipts = {}, {}
-    for encoding in ("dense", "delta"):
+    for way in ("dense", "delta", "patch"):
+        encoding = "delta" if way == "delta" else "dense"
         with torch.no_grad():
             embedding.copy_(original)
         # The checkpoint as it is. The first "delta" is as long as "dense": it is what changes are told from.
         bridge.broadcast_weights(model, encoding=encoding)
         before = complete(args.url, rows.tolist()) if first else []
-        patch_rows(model, rows, seed=args.seed)
-        receipts[encoding] = bridge.broadcast_weights(model, encoding=encoding)
-        answers[encoding] = (before, complete(args.url, rows.tolist()) if first else [])
+        values = patch_rows(model, rows, seed=args.seed)
+        if way == "patch":
+            with bridge.round() as made:
+                bridge.update_weight(bridge.SparsePatch(name, rows, values))
+            receipts[way] = made.receipt
+        else:
+            receipts[way] = bridge.broadcast_weights(model, encoding=encoding)
+        answers[way] = (before, complete(args.url, rows.tolist()) if first else [])
 
     if first:
-        for encoding, receipt in receipts.items():
-            print(f"{encoding}: {receipt}; tokens {answers[encoding][1][:8]}...", flush=True)
-        assert answers["dense"] == answers["delta"], "the tokens differ"
+        for way, receipt in receipts.items():
+            print(f"{way}: {receipt}; tokens {answers[way][1][:8]}...", flush=True)
+        assert answers["dense"] == answers["delta"] == answers["patch"], "the tokens differ"
         assert answers["dense"][0] != answers["dense"][1], "the patch changed no token"
-        saved = 1 - receipts["delta"].bytes / receipts["dense"].bytes
-        print(f"equal tokens, {saved:.1%} of the bytes saved", flush=True)
+        saved = {way: 1 - receipts[way].bytes / receipts["dense"].bytes for way in ("delta", "patch")}
+        told = ", ".join(f"{share:.1%} of the bytes saved by {way}" for way, share in saved.items())
+        print(f"equal tokens, {told}", flush=True)
     bridge.close()
     dist.destroy_process_group()
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.support.examples import ray, says, sent_by, torchrun, versions_of
+from tests.support.models import HIDDEN
 from tests.support.serving import UNBOUND, serving_together
 
 F32 = ["--dtype=float32"]
@@ -48,6 +49,7 @@ def test_changed_rows_give_the_tokens_that_all_weights_give(servers):
     sent = sent_by(output)
     assert sent["dense"] > (servers.dense.model / "model.safetensors").stat().st_size * 0.9
     assert sent["delta"] < sent["dense"] / 10
+    assert sent["patch"] == 16 * HIDDEN * 4
 
 
 @pytest.mark.parametrize("case", ["fsdp2 moe", "zero3 dense"])
