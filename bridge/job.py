@@ -40,6 +40,13 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     servers: tuple[str, ...] = ()
     absent: dict[str, str] = {}
 
+    def __str__(self) -> str:
+        """For people: milliseconds, and the bytes in full."""
+        return (
+            f"version {self.version} live after {self.total_s * 1e3:.1f} ms: {self.bytes:,} bytes by "
+            f"{self.transport} in {self.transfer_s * 1e3:.1f} ms, stood still for {self.flip_s * 1e3:.2f} ms"
+        )
+
 
 class Vote(Protocol):
     """One server's say, on trainer rank 0, in whether the version is committed; see ``bridge.fleet``."""
@@ -56,13 +63,6 @@ class Vote(Protocol):
 
     def failed(self, error: BridgeError) -> None:
         """It will not take the version."""
-
-    def __str__(self) -> str:
-        """For people: milliseconds, and the bytes in full."""
-        return (
-            f"version {self.version} live after {self.total_s * 1e3:.1f} ms: {self.bytes:,} bytes by "
-            f"{self.transport} in {self.transfer_s * 1e3:.1f} ms, stood still for {self.flip_s * 1e3:.2f} ms"
-        )
 
 
 class Job:
