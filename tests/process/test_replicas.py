@@ -1,4 +1,4 @@
-"""Fifty versions sent whole, as changes, in part and as patches, to servers that miss some: all end bit-equal.
+"""Fifty versions sent whole, as changes, in part and as patches, to servers that miss some, end bit-equal.
 
 Each server has its own updaters, real ones in processes of their own, and its own epochs; the trainer's two
 ranks are threads here. A server that was left out goes on from what it last got; one whose updater was killed
