@@ -172,7 +172,7 @@ def decode(form: Form, payload: torch.Tensor, count: int, nbytes: int, unit: int
     if form is Form.INDEX:
         blocks = -(-total // _BLOCK)
         counts = where[: 4 * blocks].clone().view(torch.int32).long()
-        places = where[4 * blocks :].clone().view(torch.int16).long() % _BLOCK
+        places = where[4 * blocks :].clone().view(torch.int16).long() & (_BLOCK - 1)
         if bool((counts < 0).any()) or int(counts.sum()) != count:
             raise ProtocolError(f"a bucket's index counts {int(counts.sum())} changes, its header {count}")
         positions = torch.repeat_interleave(torch.arange(blocks) * _BLOCK, counts) + places

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from bridge.errors import ChecksumMismatch, ProtocolError
 from bridge.protocol.plan import Bucket, Copy, Lane
+from bridge.wire import delta_transport
 from bridge.wire.delta import Form
 from bridge.wire.delta_transport import HEADER_TAG, Chain, DeltaSink, DeltaSource
 from bridge.wire.transport import DataLink, SendBuffers
@@ -96,6 +97,8 @@ def sink(chain: Chain, *, follows: bool) -> DeltaSink:
 
 def random_rounds(_: Path) -> None:
     torch.manual_seed(7)
+    delta_transport.SMALL_BYTES = 3000  # so that there are pieces of both kinds
+    delta_transport.POSTED_BYTES = 500
     tensors = [torch.randn(shape).to(dtype) for shape, dtype in zip(SHARDS, MASTERS, strict=True)]
     chain, buffers, home = Chain(lane()), SendBuffers(), Home()
     sent = []
