@@ -12,14 +12,11 @@ from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import Mapping
 from tests.support.checks import Streams, assert_equal, assert_labels_in_order, flips
 from tests.support.fresh_load import arena_bytes, broadcast_each, differing, fresh_loads, live_digests
-from tests.support.serving import REPO, RETURN_MEMORY, UNBOUND, Server, serving, training
+from tests.support.serving import COMPLETED, RETURN_MEMORY, UNBOUND, Server, serving, training
 
 pytestmark = [pytest.mark.serving, pytest.mark.timeout(900, method="signal")]
 
 F32 = ["--dtype=float32"]
-# What vLLM lacks on a CPU for the layouts below is added by a sitecustomize; see there.
-PATHS = [str(REPO / "tests" / "support" / "layouts_on_cpu"), str(REPO), str(REPO / "tests")]
-COMPLETED = {**UNBOUND, "PYTHONPATH": os.pathsep.join(PATHS)}
 
 
 def expert_owners(mapping: Mapping) -> dict[int, set[int]]:

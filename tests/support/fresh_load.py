@@ -21,17 +21,19 @@ from bridge.protocol import mapping as mapping_file
 from tests.support.serving import UNBOUND, Server, Trainers, environment, free_port
 
 TIMEOUT_S = 240.0
-PREFIX = "dp{dp}:pp0:pcp0:tp{tp}:"  # how vLLM's weight checker names a rank
+PREFIX = "dp{dp}:pp{pp}:pcp0:tp{tp}:"  # how vLLM's weight checker names a rank
 
 Digests = dict[str, str]
 
 
-def fresh_loads(checkpoints: Sequence[Path], *, flags: Sequence[str], tp: int) -> list[Digests]:
+def fresh_loads(
+    checkpoints: Sequence[Path], *, flags: Sequence[str], tp: int = 1, pp: int = 1, dp: int = 1
+) -> list[Digests]:
     """SHA-256 of every parameter of every rank after a load of each checkpoint, by vLLM's name for it.
 
     Args:
-        flags: vLLM's, those of tensor parallelism among them.
-        tp: how many ranks these make.
+        flags: vLLM's, those of the layout among them.
+        tp, pp, dp: how many ranks these make: tensor parallel, stages, engines of a mixture of experts.
 
     Raises:
         RuntimeError: a rank failed; ends with its output.
@@ -47,7 +49,7 @@ def fresh_loads(checkpoints: Sequence[Path], *, flags: Sequence[str], tp: int) -
             stderr=subprocess.PIPE,
             env=environment(**UNBOUND, VLLM_DIST_IDENT=port, VLLM_PLUGINS="weight_bridge"),
         )
-        for rank in range(tp)
+        for rank in range(dp * pp * tp)
     ]
     found: list[Digests] = [{} for _ in checkpoints]
     try:
@@ -57,7 +59,8 @@ def fresh_loads(checkpoints: Sequence[Path], *, flags: Sequence[str], tp: int) -
                 text = err.decode(errors="replace")[-4000:]
                 raise RuntimeError(f"fresh load, rank {rank} ended with {process.returncode}:\n{text}")
             for whole, part in zip(found, json.loads(out), strict=True):
-                whole.update({PREFIX.format(dp=0, tp=rank) + name: digest for name, digest in part.items()})
+                prefix = PREFIX.format(dp=rank // (pp * tp), pp=rank // tp % pp, tp=rank % tp)
+                whole.update({prefix + name: digest for name, digest in part.items()})
     except subprocess.TimeoutExpired as err:
         raise TimeoutError(f"a rank of the fresh load did not end within {TIMEOUT_S:g} s") from err
     finally:
@@ -141,6 +144,10 @@ def _load(checkpoint: str, flags: Sequence[str], rank: int, port: int) -> Digest
     config = EngineArgs.from_cli_args(
         parser.parse_args([f"--model={checkpoint}", "--enforce-eager", *flags])
     ).create_engine_config()
+    parallel = config.parallel_config
+    if parallel.data_parallel_size > 1:  # each engine's own, as vLLM's launcher of engines sets it
+        parallel.data_parallel_rank, rank = divmod(rank, parallel.world_size)
+        parallel._data_parallel_master_port_list = [port]
     with set_current_vllm_config(config):
         init_worker_distributed_environment(
             config, rank, f"tcp://127.0.0.1:{port}", rank, current_platform.dist_backend

@@ -22,6 +22,9 @@ START_TIMEOUT_S = 240.0
 ANSWER_TIMEOUT_S = 180.0
 # vLLM would bind every server to the same core; tests run several side by side.
 UNBOUND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+# What vLLM lacks on a CPU for pipelines and for mixtures of experts data parallel is added there; see it.
+PATHS = (REPO / "tests" / "support" / "layouts_on_cpu", REPO, REPO / "tests")
+COMPLETED = {**UNBOUND, "PYTHONPATH": os.pathsep.join(map(str, PATHS))}
 # glibc raises its threshold with every large piece that is freed, and keeps what lies below it.
 RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
 FLAGS = ("--max-model-len=512", "--enforce-eager", "--disable-uvicorn-access-log", "--max-num-seqs=32")
