@@ -12,7 +12,15 @@ from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import Mapping
 from tests.support.checks import Streams, assert_equal, assert_labels_in_order, flips
 from tests.support.fresh_load import arena_bytes, broadcast_each, differing, fresh_loads, live_digests
-from tests.support.serving import COMPLETED, RETURN_MEMORY, UNBOUND, Server, serving, training
+from tests.support.serving import (
+    COMPLETED,
+    RETURN_MEMORY,
+    UNBOUND,
+    Server,
+    serving,
+    serving_together,
+    training,
+)
 
 pytestmark = [pytest.mark.serving, pytest.mark.timeout(900, method="signal")]
 
@@ -61,15 +69,13 @@ def test_every_byte_of_every_rank_is_that_of_a_fresh_load(checkpoint, tmp_path, 
         assert [version for _, version in flips(server, 0)] == list(range(1, 2 * len(kinds) + 1))
 
 
-def test_two_engines_of_a_dense_model(checkpoint, tmp_path):
-    sets = [checkpoint("qwen3", "float32", seed) for seed in (0, 1)]
+def test_two_engines_of_a_dense_model(fresh_qwen3, tmp_path):
+    sets, fresh = fresh_qwen3.sets, fresh_qwen3.answers[1]["greedy"][:4]
     options: dict[str, Any] = {"flags": [*F32, "--data-parallel-size=2"], "env": UNBOUND}
 
     def ask(server: Server, engine: int) -> list[dict[str, Any]]:
         return server.api.greedy(4, headers={"X-data-parallel-rank": str(engine)})
 
-    with serving(sets[1], tmp_path / "fresh", bridge=False, **options) as other:
-        fresh = ask(other, 0)
     with (
         serving(sets[0], tmp_path / "live", **options) as server,
         training("plain", sets[0], logdir=server.logdir, dtype="float32") as trainers,
@@ -101,12 +107,9 @@ def test_two_engines_of_a_dense_model(checkpoint, tmp_path):
         assert server.process.wait(60) == 75, "a server is whole or ends"
 
 
-def test_the_stages_of_a_pipeline_flip_before_the_same_batch(checkpoint, tmp_path):
-    # A tied embedding lies on both stages.
-    sets = [checkpoint("llama_tied", "float32", seed) for seed in (0, 1)]
+def test_the_stages_of_a_pipeline_flip_before_the_same_batch(fresh_qwen3, tmp_path):
+    sets, fresh = fresh_qwen3.sets, fresh_qwen3.answers[1]["greedy"]
     flags = [*F32, "--pipeline-parallel-size=2"]
-    with serving(sets[1], tmp_path / "fresh", bridge=False, flags=flags, env=COMPLETED) as other:
-        fresh = other.api.greedy()
     options: dict[str, Any] = {"flags": flags, "bridge_flags": ["--http"], "env": COMPLETED}
     with (
         serving(sets[0], tmp_path / "live", **options) as server,
@@ -140,20 +143,24 @@ def test_engines_of_a_mixture_of_experts_flip_before_the_same_step(checkpoint, t
     def ask(server: Server, engine: int) -> list[dict[str, Any]]:
         return server.api.greedy(4, headers={"X-data-parallel-rank": str(engine)})
 
-    with serving(sets[1], tmp_path / "fresh", bridge=False, flags=flags, env=COMPLETED) as other:
-        fresh = ask(other, 0)
     options: dict[str, Any] = {"flags": flags, "bridge_flags": ["--http"], "env": COMPLETED}
+    alone: dict[str, Any] = {"flags": F32, "bridge": False, "env": UNBOUND}
     with (
-        serving(sets[0], tmp_path / "live", **options) as server,
+        serving_together((sets[0], tmp_path / "live", options), (sets[1], tmp_path / "fresh", alone)) as (
+            server,
+            other,
+        ),
         training("plain", sets[0], logdir=server.logdir, dtype="float32") as trainers,
     ):
-        first = ask(server, 0)
+        fresh, first = other.api.greedy(4), ask(server, 0)
+        other.stop()
         assert [a["tokens"] for a in first] != [a["tokens"] for a in fresh]
         for index, expected in ((1, fresh), (0, first), (1, fresh)):
             trainers.must("load", path=str(sets[index]))
             trainers.must("broadcast")
             for engine in (0, 1):
-                assert_equal(ask(server, engine), expected, tolerance=1e-5)
+                # One engine alone sums what experts say in another order than two that exchange it.
+                assert_equal(ask(server, engine), expected, tolerance=1e-4)
         for width, tokens in ((1, 200), (8, 200), (2, 1), (2, 5), (2, 33)):
             streams = Streams(server.api, width=width, tokens=tokens)
             for seed in range(4):
