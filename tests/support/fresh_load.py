@@ -63,7 +63,7 @@ def fresh_loads(checkpoints: Sequence[Path], *, flags: Sequence[str], tp: int) -
     finally:
         for process in ranks:
             process.kill()
-            process.wait()
+            process.communicate()
     return found
 
 
