@@ -1,6 +1,6 @@
 """What vLLM's own loader makes of checkpoints, rank by rank, without a server: the truth for a live arena.
 
-    python -m support.fresh_load PORT RANK FLAGS CHECKPOINT..      (FLAGS as one JSON list)
+    python -m support.fresh_load PORT RANK WORLD_SIZE FLAGS CHECKPOINT..      (FLAGS as one JSON list)
 
 Each checkpoint is loaded into a new model by an unpatched vLLM; only the starting of a server is left out.
 vLLM on a CPU packs linear weights away after loading; those are taken as they were before.
@@ -41,7 +41,7 @@ def fresh_loads(
     """
     port = str(free_port())
     command = [sys.executable, "-m", "support.fresh_load", port]
-    rest = [json.dumps(list(flags)), *map(str, checkpoints)]
+    rest = [str(tp), json.dumps(list(flags)), *map(str, checkpoints)]
     ranks = [
         subprocess.Popen(
             [*command, str(rank), *rest],
@@ -66,7 +66,7 @@ def fresh_loads(
     finally:
         for process in ranks:
             process.kill()
-            process.wait()
+            process.communicate()
     return found
 
 
@@ -134,7 +134,6 @@ def _load(checkpoint: str, flags: Sequence[str], rank: int, port: int) -> Digest
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import get_model_loader
     from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
-    from vllm.model_executor.model_loader.weight_checksum import compute_tensor_digests
     from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
     from vllm.utils.torch_utils import set_default_torch_dtype
@@ -155,17 +154,28 @@ def _load(checkpoint: str, flags: Sequence[str], rank: int, port: int) -> Digest
         with set_default_torch_dtype(config.model_config.dtype):
             model = initialize_model(vllm_config=config, model_config=config.model_config)
             get_model_loader(config.load_config).load_weights(model, config.model_config)
-            raw = compute_tensor_digests(model)  # as its weight checker does
+            raw = _digests(model)
             process_weights_after_loading(model, config.model_config, torch.device("cpu"))
-    nothing = hashlib.sha256().hexdigest()
-    return raw | {name: found for name, found in compute_tensor_digests(model).items() if found != nothing}
+    return raw | {name: digest for name, digest in _digests(model).items() if digest != _NOTHING}
+
+
+_NOTHING = hashlib.sha256().hexdigest()
+
+
+def _digests(model: Any) -> Digests:
+    import torch
+
+    return {
+        name: hashlib.sha256(p.detach().contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
+        for name, p in model.named_parameters()
+    }
 
 
 def main() -> None:
     from tests.support.trainer import take_stdout
 
     answers = take_stdout()
-    port, rank, flags, *checkpoints = sys.argv[1:]
+    port, rank, _, flags, *checkpoints = sys.argv[1:]
     found = [_load(c, json.loads(flags), int(rank), int(port)) for c in checkpoints]
     answers.write(json.dumps(found))
     answers.flush()
