@@ -1,8 +1,9 @@
-"""Fifty versions sent whole, as changes, in part and as patches, to servers that miss some, end bit-equal.
+"""Fifty versions sent whole, as changes, in part, as patches, or rolled back, to servers that miss some.
 
-Each server has its own updaters, real ones in processes of their own, and its own epochs; the trainer's two
-ranks are threads here. A server that was left out goes on from what it last got; one whose updater was killed
-in the middle of a round, or whose trainer left, gets a new epoch with new updaters, and whole buckets in it.
+All of them are bit-equal at every version. Each server has its own updaters, real ones in processes of their
+own, and its own epochs; the trainer's two ranks are threads here. A server that was left out goes on from
+what it last got; one whose updater was killed in the middle of a round, or whose trainer left, gets a new
+epoch with new updaters, and whole buckets in it.
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ class Server:
             self.halves.append(open_halves(files, rank_map.arena_bytes))
         self.live, self.epoch, self.absent_until = 0, 0, 0
         self.state: dict[str, torch.Tensor] = {}
+        self.before: dict[str, torch.Tensor] | None = None  # what the other half holds, if anything whole
         self.behind = True
         self.movers: list[Mover] = []
         self.meetings: list[Meeting] = []
@@ -175,6 +177,7 @@ class Server:
         )
         plan, _, _ = self.meetings[0].plan(joint)
         victim = self.updaters[-1][0]
+        self.before = None
 
         def before(trainer: int) -> Callable[[int], None]:
             return lambda index: (
@@ -202,7 +205,17 @@ class Server:
         answers = [self._answer(rank) for rank in range(len(self.updaters))]
         assert [answer.get("error", "") for answer in answers] == [""] * len(answers)
         self.live = 1 - self.live
+        self.before = {name: tensor.clone() for name, tensor in self.state.items()}
         return sum(int(answer["bytes"]) for answer in answers)
+
+    def roll_back(self) -> None:
+        """The other half is flipped in as it is."""
+        assert self.before is not None
+        for mover in self.movers:
+            mover.forget()
+        self._tell("restore")
+        assert [self._answer(rank)["bytes"] for rank in range(len(self.updaters))] == [0] * len(self.updaters)
+        self.live, self.state, self.before, self.behind = 1 - self.live, self.before, self.state, True
 
     def wrong(self) -> list[str]:
         """Which ranks serve another thing than they must, and where it begins."""
@@ -295,6 +308,10 @@ def test_servers_that_miss_versions_end_bit_equal(servers: list[Server], seed: i
                     server.behind = True
                     seen["missed"] += 1
                     continue
+                if server.before and server.movers and not last and draw.random() < 0.1:
+                    server.roll_back()
+                    seen["rolled back"] += 1
+                    assert not server.wrong(), f"seed {seed}, version {version}, rolled back"
                 whole = server.behind or len(names) == len(SOURCES)
                 sent = list(SOURCES) if whole else names  # a part may only be laid over the version before it
                 if draw.random() < 0.05:
@@ -329,6 +346,7 @@ def test_servers_that_miss_versions_end_bit_equal(servers: list[Server], seed: i
                     seen["begun anew"] += begins and server.epoch > 1
                     server.behind = not whole
                 assert not server.wrong(), f"seed {seed}, version {version}, {encoding} of {sent}"
-    assert all(seen[what] >= 1 for what in ("missed", "killed", "in part", "patched", "begun anew")), seen
+    wanted = ("missed", "killed", "in part", "patched", "begun anew", "rolled back")
+    assert all(seen[what] >= 1 for what in wanted), seen
     assert seen["changes only"] >= 10, seen
     assert not any(server.behind for server in servers), "the last version went whole to every server"
