@@ -111,6 +111,8 @@ def truth_of(
     if flags not in known:
         ranks = {"tp": layout.tp, "pp": layout.pp, "dp": layout.lockstep}
         known[flags] = fresh_loads(sets, flags=[*COMMON, *flags], **ranks)
+    if layout.engines == 1:
+        return known[flags]
     return [of_engines(fresh, layout.engines) for fresh in known[flags]]
 
 
