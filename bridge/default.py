@@ -88,9 +88,9 @@ def update_weight(name: str | SparsePatch, tensor: torch.Tensor | None = None) -
     _default_bridge().update_weight(name, tensor)  # type: ignore[arg-type]  # told apart there
 
 
-def rollback() -> Receipt:
+def rollback(*, to: int | None = None) -> Receipt:
     """``Bridge.rollback`` on the default connection."""
-    return _default_bridge().rollback()
+    return _default_bridge().rollback(to=to)
 
 
 def send_heartbeat() -> None:

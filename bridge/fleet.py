@@ -24,7 +24,7 @@ from bridge.config import BridgeConfig
 from bridge.environment import Ranks
 from bridge.errors import BridgeError, ConfigError, RendezvousError, RoundAborted
 from bridge.job import Encoding, Job, Outcome, Receipt
-from bridge.joining import any_rank, on_any_rank
+from bridge.joining import any_rank, highest, on_any_rank
 from bridge.protocol.ballot import GIVEN_UP, Ballot, Policy, Verdict
 from bridge.rounds import Session
 from bridge.sharding import LocalShards, current_gpu
@@ -95,6 +95,9 @@ class Fleet:
         self._stage_timeout_s = config.stage_timeout_s
         self._own_ranks = own_ranks
         self._absent: dict[str, str] = {}
+        self._newest = (
+            0  # the highest number that a server may serve by us, as ranks agreed or rank 0 decided
+        )
 
     @property
     def several(self) -> bool:
@@ -150,13 +153,14 @@ class Fleet:
             self.servers[0].session.refuse_round(reason)
 
     def _agree(self, *, refusing: bool, over: Sequence[bool]) -> list[bool]:
-        refused, *anew = on_any_rank([refusing, *over], self._own_ranks())
+        newest = max([self._newest, self.version, *self._made])
+        refused, self._newest, *anew = highest([int(refusing), newest, *map(int, over)], self._own_ranks())
         if refused and not refusing:
             raise RoundAborted(
                 "another trainer rank cannot take part in this round, and its error says why; every server "
                 "keeps its weights"
             )
-        return anew
+        return list(map(bool, anew))
 
     def _meet(self, device: torch.device | None) -> list[Server]:
         ranks = self._own_ranks()
@@ -238,27 +242,29 @@ class Fleet:
             self._warn("server %s is left out of this round: %s", name, self._absent[name])
         return fit
 
-    def that_roll_back(self, servers: Sequence[Server]) -> Sequence[Server]:
-        """``servers``, which would all come back to one version. A single one knows by itself which.
+    def roll_back(self, servers: Sequence[Server], to: int | None, *, call: int) -> Outcome:
+        """All ``servers`` come back to one version, or none does; each checks that it holds that one.
 
         Raises:
-            ConfigError: they would not, or this trainer cannot know; nothing has begun.
+            ConfigError: servers are absent, or this trainer cannot know which version; nothing has begun.
         """
         if not self.several:
-            return servers
+            return servers[0].session.submit(None, call=call, version=None, to=to)
         fit = self.that_take_parts(servers)
-        before = {server.name: server.before for server in servers}
-        if len(fit) < len(self.servers) or None in before.values() or len(set(before.values())) > 1:
+        before = {server.name: server.before if to is None else to for server in servers}
+        wanted = before[servers[0].name]
+        if len(fit) < len(self.servers) or wanted is None or set(before.values()) != {wanted}:
             held = ", ".join(f"{name}: {'unknown' if v is None else v}" for name, v in before.items())
             raise ConfigError(
                 f"the versions that this trainer had made live before are not one ({held}), or servers are "
                 "absent, so a rollback would part them; broadcast the wanted weights instead"
             )
-        return servers
+        parts = [(server, None) for server in servers]
+        return self._submit(parts, call=call, version=None, encoding="dense", policy="all", to=wanted)
 
     def submit(
         self,
-        parts: Sequence[tuple[Server, LocalShards | None]],
+        parts: Sequence[tuple[Server, LocalShards]],
         *,
         call: int,
         version: int | None,
@@ -268,17 +274,33 @@ class Fleet:
         if not self.several:
             ((server, shards),) = parts
             return server.session.submit(shards, call=call, version=version, encoding=encoding)
-        wanted = max([self.version, *self._made]) + 1 if version is None else version
+        return self._submit(parts, call=call, version=version, encoding=encoding, policy=self._policy)
+
+    def _submit(
+        self,
+        parts: Sequence[tuple[Server, LocalShards | None]],
+        *,
+        call: int,
+        version: int | None,
+        encoding: Encoding,
+        policy: Policy,
+        to: int | None = None,
+    ) -> Outcome:
+        wanted = max([self._newest, self.version, *self._made]) + 1 if version is None else version
+
+        def begin() -> None:
+            self._newest = max(self._newest, wanted)
+
         sessions = {server.name: server.session for server, _ in parts}
         leads = self._own_ranks().rank == 0
-        tally = _Tally(sessions, self._policy, self._stage_timeout_s) if leads else None
+        tally = _Tally(sessions, policy, self._stage_timeout_s, before_commit=begin) if leads else None
         jobs = {
             server.name: server.session.submit(
-                shards, call=call, version=wanted, encoding=encoding, vote=_Say(tally, server.name)
+                shards, call=call, version=wanted, encoding=encoding, vote=_Say(tally, server.name), to=to
             )
             for server, shards in parts
         }
-        return _Together(jobs, self._absent, policy=self._policy, version=wanted, warn=self._warn)
+        return _Together(jobs, self._absent, policy=policy, version=wanted, warn=self._warn)
 
     def remember(self, receipt: Receipt) -> None:
         """What a round has made live."""
@@ -311,7 +333,16 @@ def _listed(reasons: Mapping[str, object]) -> str:
 class _Tally:
     """Trainer rank 0's count of the votes, which come from the sessions' threads."""
 
-    def __init__(self, sessions: Mapping[str, Session], policy: Policy, stage_timeout_s: float) -> None:
+    def __init__(
+        self,
+        sessions: Mapping[str, Session],
+        policy: Policy,
+        stage_timeout_s: float,
+        *,
+        before_commit: Callable[[], None],
+    ) -> None:
+        """``before_commit`` is called once some server is about to be told to commit."""
+        self._before_commit = before_commit
         self.stage_timeout_s = math.inf if policy == "all" else stage_timeout_s
         self._sessions = sessions
         self._ballot = Ballot(sessions, policy)
@@ -323,6 +354,8 @@ class _Tally:
             verdict = event(self._ballot)
         if verdict is None:
             return
+        if verdict.commit:
+            self._before_commit()
         for name in verdict.commit:
             self._sessions[name].commit()
         for name in verdict.give_up:

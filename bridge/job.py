@@ -76,12 +76,14 @@ class Job:
         call: int,
         encoding: Encoding,
         vote: Vote | None = None,
+        to: int | None = None,
     ) -> None:
-        """Without ``shards`` nothing is sent: the version before the served one comes back.
+        """Without ``shards`` nothing is sent: the version before the served one, ``to``, comes back.
 
         ``vote``: who decides whether to commit; None where there is nobody to ask, and on other ranks.
         """
         self.shards = shards
+        self.to = to
         self.vote = vote
         self.version = version
         self.call = call
@@ -97,7 +99,9 @@ class Job:
     @property
     def manner(self) -> str:
         """What all ranks must want alike."""
-        return self.encoding if self.shards is not None else ROLLBACK
+        if self.shards is not None:
+            return self.encoding
+        return ROLLBACK if self.to is None else f"{ROLLBACK} {self.to}"
 
     @functools.cached_property
     def nbytes(self) -> int:

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from bridge.config import BridgeConfig
 from bridge.environment import Ranks
 from bridge.errors import (
-    BridgeError,
     ConfigError,
     DeviceError,
     MappingError,
@@ -71,11 +70,12 @@ def ask_admission(
         RendezvousError: the daemon cannot be reached in time, or refuses.
     """
     timeout_s = config.connect_timeout_s if patient else min(IMPATIENT_S, config.connect_timeout_s)
-    session, failure = "", None
+    session = ""
+    failure: Exception | None = None
     if ranks.rank == 0:
         try:
             mapping, store, session, answer = _ask_until_answered(config, ranks, timeout_s, again=patient)
-        except BridgeError as err:
+        except Exception as err:  # noqa: BLE001 - raised below; until then the other ranks wait for us
             failure = err
     session = _agree(session, ranks)
     if failure is not None:
@@ -159,11 +159,16 @@ def any_rank(flag: bool, ranks: Ranks) -> bool:
 
 def on_any_rank(flags: Sequence[bool], ranks: Ranks) -> list[bool]:
     """Which of the ``flags`` are set on any trainer rank, asked over the trainer's own default group."""
+    return list(map(bool, highest(list(map(int, flags)), ranks)))
+
+
+def highest(values: Sequence[int], ranks: Ranks) -> list[int]:
+    """The highest of each of the ``values`` on any trainer rank, over the trainer's own default group."""
     if ranks.world_size == 1:
-        return list(flags)
-    wire = torch.tensor(flags, dtype=torch.int32, device=_group_device())
+        return list(values)
+    wire = torch.tensor(values, dtype=torch.int64, device=_group_device())
     dist.all_reduce(wire, op=dist.ReduceOp.MAX)
-    return [bool(flag) for flag in wire.tolist()]
+    return [int(value) for value in wire.tolist()]
 
 
 def _group_device() -> torch.device:

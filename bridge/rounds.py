@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import queue
 import threading
 import time
@@ -29,7 +30,7 @@ from bridge.job import Encoding, Job, Receipt, Vote
 from bridge.joining import ask_admission, meet
 from bridge.moving import Mover
 from bridge.protocol.mapping import Mapping
-from bridge.protocol.messages import DIGEST_BYTES, ROLLBACK, Frame, Opcode
+from bridge.protocol.messages import DIGEST_BYTES, Frame, Opcode
 from bridge.protocol.session import (
     Action,
     Close,
@@ -98,6 +99,9 @@ class Session:
         self._inbox: _Inbox = queue.Queue()
         self._under_way: Job | None = None
         self._staged_at = 0.0
+        self._expired = False  # whether we have said that we wait no longer for other servers
+        self._verdict_at = 0.0
+        self._left = False  # whether the caller has given up waiting for the background thread
         self._early: list[tuple[int, Event]] = []
         self._meeting = Meeting(store, mapping, epoch=answer.epoch, timeout_s=answer.deadline_s * 2)
         machine = {"epoch": answer.epoch, "version": answer.weight_version}
@@ -165,10 +169,12 @@ class Session:
         version: int | None,
         encoding: Encoding = "dense",
         vote: Vote | None = None,
+        to: int | None = None,
     ) -> Job:
         """Hand a broadcast, or a rollback, to the background thread; ``call`` counts this process's."""
         wanted = self.version + 1 if version is None else version
-        job = Job(shards, version=wanted, call=call, encoding=encoding, vote=vote)
+        job = Job(shards, version=wanted, call=call, encoding=encoding, vote=vote, to=to)
+        self._expired, self._verdict_at = False, 0.0
         self._under_way = job
         self._inbox.put(job)
         return job
@@ -187,8 +193,9 @@ class Session:
         self._mover.interrupt()
         self._inbox.put(_GiveUp(reason))
         frame = Frame(opcode=Opcode.ABORT, epoch=self._answer.epoch, version=self.version, text=reason)
-        self._perform_safely([Send(tuple(self._joined.peers), frame)])
-        if self._under_way is not None:
+        # The daemon first: from then on nothing that is still sent can be served.
+        self._perform_safely([Send(tuple(sorted(self._joined.peers, reverse=True)), frame)])
+        if self._under_way is not None and not self.in_place:
             self._under_way.forsake(RoundAborted(reason))
 
     def refuse_round(self, reason: str) -> None:
@@ -218,6 +225,7 @@ class Session:
             actions = self._coordinator.shutdown() if self.rank == 0 else self._member.leave()
             self._perform_safely(actions)
         if self._thread.is_alive():
+            self._left = True
             logger.warning("a round is still under way; what it holds on the GPU stays with it")
         else:
             self._give_back()
@@ -237,8 +245,8 @@ class Session:
             self._mover.interrupt()  # it may be waiting for a GPU, which hears nothing
         self._inbox.put((peer, event))
         job = self._under_way
-        if job is None or job.vote is None or job.done or not isinstance(event, Frame):
-            return
+        if job is None or job.vote is None or job.done or not isinstance(event, Frame) or self.in_place:
+            return  # in place, what every rank has staged is served even then: the weights stay until it ends
         if event.opcode is Opcode.ABORT:
             # Other servers may go on without this one, for which our own thread may still be held up.
             self.closed = event.text
@@ -251,6 +259,8 @@ class Session:
         while True:
             item = self._inbox.get()
             if isinstance(item, _Stop):
+                if self._left:
+                    self._give_back()
                 return
             if isinstance(item, Job):
                 self._run_job(item)
@@ -333,6 +343,11 @@ class Session:
                 item = self._inbox.get(timeout=left)
             except queue.Empty:
                 break
+            if isinstance(item, _Stop):
+                self._inbox.put(item)
+                break
+            if isinstance(item, _GiveUp):
+                return RoundAborted(item.reason)
             if isinstance(item, tuple) and isinstance(item[1], Frame) and item[1].text:
                 if item[1].opcode in (Opcode.FAILED, Opcode.ABORT):
                     return RoundAborted(item[1].text)
@@ -372,13 +387,18 @@ class Session:
         others = job.vote if self._coordinator.state is State.STAGED else None
         if others is not None:
             until = min(until, self._staged_at + others.stage_timeout_s)
+            if self._expired:
+                until = time.monotonic() + self._answer.deadline_s
+        elif self._verdict_at:  # the time that other servers took was not this one's
+            until = self._verdict_at + self._patience_s + 2 * self._answer.deadline_s
         machine = self._coordinator if self.rank == 0 else self._member
         if self._early:
             return self._on_event(job, *self._early.pop(0))
         try:
             item = self._inbox.get(timeout=max(0.0, until - time.monotonic()))
         except queue.Empty:
-            if others is not None and until < job.started + limit_s:
+            if others is not None and not self._expired and others.stage_timeout_s < math.inf:
+                self._expired = True
                 others.expired()
                 return []
             raise TransferError(
@@ -391,6 +411,7 @@ class Session:
         if isinstance(item, _GiveUp):
             raise RoundAborted(item.reason)
         if isinstance(item, _Commit):
+            self._verdict_at = time.monotonic()
             return self._coordinator.commit()
         if isinstance(item, Job):
             raise ProtocolError("a second broadcast was submitted in the middle of a round")
@@ -438,7 +459,7 @@ class Session:
 
     def _start_moving(self, job: Job) -> None:
         if job.shards is None:
-            for action in self._coordinator.announce(bytes(DIGEST_BYTES), ROLLBACK):
+            for action in self._coordinator.announce(bytes(DIGEST_BYTES), job.manner):
                 self._perform(job, action)
             self._mover.forget()
             return

@@ -316,12 +316,17 @@ class Bridge:
             )
         self._round.update_weight(name, tensor)  # type: ignore[arg-type]  # told apart there
 
-    def rollback(self) -> Receipt:
+    def rollback(self, *, to: int | None = None) -> Receipt:
         """Serve the version before the served one again, at once and without sending it; every rank calls it.
 
         It is kept until the next round begins. Numbers never come back: after version 7 this makes version 8,
         with the weights of 6, and another rollback version 9, with those of 7. The trainer's own weights stay
-        as they are.
+        as they are. All of several servers come back to one version, or none does.
+
+        Args:
+            to: the version whose weights are wanted; refused if the server holds another. Without it, a
+                rollback that is repeated because the first one's outcome was lost would undo that. Equal
+                on all ranks.
 
         Raises:
             ConfigError: several servers would not all come back to the same version.
@@ -329,9 +334,13 @@ class Bridge:
                 (``--staging in-place``, ``--flip copy``). The served version stays.
         """
         self._begin()
-        servers = self._fleet.that_roll_back(self._fleet.agreed(current_gpu()))
-        parts = [(server, None) for server in servers]
-        receipt = self._fleet.submit(parts, call=self._calls, version=None, encoding="dense").wait()
+        servers = self._fleet.agreed(current_gpu())
+        try:
+            outcome = self._fleet.roll_back(servers, to, call=self._calls)
+        except BaseException as err:
+            _refuse(servers, str(err) or type(err).__name__)
+            raise
+        receipt = outcome.wait()
         self._fleet.remember(receipt)
         return receipt
 

@@ -217,8 +217,9 @@ class Epoch:
     def _stage(self, action: Stage) -> None:
         self.round = RoundRecord(version=action.version, started=time.monotonic(), joint=action.joint)
         self._poised.clear()
-        if action.joint == ROLLBACK:
-            self.round.restores = self._swap.restore()
+        kind, _, wanted = action.joint.partition(" ")
+        if kind == ROLLBACK:
+            self.round.restores = self._swap.restore(int(wanted) if wanted.isdecimal() else None)
             self.crew.order({"type": "restore"})
             return
         order = {"type": "stage", "joint": action.joint, "plan_digest": action.plan_digest.hex()}

@@ -32,11 +32,11 @@ class Swap(Protocol):
             TransferError: nothing may be written now.
         """
 
-    def restore(self) -> int:
+    def restore(self, wanted: int | None) -> int:
         """The version that a flip would bring back, as no byte of it has been overwritten.
 
         Raises:
-            TransferError: there is none.
+            TransferError: there is none, or it is not ``wanted``.
         """
 
     def hold(self) -> None:
@@ -95,7 +95,7 @@ class DoubleStaging:
         self._page.restorable = None  # before the first byte is written over it
         return {rank: {"half": 1 - self._page.slot(rank).active} for rank in ranks}
 
-    def restore(self) -> int:
+    def restore(self, wanted: int | None) -> int:
         if late := behind(self._page, range(self._boundary.num_ranks)):
             raise TransferError(late)
         if self._copies:
@@ -104,6 +104,11 @@ class DoubleStaging:
             raise TransferError(
                 f"version {self._page.requested} is served, and the one before it is not there any more: a "
                 "later round has begun to write over it, or there was none; broadcast those weights again"
+            )
+        if wanted not in (None, version):
+            raise TransferError(
+                f"version {wanted} was to be served again, but the one before version {self._page.requested} "
+                f"is version {version}"
             )
         return version
 
@@ -114,7 +119,7 @@ class DoubleStaging:
         raise AssertionError(f"version {version}: no leave is needed to write a half that nobody reads")
 
     def commit(self, version: int) -> list[int]:
-        before = self._page.requested
+        before, self._page.restorable = self._page.requested, None  # a rank may flip after we gave up waiting
         flips = self._boundary.commit(version, if_late="it becomes live with their next batch")
         self._page.restorable = None if self._copies else before
         return flips
@@ -149,7 +154,7 @@ class InPlaceStaging:
         order = {"half": 0, "leave_s": self._boundary.timeout_s + LEAVE_MARGIN_S, "torn": self.torn}
         return {rank: dict(order) for rank in range(self._boundary.num_ranks)}
 
-    def restore(self) -> int:
+    def restore(self, wanted: int | None) -> int:  # noqa: ARG002 - none is kept, whichever is wanted
         raise TransferError("with --staging in-place the version before is not kept")
 
     def hold(self) -> None:

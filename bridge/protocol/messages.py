@@ -20,7 +20,9 @@ DIGEST_BYTES = 16
 _HEAD = struct.Struct("<4sHhQQqH16s")
 _MAGIC = b"VWB1"
 MAX_TEXT_BYTES = FRAME_BYTES - _HEAD.size
-ROLLBACK = "rollback"  # instead of an encoding in READY, and of a joint layout's key in BEGIN
+# Instead of an encoding in READY, and of a joint layout's key in BEGIN; may be followed by a space and the
+# version that is to be served again.
+ROLLBACK = "rollback"
 
 
 class Opcode(enum.IntEnum):

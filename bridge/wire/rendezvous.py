@@ -151,11 +151,18 @@ def first_line(err: BaseException) -> str:
 
 
 def ask(store: Store, request: Request, secret: str, *, timeout_s: float) -> None:
-    """Leave a request for the daemon (trainer rank 0)."""
-    ticket = store.add("ticket", 1)
-    store.set_timeout(timedelta(seconds=timeout_s))
+    """Leave a request for the daemon (trainer rank 0).
+
+    Raises:
+        RendezvousError: the daemon died since its store was reached.
+    """
     sealed = seal(request, secret)
-    store.set(f"ticket/{ticket}", sealed)  # type: ignore[arg-type]  # bytes too, the stub says str
+    try:
+        store.set_timeout(timedelta(seconds=timeout_s))
+        ticket = store.add("ticket", 1)
+        store.set(f"ticket/{ticket}", sealed)  # type: ignore[arg-type]  # bytes too, the stub says str
+    except (RuntimeError, dist.DistError) as err:
+        raise RendezvousError(f"the daemon's store is gone: {first_line(err)}") from err
 
 
 def await_answer(store: Store, session: str, secret: str, *, timeout_s: float) -> Answer:

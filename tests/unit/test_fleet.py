@@ -121,9 +121,10 @@ class FakeSession:
         version: int | None,
         encoding: Encoding = "dense",
         vote: Vote | None = None,
+        to: int | None = None,
     ) -> Job:
         assert version is not None
-        self.job = Job(shards, version=version, call=call, encoding=encoding, vote=vote)
+        self.job = Job(shards, version=version, call=call, encoding=encoding, vote=vote, to=to)
         self.committed = False
         if self.closed:
             self.job.finish(None, RoundAborted(self.closed))

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from bridge.errors import TransferError
+from tests.support.serving import wait_until
 from vllm_patching.boundary import Boundary
 from vllm_patching.control_page import ControlPage
 from vllm_patching.swap import DoubleStaging, InPlaceStaging
@@ -90,18 +91,18 @@ def publish(swap: DoubleStaging, version: int) -> None:
 def test_the_first_version_has_the_checkpoint_before_it(server: Server) -> None:
     swap = double(server)
     with pytest.raises(TransferError, match=r"version 0 is served.*there was none"):
-        swap.restore()
+        swap.restore(None)
     publish(swap, 1)
-    assert swap.restore() == 0
+    assert swap.restore(None) == 0
 
 
 def test_a_rollback_can_be_rolled_back(server: Server) -> None:
     swap = double(server)
     publish(swap, 4)
     publish(swap, 7)
-    assert swap.restore() == 4
+    assert swap.restore(None) == 4
     swap.commit(8)
-    assert swap.restore() == 7
+    assert swap.restore(None) == 7
 
 
 def test_orders_to_write_end_it_and_so_does_a_commit_that_is_late(server: Server) -> None:
@@ -109,26 +110,53 @@ def test_orders_to_write_end_it_and_so_does_a_commit_that_is_late(server: Server
     publish(swap, 1)
     swap.orders()
     with pytest.raises(TransferError, match="begun to write over it"):
-        swap.restore()
+        swap.restore(None)
     server.commits = False
     with pytest.raises(TransferError, match="did not commit within"):
         swap.commit(2)
     with pytest.raises(TransferError, match="still serves version 1 while version 2 waits"):
-        swap.restore()
+        swap.restore(None)
+
+
+def test_only_the_wanted_version_comes_back(server: Server) -> None:
+    swap = double(server)
+    publish(swap, 4)
+    publish(swap, 7)
+    assert swap.restore(4) == 4
+    with pytest.raises(
+        TransferError, match=r"version 3 was to be served again, but the one before .* is version 4"
+    ):
+        swap.restore(3)
+
+
+def test_a_rollback_that_is_late_leaves_nothing_to_come_back_to(server: Server) -> None:
+    swap = double(server)
+    publish(swap, 1)
+    publish(swap, 2)
+    assert swap.restore(None) == 1
+    server.commits = False
+    with pytest.raises(TransferError, match="did not commit within"):
+        swap.commit(3)
+    server.commits = True
+    wait_until(
+        "the late flip", lambda: server.page.slot(0).version == 3 == server.page.slot(1).version, timeout_s=5
+    )
+    with pytest.raises(TransferError, match="not there any more"):
+        swap.restore(None)
 
 
 def test_another_daemon_knows_it_too(server: Server) -> None:
     swap = double(server)
     publish(swap, 1)
     publish(swap, 2)
-    assert double(server).restore() == 1
+    assert double(server).restore(None) == 1
 
 
 def test_a_flip_that_copies_keeps_nothing(server: Server) -> None:
     swap = double(server, copies=True)
     publish(swap, 1)
     with pytest.raises(TransferError, match="--flip copy"):
-        swap.restore()
+        swap.restore(None)
 
 
 # --- one half ------------------------------------------------------------------------------------------
