@@ -53,6 +53,7 @@ class PatchShare:
     high: tuple[int, ...] = ()
     digest: bytes = b""
     fault: str = ""
+    world_size: int = 1
 
     def boxes(self, shape: tuple[int, ...]) -> list[tuple[_Box, torch.Tensor]] | str:
         """The share as boxes of a tensor of ``shape``, each with its values; or why there are none."""
@@ -63,6 +64,12 @@ class PatchShare:
         strides = extents.flip(0).cumprod(0).flip(0) // extents
         flat = (self.places * strides).sum(1)
         breaks = ((flat.diff() != 1).nonzero().flatten() + 1).tolist()
+        if len(breaks) >= MAX_RUNS // self.world_size:
+            return (
+                f"its patch comes apart into some {(len(breaks) + 1) * self.world_size} runs, more than "
+                f"{MAX_RUNS}; hand the whole tensor over, or broadcast the model with encoding='auto', which "
+                "finds what changed"
+            )
         edges = [0, *breaks, len(flat)] if len(flat) else [0]
         values, found, at = self.values.view(-1), [], 0
         for first, last in itertools.pairwise(edges):
@@ -71,11 +78,6 @@ class PatchShare:
                 numel = math.prod(extent)
                 found.append(((offset, extent), values[at : at + numel].view(extent)))
                 at += numel
-        if len(found) > MAX_RUNS:
-            return (
-                f"its patch comes apart into {len(found)} runs, more than {MAX_RUNS}; hand the whole tensor "
-                "over, or broadcast the model with encoding='auto', which finds what changed"
-            )
         return found
 
     def _misfit(self, shape: tuple[int, ...]) -> str:
@@ -120,6 +122,7 @@ def share_of(patch: SparsePatch, *, rank: int, world_size: int) -> PatchShare:
         high=tuple(places.amax(0).tolist()),
         digest=blake3.blake3(places.contiguous().numpy().tobytes()).digest(DIGEST_BYTES),
         fault=fault,
+        world_size=world_size,
     )
 
 

@@ -308,9 +308,7 @@ def refuse_unsupported_config(vllm_config: Any) -> None:
     parallel = vllm_config.parallel_config
     if (device := vllm_config.device_config.device_type) not in ("cpu", "cuda"):
         faults.append(f"device {device!r}: the bridge knows CPUs and CUDA devices")
-    if getattr(parallel, "enable_eplb", False):
-        faults.append("--enable-eplb moves experts between ranks at run time")
-    faults += _unsupported_in_lockstep(parallel)
+    faults += _parallel_faults(parallel) + _unsupported_in_lockstep(parallel)
     if vllm_config.model_config.quantization:
         faults.append(f"quantization {vllm_config.model_config.quantization!r} repacks the weights")
     if getattr(vllm_config.model_config, "is_multimodal_model", False):
@@ -321,6 +319,21 @@ def refuse_unsupported_config(vllm_config: Any) -> None:
     if faults:
         listing = "\n  ".join(faults)
         raise ConfigError(f"the bridge cannot keep this server's weights in step:\n  {listing}")
+
+
+def _parallel_faults(parallel: Any) -> list[str]:
+    """What parts ranks, or the order in which they get batches and calls."""
+    faults = []
+    if getattr(parallel, "enable_eplb", False):
+        faults.append("--enable-eplb moves experts between ranks at run time")
+    if getattr(parallel, "enable_fault_tolerance", False):
+        faults.append("--enable-fault-tolerance goes on after errors behind which ranks may differ")
+    if (backend := parallel.distributed_executor_backend) not in (None, "mp", "uni"):
+        faults.append(
+            f"--distributed-executor-backend {backend}: only with mp (or one rank) does a call reach every "
+            "worker in its place between the batches"
+        )
+    return faults
 
 
 def _memory_faults(vllm_config: Any) -> list[str]:
@@ -383,8 +396,20 @@ def waiting_requests(scheduler: Any) -> list[Any]:
     return [request for queue in queues for request in queue if request.num_computed_tokens == 0]
 
 
+def execute_timeout_s() -> float:
+    """How long vLLM itself waits for a batch."""
+    from vllm import envs
+
+    return float(envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
+
+
 def will_not_step(engine: Any) -> bool:
-    """Whether the engine has nothing to run, or is paused, so that no batch would carry a stamp."""
+    """Whether the engine has nothing to run, or is paused, so that no batch would carry a stamp.
+
+    Not while batches that it has given out are under way, some of them between two stages of a pipeline.
+    """
+    if getattr(engine, "batch_queue", None):
+        return False
     scheduler = engine.scheduler
     state = getattr(scheduler, "pause_state", None)
     return not scheduler.has_requests() or getattr(state, "name", "") == "PAUSED_ALL"

@@ -108,8 +108,13 @@ class EngineBridge:
     def commit_now(self) -> None:
         """Let every worker flip behind the batches it has been given; one that has flipped does nothing."""
         self.engine.model_executor.collective_rpc(
-            "bridge_commit", timeout=RPC_TIMEOUT_S, args=(self.version,)
+            "bridge_commit", timeout=self.rpc_timeout_s, args=(self.version,)
         )
+
+    @property
+    def rpc_timeout_s(self) -> float:
+        """How long a call to all workers may take, where nothing runs."""
+        return RPC_TIMEOUT_S
 
 
 def attach(engine: Any, kind: type[EngineBridge] = EngineBridge) -> None:

@@ -271,4 +271,5 @@ class Intake:
             while len(self._steps) >= KEPT_PLANS * max(len(self._links), 1):
                 del self._steps[next(iter(self._steps))]
             self._steps[key] = LaneSteps([torch_dtype(target.dtype) for target in self._rank_map.targets])
+        self._steps[key] = self._steps.pop(key)  # those that were not used for the longest time go first
         return self._steps[key]

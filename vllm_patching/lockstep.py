@@ -74,6 +74,11 @@ class LockstepBridge(EngineBridge):
         super().commit_now()
         self._sent = self.version
 
+    @property
+    def rpc_timeout_s(self) -> float:
+        """As for a batch: before a dummy batch the call waits behind forwards that wait for other engines."""
+        return compat.execute_timeout_s()
+
 
 def _hook_steps(engine: Any, bridge: LockstepBridge) -> None:
     def make_step(process_engine_step: Wrapped) -> Wrapped:

@@ -89,15 +89,17 @@ def take_changes(pieces: Sequence[Piece], unit: int, workers: Executor) -> Chang
             )
         at += now.numel()
     found, num_words = [], 0
-    for task in pending:
-        positions, values, in_words = task.result()
-        num_words += in_words
-        if num_words > limit:
-            for rest in pending:
-                rest.cancel()
-            wait(pending)  # nobody may write the remembered state any more
-            return None
-        found.append((positions, values))
+    try:
+        for task in pending:
+            positions, values, in_words = task.result()
+            num_words += in_words
+            if num_words > limit:
+                return None
+            found.append((positions, values))
+    finally:
+        for task in pending:
+            task.cancel()
+        wait(pending)  # nobody may read the weights, or write the remembered state, any more
     return Changes(*(torch.from_numpy(np.concatenate(parts)) for parts in zip(*found, strict=True)))
 
 

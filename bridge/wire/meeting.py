@@ -117,6 +117,9 @@ class Meeting:
             while len(self._plans) >= KEPT_PLANS:
                 del self._plans[next(iter(self._plans))]
             self._plans[joint] = (plan, layouts, description)
+        self._plans[joint] = self._plans.pop(
+            joint
+        )  # the one that was not used for the longest time goes first
         return self._plans[joint]
 
     def publish_whereabouts(self, trainer: int, whereabouts: Whereabouts) -> None:

@@ -76,11 +76,21 @@ def _connector(config: SimpleNamespace) -> None:
     config.kv_transfer_config = KVTransferConfig(kv_connector="SharedStorageConnector", kv_role="kv_both")
 
 
+def _fault_tolerance(config: SimpleNamespace) -> None:
+    config.parallel_config.enable_fault_tolerance = True
+
+
+def _ray(config: SimpleNamespace) -> None:
+    config.parallel_config.distributed_executor_backend = "ray"
+
+
 REFUSED: dict[str, Callable[[SimpleNamespace], None]] = {
     "--enable-eplb": _eplb,
     "--data-parallel-size 2 with a mixture of experts and --pipeline-parallel-size": _lockstep_pipelines,
     "--weight-transfer-config": _transfer,
     "--kv-transfer-config": _connector,
+    "--enable-fault-tolerance": _fault_tolerance,
+    "--distributed-executor-backend ray": _ray,
     "--cpu-offload-gb": _offload_uva,
     "--offload-group-size": _offload,
 }
