@@ -77,7 +77,7 @@ def test_two_servers_of_different_layout(checkpoint: Callable[..., Path], tmp_pa
     one: dict[str, Any] = {"flags": [F32], "bridge_flags": TIMES, "env": UNBOUND}
     two = {**one, "flags": [F32, "--tensor-parallel-size=2"]}
     places = [str(tmp_path / "one"), str(tmp_path / "two")]
-    env = {"BRIDGE_LOGDIRS": os.pathsep.join(places), "BRIDGE_CONNECT_TIMEOUT_S": "3"}
+    env = {"BRIDGE_LOGDIRS": os.pathsep.join(places), "BRIDGE_CONNECT_TIMEOUT_S": "8"}
     with (
         serving_together((sets[0], Path(places[0]), one), (sets[0], Path(places[1]), two)) as servers,
         training("fsdp2", sets[0], logdir=tmp_path, dtype="float32", ranks=2, env=env) as trainers,
