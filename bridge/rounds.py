@@ -191,10 +191,10 @@ class Session:
         """
         self.closed = reason
         self._mover.interrupt()
-        self._inbox.put(_GiveUp(reason))
         frame = Frame(opcode=Opcode.ABORT, epoch=self._answer.epoch, version=self.version, text=reason)
         # The daemon first: from then on nothing that is still sent can be served.
         self._perform_safely([Send(tuple(sorted(self._joined.peers, reverse=True)), frame)])
+        self._inbox.put(_GiveUp(reason))  # after that: our thread would tell the ranks in words of its own
         if self._under_way is not None and not self.in_place:
             self._under_way.forsake(RoundAborted(reason))
 
