@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from bridge.protocol.mapping import Mapping, RankMap, Source, Target, Vocabulary, Write
 from bridge.protocol.plan import Layout, Shard
-from bridge.protocol.region import row_major
 
 DTYPE, ITEMSIZE = "bfloat16", 2
 MANY = 1 << 30
@@ -104,6 +103,7 @@ class _Tensor:
     cut: str = "whole"  # "rows", "columns" or "experts"
     before: tuple[tuple[int, int], ...] = ()  # (rows, heads) of what comes before it in the target
     heads: int = MANY  # rows are cut in no more parts, and repeated where ranks outnumber them
+    parts: int = 1  # of one expert, each loaded by itself
 
 
 # --- the tensors of a model -------------------------------------------------------------------------------
@@ -166,8 +166,8 @@ def _experts(m: Model, at: str) -> Iterator[_Tensor]:
     bias = f"{mlp}.gate.e_score_correction_bias"
     yield _Tensor(bias, (m.experts,), bias)
     up, down = f"{mlp}.experts.gate_up_proj", f"{mlp}.experts.down_proj"
-    yield _Tensor(up, (m.experts, 2 * inner, h), f"{mlp}.experts.w13_weight", "experts")
-    yield _Tensor(down, (m.experts, h, inner), f"{mlp}.experts.w2_weight", "experts")
+    yield _Tensor(up, (m.experts, 2 * inner, h), f"{mlp}.experts.routed_experts.w13_weight", "experts", parts=2)
+    yield _Tensor(down, (m.experts, h, inner), f"{mlp}.experts.routed_experts.w2_weight", "experts")
     yield from _mlp(h, inner, f"{mlp}.shared_experts")
 
 
@@ -227,12 +227,16 @@ def _writes(tensor: _Tensor, source: int, target: int, server: Server, rank: int
             src_stride=(shape[1], 1), dst_offset=0, dst_stride=(columns, 1),
         )  # fmt: skip
         return
+    if tensor.cut == "experts":
+        own, expert = shape[0] // server.ranks, numel // shape[0]
+        run, first = expert // tensor.parts, rank * own * expert
+        for i in range(own * tensor.parts):
+            yield _run(source, target, run, first + i * run, i * run)
+        return
     parts, part = 1, 0
     if tensor.cut == "rows":
         parts = min(tp, tensor.heads)
         part = tp_rank * parts // tp
-    elif tensor.cut == "experts":
-        parts, part = server.ranks, rank
     cut = tp if tensor.cut == "rows" else 1
     before = sum(rows // min(cut, heads) for rows, heads in tensor.before)
     length = numel // parts
@@ -286,9 +290,3 @@ def chunk(length: int, parts: int, index: int) -> tuple[int, int]:
 def model_bytes(model: Model) -> int:
     """Bytes of all tensors, each once."""
     return sum(math.prod(tensor.shape) for tensor in _tensors(model)) * ITEMSIZE
-
-
-__all__ = [
-    "KIMI_1T", "LLAMA_70B", "QWEN3_8B", "QWEN3_32B", "Model", "Server", "Trainer", "chunk", "layouts_of",
-    "mapping_of", "model_bytes", "row_major",
-]  # fmt: skip

@@ -1,0 +1,351 @@
+"""Ways to bring a version to servers, as transfers over the links of a cluster.
+
+Servers are alike, so one stands for all: what a trainer's link carries is counted once for each of them.
+Trainers and servers are on different hosts; the network between hosts is not blocking.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from benchmarks.fluid import Link, Outcome, Transfer, simulate
+from benchmarks.model_shapes import Model, Server, Trainer, layouts_of, mapping_of, model_bytes
+from bridge.protocol.plan import Plan, build_plan
+
+BUCKET_BYTES = 256 << 20  # the daemon's on GPUs
+RESOLUTION = 1e-4
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Rates in bytes per second and direction, times in seconds.
+
+    NCCL's between two GPUs of a host, and the time of a round without bytes, are measured on H200s
+    (``gpu_rates.py`` says where); the rest is assumed.
+    """
+
+    name: str
+    nccl: float
+    nccl_bucket_s: float
+    all_gather: float
+    round_s: float
+    nic: float = 46e9  # 400 Gbit/s, 92% of it
+    nics_per_node: int = 8
+    gpus_per_node: int = 8
+    message_s: float = 30e-6  # a word by TCP before each bucket between hosts
+    hop_s: float = 10e-6  # through one host of a ring or tree, beside the time of a chunk
+    chunk: float = 512 << 10
+    disk_write: float = 100e9
+    disk_read: float = 200e9
+    disk_node: float = 20e9
+
+    @property
+    def gpus_per_nic(self) -> int:
+        """GPUs that share a network card."""
+        return self.gpus_per_node // self.nics_per_node
+
+
+@dataclass(frozen=True, eq=False)
+class Lanes:
+    """What the planner makes of a model between one trainer and one server.
+
+    ``buckets`` are the bytes of each bucket by (trainer rank, inference rank), in the planner's order.
+    """
+
+    model: Model
+    trainer: Trainer
+    server: Server
+    buckets: dict[tuple[int, int], list[float]]
+    nbytes: float
+    largest_rank: float  # bytes of the inference rank that takes the most
+    planned_layers: int
+
+
+def plan_of(model: Model, trainer: Trainer, server: Server, bucket_bytes: int = BUCKET_BYTES) -> Plan:
+    """The planner's own work."""
+    return build_plan(mapping_of(model, server), layouts_of(model, trainer), bucket_bytes=bucket_bytes)
+
+
+def plan_lanes(
+    model: Model, trainer: Trainer, server: Server, *, bucket_bytes: int = BUCKET_BYTES, layers: int = 0
+) -> Lanes:
+    """Plan a model; with ``layers``, only so many of them and one less, from which the rest follows.
+
+    Every layer behind the dense ones is planned alike, unless replicas share them out, which evens out.
+    """
+    if not layers:
+        plan = plan_of(model, trainer, server, bucket_bytes)
+        buckets = {
+            (lane.trainer, lane.inference): [float(b.nbytes) for b in lane.buckets] for lane in plan.lanes
+        }
+    else:
+        long, short = (
+            _lane_bytes(plan_of(dataclasses.replace(model, layers=n), trainer, server, bucket_bytes))
+            for n in (layers, layers - 1)
+        )
+        further = model.layers - layers
+        buckets = {
+            pair: _cut(nbytes + further * (nbytes - short.get(pair, 0.0)), bucket_bytes)
+            for pair, nbytes in long.items()
+        }
+    by_rank: defaultdict[int, float] = defaultdict(float)
+    for (_, inference), parts in buckets.items():
+        by_rank[inference] += sum(parts)
+    return Lanes(
+        model, trainer, server, buckets, sum(by_rank.values()), max(by_rank.values()), layers or model.layers
+    )
+
+
+def _lane_bytes(plan: Plan) -> dict[tuple[int, int], float]:
+    return {
+        (lane.trainer, lane.inference): float(sum(bucket.nbytes for bucket in lane.buckets))
+        for lane in plan.lanes
+    }
+
+
+def _cut(nbytes: float, bucket_bytes: int) -> list[float]:
+    whole = int(nbytes // bucket_bytes)
+    rest = nbytes - whole * bucket_bytes
+    return [float(bucket_bytes)] * whole + ([rest] if rest else [])
+
+
+# --- links ----------------------------------------------------------------------------------------------
+
+
+class _Network:
+    """Links by name, and what one flow costs those it crosses."""
+
+    def __init__(self, cluster: Cluster, server: Server, servers: int) -> None:
+        self.cluster, self.servers = cluster, servers
+        self.links: dict[Link, float] = {}
+        # Servers smaller than what shares a card are several on it.
+        self._beside = max(1, min(servers, cluster.gpus_per_nic // server.ranks))
+
+    def trainer_card(self, rank: int, flows: float) -> tuple[Link, float]:
+        """The sending side of a trainer rank's card, crossed by ``flows`` flows that are alike."""
+        return self._link(("trainer tx", rank // self.cluster.gpus_per_nic), self.cluster.nic), flows
+
+    def server_card(self, side: str, rank: int, *, level: int = 0, flows: float = 1) -> tuple[Link, float]:
+        """One side of an inference rank's card, of the servers at one ``level`` of a relay."""
+        name = (f"server {side}", level, rank // self.cluster.gpus_per_nic)
+        return self._link(name, self.cluster.nic), flows * self._beside
+
+    def any(self, name: str, capacity: float, flows: float = 1) -> tuple[Link, float]:
+        """A link of another kind."""
+        return self._link((name,), capacity), flows
+
+    def _link(self, name: Link, capacity: float) -> Link:
+        self.links[name] = capacity
+        return name
+
+    def run(self, transfers: Sequence[Transfer]) -> Outcome:
+        """Let them happen."""
+        return simulate(self.links, transfers, resolution=RESOLUTION)
+
+
+# --- the bridge's own -------------------------------------------------------------------------------------
+
+
+@functools.cache
+def direct(lanes: Lanes, cluster: Cluster, servers: int) -> float:
+    """NCCL between hosts as the bridge does it: each end goes through its lanes bucket by bucket.
+
+    A trainer rank has a stream for each server, and an updater has one; on both, one bucket moves at a time.
+    """
+    network = _Network(cluster, lanes.server, servers)
+    transfers: list[Transfer] = []
+    last: dict[tuple[str, int], int] = {}
+    for trainer, inference, nbytes in _in_order(lanes):
+        ends = (("trainer", trainer), ("updater", inference))
+        after = tuple(last[end] for end in ends if end in last)
+        for end in ends:
+            last[end] = len(transfers)
+        transfers.append(_lane(network, trainer, inference, nbytes, after))
+    return cluster.round_s + network.run(transfers).seconds
+
+
+def direct_at_once(lanes: Lanes, cluster: Cluster, servers: int) -> float:
+    """The same bytes with all lanes at once, each bucket by bucket: what the links alone allow."""
+    network = _Network(cluster, lanes.server, servers)
+    transfers = [
+        _lane(network, trainer, inference, sum(parts), (), buckets=len(parts))
+        for (trainer, inference), parts in lanes.buckets.items()
+    ]
+    return cluster.round_s + network.run(transfers).seconds
+
+
+def _in_order(lanes: Lanes) -> list[tuple[int, int, float]]:
+    """(trainer, inference, bytes) of all buckets, so that both ends find theirs in the order they keep."""
+    found = [
+        (index, trainer, inference, nbytes)
+        for (trainer, inference), parts in lanes.buckets.items()
+        for index, nbytes in enumerate(parts)
+    ]
+    return [(trainer, inference, nbytes) for _, trainer, inference, nbytes in sorted(found)]
+
+
+def _lane(
+    network: _Network, trainer: int, inference: int, nbytes: float, after: tuple[int, ...], buckets: int = 1
+) -> Transfer:
+    cluster = network.cluster
+    return Transfer(
+        nbytes,
+        (network.trainer_card(trainer, network.servers), network.server_card("rx", inference)),
+        after,
+        latency_s=buckets * (cluster.message_s + cluster.nccl_bucket_s),
+        limit=cluster.nccl,
+    )
+
+
+def relay_chain(lanes: Lanes, cluster: Cluster, servers: int) -> float:
+    """The first server by the bridge; each of the others from the one before it, bucket by bucket."""
+    return _relay(lanes, cluster, [1] * servers)
+
+
+def relay_tree(lanes: Lanes, cluster: Cluster, servers: int) -> float:
+    """The first server by the bridge; each serves two others, bucket by bucket."""
+    levels, left = [], servers
+    while left:
+        levels.append(min(left, 2 ** len(levels)))
+        left -= levels[-1]
+    return _relay(lanes, cluster, levels)
+
+
+def _relay(lanes: Lanes, cluster: Cluster, levels: Sequence[int]) -> float:
+    """``levels`` are the servers at each distance from the trainer."""
+    first = direct(lanes, cluster, 1)
+    network = _Network(cluster, lanes.server, 1)
+    parts = _cut(lanes.largest_rank, BUCKET_BYTES)
+    # What has arrived when: as if the first server's buckets came at an even pace.
+    pace = network.any("first", lanes.largest_rank / first)
+    transfers: list[Transfer] = []
+    for level, count in enumerate(levels):
+        children = 1 if count == 1 else 2
+        for index, nbytes in enumerate(parts):
+            after = (len(transfers) - 1,) if index else ()
+            if level:
+                uses = (
+                    network.server_card("tx", 0, level=level - 1, flows=children * cluster.gpus_per_nic),
+                    network.server_card("rx", 0, level=level, flows=cluster.gpus_per_nic),
+                )
+                after = (*after, len(transfers) - len(parts))
+                latency = cluster.message_s + cluster.nccl_bucket_s
+                transfers.append(Transfer(nbytes, uses, after, latency_s=latency, limit=cluster.nccl))
+            else:
+                transfers.append(Transfer(nbytes, (pace,), after))
+    return network.run(transfers).seconds
+
+
+def relay_doubling(lanes: Lanes, cluster: Cluster, servers: int) -> float:
+    """The first server by the bridge; then every server that has a version whole gives it to one that has not."""
+    network = _Network(cluster, lanes.server, 1)
+    uses = tuple(network.server_card(side, 0, flows=cluster.gpus_per_nic) for side in ("tx", "rx"))
+    steps = math.ceil(math.log2(servers))
+    after: tuple[int, ...] = ()
+    transfers = []
+    for step in range(steps):
+        transfers.append(Transfer(lanes.largest_rank, uses, after, latency_s=cluster.message_s))
+        after = (step,)
+    return direct(lanes, cluster, 1) + (network.run(transfers).seconds if steps else 0.0)
+
+
+# --- what others do ---------------------------------------------------------------------------------------
+
+
+def gather_broadcast(lanes: Lanes, cluster: Cluster, servers: int) -> float:
+    """All trainer ranks gather a bucket of whole tensors, then rank 0 broadcasts it to all inference ranks.
+
+    One NCCL ring through all of them; what each then copies out of what it got is not counted.
+    """
+    nbytes, nodes = float(model_bytes(lanes.model)), _nodes(cluster, lanes.trainer.ranks)
+    network = _Network(cluster, lanes.server, servers)
+    gather = [network.any("gather", cluster.all_gather)]
+    if nodes > 1:
+        gather.append(
+            network.any("gather between hosts", cluster.nic, (1 - 1 / nodes) / cluster.nics_per_node)
+        )
+    broadcast = [network.trainer_card(0, 1), network.any("ring", cluster.nic)]
+    hosts = _nodes(cluster, lanes.server.ranks * servers)
+    buckets = math.ceil(nbytes / BUCKET_BYTES)
+    transfers = [
+        Transfer(nbytes, tuple(gather), latency_s=buckets * cluster.nccl_bucket_s),
+        Transfer(
+            nbytes, tuple(broadcast), (0,), latency_s=buckets * _fill(cluster, hosts), limit=cluster.nccl
+        ),
+    ]
+    return network.run(transfers).seconds
+
+
+def node_ring(lanes: Lanes, cluster: Cluster, servers: int) -> float:
+    """Every trainer host broadcasts what it holds to all hosts of servers, in a ring over all cards.
+
+    Within a host the parts are exchanged by NVLink, and each rank takes what it needs of the whole model.
+    """
+    hosts = _nodes(cluster, lanes.server.ranks * servers)
+    return _node_broadcast(lanes, cluster, servers, sent=1, depth=hosts)
+
+
+def node_tree(lanes: Lanes, cluster: Cluster, servers: int) -> float:
+    """The same along a binary tree of hosts: everyone sends twice, and few hops lie behind each other."""
+    hosts = _nodes(cluster, lanes.server.ranks * servers)
+    return _node_broadcast(
+        lanes, cluster, servers, sent=1 if hosts == 1 else 2, depth=math.ceil(math.log2(hosts + 1))
+    )
+
+
+def _node_broadcast(lanes: Lanes, cluster: Cluster, servers: int, *, sent: int, depth: int) -> float:
+    nbytes = float(model_bytes(lanes.model))
+    network = _Network(cluster, lanes.server, servers)
+    cards = cluster.nics_per_node
+    roots = min(_nodes(cluster, lanes.trainer.ranks) * cards, lanes.trainer.ranks)
+    uses = [network.any("trainer tx", cluster.nic, 1 / roots), network.any("rx", cluster.nic, 1 / cards)]
+    if depth > 1:
+        uses.append(network.any("tx", cluster.nic, sent / cards))
+    # From one's own card come 1 / gpus_per_node of what every GPU gets.
+    uses.append(network.any("nvlink", cluster.nccl, 1 - 1 / cluster.gpus_per_node))
+    buckets = math.ceil(nbytes / BUCKET_BYTES)
+    fill = buckets * _fill(cluster, depth)
+    return network.run([Transfer(nbytes, tuple(uses), latency_s=fill)]).seconds
+
+
+def shared_disk(lanes: Lanes, cluster: Cluster, servers: int) -> float:
+    """Trainers write their shards to a shared disk; then every rank of every server reads what it needs."""
+    network = _Network(cluster, lanes.server, servers)
+    trainers, ranks = lanes.trainer.ranks, lanes.server.ranks * servers
+    nbytes = model_bytes(lanes.model) / trainers
+    write = (
+        network.any("disk write", cluster.disk_write, trainers),
+        network.any("writing host", cluster.disk_node, min(trainers, cluster.gpus_per_node)),
+    )
+    read = (
+        network.any("disk read", cluster.disk_read, ranks),
+        network.any("reading host", cluster.disk_node, min(ranks, cluster.gpus_per_node)),
+    )
+    return network.run([Transfer(nbytes, write), Transfer(lanes.largest_rank, read, (0,))]).seconds
+
+
+def _nodes(cluster: Cluster, gpus: int) -> int:
+    return -(-gpus // cluster.gpus_per_node)
+
+
+def _fill(cluster: Cluster, depth: int) -> float:
+    """Until the first chunk of a call has come through ``depth`` hosts."""
+    return cluster.nccl_bucket_s + depth * (cluster.hop_s + cluster.chunk / cluster.nic)
+
+
+STRATEGIES: dict[str, Callable[[Lanes, Cluster, int], float]] = {
+    "direct": direct,
+    "direct, all lanes at once": direct_at_once,
+    "relay, a chain": relay_chain,
+    "relay, a tree": relay_tree,
+    "relay, doubling": relay_doubling,
+    "gather on rank 0, broadcast": gather_broadcast,
+    "ring of hosts": node_ring,
+    "tree of hosts": node_tree,
+    "shared disk": shared_disk,
+}
