@@ -203,55 +203,73 @@ def _lane(
 
 
 def relay_chain(lanes: Lanes, cluster: Cluster, servers: int) -> float:
-    """The first server by the bridge; each of the others from the one before it, bucket by bucket."""
-    return _relay(lanes, cluster, [1] * servers)
+    """The first server by the bridge; each of the others from the one before it, bucket by bucket.
+
+    In this way and the next two, servers on one host read from the first of them there, by copy engine.
+    """
+    stations, _ = _stations(lanes, cluster, servers)
+    return _relay(lanes, cluster, servers, [1] * stations)
 
 
 def relay_tree(lanes: Lanes, cluster: Cluster, servers: int) -> float:
     """The first server by the bridge; each serves two others, bucket by bucket."""
-    levels, left = [], servers
+    left, _ = _stations(lanes, cluster, servers)
+    levels: list[int] = []
     while left:
         levels.append(min(left, 2 ** len(levels)))
         left -= levels[-1]
-    return _relay(lanes, cluster, levels)
+    return _relay(lanes, cluster, servers, levels)
 
 
-def _relay(lanes: Lanes, cluster: Cluster, levels: Sequence[int]) -> float:
-    """``levels`` are the servers at each distance from the trainer."""
+def _stations(lanes: Lanes, cluster: Cluster, servers: int) -> tuple[int, int]:
+    """Servers that get a version over the network, and how many share a host with each of them."""
+    beside = min(servers, max(1, cluster.gpus_per_node // lanes.server.ranks))
+    return -(-servers // beside), beside
+
+
+def _relay(lanes: Lanes, cluster: Cluster, servers: int, levels: Sequence[int]) -> float:
+    """``levels`` are the stations at each distance from the trainer."""
     first = direct(lanes, cluster, 1)
     network = _Network(cluster, lanes.server, 1)
     parts = _cut(lanes.largest_rank, BUCKET_BYTES)
+    _, beside = _stations(lanes, cluster, servers)
+    flows = min(cluster.gpus_per_nic, lanes.server.ranks)
     # What has arrived when: as if the first server's buckets came at an even pace.
-    pace = network.any("first", lanes.largest_rank / first)
+    arriving = network.any("first", lanes.largest_rank / first)
     transfers: list[Transfer] = []
     for level, count in enumerate(levels):
-        children = 1 if count == 1 else 2
+        children = math.ceil(count / levels[level - 1]) if level else 1
+        local = network.any(f"within hosts, {level}", cluster.nccl, beside - 1)
         for index, nbytes in enumerate(parts):
             after = (len(transfers) - 1,) if index else ()
             if level:
                 uses = (
-                    network.server_card("tx", 0, level=level - 1, flows=children * cluster.gpus_per_nic),
-                    network.server_card("rx", 0, level=level, flows=cluster.gpus_per_nic),
+                    network.server_card("tx", 0, level=level - 1, flows=children * flows),
+                    network.server_card("rx", 0, level=level, flows=flows),
+                    local,
                 )
                 after = (*after, len(transfers) - len(parts))
                 latency = cluster.message_s + cluster.nccl_bucket_s
                 transfers.append(Transfer(nbytes, uses, after, latency_s=latency, limit=cluster.nccl))
             else:
-                transfers.append(Transfer(nbytes, (pace,), after))
+                transfers.append(Transfer(nbytes, (arriving, local), after))
     return network.run(transfers).seconds
 
 
 def relay_doubling(lanes: Lanes, cluster: Cluster, servers: int) -> float:
-    """The first server by the bridge; then every server that has a version whole gives it to one that has not."""
+    """The first server by the bridge; then each that has a version whole gives it to one that has not."""
     network = _Network(cluster, lanes.server, 1)
-    uses = tuple(network.server_card(side, 0, flows=cluster.gpus_per_nic) for side in ("tx", "rx"))
-    steps = math.ceil(math.log2(servers))
-    after: tuple[int, ...] = ()
-    transfers = []
-    for step in range(steps):
-        transfers.append(Transfer(lanes.largest_rank, uses, after, latency_s=cluster.message_s))
-        after = (step,)
-    return direct(lanes, cluster, 1) + (network.run(transfers).seconds if steps else 0.0)
+    stations, beside = _stations(lanes, cluster, servers)
+    flows = min(cluster.gpus_per_nic, lanes.server.ranks)
+    uses = tuple(network.server_card(side, 0, flows=flows) for side in ("tx", "rx"))
+    steps = math.ceil(math.log2(stations))
+    transfers = [
+        Transfer(lanes.largest_rank, uses, (step - 1,) if step else (), latency_s=cluster.message_s)
+        for step in range(steps)
+    ]
+    local = network.any("within hosts", cluster.nccl, beside - 1)
+    transfers.append(Transfer(lanes.largest_rank, (local,), (steps - 1,) if steps else (), limit=1e15))
+    return direct(lanes, cluster, 1) + network.run(transfers).seconds
 
 
 # --- what others do ---------------------------------------------------------------------------------------
