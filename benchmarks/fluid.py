@@ -1,4 +1,4 @@
-"""Transfers over shared links as fluid flows: rates are max-min fair, and are found anew when one begins or ends.
+"""Transfers over shared links as fluid flows: rates are max-min fair, found anew when one begins or ends.
 
 A ``Transfer`` stands for any number of flows that are alike; what each link carries of them is said by
 ``uses``. So a thousand servers that all take the same cost no more than one.
@@ -72,7 +72,7 @@ class _Incidence:
 
 
 def fair_rates(incidence: _Incidence, flows: npt.NDArray[np.int64]) -> _Array:
-    """Max-min fair rates of ``flows``, bytes per second: all are raised alike until a link of theirs is full."""
+    """Max-min fair rates of ``flows``, bytes per second: all are raised alike until a link is full."""
     places, owner = incidence.of(flows)
     link, cost = incidence.link[places], incidence.cost[places]
     num_links = len(incidence.capacity)
@@ -101,6 +101,67 @@ def fair_rates(incidence: _Incidence, flows: npt.NDArray[np.int64]) -> _Array:
     return rates
 
 
+class _Run:
+    """The state of one simulation."""
+
+    def __init__(self, links: Mapping[Link, float], transfers: Sequence[Transfer], resolution: float) -> None:
+        self._transfers, self._resolution = transfers, resolution
+        self.incidence = _Incidence(transfers, links)
+        self.now = 0.0
+        self.starts, self.ends = np.full(len(transfers), np.nan), np.full(len(transfers), np.nan)
+        self.left = np.array([t.nbytes for t in transfers], dtype=float)
+        self.moved = np.zeros(len(transfers))
+        self.active = np.empty(0, dtype=np.int64)
+        self._waiting = [len(set(t.after)) for t in transfers]
+        self._followers: list[list[int]] = [[] for _ in transfers]
+        for index, transfer in enumerate(transfers):
+            for before in set(transfer.after):
+                self._followers[before].append(index)
+        self.due = [(t.latency_s, i) for i, t in enumerate(transfers) if not t.after]
+        heapq.heapify(self.due)
+
+    def begin(self) -> None:
+        """Let those start whose time has come."""
+        begun = []
+        while self.due and self.due[0][0] <= self.now * (1 + _TIE):
+            _, index = heapq.heappop(self.due)
+            self.starts[index] = self.now
+            if self.left[index] > 0:
+                begun.append(index)
+            else:
+                self._end(index)
+        if begun:
+            self.active = np.concatenate([self.active, np.array(begun, dtype=np.int64)])
+
+    def advance(self) -> None:
+        """Move bytes until one ends or another is due."""
+        until = self.due[0][0] - self.now if self.due else math.inf
+        if not len(self.active):
+            self.now += until
+            return
+        rates = fair_rates(self.incidence, self.active)
+        times = self.left[self.active] / rates
+        step = float(times.min())
+        if step <= until:
+            over = times <= step * (1 + _TIE) + self._resolution * (self.now + step)
+        else:
+            step, over = until, np.zeros(len(self.active), dtype=bool)
+        self.now += step
+        self.left[self.active] -= rates * step
+        self.moved[self.active] += rates * step
+        for index in self.active[over].tolist():
+            self.left[index] = 0.0
+            self._end(index)
+        self.active = self.active[~over]
+
+    def _end(self, index: int) -> None:
+        self.ends[index] = self.now
+        for follower in self._followers[index]:
+            self._waiting[follower] -= 1
+            if not self._waiting[follower]:
+                heapq.heappush(self.due, (self.now + self._transfers[follower].latency_s, follower))
+
+
 def simulate(
     links: Mapping[Link, float], transfers: Sequence[Transfer], *, resolution: float = 0.0
 ) -> Outcome:
@@ -113,70 +174,22 @@ def simulate(
             that many that are nearly alike take few steps. Their last bytes arrive early by as much.
 
     Raises:
-        ValueError: a link without capacity is used, or transfers wait for each other in a circle.
+        ValueError: a link has no capacity, or transfers wait for each other in a circle.
     """
     if bad := [name for name, capacity in links.items() if not capacity > 0]:
         raise ValueError(f"links without capacity: {bad}")
-    count = len(transfers)
-    incidence = _Incidence(transfers, links)
-    waiting = np.array([len(set(t.after)) for t in transfers], dtype=np.int64)
-    followers: list[list[int]] = [[] for _ in transfers]
-    for index, transfer in enumerate(transfers):
-        for before in set(transfer.after):
-            followers[before].append(index)
-    starts, ends = np.full(count, np.nan), np.full(count, np.nan)
-    left = np.array([t.nbytes for t in transfers], dtype=float)
-    moved = np.zeros(count)
-    due = [(transfers[i].latency_s, i) for i in range(count) if not waiting[i]]
-    heapq.heapify(due)
-    active = np.empty(0, dtype=np.int64)
-    now = 0.0
-
-    def end(which: Sequence[int]) -> None:
-        ended = list(which)
-        while ended:
-            index = ended.pop()
-            ends[index] = now
-            for follower in followers[index]:
-                waiting[follower] -= 1
-                if not waiting[follower]:
-                    heapq.heappush(due, (now + transfers[follower].latency_s, follower))
-
-    while due or len(active):
-        begun = []
-        while due and due[0][0] <= now * (1 + _TIE):
-            _, index = heapq.heappop(due)
-            starts[index] = now
-            if left[index] > 0:
-                begun.append(index)
-            else:
-                end([index])
-        if begun:
-            active = np.concatenate([active, np.array(begun, dtype=np.int64)])
-        if not len(active):
-            if due:
-                now = due[0][0]
-            continue
-        rates = fair_rates(incidence, active)
-        times = left[active] / rates
-        step = float(times.min())
-        until = due[0][0] - now if due else math.inf
-        if step <= until:
-            over = times <= step * (1 + _TIE) + resolution * (now + step)
-        else:
-            step, over = until, np.zeros(len(active), dtype=bool)
-        now += step
-        left[active] -= rates * step
-        moved[active] += rates * step
-        left[active[over]] = 0.0
-        end(active[over].tolist())
-        active = active[~over]
-    if np.isnan(ends).any():
-        stuck = np.flatnonzero(np.isnan(ends))
+    run = _Run(links, transfers, resolution)
+    while run.due or len(run.active):
+        run.begin()
+        if run.due or len(run.active):
+            run.advance()
+    if np.isnan(run.ends).any():
+        stuck = np.flatnonzero(np.isnan(run.ends))
         raise ValueError(f"{len(stuck)} transfers wait for each other, from number {stuck[0]} on")
+    incidence = run.incidence
     carried = np.bincount(
         incidence.link,
-        incidence.cost * np.repeat(moved, np.diff(incidence.first)),
+        incidence.cost * np.repeat(run.moved, np.diff(incidence.first)),
         len(incidence.names),
     )
-    return Outcome(starts, ends, dict(zip(incidence.names, carried.tolist(), strict=True)))
+    return Outcome(run.starts, run.ends, dict(zip(incidence.names, carried.tolist(), strict=True)))

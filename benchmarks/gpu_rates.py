@@ -94,9 +94,7 @@ def measured() -> Rates:
     stage = statistics.median(r["stage_s"] for r in document["not_blocking"])
     copies = [len(lane) for lane in _copies(_plan(FITTED)).values()]
     bare = predict(FITTED, rates)
-    return Rates(
-        **{**rates.__dict__, "copy_s": (transfer - bare) / copies[0], "round_s": stage - transfer}
-    )
+    return Rates(**{**rates.__dict__, "copy_s": (transfer - bare) / copies[0], "round_s": stage - transfer})
 
 
 def _plan(kind: Round) -> Plan:
@@ -172,5 +170,3 @@ def compare(rates: Rates) -> list[dict[str, Any]]:
             }
         )
     return found
-
-

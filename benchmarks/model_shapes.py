@@ -1,4 +1,4 @@
-"""Mappings and layouts of models too large to load: from a config's numbers to what vLLM and FSDP2 make of them.
+"""Mappings and layouts of models too large to load: from a config's numbers to what vLLM and FSDP2 make.
 
 The writes are those that tracing vLLM's own loader gives; ``trace_shapes.py`` compares them one by one. The
 planner is given these documents as it is given real ones.
@@ -166,7 +166,9 @@ def _experts(m: Model, at: str) -> Iterator[_Tensor]:
     bias = f"{mlp}.gate.e_score_correction_bias"
     yield _Tensor(bias, (m.experts,), bias)
     up, down = f"{mlp}.experts.gate_up_proj", f"{mlp}.experts.down_proj"
-    yield _Tensor(up, (m.experts, 2 * inner, h), f"{mlp}.experts.routed_experts.w13_weight", "experts", parts=2)
+    yield _Tensor(
+        up, (m.experts, 2 * inner, h), f"{mlp}.experts.routed_experts.w13_weight", "experts", parts=2
+    )
     yield _Tensor(down, (m.experts, h, inner), f"{mlp}.experts.routed_experts.w2_weight", "experts")
     yield from _mlp(h, inner, f"{mlp}.shared_experts")
 
@@ -212,9 +214,7 @@ def _rank_map(tensors: Sequence[_Tensor], targets: dict[str, int], server: Serve
             Target(name=name, shape=(sizes[index],), stride=(1,), dtype=DTYPE, offset=offset, nbytes=nbytes)
         )
         offset += nbytes
-    return RankMap(
-        rank=rank, arena_bytes=offset, targets=tuple(found), writes={VOCABULARY: tuple(writes)}
-    )
+    return RankMap(rank=rank, arena_bytes=offset, targets=tuple(found), writes={VOCABULARY: tuple(writes)})
 
 
 def _writes(tensor: _Tensor, source: int, target: int, server: Server, rank: int) -> Iterator[Write]:

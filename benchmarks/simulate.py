@@ -94,7 +94,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cases", nargs="+", choices=[c.name for c in CASES], default=[c.name for c in CASES])
+    parser.add_argument(
+        "--cases", nargs="+", choices=[c.name for c in CASES], default=[c.name for c in CASES]
+    )
     parser.add_argument("--servers", type=int, nargs="+", default=list(SERVERS))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Rounds between real trainer ranks and real updaters on this machine, beside what the simulation says of them.
+"""Rounds between real trainer ranks and real updaters on one machine, beside what the simulation predicts.
 
 Each end is a process, as in a job, on a host of its own: a network namespace whose rates out and in are
 shaped by tc (it needs root). What the prediction knows is measured apart from the rounds, right before them:
@@ -35,7 +35,15 @@ from bridge.protocol import mapping as mappings
 from bridge.protocol.plan import Plan, build_plan
 
 SMALL = Model(
-    "small", hidden=512, intermediate=1536, layers=8, heads=8, kv_heads=4, vocab=16384, head_dim=64, qk_norm=True
+    "small",
+    hidden=512,
+    intermediate=1536,
+    layers=8,
+    heads=8,
+    kv_heads=4,
+    vocab=16384,
+    head_dim=64,
+    qk_norm=True,
 )
 LARGER = dataclasses.replace(SMALL, name="larger", hidden=1024, intermediate=3072, layers=16, vocab=65536)
 BUCKET_BYTES = 2 << 20
@@ -178,7 +186,9 @@ class _Model:
         self.links: dict[Link, float] = {"cores": float(len(os.sched_getaffinity(0)))}
         self.transfers: list[Transfer] = []
 
-    def _add(self, nbytes: float, uses: Sequence[tuple[Link, float]], after: Sequence[int], limit: float) -> int:
+    def _add(
+        self, nbytes: float, uses: Sequence[tuple[Link, float]], after: Sequence[int], limit: float
+    ) -> int:
         self.transfers.append(Transfer(nbytes, tuple(uses), tuple(after), limit=limit))
         return len(self.transfers) - 1
 
@@ -271,7 +281,10 @@ def run(case: Case, directory: Path, rounds: int) -> tuple[Plan, list[float], li
         ]  # fmt: skip
         made += trainers
         servers = [
-            [End(hosts[f"server {i}"], kind="updater", rank=rank, mapping=str(path)) for rank in range(case.tp)]
+            [
+                End(hosts[f"server {i}"], kind="updater", rank=rank, mapping=str(path))
+                for rank in range(case.tp)
+            ]
             for i in range(len(case.servers))
         ]
         updaters = [end for server in servers for end in server]

@@ -127,9 +127,7 @@ class TrainerEnd:
         found = []
         for server, meeting in enumerate(self._meetings):
             digests = [bytes.fromhex(digests[server]) for digests in layouts]
-            joint = meeting.publish_round(
-                digests, partial=False, encoding="dense", bucket_bytes=bucket_bytes
-            )
+            joint = meeting.publish_round(digests, partial=False, encoding="dense", bucket_bytes=bucket_bytes)
             found.append((joint, meeting.plan(joint)[0].digest.hex()))
         return found
 

@@ -1,4 +1,4 @@
-"""Do the mappings of ``model_shapes.py`` equal what vLLM's own loaders do? Traced at full width, without memory.
+"""Do the mappings of ``model_shapes.py`` equal what vLLM's own loaders do? Traced at full width, no memory.
 
 Every rank of a server builds vLLM's model on the meta device, traces its loader under transformers' names,
 and compares each write with the synthesised mapping's. Layers repeat, so a large mixture of experts may be

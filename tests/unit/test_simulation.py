@@ -1,4 +1,4 @@
-"""The simulation of transfers: fair, conserving, and equal to what can be worked out by hand or was measured."""
+"""The simulation of transfers: fair, conserving, equal to what can be worked out by hand or was measured."""
 
 from __future__ import annotations
 
@@ -29,9 +29,18 @@ from bridge.protocol.mapping import find_faults
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 CLUSTER = Cluster(
-    "test", nccl=364e9, nccl_bucket_s=15e-6, all_gather=256e9, round_s=1e-3, nic=1e9, message_s=1e-5, hop_s=1e-5
+    "test",
+    nccl=364e9,
+    nccl_bucket_s=15e-6,
+    all_gather=256e9,
+    round_s=1e-3,
+    nic=1e9,
+    message_s=1e-5,
+    hop_s=1e-5,
 )
-DENSE = dataclasses.replace(QWEN3_8B, name="dense", hidden=256, intermediate=512, layers=4, heads=8, vocab=1024)
+DENSE = dataclasses.replace(
+    QWEN3_8B, name="dense", hidden=256, intermediate=512, layers=4, heads=8, vocab=1024
+)
 EXPERTS = dataclasses.replace(
     KIMI_1T, name="experts", hidden=256, intermediate=512, layers=6, heads=8, vocab=1024, experts=16,
     expert_intermediate=64, q_rank=64, kv_rank=32, head_dim=16, rope_dim=16,
@@ -70,7 +79,9 @@ def test_a_chain_takes_a_bucket_for_each_station_and_each_further_bucket(station
         Transfer(
             2.0,
             on(f"hop {k}"),
-            tuple(i for i in ((k - 1) * buckets + b if k else -1, k * buckets + b - 1 if b else -1) if i >= 0),
+            tuple(
+                i for i in ((k - 1) * buckets + b if k else -1, k * buckets + b - 1 if b else -1) if i >= 0
+            ),
             latency_s=0.5,
         )
         for k in range(stations)
@@ -112,7 +123,9 @@ def test_every_byte_arrives_and_no_link_carries_more_than_it_can(
     for index, transfer in enumerate(transfers):
         begun = max((found.ends[i] for i in transfer.after), default=0.0) + transfer.latency_s
         assert found.starts[index] == pytest.approx(begun)
-        alone = max([transfer.nbytes / transfer.limit, *(transfer.nbytes * c / links[n] for n, c in transfer.uses)])
+        alone = max(
+            [transfer.nbytes / transfer.limit, *(transfer.nbytes * c / links[n] for n, c in transfer.uses)]
+        )
         assert found.ends[index] >= begun + alone * (1 - 1e-6) - 1e-9
     # Twice as fast a network takes half the time, if nothing in it has a time of its own.
     bare = [dataclasses.replace(t, latency_s=0.0, limit=float("inf")) for t in transfers]
