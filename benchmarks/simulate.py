@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks import gpu_rates
 from benchmarks.model_shapes import KIMI_1T, LLAMA_70B, QWEN3_8B, Model, Server, Trainer, model_bytes
-from benchmarks.strategies import STRATEGIES, Cluster, Lanes, plan_lanes
+from benchmarks.strategies import STRATEGIES, Cluster, Lanes, direct_each, plan_lanes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,8 @@ CASES = (
     Case("70B", LLAMA_70B, Trainer(64), Server(8)),
     Case("1T", KIMI_1T, Trainer(256, expert_parallel=64), Server(8, engines=8), layers=3),
 )
+FEW, DRIFT_S = (1, 2, 4, 8), 0.01
+MOST_BUCKETS = 2000  # of a plan whose servers are simulated one by one
 SERVERS = tuple(2**n for n in range(1, 11))
 ETHERNET = {"nic": 11.5e9, "nics_per_node": 1, "message_s": 60e-6, "hop_s": 30e-6}  # 100 Gbit/s, 92% of it
 
@@ -57,6 +59,20 @@ def clusters(rates: gpu_rates.Rates) -> list[Cluster]:
 def predict(lanes: Lanes, cluster: Cluster, servers: Sequence[int]) -> dict[str, list[float]]:
     """Seconds by strategy, for each number of servers."""
     return {name: [way(lanes, cluster, n) for n in servers] for name, way in STRATEGIES.items()}
+
+
+def orders(lanes: Lanes, cluster: Cluster) -> list[dict[str, float]]:
+    """What the order of the lanes costs: seconds if servers keep step, drift, begin apart, or have no order."""
+    return [
+        {
+            "servers": n,
+            "in_step": STRATEGIES["direct"](lanes, cluster, n),
+            "drifting": direct_each(lanes, cluster, n, spread_s=DRIFT_S),
+            "in_turns": direct_each(lanes, cluster, n, spread_s=DRIFT_S, in_turns=True),
+            "at_once": STRATEGIES["direct, all lanes at once"](lanes, cluster, n),
+        }
+        for n in FEW
+    ]
 
 
 def describe(case: Case, lanes: Lanes) -> dict[str, Any]:
@@ -135,6 +151,15 @@ def main() -> int:
             rows = [[str(n), *(shown(seconds[s][i]) for s in seconds)] for i, n in enumerate(args.servers)]
             write(table(f"{case.name}, {cluster.name}: seconds", ["servers", *seconds], rows))
             sys.stdout.flush()
+        if found["buckets"] <= MOST_BUCKETS:
+            found["orders"] = orders(lanes, clusters(rates)[0])
+            columns = ["servers", "in_step", "drifting", "in_turns", "at_once"]
+            rows = [
+                [shown(row[c]) if c != "servers" else str(row[c]) for c in columns] for row in found["orders"]
+            ]
+            write(
+                table(f"{case.name}, {clusters(rates)[0].name}: direct, by the order of lanes", columns, rows)
+            )
         document["cases"].append(found)
         sys.stderr.write(f"{case.name}: {time.monotonic() - start:.0f} s\n")
     if args.out:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ class _Network:
     """Links by name, and what one flow costs those it crosses."""
 
     def __init__(self, cluster: Cluster, server: Server, servers: int) -> None:
-        self.cluster, self.servers = cluster, servers
+        self.cluster, self.server, self.servers = cluster, server, servers
         self.links: dict[Link, float] = {}
         # Servers smaller than what shares a card are several on it.
         self._beside = max(1, min(servers, cluster.gpus_per_nic // server.ranks))
@@ -130,8 +131,13 @@ class _Network:
         """The sending side of a trainer rank's card, crossed by ``flows`` flows that are alike."""
         return self._link(("trainer tx", rank // self.cluster.gpus_per_nic), self.cluster.nic), flows
 
-    def server_card(self, side: str, rank: int, *, level: int = 0, flows: float = 1) -> tuple[Link, float]:
-        """One side of an inference rank's card, of the servers at one ``level`` of a relay."""
+    def server_card(
+        self, side: str, rank: int, *, level: int = 0, flows: float = 1, server: int | None = None
+    ) -> tuple[Link, float]:
+        """One side of an inference rank's card: of one ``server``, or of all at one ``level`` of a relay."""
+        if server is not None:
+            card = (server * self.server.ranks + rank) // self.cluster.gpus_per_nic
+            return self._link((f"server {side}", card), self.cluster.nic), flows
         name = (f"server {side}", level, rank // self.cluster.gpus_per_nic)
         return self._link(name, self.cluster.nic), flows * self._beside
 
@@ -153,19 +159,53 @@ class _Network:
 
 @functools.cache
 def direct(lanes: Lanes, cluster: Cluster, servers: int) -> float:
-    """NCCL between hosts as the bridge does it: each end goes through its lanes bucket by bucket.
+    """NCCL between hosts as the bridge does it: each end goes through its lanes in order, bucket by bucket.
 
     A trainer rank has a stream for each server, and an updater has one; on both, one bucket moves at a time.
+    All servers keep step here, which is the worst for the trainer's cards; ``direct_each`` lets them drift.
     """
     network = _Network(cluster, lanes.server, servers)
     transfers: list[Transfer] = []
     last: dict[tuple[str, int], int] = {}
-    for trainer, inference, nbytes in _in_order(lanes):
+    for _, trainer, inference, nbytes in _buckets(lanes):
         ends = (("trainer", trainer), ("updater", inference))
         after = tuple(last[end] for end in ends if end in last)
         for end in ends:
             last[end] = len(transfers)
         transfers.append(_lane(network, trainer, inference, nbytes, after))
+    return cluster.round_s + network.run(transfers).seconds
+
+
+def direct_each(
+    lanes: Lanes, cluster: Cluster, servers: int, *, spread_s: float, in_turns: bool = False
+) -> float:
+    """As ``direct``, every server by itself: they begin at random within ``spread_s`` of one another.
+
+    ``in_turns`` is an order that the bridge does not have: at both ends, each updater of each server begins
+    with another trainer rank.
+    """
+    network = _Network(cluster, lanes.server, servers)
+    draw, ranks = random.Random(1), lanes.trainer.ranks
+    apart = max(1, ranks // (servers * lanes.server.ranks))
+    transfers: list[Transfer] = []
+    for server in range(servers):
+        last: dict[tuple[str, int], int] = {}
+        start = len(transfers)
+        transfers.append(Transfer(0.0, (), latency_s=draw.random() * spread_s))
+
+        def turn(bucket: tuple[int, int, int, float], server: int = server) -> tuple[int, int, int]:
+            index, trainer, inference, _ = bucket
+            if in_turns:
+                first = (inference * ranks // lanes.server.ranks + server * apart) % ranks
+                trainer = (trainer - first) % ranks
+            return index, trainer, inference
+
+        for _, trainer, inference, nbytes in sorted(_buckets(lanes), key=turn):
+            ends = (("trainer", trainer), ("updater", inference))
+            after = tuple(last[end] for end in ends if end in last) or (start,)
+            for end in ends:
+                last[end] = len(transfers)
+            transfers.append(_lane(network, trainer, inference, nbytes, after, server=server))
     return cluster.round_s + network.run(transfers).seconds
 
 
@@ -179,27 +219,33 @@ def direct_at_once(lanes: Lanes, cluster: Cluster, servers: int) -> float:
     return cluster.round_s + network.run(transfers).seconds
 
 
-def _in_order(lanes: Lanes) -> list[tuple[int, int, float]]:
-    """(trainer, inference, bytes) of all buckets, so that both ends find theirs in the order they keep."""
-    found = [
+def _buckets(lanes: Lanes) -> list[tuple[int, int, int, float]]:
+    """(index, trainer, inference, bytes) of all buckets, in the order that both ends of each lane keep."""
+    return sorted(
         (index, trainer, inference, nbytes)
         for (trainer, inference), parts in lanes.buckets.items()
         for index, nbytes in enumerate(parts)
-    ]
-    return [(trainer, inference, nbytes) for _, trainer, inference, nbytes in sorted(found)]
+    )
 
 
 def _lane(
-    network: _Network, trainer: int, inference: int, nbytes: float, after: tuple[int, ...], buckets: int = 1
+    network: _Network,
+    trainer: int,
+    inference: int,
+    nbytes: float,
+    after: tuple[int, ...],
+    *,
+    buckets: int = 1,
+    server: int | None = None,
 ) -> Transfer:
+    """``buckets`` of a lane together; to one ``server``, or alike to all."""
     cluster = network.cluster
-    return Transfer(
-        nbytes,
-        (network.trainer_card(trainer, network.servers), network.server_card("rx", inference)),
-        after,
-        latency_s=buckets * (cluster.message_s + cluster.nccl_bucket_s),
-        limit=cluster.nccl,
+    cards = (
+        network.trainer_card(trainer, network.servers if server is None else 1),
+        network.server_card("rx", inference, server=server),
     )
+    latency = buckets * (cluster.message_s + cluster.nccl_bucket_s)
+    return Transfer(nbytes, cards, after, latency_s=latency, limit=cluster.nccl)
 
 
 def relay_chain(lanes: Lanes, cluster: Cluster, servers: int) -> float:
