@@ -62,7 +62,7 @@ def predict(lanes: Lanes, cluster: Cluster, servers: Sequence[int]) -> dict[str,
 
 
 def orders(lanes: Lanes, cluster: Cluster) -> list[dict[str, float]]:
-    """What the order of the lanes costs: seconds if servers keep step, drift, begin apart, or have no order."""
+    """What the order of lanes costs: servers in step, drifting, beginning apart, and without an order."""
     return [
         {
             "servers": n,
