@@ -20,6 +20,7 @@ from bridge.protocol.plan import Plan, build_plan
 
 BUCKET_BYTES = 256 << 20  # the daemon's on GPUs
 RESOLUTION = 1e-4
+LONG_CHAIN = 32
 
 
 @dataclass(frozen=True)
@@ -253,18 +254,22 @@ def relay_chain(lanes: Lanes, cluster: Cluster, servers: int) -> float:
 
     In this way and the next two, servers on one host read from the first of them there, by copy engine.
     """
-    stations, _ = _stations(lanes, cluster, servers)
-    return _relay(lanes, cluster, servers, [1] * stations)
+    stations, beside = _stations(lanes, cluster, servers)
+    if stations <= LONG_CHAIN:
+        return _relay(lanes, cluster, beside, (1,) * stations)
+    # Further hops are alike, and each adds the same.
+    half, whole = (_relay(lanes, cluster, beside, (1,) * n) for n in (LONG_CHAIN // 2, LONG_CHAIN))
+    return whole + (stations - LONG_CHAIN) * (whole - half) / (LONG_CHAIN - LONG_CHAIN // 2)
 
 
 def relay_tree(lanes: Lanes, cluster: Cluster, servers: int) -> float:
     """The first server by the bridge; each serves two others, bucket by bucket."""
-    left, _ = _stations(lanes, cluster, servers)
+    left, beside = _stations(lanes, cluster, servers)
     levels: list[int] = []
     while left:
         levels.append(min(left, 2 ** len(levels)))
         left -= levels[-1]
-    return _relay(lanes, cluster, servers, levels)
+    return _relay(lanes, cluster, beside, tuple(levels))
 
 
 def _stations(lanes: Lanes, cluster: Cluster, servers: int) -> tuple[int, int]:
@@ -273,12 +278,12 @@ def _stations(lanes: Lanes, cluster: Cluster, servers: int) -> tuple[int, int]:
     return -(-servers // beside), beside
 
 
-def _relay(lanes: Lanes, cluster: Cluster, servers: int, levels: Sequence[int]) -> float:
-    """``levels`` are the stations at each distance from the trainer."""
+@functools.cache
+def _relay(lanes: Lanes, cluster: Cluster, beside: int, levels: tuple[int, ...]) -> float:
+    """``levels`` are the stations at each distance from the trainer, each for ``beside`` servers."""
     first = direct(lanes, cluster, 1)
     network = _Network(cluster, lanes.server, 1)
     parts = _cut(lanes.largest_rank, BUCKET_BYTES)
-    _, beside = _stations(lanes, cluster, servers)
     flows = min(cluster.gpus_per_nic, lanes.server.ranks)
     # What has arrived when: as if the first server's buckets came at an even pace.
     arriving = network.any("first", lanes.largest_rank / first)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import gpu_rates
+from benchmarks import gpu_rates, strategies
 from benchmarks.fluid import Transfer, simulate
 from benchmarks.model_shapes import (
     KIMI_1T,
@@ -220,6 +220,12 @@ def test_a_faster_network_is_not_slower_and_more_servers_are_not_faster(lanes: L
         faster = dataclasses.replace(CLUSTER, nic=2 * CLUSTER.nic)
         assert 0 < way(lanes, faster, servers) <= taken * 1.001
         assert way(lanes, CLUSTER, 2 * servers) >= taken * 0.999
+
+
+def test_a_long_chain_is_told_from_a_short_one(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = strategies.relay_chain(lanes, CLUSTER, 1000)
+    monkeypatch.setattr(strategies, "LONG_CHAIN", 1000)
+    assert strategies.relay_chain(lanes, CLUSTER, 1000) == pytest.approx(told, rel=1e-3)
 
 
 def test_one_trainer_sends_to_each_server_in_turn_what_its_card_lets_out() -> None:
