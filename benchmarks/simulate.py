@@ -129,8 +129,10 @@ def main() -> int:
         "--cases", nargs="+", choices=[c.name for c in CASES], default=[c.name for c in CASES]
     )
     parser.add_argument("--servers", type=int, nargs="+", default=list(SERVERS), help="each twice the last")
+    parser.add_argument("--keep", action="store_true", help="what --out has of the other cases")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    kept = json.loads(args.out.read_text())["cases"] if args.keep else []
     rates = gpu_rates.measured()
     document: dict[str, Any] = {
         "what": __doc__.splitlines()[0] if __doc__ else "",
@@ -142,7 +144,7 @@ def main() -> int:
             name: " ".join((way.__doc__ or "").split("\n")[0].split()) for name, way in STRATEGIES.items()
         },
         "servers": args.servers,
-        "cases": [],
+        "cases": [found for found in kept if found["case"] not in args.cases],
     }
     write = sys.stdout.write
     write(
@@ -176,10 +178,10 @@ def main() -> int:
                 table(f"{case.name}, {clusters(rates)[0].name}: direct, by the order of lanes", columns, rows)
             )
         document["cases"].append(found)
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(document, indent=1) + "\n")
         sys.stderr.write(f"{case.name}: {time.monotonic() - start:.0f} s\n")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(document, indent=1) + "\n")
     return 0
 
 

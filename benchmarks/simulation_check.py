@@ -351,7 +351,7 @@ def check(case: Case, rounds: int) -> dict[str, Any]:
 
 
 def check_delta() -> dict[str, Any]:
-    """Whole rounds of ``delta.json``, to a real server over 1 Gbit/s: its bytes at what a link of that gives."""
+    """Whole rounds of ``delta.json``, by a real server over 1 Gbit/s: their bytes at such a link's rate."""
     document = json.loads((Path(__file__).parent / "results" / "delta.json").read_text())
     dense = [found for share in document["rounds"] for found in share["rounds"]["dense"]]
     link = measure_link((document["rate"], ""), into=False)

@@ -1,7 +1,7 @@
 """Do the mappings of ``model_shapes.py`` equal what vLLM's own loaders do? Traced at full width, no memory.
 
 Every rank of a server builds vLLM's model on the meta device, traces its loader under transformers' names,
-and compares each write with the synthesised mapping's. Layers repeat, so of the larger models two are traced.
+and compares each write with the synthesised mapping's. Layers repeat, so two of each model are traced.
 
     python -m benchmarks.trace_shapes --out benchmarks/results/trace-shapes.json
 """
@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.model_shapes import KIMI_1T, LLAMA_70B, QWEN3_8B, VOCABULARY, Model, Server, mapping_of
 
 CASES: dict[str, tuple[Model, Server]] = {
-    "8b": (QWEN3_8B, Server(tp=2)),
+    "8b": (dataclasses.replace(QWEN3_8B, layers=2), Server(tp=2)),
     "70b": (dataclasses.replace(LLAMA_70B, layers=2), Server(tp=2)),
     "1t": (dataclasses.replace(KIMI_1T, layers=2), Server(tp=2)),
 }
