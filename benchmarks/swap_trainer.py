@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 
 def build(kind: str, directory: Path, dtype: torch.dtype) -> nn.Module:
-    """A model of ``directory``'s config with random weights, on the current device; shards are all it holds."""
+    """A model of ``directory``'s config with random weights, on the current device."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
