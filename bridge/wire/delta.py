@@ -35,7 +35,8 @@ _CHUNK_BYTES = 2 << 20  # compared at once: positions take many times the memory
 _DEVICE_CHUNK_BYTES = 16 << 20  # the same on a GPU, where each chunk is a wait for the device
 _MOST = 0.6  # changed words beyond this are not looked into; 20% of bfloat16 units, spread evenly
 _BLOCK = 1 << 16  # units whose places fit in two bytes
-_BLOCKS_AT_ONCE = 64  # put in place at once; what takes part then fits in a core's cache
+_BLOCKS_AT_ONCE = 64  # put in place at once: what takes part then fits in a core's cache
+_DEVICE_BLOCKS_AT_ONCE = 1 << 14  # the same on a GPU, where each part is a kernel that a forward waits for
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _DTYPES = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
 
@@ -264,8 +265,12 @@ def payload_bytes(form: Form, count: int, nbytes: int, unit: int) -> int:
     return count * unit + -(-total // 8)
 
 
-def decode(form: Form, payload: torch.Tensor, count: int, nbytes: int, unit: int) -> Iterator[Part]:
+def decode(
+    form: Form, payload: torch.Tensor, count: int, nbytes: int, unit: int, *, onto_gpu: bool = False
+) -> Iterator[Part]:
     """Read a payload of ``count`` changes, at least one, in the index or bitmap form; it comes from outside.
+
+    In parts that are best for where they are put then.
 
     Raises:
         ProtocolError: its places do not rise, lie outside the bucket, or are not ``count``. Parts before the
@@ -276,7 +281,7 @@ def decode(form: Form, payload: torch.Tensor, count: int, nbytes: int, unit: int
     values, where = data[:split].view(_DTYPES[unit]), data[split:]
     read = _read_index if form is Form.INDEX else _read_bitmap
     at = 0
-    for positions in read(where, total, count):
+    for positions in read(where, total, count, _DEVICE_BLOCKS_AT_ONCE if onto_gpu else _BLOCKS_AT_ONCE):
         if not len(positions):
             continue
         end = at + len(positions)
@@ -290,7 +295,7 @@ def decode(form: Form, payload: torch.Tensor, count: int, nbytes: int, unit: int
         raise ProtocolError(f"a bucket names {at} changes, its header {count}")
 
 
-def _read_index(where: _Bytes, total: int, count: int) -> Iterator[NDArray[np.int64]]:
+def _read_index(where: _Bytes, total: int, count: int, at_once: int) -> Iterator[NDArray[np.int64]]:
     blocks = -(-total // _BLOCK)
     counts = where[: 4 * blocks].view(np.int32)
     places = where[4 * blocks :].view(np.uint16)
@@ -300,15 +305,15 @@ def _read_index(where: _Bytes, total: int, count: int) -> Iterator[NDArray[np.in
         )
     ends = np.concatenate(([0], counts.cumsum(dtype=np.int64)))
     firsts = np.arange(blocks, dtype=np.int64) * _BLOCK
-    for low in range(0, blocks, _BLOCKS_AT_ONCE):
-        high = min(low + _BLOCKS_AT_ONCE, blocks)
+    for low in range(0, blocks, at_once):
+        high = min(low + at_once, blocks)
         positions = np.repeat(firsts[low:high], counts[low:high])
         positions += places[ends[low] : ends[high]]
         yield positions
 
 
-def _read_bitmap(where: _Bytes, _total: int, _count: int) -> Iterator[NDArray[np.int64]]:
-    step = _BLOCKS_AT_ONCE * _BLOCK // 8
+def _read_bitmap(where: _Bytes, _total: int, _count: int, at_once: int) -> Iterator[NDArray[np.int64]]:
+    step = at_once * _BLOCK // 8
     for low in range(0, len(where), step):
         mask = np.unpackbits(where[low : low + step], bitorder="little").view(np.bool_)
         yield np.flatnonzero(mask) + 8 * low

@@ -2,8 +2,8 @@
 
 The source keeps each bucket as it was last packed, in the host's memory and the server's dtype, and compares.
 The sink writes what changed over the version that is served, which it brings into the half before. A round
-may only follow the round right before it (``Chains``). Both ends see alone whether it does, and begin with whole
-buckets otherwise.
+may only follow the round right before it (``Chains``). Both ends see alone whether it does, and begin with
+whole buckets otherwise.
 
 The digests form a chain: each covers its bucket's payload and the digest before it, so that ends which have
 not seen the very same rounds cannot agree.
@@ -385,11 +385,12 @@ class DeltaSink:
         sizes = [math.prod(copy.size) * self._wire_dtypes[copy.target].itemsize for copy in bucket.copies]
         ends = torch.tensor(sizes).cumsum(0) // unit
         bounds = [0, *ends.tolist()]
-        for part in delta.decode(sent.form, sent.payload, sent.changes, nbytes, unit):
+        views = [landing.view(c.target, c.size, c.dst_offset, c.dst_stride) for c in bucket.copies]
+        on_gpu = views[0].device.type != "cpu"
+        for part in delta.decode(sent.form, sent.payload, sent.changes, nbytes, unit, onto_gpu=on_gpu):
             splits = [0, *torch.searchsorted(part.positions, ends).tolist()]
-            for copy, first, start, end in zip(bucket.copies, bounds, splits, splits[1:], strict=False):
+            for place, first, start, end in zip(views, bounds, splits, splits[1:], strict=False):
                 if end > start:
-                    place = landing.view(copy.target, copy.size, copy.dst_offset, copy.dst_stride)
                     own = Part(part.positions[start:end] - first, part.values[start:end])
                     delta.scatter(place, own, unit)
 
