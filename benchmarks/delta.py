@@ -7,6 +7,7 @@ Then, without a server: the share of bfloat16 elements that an AdamW step change
 model with float32 masters is trained by GRPO on its own answers, at the learning rates of RL.
 
     PYTHONPATH=tests python benchmarks/delta.py --out benchmarks/results/delta.json
+    PYTHONPATH=tests python benchmarks/delta.py --shares --out ..natural.json    (only how much changes)
 """
 
 from __future__ import annotations
@@ -76,12 +77,12 @@ def rounds(trainers: Trainers, share: float, repeats: int, seed: int) -> dict[st
 
 
 def small_model() -> Any:
-    """A Qwen3 of 17 million parameters with random float32 weights."""
+    """A Qwen3 of 5 million parameters with random float32 weights."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "vocab_size": 4096}
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "vocab_size": 4096}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
     return Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, bos_token_id=1, eos_token_id=None, pad_token_id=0))
 
 
@@ -104,11 +105,10 @@ def policy_loss(model: Any, answers: torch.Tensor, rewards: torch.Tensor) -> tor
 def natural_shares(lr: float, warm: int, steps: int) -> list[float]:
     """Per AdamW step on float32 masters, the share of elements whose bfloat16 differs afterwards.
 
-    The steps are those of a small GRPO run: answers that the model sampled, half of each group rewarded more
-    than the other, gradients clipped to a norm of 1, another group in each step, ``warm`` steps before.
+    The steps are those of a small GRPO run: answers that the model sampled, rewarded for their even tokens, gradients clipped to a norm of 1, another group in each step, ``warm`` steps before.
     """
     model = small_model()
-    answers, rewards = sampled(model, 128, 64)
+    answers, rewards = sampled(model, 64, 32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.01)
     total = sum(p.numel() for p in model.parameters())
     shares = []
@@ -125,6 +125,22 @@ def natural_shares(lr: float, warm: int, steps: int) -> list[float]:
     return shares
 
 
+def over_the_link(args: argparse.Namespace) -> dict[str, Any]:
+    """All rounds, between a server here and a trainer behind the link."""
+    with tempfile.TemporaryDirectory(prefix="delta-") as directory, shaped_link(args.rate) as enter:
+        model = Path(directory) / "model"
+        nbytes = build_model(model, args.vocab)
+        bridge_flags = ["--transport=gloo", f"--rendezvous-host={SERVER}"]
+        options: dict[str, Any] = {"flags": FLAGS, "bridge_flags": bridge_flags, "timeout_s": 600}
+        with (
+            serving(model, Path(directory) / "log", **options) as server,
+            training("plain", model, logdir=server.logdir, prefix=enter) as trainers,
+        ):
+            trainers.must("broadcast")
+            found = [rounds(trainers, share, args.repeats, 1000 * i) for i, share in enumerate(args.shares)]
+    return {"rate": args.rate, "model_bytes": nbytes, "rounds": found}
+
+
 def main() -> int:
     """Run all and write one JSON document."""
     parser = argparse.ArgumentParser(
@@ -132,34 +148,21 @@ def main() -> int:
     )
     parser.add_argument("--rate", default="1gbit")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.001, 0.01, 0.1])
+    parser.add_argument("--shares", type=float, nargs="*", default=[0.0, 0.001, 0.01, 0.1])
     parser.add_argument("--vocab", type=int, default=151936)
-    parser.add_argument("--warm", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--warm", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     document: dict[str, Any] = {
         "what": __doc__.splitlines()[0] if __doc__ else "",
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "machine": machine(),
-        "rate": args.rate,
     }
-    with tempfile.TemporaryDirectory(prefix="delta-") as directory, shaped_link(args.rate) as enter:
-        model = Path(directory) / "model"
-        document["model_bytes"] = build_model(model, args.vocab)
-        bridge_flags = ["--transport=gloo", f"--rendezvous-host={SERVER}"]
-        with (
-            serving(
-                model, Path(directory) / "log", flags=FLAGS, bridge_flags=bridge_flags, timeout_s=600
-            ) as server,
-            training("plain", model, logdir=server.logdir, prefix=enter) as trainers,
-        ):
-            trainers.must("broadcast")
-            document["rounds"] = [
-                rounds(trainers, share, args.repeats, 1000 * i) for i, share in enumerate(args.shares)
-            ]
+    if args.shares:
+        document |= over_the_link(args)
     document["natural"] = {str(lr): natural_shares(lr, args.warm, args.steps) for lr in (1e-6, 1e-5)}
-    for found in document["rounds"]:
+    for found in document.get("rounds", []):
         shown = {key: found[key] for key in ("share", "bytes_kept", "speedup", "seconds")}
         sys.stdout.write(json.dumps(shown) + "\n")
     for lr, shares in document["natural"].items():
