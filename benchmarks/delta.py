@@ -105,7 +105,8 @@ def policy_loss(model: Any, answers: torch.Tensor, rewards: torch.Tensor) -> tor
 def natural_shares(lr: float, warm: int, steps: int) -> list[float]:
     """Per AdamW step on float32 masters, the share of elements whose bfloat16 differs afterwards.
 
-    The steps are those of a small GRPO run: answers that the model sampled, rewarded for their even tokens, gradients clipped to a norm of 1, another group in each step, ``warm`` steps before.
+    The steps are those of a small GRPO run: answers that the model sampled, rewarded for their odd tokens,
+    gradients clipped to a norm of 1, another group in each step, ``warm`` steps before.
     """
     model = small_model()
     answers, rewards = sampled(model, 64, 32)
