@@ -117,6 +117,7 @@ class Session:
             deadline_s=answer.first_byte_s,
             device=device,
             checksum=answer.checksum,
+            snapshot=config.snapshot,
         )
         self._control = ControlGroup(
             self._joined.control,
