@@ -25,15 +25,8 @@ def build(kind: str, directory: Path, dtype: torch.dtype) -> nn.Module:
     from transformers.initialization import no_init_weights
 
     config = AutoConfig.from_pretrained(directory)
-    with torch.device(device()), no_init_weights():
+    with torch.device("meta" if kind == "fsdp2" else device()), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0.0, 0.02)
     if kind == "fsdp2":
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
@@ -42,6 +35,15 @@ def build(kind: str, directory: Path, dtype: torch.dtype) -> nn.Module:
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
+        model.to_empty(device=device())
+    torch.manual_seed(int(os.environ.get("RANK", "0")))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            if parameter.ndim == 1:
+                local.fill_(1.0)
+            else:
+                local.normal_(0.0, 0.02)
     return model
 
 
@@ -149,14 +151,14 @@ class Trainer:
         return {}
 
 
-def main() -> None:
+def main(trainer: type[Trainer] = Trainer) -> None:
     kind, directory, dtype = sys.argv[1], Path(sys.argv[2]), getattr(torch, sys.argv[3])
     answers = take_stdout()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    obey(Trainer(kind, directory, dtype), answers)
+    obey(trainer(kind, directory, dtype), answers)
 
 
 if __name__ == "__main__":
