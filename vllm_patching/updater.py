@@ -50,10 +50,12 @@ class Updater:
         self._channel = channel
         self._copies = arena == COPY
         self._in_step = False  # whether the half to be filled holds what is served
+        self._model_in_step = False  # whether it does but for the adapters
         self.mapping = mapping
         self.rank_map: RankMap = mapping.ranks[rank]
         self.halves = halves
         self.intake = Intake(rank, mapping, halves.device)
+        self._shelves = {name: _span(self.rank_map, name) for name in _adapters(mapping)}
 
     def prepare(self) -> None:
         """Pay now what the first round would else wait for: importing vLLM's packing, compiling a kernel."""
@@ -81,15 +83,20 @@ class Updater:
             TransferError: plan digests differ, a peer was lost, or a checksum does not match.
         """
         plan, description = self.intake.plan(joint, plan_digest)
-        partial = description.partial or self.intake.follows(joint)
+        adapter, follows = self.intake.adapter(joint), self.intake.follows(joint)
+        partial = description.partial or follows
         if torn and partial:
             raise TransferError(f"a part of the parameters cannot repair the weights: {torn}")
         self._ask_leave(leave_s)
         start = time.perf_counter()
         staging = self._staging(half, partial=partial)
+        if adapter and not follows:  # what of it is not sent is zero: a lower rank, fewer layers
+            self.halves.halves[half][self._shelves[adapter]].zero_()
+            self.halves.synchronize()
         nbytes = self.intake.receive(plan, joint, staging)
         staging.finish()
         self.halves.synchronize()
+        self._model_in_step = bool(adapter)  # by the time of the next order, this half is the live one
         self._in_step = self._copies  # by the time of the next order, the flip has made both halves equal
         seconds = time.perf_counter() - start
         return {"bytes": nbytes, "seconds": seconds, "transport": self.intake.transport}
@@ -121,10 +128,16 @@ class Updater:
 
     def _staging(self, half: int, *, partial: bool) -> Staging:
         in_step, self._in_step = self._in_step, False  # until this round has ended well
-        if partial and len(self.halves.halves) == 2 and not in_step:
-            # The inactive half is a version old: bring it up to date before changing a part of it.
-            self.halves.halves[half].copy_(self.halves.halves[1 - half])
-            self.halves.synchronize()  # or it might overtake what arrives on other streams
+        model_in_step, self._model_in_step = self._model_in_step, False
+        if len(self.halves.halves) == 2 and not in_step:
+            # The inactive half is a version old: bring it up to date before changing a part of it. A round
+            # of the whole model is a part too where there are adapters.
+            inactive, live = self.halves.halves[half], self.halves.halves[1 - half]
+            spans = [slice(None)] if partial and not model_in_step else [*self._shelves.values()]
+            for span in spans:
+                inactive[span].copy_(live[span])
+            if spans:
+                self.halves.synchronize()  # or it might overtake what arrives on other streams
         return Staging(self.halves.halves[half], self.rank_map.targets)
 
     def restore(self) -> dict[str, Any]:
@@ -160,6 +173,16 @@ class Updater:
         self.halves.synchronize()
         self._in_step = self._copies
         return {"bytes": nbytes, "seconds": time.perf_counter() - start, "transport": "file"}
+
+
+def _adapters(mapping: Mapping) -> list[str]:
+    return [vocabulary.name for vocabulary in mapping.adapters.values()]
+
+
+def _span(rank_map: RankMap, vocabulary: str) -> slice:
+    """The bytes of an adapter's shelf, which has them for itself."""
+    targets = [rank_map.targets[write.target] for write in rank_map.writes[vocabulary]]
+    return slice(min(t.offset for t in targets), max(t.offset + t.nbytes for t in targets))
 
 
 def _serve(channel: Channel, updater: Updater) -> NoReturn:
