@@ -35,6 +35,8 @@ _VARIANTS = {
     "layer_replication": "layer_replication",
     "use_bdlora": "block-diagonal LoRA",
     "use_qalora": "QALoRA",
+    "kasa_config": "KaSA",
+    "arrow_config": "Arrow",
     "modules_to_save": "modules_to_save: modules that are trained whole",
     "trainable_token_indices": "trainable_token_indices: tokens that are trained whole",
     "target_parameters": "target_parameters: LoRA of parameters that are no linear layer's",

@@ -183,7 +183,7 @@ class Trainer:
         self.adapted: Any = None
 
     def adapt(self, path: str, seed: int, **config: Any) -> dict[str, Any]:
-        """From here on adapters are sent of this checkpoint with a seeded adapter; several ranks: by FSDP2."""
+        """From here on adapters sent alone are of this checkpoint with a seeded one; several ranks: FSDP2."""
         from torch.distributed.fsdp import fully_shard
 
         self.adapted = with_adapter(Path(path), self.dtype, seed=seed, **config)
