@@ -16,37 +16,10 @@ from bridge.protocol.mapping import Mapping
 from bridge.protocol.plan import Leading, build_plan
 from bridge.served_adapter import collect_adapter, find
 from bridge.sharding import LocalShards, collect
-from tests.support.mappings import MISSING, identity_mapping, run_copies
+from tests.support.mappings import MISSING
+from tests.support.served_adapters import MODULES, Base, brought, served
 
 peft = pytest.importorskip("peft")
-
-MAX_RANK = 8
-MODULES = {"up": (12, 8), "down": (8, 12)}
-
-
-class Base(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 8)
-        self.up = nn.Linear(8, 12)
-        self.down = nn.Linear(12, 8, bias=False)
-        self.lm_head = nn.Linear(8, 11, bias=False)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.lm_head(self.down(torch.relu(self.up(self.embed(tokens)))))
-
-
-def served(*names: str, dtype: str = "float32") -> Mapping:
-    """A server that takes adapters of ``up`` and ``down`` by these names; ``lm_head`` it knows, and drops."""
-    model = {name: tuple(tensor.shape) for name, tensor in Base().state_dict().items()}
-    matrices: dict[str, tuple[int, ...]] = {}
-    for module, (outputs, inputs) in (MODULES | {"lm_head": (11, 8)}).items():
-        matrices[f"{module}.lora_A.weight"] = (MAX_RANK, inputs)
-        matrices[f"{module}.lora_B.weight"] = (outputs, MAX_RANK)
-    matrices["sent"] = (1,)
-    unused = [name for name in matrices if name.startswith("lm_head.")]
-    vocabularies = [(f"adapter:{name}", matrices) for name in names]
-    return identity_mapping(("checkpoint", model), *vocabularies, dtype=dtype, unused=unused)
 
 
 def adapted(*, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
@@ -64,27 +37,13 @@ def gathered(model: nn.Module, mapping: Mapping, **names: Any) -> LocalShards:
     return collect_adapter(found, mapping, rank=0)
 
 
-def brought(shards: list[LocalShards], mapping: Mapping, name: str = "policy") -> dict[str, torch.Tensor]:
-    """What a round brings to the adapter's sources; ``MISSING`` where nothing comes."""
-    layouts = [shard.layout for shard in shards]
-    only = frozenset().union(*(layout.named for layout in layouts))
-    plan = build_plan(mapping, layouts, bucket_bytes=64, only=only)
-    (flat,) = run_copies(plan, mapping, {shard.layout.rank: shard.tensors for shard in shards})
-    targets = mapping.ranks[0].targets
-    return {
-        source.name: flat[write.target].view(targets[write.target].shape)
-        for write in mapping.ranks[0].writes[f"adapter:{name}"]
-        for source in [mapping.adapters[name].sources[write.source]]
-    }
-
-
 @pytest.mark.parametrize("config", [{}, {"use_rslora": True}, {"target_modules": ["down"]}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_and_scaled_b_arrive_and_nothing_else(config: dict[str, Any], dtype: torch.dtype) -> None:
     model, mapping = adapted(dtype=dtype, **config), served("policy")
     shards = gathered(model, mapping)
     assert shards.partial
-    found = brought([shards], mapping)
+    found = brought([(shards.layout, shards.tensors)], mapping)
     assert found["sent"].item() == 1
     for module in MODULES:
         a, b = found[f"{module}.lora_A.weight"], found[f"{module}.lora_B.weight"]
@@ -105,17 +64,19 @@ def test_b_is_rounded_as_vllm_rounds_it() -> None:
     expected = weight.to(torch.bfloat16)
     expected *= 0.7
     assert not torch.equal(expected, (weight * 0.7).to(torch.bfloat16))
-    assert torch.equal(brought([shards], mapping)["up.lora_B.weight"][:, :4], expected)
+    assert torch.equal(
+        brought([(shards.layout, shards.tensors)], mapping)["up.lora_B.weight"][:, :4], expected
+    )
 
 
 def test_the_model_may_change_at_once() -> None:
     model, mapping = adapted(), served("policy")
-    before = brought([gathered(model, mapping)], mapping)
-    shards = gathered(model, mapping)
+    first, shards = gathered(model, mapping), gathered(model, mapping)
+    before = brought([(first.layout, first.tensors)], mapping)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    after = brought([shards], mapping)
+    after = brought([(shards.layout, shards.tensors)], mapping)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -190,7 +151,7 @@ def test_ranks_must_have_the_same_adapter_and_all_of_it() -> None:
     other = copy.copy(other)
     object.__setattr__(other, "layout", type(other.layout)(**{**fields(other.layout), "rank": 1}))
     with pytest.raises(MappingError, match=r"is \(2, 8\) in this rank's adapter, \(4, 8\) in that of rank 0"):
-        brought([one, other], mapping)
+        brought([(one.layout, one.tensors), (other.layout, other.tensors)], mapping)
     # A source that is announced, and of which nobody holds a part; and one of which a row is missing.
     layout = one.layout
     held = [shard for shard in layout.shards if shard.source != layout.leading[0].source]
