@@ -22,7 +22,7 @@ from bridge.protocol.holders import CASTS
 from bridge.protocol.mapping import ADAPTER_FLAG, Source, Vocabulary
 from bridge.protocol.mapping import Mapping as MappingDocument
 from bridge.protocol.plan import Leading
-from bridge.sharding import LocalShards, Part, make_shards, part_of
+from bridge.sharding import LocalShards, Part, device_of, make_shards, part_of
 
 PEFTS_DEFAULT = "default"  # the adapter's name where nobody gave one
 _MATRIX = re.compile(r"^(?:base_model\.model\.)?(.+\.lora_[AB])\.[^.]+\.(weight)$")
@@ -180,9 +180,8 @@ def collect_adapter(found: AdapterTensors, mapping: MappingDocument, *, rank: in
     if faults:
         raise _unfit(faults, found, mapping, rank)
     index, source = known[ADAPTER_FLAG]
-    flag = torch.ones(source.shape, dtype=getattr(torch, source.dtype))
-    if present and present[0][2].boxes:
-        flag = flag.to(present[0][2].boxes[0][1].device)  # shards are shown from one device
+    device = device_of(tensor for tensor, _ in found.tensors.values())  # shards are sent from one
+    flag = torch.ones(source.shape, dtype=getattr(torch, source.dtype), device=device)
     present.append((index, source, Part(source.shape, source.dtype, [(((0,), (1,)), flag)])))
     leading.append(Leading(source=index, shape=source.shape))
     shards = make_shards(present, mapping, vocabulary, rank, [])

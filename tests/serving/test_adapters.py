@@ -89,6 +89,8 @@ def test_versions_of_the_adapter_and_of_the_base_in_turns(served, trainer):
     wide = send(served, trainer, "wide")
     assert served.server.status()["weight_version"] == wide["version"] == 1
     check(served, 0, "wide")
+    trainer.must("rollback")
+    check(served, 0, "files")  # nothing was sent before
     narrow = send(served, trainer, "narrow")  # what it has not is zero again
     assert 0 < narrow["bytes"] < wide["bytes"] < publish(served, trainer, 1)["bytes"] / 4
     check(served, 1, "narrow")
