@@ -52,13 +52,16 @@ def stacks(layer: Any) -> list[tuple[str, torch.Tensor]]:
 
 
 def layer_of(manager: Any, module: str) -> str:
-    """vLLM's name, before layers are packed, for a module of the model that transformers makes."""
+    """The name in vLLM, before layers are packed, of a module as transformers makes it; "" for none."""
     from vllm.lora.utils import parse_fine_tuned_lora_name
 
     mapper: Any = getattr(manager.model, "hf_to_vllm_mapper", None)
     if hasattr(mapper, "get_rename_mapper"):  # as vLLM does since 0.32
         mapper = mapper.get_rename_mapper()
-    name, _ = parse_fine_tuned_lora_name(f"base_model.model.{module}.lora_A.weight", mapper)
+    try:
+        name, _ = parse_fine_tuned_lora_name(f"base_model.model.{module}.lora_A.weight", mapper)
+    except ValueError:  # the mapper drops it
+        return ""
     return str(name)
 
 
