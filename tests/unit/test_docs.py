@@ -337,7 +337,8 @@ def test_flags_named_anywhere_exist():
         "--partition", "--steps", "--gpu-memory-utilization", "--compilation-config", "--data-parallel-size",
         "--data-parallel-rank", "--enable-expert-parallel", "--pipeline-parallel-size", "--cpu-offload-gb",
         "--offload-group-size", "--weight-transfer-config", "--distributed-executor-backend",
-        "--kv-transfer-config", "--enable-fault-tolerance", "--enable-lora", "--lora-modules", "--max-lora-rank",
+        "--kv-transfer-config", "--enable-fault-tolerance", "--enable-lora", "--lora-modules",
+        "--max-lora-rank",
     }  # fmt: skip
     own = {
         flag
