@@ -131,7 +131,7 @@ def _choose(named: dict[str, torch.Tensor], mapping: Mapping | None) -> frozense
         ties.setdefault(_memory(tensor), []).append(name)
     if mapping is None:
         return frozenset(names[0] for names in ties.values())
-    best = max(mapping.vocabularies, key=lambda v: sum(s.name in named for s in v.sources))
+    best = max(mapping.of_the_model, key=lambda v: sum(s.name in named for s in v.sources))
     unused = frozenset(best.unused)
     needed = {source.name for source in best.sources} - unused
     chosen: set[str] = set()

@@ -41,6 +41,7 @@ class Server:
         self.catalogue: Catalogue | None = None
         self.base: tuple[str, int] | None = None  # run directory and version of what we last made live
         self.before: int | None = None  # the version that we had made live there before
+        self.sent_model = False  # whether we have ever sent it weights of the model itself
         self.tried = False
         self._session: Session | None = None
 
@@ -214,14 +215,18 @@ class Fleet:
         """The versions that this trainer has made live last, of those servers where it has."""
         return [server.base[1] for server in self.servers if server.base is not None]
 
-    def that_take_parts(self, servers: Sequence[Server]) -> list[Server]:
+    def that_take_parts(self, servers: Sequence[Server], *, whole_adapter: bool = False) -> list[Server]:
         """Those of ``servers`` over whose version a part of the weights may be laid.
 
-        That is the one this trainer made live last, and on all of them the same.
+        That is the one this trainer made live last, and on all of them the same. ``whole_adapter`` says that
+        the part is all that an adapter is: as long as this trainer has sent no weights of the model, whatever
+        it is laid over is what the adapter belongs to.
 
         Raises:
             ConfigError: one of them serves another, and the policy is "all", or none of them may.
         """
+        if whole_adapter and not any(server.sent_model for server in self.servers):
+            return list(servers)
         made = self._made
         wanted = max(made or [server.session.version for server in servers])
         faults = {
@@ -271,6 +276,8 @@ class Fleet:
         encoding: Encoding,
     ) -> Outcome:
         """Hand a broadcast to the sessions' threads; see ``Session.submit``."""
+        for server, shards in parts:
+            server.sent_model = server.sent_model or not shards.layout.leading
         if not self.several:
             ((server, shards),) = parts
             return server.session.submit(shards, call=call, version=version, encoding=encoding)

@@ -174,6 +174,12 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
         group, "--staging", str, d.staging, "in-place: weights held once; pauses for each transfer", STAGING
     )
     _flag(group, "--flip", str, d.flip, "how two halves change places; auto: remap if possible", FLIP)
+    group.add_argument(
+        "--adapters",
+        metavar="NAME[,NAME]",
+        help="the served LoRA adapters that trainers may send; each takes memory twice (default: those in "
+        "vLLM's --lora-modules)",
+    )
     group.add_argument("--http", action="store_true", help="serve /bridge/* beside /v1 (default: off)")
 
     group = parser.add_argument_group("patience, in seconds")
@@ -235,6 +241,7 @@ def make_options(
         staging=args.staging,
         flip=args.flip,
         prefix_cache=args.prefix_cache,
+        adapters=args.adapters,
         update_dir=args.update_dir,
         http=args.http,
         start_timeout_s=args.start_timeout,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import shlex
 import sys
@@ -104,6 +105,7 @@ def vllm_command(options: ServeOptions, run_dir: Path, environ: Mapping[str, str
         "BRIDGE_PREFIX_CACHE": options.prefix_cache,
         "BRIDGE_STAGING": options.staging,
         "BRIDGE_FLIP": options.flip,
+        "BRIDGE_ADAPTERS": json.dumps(options.sent_adapters),
         "BRIDGE_HTTP": str(int(options.http)),
         "BRIDGE_LOG_LEVEL": options.log_level,
         "PYTHONUNBUFFERED": "1",  # a line that explains a crash must reach the log before it

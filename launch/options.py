@@ -6,6 +6,7 @@ will answer and how large it is.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ class ServeOptions:
     staging: str = "double"
     flip: str = "auto"
     prefix_cache: str = "salt"
+    adapters: str | None = None  # None: those that vLLM is to load at the start
     update_dir: Path | None = None  # None: <logdir>/updates
     http: bool = False
     start_timeout_s: float = 1800.0
@@ -70,6 +72,18 @@ class ServeOptions:
     def updates(self) -> Path:
         """Where update files must lie for the HTTP fallback."""
         return self.update_dir or self.logdir / "updates"
+
+    @property
+    def sent_adapters(self) -> tuple[str, ...]:
+        """The served names of the LoRA adapters that trainers may send.
+
+        Raises:
+            ConfigError: vLLM's --lora-modules cannot be read.
+        """
+        if self.adapters is not None:
+            return tuple(dict.fromkeys(name for name in self.adapters.split(",") if name))
+        # With one half there is no room for them, and nobody has asked.
+        return () if self.staging == "in-place" else loaded_adapters(self.vllm_args)
 
     def faults(self) -> list[str]:
         """Values that cannot work, each as a sentence."""
@@ -89,6 +103,14 @@ class ServeOptions:
                 f"--flip {self.flip} says how two halves change places, and --staging in-place has one; "
                 "leave --flip out"
             )
+        if self.staging == "in-place" and self.sent_adapters:
+            faults.append(
+                f"--adapters {self.adapters} cannot be sent with --staging in-place: a round that fails "
+                "midway would leave one torn, which no broadcast of the model repairs"
+            )
+        given = [*_config_file(self.vllm_args), *self.vllm_args]
+        if self.adapters and not _is_given(given, "--enable-lora"):
+            faults.append(f"--adapters {self.adapters} needs --enable-lora among vLLM's flags")
         if self.shutdown_timeout_s < 0:
             faults.append(f"--shutdown-timeout is {self.shutdown_timeout_s:g}, it cannot be negative")
         if self.deadline_s < 2 * self.heartbeat_interval_s:
@@ -162,6 +184,39 @@ def read_server_args(args: Sequence[str], environ: Mapping[str, str] = os.enviro
         pipeline_parallel_size=_number(args, 1, *_PIPELINE),
         data_parallel_size=_number(args, 1, *_DATA),
     )
+
+
+def loaded_adapters(args: Sequence[str]) -> tuple[str, ...]:
+    """The names of the LoRA adapters that vLLM is to load at its start.
+
+    Raises:
+        ConfigError: one is neither NAME=PATH nor JSON with a name.
+    """
+    args = [*_config_file(args), *args]
+    words: list[str] = []
+    taking = False
+    for arg in args:
+        name, value = _split(arg)
+        if name.startswith("--"):
+            taking = name == "--lora-modules"
+            words = [] if taking else words  # the last one given wins
+            words += [value] if taking and value is not None else []
+        elif taking:
+            words.append(arg)
+    return tuple(dict.fromkeys(name for word in words for name in _names_in(word)))
+
+
+def _names_in(word: str) -> list[str]:
+    if not word.lstrip().startswith(("{", "[")):
+        name, equals, _ = word.partition("=")
+        if not equals:
+            raise ConfigError(f"--lora-modules {word!r} among vLLM's flags is not NAME=PATH")
+        return [name]
+    try:
+        found = json.loads(word)
+        return [str(one["name"]) for one in (found if isinstance(found, list) else [found])]
+    except (ValueError, TypeError, KeyError) as err:
+        raise ConfigError(f"--lora-modules {word!r} among vLLM's flags has no name: {err!r}") from err
 
 
 def node_faults(args: Sequence[str], environ: Mapping[str, str] = os.environ) -> list[str]:

@@ -186,6 +186,13 @@ class Intake:
             )
         return plan, description
 
+    def adapter(self, joint: str) -> str:
+        """The vocabulary of the adapter that the round carries; "" if it carries weights of the model."""
+        assert self._meeting is not None
+        _, layouts, _ = self._meeting.plan(joint)
+        name = layouts[0].vocabulary
+        return name if self._mapping.vocabulary(name).adapter else ""
+
     def follows(self, joint: str) -> bool:
         """Whether the round carries only what has changed since the round before."""
         return self._chains.follow(joint)

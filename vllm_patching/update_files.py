@@ -45,7 +45,7 @@ def match_vocabulary(mapping: Mapping, rank_map: RankMap, found: dict[str, Path]
     Raises:
         MappingError: lists every tensor missing, extra, or of another shape or dtype.
     """
-    best = max(mapping.vocabularies, key=lambda v: len({s.name for s in v.sources} & found.keys()))
+    best = max(mapping.of_the_model, key=lambda v: len({s.name for s in v.sources} & found.keys()))
     known = {source.name: source for source in best.sources}
     unused = set(best.unused)
     faults = [f"{name}: missing" for name in known.keys() - found.keys() - unused]

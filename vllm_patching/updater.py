@@ -50,10 +50,12 @@ class Updater:
         self._channel = channel
         self._copies = arena == COPY
         self._in_step = False  # whether the half to be filled holds what is served
+        self._model_in_step = False  # whether it does but for the adapters
         self.mapping = mapping
         self.rank_map: RankMap = mapping.ranks[rank]
         self.halves = halves
         self.intake = Intake(rank, mapping, halves.device)
+        self._shelves = {name: _span(self.rank_map, name) for name in _adapters(mapping)}
 
     def prepare(self) -> None:
         """Pay now what the first round would else wait for: importing vLLM's packing, compiling a kernel."""
@@ -81,20 +83,19 @@ class Updater:
             TransferError: plan digests differ, a peer was lost, or a checksum does not match.
         """
         plan, description = self.intake.plan(joint, plan_digest)
-        follows = self.intake.follows(joint)
+        adapter, follows = self.intake.adapter(joint), self.intake.follows(joint)
         if torn and (description.partial or follows):
             raise TransferError(f"a part of the parameters cannot repair the weights: {torn}")
         self._ask_leave(leave_s)
         start = time.perf_counter()
-        in_step, self._in_step = self._in_step, False  # until this round has ended well
-        behind = len(self.halves.halves) == 2 and not in_step
-        if description.partial and behind:
-            self._bring_up_to_date(half)
-            behind = False
-        staging, served = self._staging(half), self._staging(1 - half) if behind and follows else None
+        staging, served = self._staging(half, partial=description.partial, follows=follows)
+        if adapter and not follows:  # what of it is not sent is zero: a lower rank, fewer layers
+            self.halves.halves[half][self._shelves[adapter]].zero_()
+            self.halves.synchronize()
         nbytes = self.intake.receive(plan, joint, staging, served)
         staging.finish()
         self.halves.synchronize()
+        self._model_in_step = bool(adapter)  # by the time of the next order, this half is the live one
         self._in_step = self._copies  # by the time of the next order, the flip has made both halves equal
         seconds = time.perf_counter() - start
         return {"bytes": nbytes, "seconds": seconds, "transport": self.intake.transport}
@@ -124,13 +125,26 @@ class Updater:
                 f"updater {self.rank} waits for leave to write and was told {message['type']!r}"
             )
 
-    def _bring_up_to_date(self, half: int) -> None:
-        """The inactive half is a version old: make it equal to the other before a part of it changes."""
-        self.halves.halves[half].copy_(self.halves.halves[1 - half])
-        self.halves.synchronize()  # or it might overtake what arrives on other streams
+    def _staging(self, half: int, *, partial: bool, follows: bool = False) -> tuple[Staging, Staging | None]:
+        """Where a round lands; and what is served, if the round itself brings the half up to date with it.
 
-    def _staging(self, half: int) -> Staging:
-        return Staging(self.halves.halves[half], self.rank_map.targets)
+        The inactive half is a version old. Before a part of it changes, it is made equal to the live one;
+        where a round carries changes of the whole model, its sinks do that bucket by bucket. A round of the
+        whole model is a part too where there are adapters.
+        """
+        in_step, self._in_step = self._in_step, False  # until this round has ended well
+        model_in_step, self._model_in_step = self._model_in_step, False
+        staging = Staging(self.halves.halves[half], self.rank_map.targets)
+        if len(self.halves.halves) != 2 or in_step:
+            return staging, None
+        inactive, live = self.halves.halves[half], self.halves.halves[1 - half]
+        spans = [slice(None)] if partial and not model_in_step else [*self._shelves.values()]
+        for span in spans:
+            inactive[span].copy_(live[span])
+        if spans:
+            self.halves.synchronize()  # or it might overtake what arrives on other streams
+        by_sinks = follows and not partial and not model_in_step
+        return staging, Staging(live, self.rank_map.targets) if by_sinks else None
 
     def restore(self) -> dict[str, Any]:
         """The inactive half holds the wanted version as it is; the next round follows none."""
@@ -151,8 +165,7 @@ class Updater:
         listed = self.mapping.vocabulary(name).sources
         grouped = writes_by_source(self.rank_map.writes[name])
         self._ask_leave(leave_s)
-        self._in_step = False  # until this round has ended well
-        staging = self._staging(half)
+        staging, _ = self._staging(half, partial=False)
         nbytes = 0
         with torch.no_grad():
             for index, source in enumerate(listed):
@@ -166,6 +179,16 @@ class Updater:
         self.halves.synchronize()
         self._in_step = self._copies
         return {"bytes": nbytes, "seconds": time.perf_counter() - start, "transport": "file"}
+
+
+def _adapters(mapping: Mapping) -> list[str]:
+    return [vocabulary.name for vocabulary in mapping.adapters.values()]
+
+
+def _span(rank_map: RankMap, vocabulary: str) -> slice:
+    """The bytes of an adapter's shelf, which has them for itself."""
+    targets = [rank_map.targets[write.target] for write in rank_map.writes[vocabulary]]
+    return slice(min(t.offset for t in targets), max(t.offset + t.nbytes for t in targets))
 
 
 def _serve(channel: Channel, updater: Updater) -> NoReturn:

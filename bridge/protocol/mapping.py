@@ -23,6 +23,8 @@ from bridge.errors import MappingError
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "vllm_bridge_config.json"
+ADAPTER = "adapter:"  # begins the name of a vocabulary that is one served LoRA adapter's
+ADAPTER_FLAG = "sent"  # the source in it whose one element is 1 once an adapter has been sent
 
 ITEMSIZE = {
     "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2,
@@ -85,13 +87,19 @@ class Vocabulary(msgspec.Struct, frozen=True, kw_only=True):
     """One set of names a trainer may use, and what vLLM's loader does with it.
 
     ``checkpoint`` holds the names in the checkpoint's files; ``transformers`` those of the model in
-    memory, which differ where transformers fuses tensors (experts, since version 5).
+    memory, which differ where transformers fuses tensors (experts, since version 5). ``adapter:NAME`` holds
+    the matrices of the LoRA adapter that is served as NAME, at the highest rank that the server takes.
     ``unused`` are names vLLM's loader accepts and drops.
     """
 
     name: str
     sources: tuple[Source, ...]
     unused: tuple[str, ...] = ()
+
+    @property
+    def adapter(self) -> str:
+        """The served adapter whose matrices these are; "" for names of the model itself."""
+        return self.name.removeprefix(ADAPTER) if self.name.startswith(ADAPTER) else ""
 
 
 class RankMap(msgspec.Struct, frozen=True, kw_only=True):
@@ -140,6 +148,16 @@ class Mapping(msgspec.Struct, frozen=True, kw_only=True):
     rendezvous: Rendezvous | None = None
     run_dir: str = ""
 
+    @property
+    def of_the_model(self) -> tuple[Vocabulary, ...]:
+        """The vocabularies that a model's own weights may be sent by."""
+        return tuple(vocabulary for vocabulary in self.vocabularies if not vocabulary.adapter)
+
+    @property
+    def adapters(self) -> dict[str, Vocabulary]:
+        """By the served name, the adapters that may be sent."""
+        return {vocabulary.adapter: vocabulary for vocabulary in self.vocabularies if vocabulary.adapter}
+
     def vocabulary(self, name: str) -> Vocabulary:
         for vocabulary in self.vocabularies:
             if vocabulary.name == name:
@@ -159,7 +177,7 @@ def find_faults(mapping: Mapping) -> list[str]:
     faults: list[str] = []
     if mapping.format_version != FORMAT_VERSION:
         faults.append(f"format_version is {mapping.format_version}, this bridge reads {FORMAT_VERSION}")
-    if not mapping.vocabularies:
+    if not mapping.of_the_model:
         faults.append("there is no vocabulary, so no parameter could ever be sent")
     if sorted(r.rank for r in mapping.ranks) != list(range(mapping.num_inference_ranks)):
         faults.append(

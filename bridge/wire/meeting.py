@@ -112,7 +112,7 @@ class Meeting:
                 )
                 for rank, digest in enumerate(description.layouts)
             )
-            only = frozenset(s.source for lay in layouts for s in lay.shards) if description.partial else None
+            only = frozenset().union(*(lay.named for lay in layouts)) if description.partial else None
             plan = build_plan(self._mapping, layouts, bucket_bytes=description.bucket_bytes, only=only)
             while len(self._plans) >= KEPT_PLANS:
                 del self._plans[next(iter(self._plans))]

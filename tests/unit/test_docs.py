@@ -339,6 +339,8 @@ def test_flags_named_anywhere_exist():
         "--offload-group-size", "--weight-transfer-config", "--distributed-executor-backend",
         "--kv-transfer-config", "--enable-fault-tolerance", "--nnodes", "--node-rank", "--headless",
         "--data-parallel-size-local",
+        "--enable-lora", "--lora-modules",
+        "--max-lora-rank",
     }  # fmt: skip
     own = {
         flag
