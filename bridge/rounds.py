@@ -93,6 +93,7 @@ class Session:
         self.rank, self.world_size = ranks.rank, ranks.world_size
         self.version = answer.weight_version
         self.in_place = answer.in_place
+        self.outdated = answer.outdated
         self.closed = ""
         self.stale = False
         self._answer = answer
@@ -319,7 +320,7 @@ class Session:
             self.refuse_round(f"{type(err).__name__}: {err}")
             job.finish(None, ProtocolError(f"version {job.version}: {type(err).__name__}: {err}"))
         else:
-            self.version = job.version
+            self.version, self.outdated = job.version, False
             job.finish(receipt, None)
 
     def _check_carries_changes(self) -> None:

@@ -184,6 +184,7 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
     _flag(group, "--start-timeout", float, d.start_timeout_s, "until the server must be ready")
     _flag(group, "--shutdown-timeout", float, d.shutdown_timeout_s, "between asking and SIGKILL")
     _flag(group, "--max-daemon-restarts", int, d.max_daemon_restarts, "a count; then everything ends")
+    _flag(group, "--max-server-restarts", int, d.max_server_restarts, "the same, of a vLLM that was ready")
 
     group = parser.add_argument_group("diagnostics")
     _flag(group, "--log-level", str, d.log_level, "of the bridge's own records", LOG_LEVELS)
@@ -240,6 +241,7 @@ def make_options(
         start_timeout_s=args.start_timeout,
         shutdown_timeout_s=args.shutdown_timeout,
         max_daemon_restarts=args.max_daemon_restarts,
+        max_server_restarts=args.max_server_restarts,
         log_level=args.log_level,
     )
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bridge.protocol.mapping import CONFIG_NAME
 from launch.options import ServeOptions, read_server_args
+from vllm_patching import newest
 
 PLUGIN_NAME = "weight_bridge"
 PLUGIN_GROUP = "vllm.general_plugins"
@@ -72,6 +73,7 @@ def make_run_dir(options: ServeOptions) -> Path:
     if options.run_dir is None:
         return Path(tempfile.mkdtemp(prefix="vllm-bridge-", dir=run_dir_parent()))
     options.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    newest.forget(options.run_dir)
     return options.run_dir.absolute()
 
 

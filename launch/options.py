@@ -64,6 +64,7 @@ class ServeOptions:
     start_timeout_s: float = 1800.0
     shutdown_timeout_s: float = 30.0
     max_daemon_restarts: int = 3
+    max_server_restarts: int = 3
     log_level: str = "INFO"
 
     @property
@@ -102,8 +103,11 @@ class ServeOptions:
             )
         if not 0 <= self.rendezvous_port < 65536:
             faults.append(f"--rendezvous-port is {self.rendezvous_port}, ports end at 65535")
-        if self.max_daemon_restarts < 0:
-            faults.append(f"--max-daemon-restarts is {self.max_daemon_restarts}, the least is 0")
+        faults += [
+            f"{_flag(name)} is {getattr(self, name)}, the least is 0"
+            for name in ("max_daemon_restarts", "max_server_restarts")
+            if getattr(self, name) < 0
+        ]
         return faults
 
 

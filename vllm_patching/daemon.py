@@ -38,6 +38,7 @@ from vllm_patching.events import Broken, Heard, Lost, Notified, Requested, Stop
 from vllm_patching.file_round import stage_file
 from vllm_patching.fixed_arena import COPY, IN_PLACE
 from vllm_patching.frontdesk import FrontDesk, start_thread
+from vllm_patching.newest import Newest
 from vllm_patching.registry import Registry
 from vllm_patching.swap import DoubleStaging, InPlaceStaging, Swap
 
@@ -59,6 +60,7 @@ class Daemon:
         # Simple: a signal handler puts into it, which must not meet a lock of the same thread.
         self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.registry = Registry(on_change=lambda: self.events.put(None), num_engines=args.num_engines)
+        self.newest = Newest(args.run_dir)
         self.mapping: Mapping | None = None
         self.store: Any = None
         self.secret = secrets.token_hex(16)
@@ -74,6 +76,7 @@ class Daemon:
         self._first_death = ""
         self._given_up = ""
         self._closing = False
+        self.published = False  # whether the vLLM that was published is still there, all of it
         self.handled = threading.Condition()  # notified behind each event, for those who wait for a round
         self.filing = False  # whether a version is being staged from a file
         self.last_error: str | None = None
@@ -116,7 +119,7 @@ class Daemon:
     def _next_event(self) -> Any:
         """Wait for an event; None if the server was ended because torn weights were not repaired in time."""
         due = self.swap.repair_due if self.swap is not None else None
-        if due is None or self.in_round or self._given_up:
+        if due is None or self.in_round or self._given_up or not self.published:
             return self.events.get()
         try:
             return self.events.get(timeout=max(0.0, due - time.monotonic()))
@@ -153,12 +156,11 @@ class Daemon:
                 self._replace_idle_crew(self.crew.describe(event.rank))
         elif isinstance(event, Heard) and event.epoch is self.epoch:
             event.epoch.on_control(event.event)
-        if self.registry.complete:
-            self._first_death = ""
-            if self.mapping is None:
-                self._publish()
         if self.epoch is not None:
             self._settle(self.epoch)
+        if self.registry.complete and not self.published:
+            self._first_death = self._given_up = ""
+            self._publish()
 
     def _settle(self, epoch: Epoch) -> None:
         """Do what the last event led to: a commit, the end of the epoch, or both."""
@@ -205,8 +207,23 @@ class Daemon:
 
     @property
     def version(self) -> int:
-        """The version every rank serves or is about to."""
-        return self.registry.control.requested if self.registry.control else 0
+        """The newest version: the one every rank serves or is about to, unless vLLM was started again."""
+        page = self.registry.control
+        return max(self.newest.version, page.requested if page else 0)
+
+    @property
+    def outdated(self) -> str:
+        """Why what is served is not the newest version, "" if it is, or if nothing ever was."""
+        page = self.registry.control
+        if self.mapping is None or (self.published and page is not None and page.requested == self.version):
+            return ""
+        wanted = f"the newest version is {self.version}" if self.version else "no version was broadcast yet"
+        if not self.published or page is None:
+            return f"{self._first_death or 'vLLM is gone'}, and vLLM is not complete again; {wanted}"
+        return (
+            f"vLLM was started again and serves version {page.requested or '0 (the checkpoint)'}, but "
+            f"{wanted}; it comes with the trainer's next broadcast of the whole model"
+        )
 
     @property
     def live_version(self) -> int:
@@ -215,9 +232,11 @@ class Daemon:
         return min((page.slot(rank).version for rank in range(page.num_ranks)), default=0) if page else 0
 
     def _publish(self) -> None:
+        """vLLM is complete: for the first time, or again after it was started again."""
         args = self.args
         mapping = self.registry.mapping()
-        self.store = rendezvous.serve_store(args.rendezvous_host, args.rendezvous_port)
+        if self.store is None:  # it outlives vLLM, and so do its address and the job's secret
+            self.store = rendezvous.serve_store(args.rendezvous_host, args.rendezvous_port)
         meeting = Rendezvous(host=args.rendezvous_host, port=self.store.port, secret=self.secret)
         data = mapping_file.encode(
             msgspec.structs.replace(mapping, rendezvous=meeting, run_dir=str(args.run_dir))
@@ -234,30 +253,42 @@ class Daemon:
             meeting.host,
             meeting.port,
         )
+        self.published = True
         self.new_crew()
-        self._doorman_thread = start_thread("bridge-doorman", self._doorman)
+        if self.outdated:
+            logger.warning("%s", self.outdated)
+        if self._doorman_thread is None:
+            self._doorman_thread = start_thread("bridge-doorman", self._doorman)
         self._shm = residue.snapshot(self.vllm_pids)
 
     def _prepare_swap(self) -> None:
         limits = self.limits
         self.boundary = Boundary(
-            self.registry, timeout_s=limits.commit_timeout_s, first_death=lambda: self._first_death
+            self.registry,
+            timeout_s=limits.commit_timeout_s,
+            first_death=lambda: self._first_death,
+            before_commit=self.newest.raise_to,
         )
         # What the workers have, whatever the launcher said: an earlier daemon may have published for them.
         kinds = {worker.hello["arena"] for worker in self.registry.workers.values()}
         if IN_PLACE in kinds:
-            self.swap = InPlaceStaging(self.boundary, repair_timeout_s=self.args.repair_timeout)
+            self.swap = InPlaceStaging(
+                self.boundary, repair_timeout_s=self.args.repair_timeout, outdated=lambda: self.outdated
+            )
         else:
-            self.swap = DoubleStaging(self.boundary, copies=COPY in kinds)
+            self.swap = DoubleStaging(self.boundary, copies=COPY in kinds, outdated=lambda: self.outdated)
 
     @property
     def _on_gpu(self) -> bool:
         return any(member.hello.get("gpu") for member in self.registry.members())
 
     def new_crew(self) -> None:
-        """Replace the updaters by fresh ones, which hold no half-finished transfer."""
+        """Replace the updaters by fresh ones, which hold no half-finished transfer; none without a vLLM."""
         if self.crew is not None:
             self.crew.end()
+        if not self.published:
+            self.crew = None  # the memory of a vLLM that is gone is free only without them
+            return
         assert self.mapping is not None
         num_ranks = self.mapping.num_inference_ranks
         self.crew = Crew(num_ranks, self.args.run_dir, self.events, on_gpu=self._on_gpu)
@@ -276,8 +307,11 @@ class Daemon:
         if not self._first_death:
             # One death ends all of vLLM: the first is the cause, the others follow from it.
             self._first_death = self.last_error = self._given_up or f"{who} is gone"
+        self.published = False
         if self.epoch is not None:
-            self.epoch.fail(self._first_death)
+            self.epoch.fail(self._first_death)  # and its updaters end with it
+        elif self.crew is not None:
+            self.new_crew()
 
     # --- rounds ------------------------------------------------------------------------------------
 
@@ -310,7 +344,7 @@ class Daemon:
         refusal = self._refusal(request)
         unready = "" if refusal else self._unreadiness()
         if refusal or unready:
-            reason, try_again = refusal or unready, bool(unready) or not self.registry.complete
+            reason, try_again = refusal or unready, bool(unready) or not self.published
             logger.warning("refused a trainer (pid %d on %s): %s", request.pid, request.host, reason)
             self._answer(rendezvous.Answer(session=request.session, refusal=reason, try_again=try_again))
             return
@@ -334,6 +368,7 @@ class Daemon:
                 session=request.session,
                 epoch=self.epochs,
                 weight_version=self.version,
+                outdated=bool(self.outdated),
                 num_inference_ranks=self.mapping.num_inference_ranks,
                 daemon_pid=os.getpid(),
                 heartbeat_interval_s=self.limits.heartbeat_interval_s,
@@ -371,7 +406,7 @@ class Daemon:
             )
         if self.epoch is not None:
             return f"another trainer is connected (epoch {self.epoch.epoch}): {self.epoch.trainer}"
-        if not self.registry.complete:
+        if not self.published or not self.registry.complete:
             return f"the server is not complete: {self.last_error}"
         return ""
 

@@ -129,7 +129,11 @@ class FrontDesk:
             channel.close()
             return
         with self._daemon.registry.lock:
-            worker = self._daemon.registry.workers[rank]
+            worker = self._daemon.registry.workers.get(rank)
+            if worker is None:  # vLLM died meanwhile, and this updater is about to be ended
+                channel.send({"type": "error", "error": f"worker rank {rank} is gone"})
+                channel.close()
+                return
             memory = {key: worker.hello[key] for key in ("gpu", "handles", "arena")}
             welcome = {"mapping": msgspec.to_builtins(mapping), **memory}
             channel.send({"type": "welcome", **welcome}, worker.fds)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from bridge.errors import TransferError
@@ -82,9 +83,13 @@ class DoubleStaging:
     repair_due: float | None = None
     keeps_what_is_staged = False
 
-    def __init__(self, boundary: Boundary, *, copies: bool) -> None:
-        """``copies``: a flip copies one half over the other, so that none keeps the version before."""
+    def __init__(self, boundary: Boundary, *, copies: bool, outdated: Callable[[], str] = lambda: "") -> None:
+        """``copies``: a flip copies one half over the other, so that none keeps the version before.
+
+        ``outdated`` says why what is served is not the newest version, "" if it is.
+        """
         self._boundary = boundary
+        self._outdated = outdated
         self._page = boundary.page
         self._copies = copies
 
@@ -93,7 +98,10 @@ class DoubleStaging:
         if late := behind(self._page, ranks):
             raise TransferError(late)
         self._page.restorable = None  # before the first byte is written over it
-        return {rank: {"half": 1 - self._page.slot(rank).active} for rank in ranks}
+        return {
+            rank: {"half": 1 - self._page.slot(rank).active, "refuse_parts": self._outdated()}
+            for rank in ranks
+        }
 
     def restore(self, wanted: int | None) -> int:
         if late := behind(self._page, range(self._boundary.num_ranks)):
@@ -136,9 +144,12 @@ class InPlaceStaging:
 
     keeps_what_is_staged = True
 
-    def __init__(self, boundary: Boundary, *, repair_timeout_s: float) -> None:
-        """Take over what an earlier daemon has left, if one has."""
+    def __init__(
+        self, boundary: Boundary, *, repair_timeout_s: float, outdated: Callable[[], str] = lambda: ""
+    ) -> None:
+        """Take over what an earlier daemon has left, if one has; ``outdated`` as for two halves."""
         self._boundary = boundary
+        self._outdated = outdated
         self._page = boundary.page
         self._repair_timeout_s = repair_timeout_s
         self._why = ""
@@ -151,7 +162,8 @@ class InPlaceStaging:
         self.abandon("the daemon that wrote it ended")
 
     def orders(self) -> Orders:
-        order = {"half": 0, "leave_s": self._boundary.timeout_s + LEAVE_MARGIN_S, "torn": self.torn}
+        leave_s = self._boundary.timeout_s + LEAVE_MARGIN_S
+        order = {"half": 0, "leave_s": leave_s, "refuse_parts": self.torn or self._outdated()}
         return {rank: dict(order) for rank in range(self._boundary.num_ranks)}
 
     def restore(self, wanted: int | None) -> int:  # noqa: ARG002 - none is kept, whichever is wanted

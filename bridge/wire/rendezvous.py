@@ -43,6 +43,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """What the daemon replies. ``refusal`` is empty when the trainer is admitted.
 
     ``in_place``: before it takes a byte, every round waits for the engine to stand still.
+    ``outdated``: ``weight_version`` is the newest, but vLLM was started again and serves an older one, over
+    which no part of the weights may be laid.
     """
 
     session: str
@@ -59,6 +61,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     checksum: str = "first"
     bucket_bytes: int = 0
     in_place: bool = False
+    outdated: bool = False
 
     @property
     def first_byte_s(self) -> float:
