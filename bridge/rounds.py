@@ -146,18 +146,24 @@ class Session:
 
     @classmethod
     def open(
-        cls, config: BridgeConfig, ranks: Ranks, *, device: torch.device | None, patient: bool = True
+        cls,
+        config: BridgeConfig,
+        ranks: Ranks,
+        *,
+        device: torch.device | None,
+        patient: bool = True,
+        restores: int = 0,
     ) -> Self:
         """Meet the inference side; called by every trainer rank.
 
-        ``device`` is the GPU that this rank's weights are on, None for the host's memory. ``patient`` is as
-        for ``ask_admission``.
+        ``device`` is the GPU that this rank's weights are on, None for the host's memory. ``patient`` and
+        ``restores`` are as for ``ask_admission``.
 
         Raises:
             MappingError: the mapping is missing or damaged, or was exported without a rendezvous.
             RendezvousError: the daemon cannot be reached in time, or refuses.
         """
-        mapping, answer, store = ask_admission(config, ranks, patient=patient)
+        mapping, answer, store = ask_admission(config, ranks, patient=patient, restores=restores)
         return cls(config, mapping, ranks, answer, store, device=device)
 
     # --- the caller's side -------------------------------------------------------------------------

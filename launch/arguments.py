@@ -158,6 +158,14 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
     )
     _flag(group, "--rendezvous-port", int, d.rendezvous_port, "0 takes any free one and publishes it")
 
+    group.add_argument(
+        "--peers",
+        default="",
+        metavar="LOGDIR[:LOGDIR..]",
+        help="log directories of servers that the same trainer feeds: one of them sends its version to a "
+        "server that starts late, or again",
+    )
+
     group = parser.add_argument_group("transfer")
     _flag(group, "--transport", str, d.transport, "pull: from the trainer's memory, same host", TRANSPORTS)
     _flag(group, "--checksum", str, d.checksum, "which rounds GPUs sum at both ends", CHECKSUM)
@@ -237,6 +245,7 @@ def make_options(
         flip=args.flip,
         prefix_cache=args.prefix_cache,
         update_dir=args.update_dir,
+        peers=tuple(Path(peer) for peer in args.peers.split(os.pathsep) if peer),
         http=args.http,
         start_timeout_s=args.start_timeout,
         shutdown_timeout_s=args.shutdown_timeout,

@@ -137,6 +137,7 @@ def daemon_command(options: ServeOptions, run_dir: Path, *, launcher_pid: int) -
         "--checksum": options.checksum,
         "--prefix-cache": options.prefix_cache,
         "--update-dir": options.updates.absolute(),
+        "--peers": os.pathsep.join(str(peer.absolute()) for peer in options.peers),
         "--launcher-pid": launcher_pid,
     }
     argv = [sys.executable, "-m", "vllm_patching.daemon"]

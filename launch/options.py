@@ -59,6 +59,7 @@ class ServeOptions:
     staging: str = "double"
     flip: str = "auto"
     prefix_cache: str = "salt"
+    peers: tuple[Path, ...] = ()
     update_dir: Path | None = None  # None: <logdir>/updates
     http: bool = False
     start_timeout_s: float = 1800.0

@@ -316,7 +316,8 @@ class Supervisor:
             if healthy_since is None and probe.is_healthy(self.launch.server):
                 healthy_since = now
             if healthy_since is not None:
-                if status is not None and status["state"] in ("ready", "round"):
+                if status is not None and _serves(status):
+                    self._behind = status["state"] == "recovering"
                     self._announce(status, now - began)
                     return
                 self._refuse_missing_plugin(status, now - healthy_since)
@@ -421,6 +422,13 @@ class Supervisor:
                 logger.warning("asked again: not waiting any longer")
                 return
             self._wait(min(TICK_S, left))
+
+
+def _serves(status: dict[str, Any]) -> bool:
+    """Whether it is up for good; a version that no peer can send comes with the next broadcast."""
+    return status["state"] in ("ready", "round") or (
+        status["state"] == "recovering" and status["complete"] and not status["borrowing"]
+    )
 
 
 def _say(status: dict[str, Any] | None) -> str:

@@ -30,14 +30,16 @@ from bridge.protocol.session import State
 from bridge.wire import rendezvous
 from vllm_patching import residue
 from vllm_patching.arguments import parse_args
+from vllm_patching.borrowing import Borrowing
 from vllm_patching.boundary import Boundary
 from vllm_patching.channel import listen, socket_path
 from vllm_patching.crew import Crew, Report
 from vllm_patching.epoch import Epoch, Limits
-from vllm_patching.events import Broken, Heard, Lost, Notified, Requested, Stop
+from vllm_patching.events import Asked, Broken, Heard, Learned, Lost, Notified, Requested, Stop
 from vllm_patching.file_round import stage_file
 from vllm_patching.fixed_arena import COPY, IN_PLACE
 from vllm_patching.frontdesk import FrontDesk, start_thread
+from vllm_patching.lending import Lending
 from vllm_patching.newest import Newest
 from vllm_patching.registry import Registry
 from vllm_patching.swap import DoubleStaging, InPlaceStaging, Swap
@@ -61,6 +63,8 @@ class Daemon:
         self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.registry = Registry(on_change=lambda: self.events.put(None), num_engines=args.num_engines)
         self.newest = Newest(args.run_dir)
+        self.lending = Lending(self)
+        self.borrowing = Borrowing(self, args.peers)
         self.mapping: Mapping | None = None
         self.store: Any = None
         self.secret = secrets.token_hex(16)
@@ -147,6 +151,10 @@ class Daemon:
             self._vllm_lost(event.who)
         elif isinstance(event, Requested):
             self._admit(event.request)
+        elif isinstance(event, Asked):
+            self.lending.consider(event.loan)
+        elif isinstance(event, Learned):
+            self.newest.raise_to(event.version)
         elif isinstance(event, Notified):
             event.reply.put(stage_file(self, event))
         elif isinstance(event, Report):
@@ -215,8 +223,10 @@ class Daemon:
     def outdated(self) -> str:
         """Why what is served is not the newest version, "" if it is, or if nothing ever was."""
         page = self.registry.control
-        if self.mapping is None or (self.published and page is not None and page.requested == self.version):
+        if self.mapping is None:
             return ""
+        if self.published and page is not None and page.requested == self.version:
+            return "its peers are being asked for a newer version" if self.borrowing.asking else ""
         wanted = f"the newest version is {self.version}" if self.version else "no version was broadcast yet"
         if not self.published or page is None:
             return f"{self._first_death or 'vLLM is gone'}, and vLLM is not complete again; {wanted}"
@@ -255,6 +265,8 @@ class Daemon:
         )
         self.published = True
         self.new_crew()
+        self.lending.watch()
+        self.borrowing.begin()
         if self.outdated:
             logger.warning("%s", self.outdated)
         if self._doorman_thread is None:
@@ -273,10 +285,18 @@ class Daemon:
         kinds = {worker.hello["arena"] for worker in self.registry.workers.values()}
         if IN_PLACE in kinds:
             self.swap = InPlaceStaging(
-                self.boundary, repair_timeout_s=self.args.repair_timeout, outdated=lambda: self.outdated
+                self.boundary,
+                repair_timeout_s=self.args.repair_timeout,
+                outdated=lambda: self.outdated,
+                before_write=self.lending.before_write,
             )
         else:
-            self.swap = DoubleStaging(self.boundary, copies=COPY in kinds, outdated=lambda: self.outdated)
+            self.swap = DoubleStaging(
+                self.boundary,
+                copies=COPY in kinds,
+                outdated=lambda: self.outdated,
+                before_write=self.lending.before_write,
+            )
 
     @property
     def _on_gpu(self) -> bool:
@@ -308,6 +328,8 @@ class Daemon:
             # One death ends all of vLLM: the first is the cause, the others follow from it.
             self._first_death = self.last_error = self._given_up or f"{who} is gone"
         self.published = False
+        self.borrowing.close()
+        self.lending.reclaim("vLLM is gone, and its memory must be free")
         if self.epoch is not None:
             self.epoch.fail(self._first_death)  # and its updaters end with it
         elif self.crew is not None:
@@ -344,7 +366,8 @@ class Daemon:
         refusal = self._refusal(request)
         unready = "" if refusal else self._unreadiness()
         if refusal or unready:
-            reason, try_again = refusal or unready, bool(unready) or not self.published
+            borrows = self.epoch is not None and bool(self.epoch.request.restores)
+            reason, try_again = refusal or unready, bool(unready) or not self.published or borrows
             logger.warning("refused a trainer (pid %d on %s): %s", request.pid, request.host, reason)
             self._answer(rendezvous.Answer(session=request.session, refusal=reason, try_again=try_again))
             return
@@ -355,10 +378,12 @@ class Daemon:
         assert self.mapping is not None
         assert self.swap is not None
         self.epochs += 1
+        # A peer brings the newest version itself; to a trainer that one is taken.
+        base = request.restores - 1 if request.restores else self.version
         epoch = Epoch(
             request,
             epoch=self.epochs,
-            version=self.version,
+            version=base,
             crew=self.crew,
             swap=self.swap,
             limits=self.limits,
@@ -367,7 +392,7 @@ class Daemon:
             rendezvous.Answer(
                 session=request.session,
                 epoch=self.epochs,
-                weight_version=self.version,
+                weight_version=base,
                 outdated=bool(self.outdated),
                 num_inference_ranks=self.mapping.num_inference_ranks,
                 daemon_pid=os.getpid(),
@@ -393,7 +418,7 @@ class Daemon:
         except BridgeError as err:
             epoch.fail(f"epoch {self.epochs} could not be opened: {err}")
             return
-        logger.info("epoch %d: %s joined at version %d", self.epochs, epoch.trainer, self.version)
+        logger.info("epoch %d: %s joined at version %d", self.epochs, epoch.trainer, base)
 
     def _refusal(self, request: rendezvous.Request) -> str:
         assert self.mapping is not None
@@ -404,6 +429,10 @@ class Daemon:
                 f"its mapping has digest {request.mapping_digest[:16]}.., this server's has "
                 f"{self.mapping.digest[:16]}..; it must read {self.args.logdir / CONFIG_NAME} of this run"
             )
+        if request.restores and request.restores < self.version:
+            return f"it brings version {request.restores}, and the newest is {self.version}"
+        if request.restores and not self.outdated:
+            return f"version {self.version} is served, and no peer is needed to bring it"
         if self.epoch is not None:
             return f"another trainer is connected (epoch {self.epoch.epoch}): {self.epoch.trainer}"
         if not self.published or not self.registry.complete:
@@ -428,6 +457,8 @@ class Daemon:
         self._stopping.set()
         if self._doorman_thread is not None:
             self._doorman_thread.join()  # it holds the store, which must not be used while it is torn down
+        self.borrowing.close()
+        self.lending.close()
         if self.epoch is not None:
             self.epoch.fail(f"the weight-updater daemon ends: {self.last_error}")
             self.epoch.close()

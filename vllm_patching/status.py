@@ -23,6 +23,7 @@ def describe(daemon: Daemon) -> dict[str, Any]:
         "state": state,
         "detail": detail,
         "complete": daemon.published,
+        "borrowing": daemon.borrowing.asking,
         "weight_version": min((page.slot(r).version for r in ranks), default=0) if page else 0,
         "requested_version": daemon.version,
         "writing": page.writing if page else 0,

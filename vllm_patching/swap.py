@@ -83,11 +83,20 @@ class DoubleStaging:
     repair_due: float | None = None
     keeps_what_is_staged = False
 
-    def __init__(self, boundary: Boundary, *, copies: bool, outdated: Callable[[], str] = lambda: "") -> None:
+    def __init__(
+        self,
+        boundary: Boundary,
+        *,
+        copies: bool,
+        outdated: Callable[[], str] = lambda: "",
+        before_write: Callable[[], None] = lambda: None,
+    ) -> None:
         """``copies``: a flip copies one half over the other, so that none keeps the version before.
 
-        ``outdated`` says why what is served is not the newest version, "" if it is.
+        ``outdated`` says why what is served is not the newest version, "" if it is. ``before_write`` is
+        called before any rank may be written.
         """
+        self._before_write = before_write
         self._boundary = boundary
         self._outdated = outdated
         self._page = boundary.page
@@ -97,6 +106,7 @@ class DoubleStaging:
         ranks = range(self._boundary.num_ranks)
         if late := behind(self._page, ranks):
             raise TransferError(late)
+        self._before_write()
         self._page.restorable = None  # before the first byte is written over it
         return {
             rank: {"half": 1 - self._page.slot(rank).active, "refuse_parts": self._outdated()}
@@ -145,9 +155,15 @@ class InPlaceStaging:
     keeps_what_is_staged = True
 
     def __init__(
-        self, boundary: Boundary, *, repair_timeout_s: float, outdated: Callable[[], str] = lambda: ""
+        self,
+        boundary: Boundary,
+        *,
+        repair_timeout_s: float,
+        outdated: Callable[[], str] = lambda: "",
+        before_write: Callable[[], None] = lambda: None,
     ) -> None:
-        """Take over what an earlier daemon has left, if one has; ``outdated`` as for two halves."""
+        """Take over what an earlier daemon has left, if one has; the callbacks are as for two halves."""
+        self._before_write = before_write
         self._boundary = boundary
         self._outdated = outdated
         self._page = boundary.page
@@ -162,6 +178,7 @@ class InPlaceStaging:
         self.abandon("the daemon that wrote it ended")
 
     def orders(self) -> Orders:
+        self._before_write()
         leave_s = self._boundary.timeout_s + LEAVE_MARGIN_S
         order = {"half": 0, "leave_s": leave_s, "refuse_parts": self.torn or self._outdated()}
         return {rank: dict(order) for rank in range(self._boundary.num_ranks)}

@@ -199,7 +199,7 @@ def _serve(channel: Channel, updater: Updater) -> NoReturn:
         channel.send(answer)
 
 
-def _die_with(daemon_pid: int) -> None:
+def die_with(daemon_pid: int) -> None:
     """Ask Linux to kill this process when its daemon dies, wherever it stands.
 
     A transfer that outlived its daemon would go on writing a half that the next daemon may make live.
@@ -216,7 +216,7 @@ def main() -> int:
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--daemon-pid", type=int, required=True)
     args = parser.parse_args()
-    _die_with(args.daemon_pid)
+    die_with(args.daemon_pid)
     telemetry.configure(role="updater", rank=args.rank)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the daemon decides when updaters end
     torch.set_num_threads(1)  # the cores belong to the decode

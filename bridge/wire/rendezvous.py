@@ -26,9 +26,14 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from bridge.errors import RendezvousError, RendezvousRefused
 
+TICKETS, LOANS = "ticket", "loan"  # who stands in which line, counted from 1
+
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """What trainer rank 0 says of itself."""
+    """What trainer rank 0 says of itself.
+
+    ``restores``: it is no trainer, but a peer server's helper, and brings this version, which is live there.
+    """
 
     session: str
     protocol_version: int
@@ -37,6 +42,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     pid: int
     torch_version: str
+    restores: int = 0
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,6 +73,25 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     def first_byte_s(self) -> float:
         """How long a transfer may take to begin."""
         return self.deadline_s + (self.commit_timeout_s if self.in_place else 0.0)
+
+
+class Loan(msgspec.Struct, frozen=True, kw_only=True):
+    """A server's daemon asks a peer's for the version that is live there.
+
+    ``borrower`` is its log directory; without ``start`` it only asks what could be had.
+    """
+
+    session: str
+    borrower: str
+    start: bool
+
+
+class Offer(msgspec.Struct, frozen=True, kw_only=True):
+    """The peer's reply: ``version`` is live there, and ``refusal`` says why it cannot be had, if so."""
+
+    session: str
+    version: int = 0
+    refusal: str = ""
 
 
 class _Signed(msgspec.Struct, frozen=True):
@@ -153,8 +178,8 @@ def first_line(err: BaseException) -> str:
     return str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
 
 
-def ask(store: Store, request: Request, secret: str, *, timeout_s: float) -> None:
-    """Leave a request for the daemon (trainer rank 0).
+def ask(store: Store, request: Request | Loan, secret: str, *, timeout_s: float, line: str = TICKETS) -> None:
+    """Leave a request for the daemon (trainer rank 0, or another server's daemon), in one of its lines.
 
     Raises:
         RendezvousError: the daemon died since its store was reached.
@@ -162,8 +187,8 @@ def ask(store: Store, request: Request, secret: str, *, timeout_s: float) -> Non
     sealed = seal(request, secret)
     try:
         store.set_timeout(timedelta(seconds=timeout_s))
-        ticket = store.add("ticket", 1)
-        store.set(f"ticket/{ticket}", sealed)  # type: ignore[arg-type]  # bytes too, the stub says str
+        ticket = store.add(line, 1)
+        store.set(f"{line}/{ticket}", sealed)  # type: ignore[arg-type]  # bytes too, the stub says str
     except (RuntimeError, dist.DistError) as err:
         raise RendezvousError(f"the daemon's store is gone: {first_line(err)}") from err
 
@@ -210,15 +235,33 @@ def is_withdrawn(store: Store, request: Request) -> bool:
     return bool(store.check([f"withdrawn/{request.session}"]))
 
 
+def await_offer(store: Store, session: str, secret: str, *, timeout_s: float) -> Offer:
+    """Wait for a peer's answer to a ``Loan``.
+
+    Raises:
+        RendezvousError: no answer in time.
+        RendezvousRefused: it was signed with another secret.
+    """
+    data = fetch(store, f"offer/{session}", timeout_s=timeout_s, what="the peer's offer")
+    return unseal(data, secret, Offer)
+
+
+def next_loan(store: Store, ticket: int, *, secret: str) -> Loan | None:
+    """As ``next_request``, of the other line."""
+    if not store.check([f"{LOANS}/{ticket}"]):
+        return None
+    return unseal(bytes(store.get(f"{LOANS}/{ticket}")), secret, Loan)
+
+
 def next_request(store: Store, ticket: int, *, secret: str) -> Request | None:
     """The request with this ticket, or None if nobody came yet; does not wait.
 
     Raises:
         RendezvousRefused: the request was not signed with our secret.
     """
-    if not store.check([f"ticket/{ticket}"]):
+    if not store.check([f"{TICKETS}/{ticket}"]):
         return None
-    return unseal(bytes(store.get(f"ticket/{ticket}")), secret, Request)
+    return unseal(bytes(store.get(f"{TICKETS}/{ticket}")), secret, Request)
 
 
 def local_address(host: str, port: int) -> str:
