@@ -172,7 +172,7 @@ class InPlaceStaging:
         logger.warning(
             "--staging in-place: there is no second half, so generation stands still for the length of every "
             "transfer, and after a round that fails midway nothing is served until a complete one has come "
-            "(within --repair-timeout %g s, or the server ends)",
+            "(within --repair-timeout %g s, or vLLM is ended)",
             repair_timeout_s,
         )
         self.abandon("the daemon that wrote it ended")
@@ -249,7 +249,7 @@ class InPlaceStaging:
         return (
             f"the weights are torn: version {self._page.writing} was written over them in part{cause}. The "
             "engine stands still and keeps its requests. Broadcast the whole model again (broadcast_weights "
-            f"or notify_update); after --repair-timeout {self._repair_timeout_s:g} s without the server ends"
+            f"or notify_update); after --repair-timeout {self._repair_timeout_s:g} s without vLLM is ended"
         )
 
     @property
