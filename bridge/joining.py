@@ -220,6 +220,7 @@ def meet(
         size=size + answer.num_daemons,
         address=address,
         timeout_s=timeout_s,
+        named=rendezvous.members(size, "daemon"),
     )
     data = rendezvous.make_group(
         store,
@@ -228,6 +229,7 @@ def meet(
         size=size + answer.num_inference_ranks,
         address=address,
         timeout_s=timeout_s,
+        named=rendezvous.members(size, "the updater of inference rank"),
     )
     links = [meeting.links(k)[rank] for k in range(answer.num_inference_ranks)]
     return Joined(control, data, _peers(meeting, ranks, answer, place), links, nonce, device_nonce)

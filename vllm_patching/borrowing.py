@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ASK_TIMEOUT_S = 5.0
-ATTEMPTS = 3
+ATTEMPTS = 3  # after which the server is what it is, and asks now and then
 PAUSE_S = 2.0
+LONG_PAUSE_S = 30.0
 KNOCK_TIMEOUT_S = 90.0  # a helper that was just started imports torch
 POLL_S = 0.2
 
@@ -41,46 +42,52 @@ class Borrowing:
         self._daemon = daemon
         own = daemon.args.logdir.absolute()
         self._peers = [peer for peer in peers if peer.absolute() != own]
-        self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._stopping = threading.Event()  # of the vLLM that is there; each has one of its own
         self.asking = False
 
     def begin(self) -> None:
         """vLLM has published: see whether a peer has a newer version, and get it."""
-        if self._thread is not None:
-            self._stopping.set()
-            self._thread.join()
+        self._stopping.set()
         if not self._peers:
             return
-        self._stopping.clear()
+        self._stopping = threading.Event()
         self.asking = True
-        self._thread = threading.Thread(target=self._run, name="bridge-borrowing", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(
+            target=self._run, args=(self._stopping,), name="bridge-borrowing", daemon=True
+        )
+        thread.start()
 
     def close(self) -> None:
         """The daemon ends, or its vLLM has."""
         self._stopping.set()
 
-    def _run(self) -> None:
+    def _run(self, stopping: threading.Event) -> None:
+        attempt = 0
         try:
-            for attempt in range(ATTEMPTS):
-                if attempt and self._stopping.wait(PAUSE_S):
+            while not self._borrow(stopping):
+                attempt += 1
+                if attempt == ATTEMPTS:
+                    self._stop_asking(stopping)
+                    if self._has_newest:
+                        logger.info("no peer tells of a version newer than %d", self._served)
+                        return
+                    logger.warning("no peer sends the newest version now; they are asked again now and then")
+                if stopping.wait(PAUSE_S if attempt < ATTEMPTS else LONG_PAUSE_S):
                     return
-                if self._borrow():
-                    return
-            logger.warning(
-                "no peer has brought a newer version in %d attempts; it comes with the trainer's next "
-                "broadcast of the whole model",
-                ATTEMPTS,
-            )
         except Exception:  # the thread's edge: without it the server is as good as without peers
             logger.exception("the peers could not be asked")
         finally:
+            self._stop_asking(stopping)
+
+    def _stop_asking(self, stopping: threading.Event) -> None:
+        if self._stopping is stopping:
             self.asking = False
             self._daemon.events.put(None)
 
-    def _borrow(self) -> bool:
+    def _borrow(self, stopping: threading.Event) -> bool:
         """Whether there is nothing more to do."""
+        if stopping.is_set() or (not self.asking and self._has_newest):
+            return True
         offers = [(self._ask(peer, start=False), peer) for peer in self._peers]
         held = {peer: offer.version for offer, peer in offers if offer is not None and not offer.refusal}
         newest = max(held.values(), default=0)
@@ -93,7 +100,7 @@ class Borrowing:
         if offer is None or offer.refusal:
             return False
         logger.info("the peer at %s sends version %d", peer, offer.version)
-        return self._await(offer.version, aborted)
+        return self._await(offer.version, aborted, stopping)
 
     @property
     def _served(self) -> int:
@@ -104,10 +111,10 @@ class Borrowing:
     def _has_newest(self) -> bool:
         return self._served == self._daemon.version
 
-    def _await(self, version: int, aborted: int) -> bool:
+    def _await(self, version: int, aborted: int, stopping: threading.Event) -> bool:
         """Whether the version has become live; a round that was given up, or never begun, is a no."""
         due = time.monotonic() + KNOCK_TIMEOUT_S
-        while not self._stopping.wait(POLL_S):
+        while not stopping.wait(POLL_S):
             if self._daemon.live_version >= version:
                 return True
             if self._daemon.epoch is not None:  # which has deadlines of its own

@@ -114,6 +114,7 @@ class Epoch:
             size=trainers + 1,
             address=own,
             timeout_s=self.limits.deadline_s,
+            named=rendezvous.members(trainers, "daemon"),
         )
         self._control = ControlGroup(
             group,

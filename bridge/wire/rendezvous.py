@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import os
 import socket
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -271,24 +272,47 @@ def local_address(host: str, port: int) -> str:
         return str(probe.getsockname()[0])
 
 
-def make_group(store: Store, prefix: str, *, rank: int, size: int, address: str, timeout_s: float) -> Group:
+def members(trainers: int, other: str) -> Callable[[int], str]:
+    """Names the ranks of a group in which ``trainers`` come first, for messages."""
+    return lambda rank: f"trainer rank {rank}" if rank < trainers else f"{other} {rank - trainers}"
+
+
+def make_group(
+    store: Store,
+    prefix: str,
+    *,
+    rank: int,
+    size: int,
+    address: str,
+    timeout_s: float,
+    named: Callable[[int], str] = "rank {}".format,
+) -> Group:
     """Build a Gloo group of our own beside whatever default group the process has.
 
     Raises:
-        RendezvousError: not all ``size`` ranks came within ``timeout_s`` seconds.
+        RendezvousError: not all ``size`` ranks came within ``timeout_s`` seconds; says which, as ``named``.
     """
     gloo: Any = dist.ProcessGroupGloo  # its stub lacks _Options
     options = gloo._Options()
     options._devices = [gloo.create_device(hostname=address)]
     options._timeout = timedelta(seconds=timeout_s)
     try:
+        store.set(f"{prefix}/came/{rank}", "")
         group: Group = gloo(PrefixStore(prefix, store), rank, size, options)
     except RuntimeError as err:
         raise RendezvousError(
-            f"group {prefix!r} of {size} ranks did not form within {timeout_s:g} s (rank {rank} on "
-            f"{socket.gethostname()}): {first_line(err)}"
+            f"group {prefix!r} of {size} ranks did not form within {timeout_s:g} s ({named(rank)} on "
+            f"{socket.gethostname()}): {_missing(store, prefix, size, named)}{first_line(err)}"
         ) from err
     return group
+
+
+def _missing(store: Store, prefix: str, size: int, named: Callable[[int], str]) -> str:
+    try:
+        absent = [named(rank) for rank in range(size) if not store.check([f"{prefix}/came/{rank}"])]
+    except RuntimeError:
+        return ""  # the store is gone, as the error below says
+    return f"{', '.join(absent)} did not come; " if absent else "all came, but could not connect; "
 
 
 def boot_id() -> str:

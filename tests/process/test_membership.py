@@ -10,6 +10,7 @@ import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ import torch
 
 from bridge.config import BridgeConfig
 from bridge.environment import Ranks
-from bridge.errors import BridgeError, ConfigError
+from bridge.errors import ConfigError, RendezvousError
 from bridge.trainer import Bridge
+from bridge.wire import rendezvous
 from tests.support.mappings import SOURCES, half_of, parallel_mapping
 from tests.support.serving import alive, free_port, wait_until
 from tests.support.small_server import Small
@@ -112,38 +114,12 @@ def test_a_server_that_dies_comes_back_with_the_newest_version_from_its_peer(
         assert "starting it again in 1 s (1 of 3)" in two.text
         assert "version 2 is lent to" in one.text
 
-        third = {**second, "norm": torch.ones_like(second["norm"])}
+    third = {**second, "norm": torch.ones_like(second["norm"])}
+    with trainer(one, two, connect_timeout_s=START_S) as bridge:  # another one, which goes on from there
         receipt = bridge.broadcast_single_param("norm", third["norm"])  # a part, over what the peer sent
         assert (receipt.version, receipt.absent) == (3, {})
         assert_serves(one, 3, third)
         assert_serves(two, 3, third)
-
-
-def test_a_late_server_gets_the_version_and_a_restarted_trainer_goes_on(
-    start: Callable[..., Small], tmp_path: Path
-) -> None:
-    one = start("one", tp=1)
-    wait_until("the first server", in_state(one, "ready"), timeout_s=START_S)
-    first, second = weights(1), weights(2)
-    with trainer(one) as bridge:
-        bridge.broadcast_weights(weights(0))
-        bridge.broadcast_weights(first)
-    late = start("late", tp=2, peers=str(tmp_path / "one"))
-    seen = set()
-
-    def ready() -> bool:
-        state = late.status()["state"]
-        seen.add(state)
-        return state == "ready"
-
-    wait_until("the late server", ready, timeout_s=START_S)
-    assert "recovering" in seen
-    assert_serves(late, 2, first)
-    with trainer(one, late) as bridge:
-        assert bridge.weight_version == 2
-        assert bridge.broadcast_weights(second).version == 3
-    for server in (one, late):
-        assert_serves(server, 3, second)
 
 
 def test_without_peers_a_restarted_server_waits_for_the_trainer(start: Callable[..., Small]) -> None:
@@ -178,33 +154,49 @@ def test_without_peers_a_restarted_server_waits_for_the_trainer(start: Callable[
     assert_serves(server, 4, second)
 
 
-def test_a_round_ends_the_loan_of_the_half_it_would_write(
+def test_a_late_server_gets_the_version_from_a_peer_whose_rounds_go_on(
     start: Callable[..., Small], tmp_path: Path
 ) -> None:
     one = start("one", tp=1)
     wait_until("the first server", in_state(one, "ready"), timeout_s=START_S)
-    states = [weights(seed) for seed in range(5)]
+    states = [weights(seed) for seed in range(4)]
     with trainer(one) as bridge:
         bridge.broadcast_weights(states[0])
         late = start("late", tp=2, peers=str(tmp_path / "one"))
         wait_until("a loan", lambda: "is lent to" in one.text, timeout_s=START_S)
         lender = int(one.text.rpartition("(lender pid ")[2].partition(")")[0])
         os.kill(lender, signal.SIGSTOP)  # it reads the half that is live, for ever
+        assert late.status()["state"] == "recovering"
         bridge.broadcast_weights(states[1])  # writes the other half
         assert alive(lender)
         bridge.broadcast_weights(states[2])  # would write what it reads
         assert not alive(lender)
         assert "a round begins to write what is lent" in one.text
-        wait_until("the late server to have asked again", in_state(late, "ready"), timeout_s=2 * START_S)
-        assert_serves(one, 3, states[2])
-        assert_serves(late, 3, states[2])
+    wait_until("the late server to have asked again", in_state(late, "ready"), timeout_s=2 * START_S)
+    for server in (one, late):
+        assert_serves(server, 3, states[2])
+    with trainer(one, late, connect_timeout_s=START_S) as bridge:
+        assert bridge.weight_version == 3
+        assert bridge.broadcast_weights(states[3]).version == 4
+    for server in (one, late):
+        assert_serves(server, 4, states[3])
 
 
-def test_two_trainers_cannot_own_a_server(start: Callable[..., Small]) -> None:
-    server = start("one", tp=1)
-    wait_until("the server", in_state(server, "ready"), timeout_s=START_S)
-    with trainer(server) as bridge:
-        bridge.broadcast_weights(weights(1))
-        with pytest.raises(BridgeError, match="another trainer is connected"):
-            trainer(server)
-        assert bridge.broadcast_weights(weights(2)).version == 2
+def test_a_group_names_the_ranks_it_misses() -> None:
+    store = rendezvous.serve_store("127.0.0.1", 0)
+    named = rendezvous.members(2, "the updater of inference rank")
+
+    def come(rank: int) -> str:
+        with pytest.raises(RendezvousError) as caught:
+            rendezvous.make_group(
+                store, "e1/data", rank=rank, size=4, address="127.0.0.1", timeout_s=3.0, named=named
+            )
+        return str(caught.value)
+
+    with ThreadPoolExecutor(2) as threads:
+        first, third = threads.map(come, (0, 2))
+    absent = "trainer rank 1, the updater of inference rank 1 did not come"
+    assert "within 3 s (trainer rank 0 on " in first
+    assert "within 3 s (the updater of inference rank 0 on " in third
+    assert absent in first
+    assert absent in third
