@@ -31,6 +31,7 @@ ATTEMPTS = 3  # after which the server is what it is, and asks now and then
 PAUSE_S = 2.0
 LONG_PAUSE_S = 30.0
 KNOCK_TIMEOUT_S = 90.0  # a helper that was just started imports torch
+LOOK_S = 2.0  # between questions whether the helper is still on its way
 POLL_S = 0.2
 
 
@@ -40,8 +41,8 @@ class Borrowing:
     def __init__(self, daemon: Daemon, peers: Sequence[Path]) -> None:
         """``peers`` are the log directories of servers that the same trainer feeds; our own is skipped."""
         self._daemon = daemon
-        own = daemon.args.logdir.absolute()
-        self._peers = [peer for peer in peers if peer.absolute() != own]
+        self._own = os.fspath(daemon.args.logdir.absolute())
+        self._peers = [peer for peer in peers if os.fspath(peer.absolute()) != self._own]
         self._stopping = threading.Event()  # of the vLLM that is there; each has one of its own
         self.asking = False
 
@@ -89,18 +90,20 @@ class Borrowing:
         if stopping.is_set() or (not self.asking and self._has_newest):
             return True
         offers = [(self._ask(peer, start=False), peer) for peer in self._peers]
-        held = {peer: offer.version for offer, peer in offers if offer is not None and not offer.refusal}
-        newest = max(held.values(), default=0)
-        if newest <= self._served or newest < self._daemon.version:
-            return self._has_newest and all(offer is not None for offer, _ in offers)
+        newest = max([self._daemon.version, *(offer.version for offer, _ in offers if offer is not None)])
+        if newest <= self._served:
+            return all(offer is not None for offer, _ in offers)
         self._daemon.events.put(Learned(newest))
+        held = {peer: offer.version for offer, peer in offers if offer is not None and not offer.refusal}
+        if newest not in held.values():
+            return False
         aborted = self._daemon.aborted
         peer = next(peer for peer, version in held.items() if version == newest)
         offer = self._ask(peer, start=True)
         if offer is None or offer.refusal:
             return False
         logger.info("the peer at %s sends version %d", peer, offer.version)
-        return self._await(offer.version, aborted, stopping)
+        return self._await(offer.version, peer, aborted, stopping)
 
     @property
     def _served(self) -> int:
@@ -111,31 +114,36 @@ class Borrowing:
     def _has_newest(self) -> bool:
         return self._served == self._daemon.version
 
-    def _await(self, version: int, aborted: int, stopping: threading.Event) -> bool:
+    def _await(self, version: int, peer: Path, aborted: int, stopping: threading.Event) -> bool:
         """Whether the version has become live; a round that was given up, or never begun, is a no."""
         due = time.monotonic() + KNOCK_TIMEOUT_S
+        look = time.monotonic() + LOOK_S
         while not stopping.wait(POLL_S):
             if self._daemon.live_version >= version:
                 return True
-            if self._daemon.epoch is not None:  # which has deadlines of its own
-                due = time.monotonic() + KNOCK_TIMEOUT_S
             if self._daemon.aborted > aborted:
                 return False
-            if time.monotonic() > due:
+            if self._daemon.epoch is not None:  # which has deadlines of its own
+                due = time.monotonic() + KNOCK_TIMEOUT_S
+            elif time.monotonic() > due:
                 logger.warning("nobody came to bring version %d within %g s", version, KNOCK_TIMEOUT_S)
                 return False
+            elif time.monotonic() > look:
+                offer = self._ask(peer, start=False)
+                if offer is None or offer.borrower != self._own:
+                    return self._daemon.live_version >= version
+                look = time.monotonic() + LOOK_S
         return True
 
     def _ask(self, peer: Path, *, start: bool) -> rendezvous.Offer | None:
         """What a peer offers; None, and the reason in the log, if it does not answer."""
         session = secrets.token_hex(16)
-        borrower = os.fspath(self._daemon.args.logdir.absolute())
         try:
             place = mapping_file.load(peer / CONFIG_NAME).rendezvous
             if place is None:
                 raise MappingError(f"{peer / CONFIG_NAME} names no rendezvous: it is an exported copy")
             store = rendezvous.reach_store(place.host, place.port, timeout_s=ASK_TIMEOUT_S)
-            loan = rendezvous.Loan(session=session, borrower=borrower, start=start)
+            loan = rendezvous.Loan(session=session, borrower=self._own, start=start)
             rendezvous.ask(store, loan, place.secret, timeout_s=ASK_TIMEOUT_S, line=rendezvous.LOANS)
             offer = rendezvous.await_offer(store, session, place.secret, timeout_s=ASK_TIMEOUT_S)
         except BridgeError as err:

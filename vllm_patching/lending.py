@@ -89,10 +89,11 @@ class Lending:
     def consider(self, loan: rendezvous.Loan) -> None:
         """Answer one who asks, and send a helper if one is wanted and may go."""
         refusal = self._refusal(loan)
-        version = self._daemon.live_version
+        version = self._daemon.version  # the one that is live, unless it is refused
         if loan.start and not refusal:
             self._start(loan.borrower, version)
-        offer = rendezvous.Offer(session=loan.session, version=version, refusal=refusal)
+        borrower = self._borrower if self.pid is not None else ""
+        offer = rendezvous.Offer(session=loan.session, version=version, refusal=refusal, borrower=borrower)
         if refusal:
             logger.info("version %d is not lent to %s: %s", version, loan.borrower, refusal)
         self._daemon.store.set(f"offer/{loan.session}", rendezvous.seal(offer, self._daemon.secret))
@@ -103,12 +104,10 @@ class Lending:
             return "vLLM is not complete there"
         if here.swap.torn:
             return "the weights are torn there"
-        if here.outdated:
-            return f"it is recovering itself: {here.outdated}"
-        if not here.live_version:
+        if not here.version:
             return "it serves the checkpoint, and no version"
         if here.live_version != here.version:
-            return f"version {here.version} is being committed there"
+            return f"it serves version {here.live_version} itself, and version {here.version} is the newest"
         if self.pid is not None and loan.start:
             return f"it is sending its weights to {self._borrower} already"
         if here.epoch is not None and here.epoch.request.restores:

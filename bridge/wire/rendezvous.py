@@ -88,11 +88,15 @@ class Loan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True):
-    """The peer's reply: ``version`` is live there, and ``refusal`` says why it cannot be had, if so."""
+    """The peer's reply: ``version`` is the newest it knows; ``refusal`` says why it cannot be had, if so.
+
+    ``borrower`` is whom it is being sent to.
+    """
 
     session: str
     version: int = 0
     refusal: str = ""
+    borrower: str = ""
 
 
 class _Signed(msgspec.Struct, frozen=True):
