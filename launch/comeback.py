@@ -67,7 +67,7 @@ class Comeback:
 
     def left_of_the_dead(self, tree: Iterable[int]) -> list[int]:
         """Which processes of ``tree`` the dead vLLM has left running; they are told to end, then made to."""
-        left = [pid for pid in tree if _session_of(pid) == self._session]
+        left = [pid for pid in tree if session_of(pid) == self._session]
         number = signal.SIGTERM
         if time.monotonic() - self.began > ASK_AGAIN_S:
             number = signal.SIGKILL
@@ -93,7 +93,8 @@ class Comeback:
         self._due = time.monotonic() + self._timeout_s
 
 
-def _session_of(pid: int) -> int | None:
+def session_of(pid: int) -> int | None:
+    """The session that a process belongs to; None when it is gone."""
     try:
         return os.getsid(pid)
     except ProcessLookupError:

@@ -23,7 +23,7 @@ from typing import Any
 from bridge.errors import BridgeError, ConfigError, PeerLost, RendezvousError
 from bridge.protocol.mapping import CONFIG_NAME
 from launch import probe, process
-from launch.comeback import Comeback, Restarts
+from launch.comeback import Comeback, Restarts, session_of
 from launch.commands import PLUGIN_GROUP, PLUGIN_NAME, Command
 from launch.options import ServerView
 from launch.output import Relay
@@ -93,6 +93,7 @@ class Supervisor:
         self._strangers = frozenset(residue.descendants(os.getpid()))  # inherited by exec, not ours to end
         self._shm_before = frozenset(residue.SHM_DIR.iterdir()) if residue.SHM_DIR.is_dir() else frozenset()
         self._shm: set[Path] = set()
+        self._vllm_shm: set[Path] = set()
         self._observed_at = 0.0
         self._why = ""  # what ended everything, for the trainer's message
 
@@ -235,7 +236,7 @@ class Supervisor:
         if not comeback.started:
             left = comeback.left_of_the_dead(self._tree())
             if not left and comeback.may_start(status):
-                for path in residue.sweep(self._shm):
+                for path in residue.sweep(self._vllm_shm):  # the trainer's are its own affair
                     logger.info("removed %s, left behind by vLLM", path)
                 self._start(self.launch.vllm)
                 comeback.start()
@@ -367,7 +368,10 @@ class Supervisor:
         now = time.monotonic()
         if now - self._observed_at >= every_s:
             self._observed_at = now
-            self._shm |= residue.snapshot(self._tree()) - self._shm_before
+            tree, vllm = self._tree(), self.children.get("vllm")
+            served = {pid for pid in tree if vllm is not None and session_of(pid) == vllm.pid}
+            self._vllm_shm |= residue.snapshot(served) - self._shm_before
+            self._shm |= residue.snapshot(set(tree) - served) - self._shm_before
 
     def _shut_down(self) -> None:
         """End the whole tree within the shutdown timeout, by force if need be, and remove what it leaves."""
@@ -392,7 +396,7 @@ class Supervisor:
         if tree:
             logger.error("pids %s do not end, not even by SIGKILL", tree)
         self._wait(0)
-        for path in residue.sweep(self._shm):
+        for path in residue.sweep(self._shm | self._vllm_shm):
             logger.info("removed %s, left behind by vLLM", path)
         residue.remove_run_dir(self.launch.run_dir)
         self._relay.close()

@@ -137,9 +137,11 @@ class DoubleStaging:
         raise AssertionError(f"version {version}: no leave is needed to write a half that nobody reads")
 
     def commit(self, version: int) -> list[int]:
+        # Before a version that an outdated server gets there is none: the checkpoint is no earlier version.
+        keeps = not self._copies and not self._outdated()
         before, self._page.restorable = self._page.requested, None  # a rank may flip after we gave up waiting
         flips = self._boundary.commit(version, if_late="it becomes live with their next batch")
-        self._page.restorable = None if self._copies else before
+        self._page.restorable = before if keeps else None
         return flips
 
     def abandon(self, why: str) -> None:
