@@ -171,7 +171,8 @@ def test_a_late_server_gets_the_version_from_a_peer_whose_rounds_go_on(
         assert alive(lender)
         bridge.broadcast_weights(states[2])  # would write what it reads
         assert not alive(lender)
-        assert "a round begins to write what is lent" in one.text
+    reason = "a round begins to write what is lent"
+    wait_until("its daemon to say so", lambda: reason in one.text, timeout_s=20)
     wait_until("the late server to have asked again", in_state(late, "ready"), timeout_s=2 * START_S)
     for server in (one, late):
         assert_serves(server, 3, states[2])
