@@ -34,6 +34,7 @@ VARIABLES: dict[str, tuple[str, ...]] = {
     "logdir": ("BRIDGE_LOGDIR", "LOGDIR"),
     "logdirs": ("BRIDGE_LOGDIRS",),
     "commit": ("BRIDGE_COMMIT",),
+    "snapshot": ("BRIDGE_SNAPSHOT",),
     "stage_timeout_s": ("BRIDGE_STAGE_TIMEOUT_S",),
     "connect_timeout_s": ("BRIDGE_CONNECT_TIMEOUT_S",),
     "commit_timeout_s": ("BRIDGE_COMMIT_TIMEOUT_S",),

@@ -200,10 +200,10 @@ class Intake:
         """The transports in use."""
         return "+".join(sorted(set(self._links)))
 
-    def receive(self, plan: Plan, joint: str, landing: Landing) -> int:
+    def receive(self, plan: Plan, joint: str, landing: Landing, served: Landing | None) -> int:
         """Take all of this rank's lanes of ``plan``; returns the bytes that came. They are in place then.
 
-        If the round ``follows``, what is served must lie there before.
+        If the round ``follows``, what is served must lie there before, or else in ``served``.
 
         Raises:
             TransferError: a peer was lost, or a checksum does not match.
@@ -212,7 +212,8 @@ class Intake:
         follows = self.follows(joint)
         with self._chains.round(joint):
             sinks = [
-                self._sink(lane, len(lanes), joint, plan, checked=checked, follows=follows) for lane in lanes
+                self._sink(lane, len(lanes), joint, plan, checked=checked, follows=follows, served=served)
+                for lane in lanes
             ]
             for sink in sinks:
                 sink.open()
@@ -237,7 +238,17 @@ class Intake:
             lanes = lanes[start:] + lanes[:start]
         return lanes
 
-    def _sink(self, lane: Lane, lanes: int, joint: str, plan: Plan, *, checked: bool, follows: bool) -> Sink:
+    def _sink(
+        self,
+        lane: Lane,
+        lanes: int,
+        joint: str,
+        plan: Plan,
+        *,
+        checked: bool,
+        follows: bool,
+        served: Landing | None,
+    ) -> Sink:
         assert self._meeting is not None
         assert self._join is not None
         where = self._where[lane.trainer]
@@ -263,7 +274,8 @@ class Intake:
         if description.encoding == "dense":
             return GlooSink(link, lane, dtypes, self._buffers[lane.trainer])
         chain = self._chains.of(lane.trainer, lane)
-        return DeltaSink(link, lane, dtypes, self._buffers[lane.trainer], chain, follows=follows)
+        buffers = self._buffers[lane.trainer]
+        return DeltaSink(link, lane, dtypes, buffers, chain, follows=follows, served=served)
 
     def _lane_steps(self, plan: Plan, lane: Lane) -> LaneSteps:
         """The lane's copy jobs; those of other plans but the last few are forgotten."""

@@ -82,13 +82,18 @@ class Updater:
             TransferError: plan digests differ, a peer was lost, or a checksum does not match.
         """
         plan, description = self.intake.plan(joint, plan_digest)
-        partial = description.partial or self.intake.follows(joint)
-        if refuse_parts and partial:
+        follows = self.intake.follows(joint)
+        if refuse_parts and (description.partial or follows):
             raise TransferError(f"a part of the parameters cannot repair the weights: {refuse_parts}")
         self._ask_leave(leave_s)
         start = time.perf_counter()
-        staging = self._staging(half, partial=partial)
-        nbytes = self.intake.receive(plan, joint, staging)
+        in_step, self._in_step = self._in_step, False  # until this round has ended well
+        behind = len(self.halves.halves) == 2 and not in_step
+        if description.partial and behind:
+            self._bring_up_to_date(half)
+            behind = False
+        staging, served = self._staging(half), self._staging(1 - half) if behind and follows else None
+        nbytes = self.intake.receive(plan, joint, staging, served)
         staging.finish()
         self.halves.synchronize()
         self._in_step = self._copies  # by the time of the next order, the flip has made both halves equal
@@ -120,12 +125,12 @@ class Updater:
                 f"updater {self.rank} waits for leave to write and was told {message['type']!r}"
             )
 
-    def _staging(self, half: int, *, partial: bool) -> Staging:
-        in_step, self._in_step = self._in_step, False  # until this round has ended well
-        if partial and len(self.halves.halves) == 2 and not in_step:
-            # The inactive half is a version old: bring it up to date before changing a part of it.
-            self.halves.halves[half].copy_(self.halves.halves[1 - half])
-            self.halves.synchronize()  # or it might overtake what arrives on other streams
+    def _bring_up_to_date(self, half: int) -> None:
+        """The inactive half is a version old: make it equal to the other before a part of it changes."""
+        self.halves.halves[half].copy_(self.halves.halves[1 - half])
+        self.halves.synchronize()  # or it might overtake what arrives on other streams
+
+    def _staging(self, half: int) -> Staging:
         return Staging(self.halves.halves[half], self.rank_map.targets)
 
     def restore(self) -> dict[str, Any]:
@@ -154,7 +159,8 @@ class Updater:
         listed = self.mapping.vocabulary(name).sources
         grouped = writes_by_source(self.rank_map.writes[name])
         self._ask_leave(leave_s)
-        staging = self._staging(half, partial=False)
+        self._in_step = False  # until this round has ended well
+        staging = self._staging(half)
         nbytes = 0
         with torch.no_grad():
             for index, source in enumerate(listed):

@@ -67,6 +67,7 @@ def test_fewer_than_fifteen_fields() -> None:
         ({"logdirs": ["a", ""]}, "it must be a list of different paths"),
         ({"logdirs": ["a"], "logdir": "b"}, "names a server too"),
         ({"commit": "some"}, "commit is 'some'; it must be one of all, available"),
+        ({"snapshot": "cpu"}, "snapshot is 'cpu'; it must be one of host, gpu"),
         ({"http_url": "host:8000"}, "http_url is 'host:8000'; it must be a URL"),
         ({"conect_timeout_s": 1}, r"no conect_timeout_s \(did you mean connect_timeout_s\?\)"),
         ({"checksums": False}, "every bucket is always compared"),
@@ -144,9 +145,10 @@ def test_every_field_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(names[0], "7" if names[0].endswith("_S") else "http://x")
     monkeypatch.delenv("BRIDGE_LOGDIRS")
     monkeypatch.setenv("BRIDGE_COMMIT", "available")
+    monkeypatch.setenv("BRIDGE_SNAPSHOT", "gpu")
     config = environment.bridge_config()
     assert config.connect_timeout_s == config.stage_timeout_s == 7.0
-    assert config.commit == "available"
+    assert (config.commit, config.snapshot) == ("available", "gpu")
     assert config.api_key == config.http_url == config.config_path == "http://x"
 
 
