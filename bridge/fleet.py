@@ -230,10 +230,10 @@ class Fleet:
         made = self._made
         wanted = max(made or [server.session.version for server in servers])
         faults = {
-            server.name: f"the server at {server.session.mapping.run_dir} serves version "
-            f"{server.session.version}{'' if server.session.version != wanted else ' of another history'}"
+            server.name: f"the server at {server.session.mapping.run_dir} {_serves(server.session, wanted)}"
             for server in servers
             if server.session.version != wanted
+            or server.session.outdated
             or (made and server.base != (server.session.mapping.run_dir, wanted))
         }
         fit = [server for server in servers if server.name not in faults]
@@ -331,6 +331,12 @@ class Fleet:
         """Leave all servers."""
         for server in self.servers:
             server.close()
+
+
+def _serves(session: Session, wanted: int) -> str:
+    if session.outdated:
+        return f"was started again, and serves an older version than {session.version}"
+    return f"serves version {session.version}{'' if session.version != wanted else ' of another history'}"
 
 
 def _listed(reasons: Mapping[str, object]) -> str:

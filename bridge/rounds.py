@@ -93,6 +93,7 @@ class Session:
         self.rank, self.world_size = ranks.rank, ranks.world_size
         self.version = answer.weight_version
         self.in_place = answer.in_place
+        self.outdated = answer.outdated
         self.closed = ""
         self.stale = False
         self._answer = answer
@@ -146,18 +147,24 @@ class Session:
 
     @classmethod
     def open(
-        cls, config: BridgeConfig, ranks: Ranks, *, device: torch.device | None, patient: bool = True
+        cls,
+        config: BridgeConfig,
+        ranks: Ranks,
+        *,
+        device: torch.device | None,
+        patient: bool = True,
+        restores: int = 0,
     ) -> Self:
         """Meet the inference side; called by every trainer rank.
 
-        ``device`` is the GPU that this rank's weights are on, None for the host's memory. ``patient`` is as
-        for ``ask_admission``.
+        ``device`` is the GPU that this rank's weights are on, None for the host's memory. ``patient`` and
+        ``restores`` are as for ``ask_admission``.
 
         Raises:
             MappingError: the mapping is missing or damaged, or was exported without a rendezvous.
             RendezvousError: the daemon cannot be reached in time, or refuses.
         """
-        mapping, answer, store = ask_admission(config, ranks, patient=patient)
+        mapping, answer, store = ask_admission(config, ranks, patient=patient, restores=restores)
         return cls(config, mapping, ranks, answer, store, device=device)
 
     # --- the caller's side -------------------------------------------------------------------------
@@ -320,7 +327,7 @@ class Session:
             self.refuse_round(f"{type(err).__name__}: {err}")
             job.finish(None, ProtocolError(f"version {job.version}: {type(err).__name__}: {err}"))
         else:
-            self.version = job.version
+            self.version, self.outdated = job.version, False
             job.finish(receipt, None)
 
     def _check_carries_changes(self) -> None:

@@ -158,6 +158,14 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
     )
     _flag(group, "--rendezvous-port", int, d.rendezvous_port, "0 takes any free one and publishes it")
 
+    group.add_argument(
+        "--peers",
+        default="",
+        metavar="LOGDIR[:LOGDIR..]",
+        help="log directories of servers that the same trainer feeds: one of them sends its version to a "
+        "server that starts late, or again",
+    )
+
     group = parser.add_argument_group("transfer")
     _flag(group, "--transport", str, d.transport, "pull: from the trainer's memory, same host", TRANSPORTS)
     _flag(group, "--checksum", str, d.checksum, "which rounds GPUs sum at both ends", CHECKSUM)
@@ -190,6 +198,7 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
     _flag(group, "--start-timeout", float, d.start_timeout_s, "until the server must be ready")
     _flag(group, "--shutdown-timeout", float, d.shutdown_timeout_s, "between asking and SIGKILL")
     _flag(group, "--max-daemon-restarts", int, d.max_daemon_restarts, "a count; then everything ends")
+    _flag(group, "--max-server-restarts", int, d.max_server_restarts, "the same, of a vLLM that was ready")
 
     group = parser.add_argument_group("diagnostics")
     _flag(group, "--log-level", str, d.log_level, "of the bridge's own records", LOG_LEVELS)
@@ -243,10 +252,12 @@ def make_options(
         prefix_cache=args.prefix_cache,
         adapters=args.adapters,
         update_dir=args.update_dir,
+        peers=tuple(Path(peer) for peer in args.peers.split(os.pathsep) if peer),
         http=args.http,
         start_timeout_s=args.start_timeout,
         shutdown_timeout_s=args.shutdown_timeout,
         max_daemon_restarts=args.max_daemon_restarts,
+        max_server_restarts=args.max_server_restarts,
         log_level=args.log_level,
     )
 

@@ -68,6 +68,7 @@ def prepare(options: ServeOptions) -> Supervisor:
             start_timeout_s=options.start_timeout_s,
             shutdown_timeout_s=options.shutdown_timeout_s,
             max_daemon_restarts=options.max_daemon_restarts,
+            max_server_restarts=options.server_restarts,
         ),
     )
     return Supervisor(launch)

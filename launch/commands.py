@@ -14,6 +14,7 @@ from pathlib import Path
 
 from bridge.protocol.mapping import CONFIG_NAME
 from launch.options import ServeOptions, read_server_args
+from vllm_patching import newest
 
 PLUGIN_NAME = "weight_bridge"
 PLUGIN_GROUP = "vllm.general_plugins"
@@ -73,6 +74,7 @@ def make_run_dir(options: ServeOptions) -> Path:
     if options.run_dir is None:
         return Path(tempfile.mkdtemp(prefix="vllm-bridge-", dir=run_dir_parent()))
     options.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    newest.forget(options.run_dir)
     return options.run_dir.absolute()
 
 
@@ -137,6 +139,7 @@ def daemon_command(options: ServeOptions, run_dir: Path, *, launcher_pid: int) -
         "--checksum": options.checksum,
         "--prefix-cache": options.prefix_cache,
         "--update-dir": options.updates.absolute(),
+        "--peers": os.pathsep.join(str(peer.absolute()) for peer in options.peers),
         "--launcher-pid": launcher_pid,
     }
     argv = [sys.executable, "-m", "vllm_patching.daemon"]

@@ -61,17 +61,27 @@ class ServeOptions:
     flip: str = "auto"
     prefix_cache: str = "salt"
     adapters: str | None = None  # None: those that vLLM is to load at the start
+    peers: tuple[Path, ...] = ()
     update_dir: Path | None = None  # None: <logdir>/updates
     http: bool = False
     start_timeout_s: float = 1800.0
     shutdown_timeout_s: float = 30.0
     max_daemon_restarts: int = 3
+    max_server_restarts: int = 3
     log_level: str = "INFO"
 
     @property
     def updates(self) -> Path:
         """Where update files must lie for the HTTP fallback."""
         return self.update_dir or self.logdir / "updates"
+
+    @property
+    def server_restarts(self) -> int:
+        """How often a vLLM that dies is started again: never where trainers send adapters.
+
+        It would come up with the adapters of the files, and a round of the model alone would make it ready.
+        """
+        return 0 if self.sent_adapters else self.max_server_restarts
 
     @property
     def sent_adapters(self) -> tuple[str, ...]:
@@ -124,8 +134,11 @@ class ServeOptions:
             )
         if not 0 <= self.rendezvous_port < 65536:
             faults.append(f"--rendezvous-port is {self.rendezvous_port}, ports end at 65535")
-        if self.max_daemon_restarts < 0:
-            faults.append(f"--max-daemon-restarts is {self.max_daemon_restarts}, the least is 0")
+        faults += [
+            f"{_flag(name)} is {getattr(self, name)}, the least is 0"
+            for name in ("max_daemon_restarts", "max_server_restarts")
+            if getattr(self, name) < 0
+        ]
         return faults
 
 

@@ -32,13 +32,24 @@ class Boundary:
     to its own boundary, and a word is answered when all of them have.
     """
 
-    def __init__(self, registry: Registry, *, timeout_s: float, first_death: Callable[[], str]) -> None:
-        """``timeout_s`` bounds each wait; ``first_death`` names whose death ended vLLM, "" if nobody's."""
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        timeout_s: float,
+        first_death: Callable[[], str],
+        before_commit: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """``timeout_s`` bounds each wait; ``first_death`` names whose death ended vLLM, "" if nobody's.
+
+        ``before_commit`` is told each version right before it is asked for.
+        """
         assert registry.control is not None
         self.page: ControlPage = registry.control
         self.timeout_s = timeout_s
         self._registry = registry
         self._first_death = first_death
+        self._before_commit = before_commit
 
     @property
     def num_ranks(self) -> int:
@@ -65,6 +76,7 @@ class Boundary:
                 f"{staged}{served}, but ranks {behind} did not commit within {self.timeout_s:g} s; {if_late}"
             )
 
+        self._before_commit(version)
         self._ask(
             lambda: setattr(self.page, "requested", version),
             lambda: all(slot.version == version for slot in slots),

@@ -30,14 +30,17 @@ from bridge.protocol.session import State
 from bridge.wire import rendezvous
 from vllm_patching import residue
 from vllm_patching.arguments import parse_args
+from vllm_patching.borrowing import Borrowing
 from vllm_patching.boundary import Boundary
 from vllm_patching.channel import listen, socket_path
 from vllm_patching.crew import Crew, Report
 from vllm_patching.epoch import Epoch, Limits
-from vllm_patching.events import Broken, Heard, Lost, Notified, Requested, Stop
+from vllm_patching.events import Asked, Broken, Heard, Learned, Lost, Notified, Requested, Stop
 from vllm_patching.file_round import stage_file
 from vllm_patching.fixed_arena import COPY, IN_PLACE
 from vllm_patching.frontdesk import FrontDesk, start_thread
+from vllm_patching.lending import Lending
+from vllm_patching.newest import Newest
 from vllm_patching.registry import Registry
 from vllm_patching.swap import DoubleStaging, InPlaceStaging, Swap
 
@@ -59,6 +62,9 @@ class Daemon:
         # Simple: a signal handler puts into it, which must not meet a lock of the same thread.
         self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.registry = Registry(on_change=lambda: self.events.put(None), num_engines=args.num_engines)
+        self.newest = Newest(args.run_dir)
+        self.lending = Lending(self)
+        self.borrowing = Borrowing(self, args.peers)
         self.mapping: Mapping | None = None
         self.store: Any = None
         self.secret = secrets.token_hex(16)
@@ -74,6 +80,7 @@ class Daemon:
         self._first_death = ""
         self._given_up = ""
         self._closing = False
+        self.published = False  # whether the vLLM that was published is still there, all of it
         self.handled = threading.Condition()  # notified behind each event, for those who wait for a round
         self.filing = False  # whether a version is being staged from a file
         self.last_error: str | None = None
@@ -116,7 +123,7 @@ class Daemon:
     def _next_event(self) -> Any:
         """Wait for an event; None if the server was ended because torn weights were not repaired in time."""
         due = self.swap.repair_due if self.swap is not None else None
-        if due is None or self.in_round or self._given_up:
+        if due is None or self.in_round or self._given_up or not self.published:
             return self.events.get()
         try:
             return self.events.get(timeout=max(0.0, due - time.monotonic()))
@@ -144,6 +151,10 @@ class Daemon:
             self._vllm_lost(event.who)
         elif isinstance(event, Requested):
             self._admit(event.request)
+        elif isinstance(event, Asked):
+            self.lending.consider(event.loan)
+        elif isinstance(event, Learned):
+            self.newest.raise_to(event.version)
         elif isinstance(event, Notified):
             event.reply.put(stage_file(self, event))
         elif isinstance(event, Report):
@@ -153,12 +164,11 @@ class Daemon:
                 self._replace_idle_crew(self.crew.describe(event.rank))
         elif isinstance(event, Heard) and event.epoch is self.epoch:
             event.epoch.on_control(event.event)
-        if self.registry.complete:
-            self._first_death = ""
-            if self.mapping is None:
-                self._publish()
         if self.epoch is not None:
             self._settle(self.epoch)
+        if self.registry.complete and not self.published:
+            self._first_death = self._given_up = ""
+            self._publish()
 
     def _settle(self, epoch: Epoch) -> None:
         """Do what the last event led to: a commit, the end of the epoch, or both."""
@@ -205,8 +215,25 @@ class Daemon:
 
     @property
     def version(self) -> int:
-        """The version every rank serves or is about to."""
-        return self.registry.control.requested if self.registry.control else 0
+        """The newest version: the one every rank serves or is about to, unless vLLM was started again."""
+        page = self.registry.control
+        return max(self.newest.version, page.requested if page else 0)
+
+    @property
+    def outdated(self) -> str:
+        """Why what is served is not the newest version, "" if it is, or if nothing ever was."""
+        page = self.registry.control
+        if self.mapping is None:
+            return ""
+        if self.published and page is not None and page.requested == self.version:
+            return "its peers are being asked for a newer version" if self.borrowing.asking else ""
+        wanted = f"the newest version is {self.version}" if self.version else "no version was broadcast yet"
+        if not self.published or page is None:
+            return f"{self._first_death or 'vLLM is gone'}, and vLLM is not complete again; {wanted}"
+        return (
+            f"vLLM was started again and serves version {page.requested or '0 (the checkpoint)'}, but "
+            f"{wanted}; it comes with the trainer's next broadcast of the whole model"
+        )
 
     @property
     def live_version(self) -> int:
@@ -215,9 +242,11 @@ class Daemon:
         return min((page.slot(rank).version for rank in range(page.num_ranks)), default=0) if page else 0
 
     def _publish(self) -> None:
+        """vLLM is complete: for the first time, or again after it was started again."""
         args = self.args
         mapping = self.registry.mapping()
-        self.store = rendezvous.serve_store(args.rendezvous_host, args.rendezvous_port)
+        if self.store is None:  # it outlives vLLM, and so do its address and the job's secret
+            self.store = rendezvous.serve_store(args.rendezvous_host, args.rendezvous_port)
         meeting = Rendezvous(host=args.rendezvous_host, port=self.store.port, secret=self.secret)
         data = mapping_file.encode(
             msgspec.structs.replace(mapping, rendezvous=meeting, run_dir=str(args.run_dir))
@@ -234,30 +263,52 @@ class Daemon:
             meeting.host,
             meeting.port,
         )
+        self.published = True
         self.new_crew()
-        self._doorman_thread = start_thread("bridge-doorman", self._doorman)
+        self.lending.watch()
+        self.borrowing.begin()
+        if self.outdated:
+            logger.warning("%s", self.outdated)
+        if self._doorman_thread is None:
+            self._doorman_thread = start_thread("bridge-doorman", self._doorman)
         self._shm = residue.snapshot(self.vllm_pids)
 
     def _prepare_swap(self) -> None:
         limits = self.limits
         self.boundary = Boundary(
-            self.registry, timeout_s=limits.commit_timeout_s, first_death=lambda: self._first_death
+            self.registry,
+            timeout_s=limits.commit_timeout_s,
+            first_death=lambda: self._first_death,
+            before_commit=self.newest.raise_to,
         )
         # What the workers have, whatever the launcher said: an earlier daemon may have published for them.
         kinds = {worker.hello["arena"] for worker in self.registry.workers.values()}
         if IN_PLACE in kinds:
-            self.swap = InPlaceStaging(self.boundary, repair_timeout_s=self.args.repair_timeout)
+            self.swap = InPlaceStaging(
+                self.boundary,
+                repair_timeout_s=self.args.repair_timeout,
+                outdated=lambda: self.outdated,
+                before_write=self.lending.before_write,
+            )
         else:
-            self.swap = DoubleStaging(self.boundary, copies=COPY in kinds)
+            self.swap = DoubleStaging(
+                self.boundary,
+                copies=COPY in kinds,
+                outdated=lambda: self.outdated,
+                before_write=self.lending.before_write,
+            )
 
     @property
     def _on_gpu(self) -> bool:
         return any(member.hello.get("gpu") for member in self.registry.members())
 
     def new_crew(self) -> None:
-        """Replace the updaters by fresh ones, which hold no half-finished transfer."""
+        """Replace the updaters by fresh ones, which hold no half-finished transfer; none without a vLLM."""
         if self.crew is not None:
             self.crew.end()
+        if not self.published:
+            self.crew = None  # the memory of a vLLM that is gone is free only without them
+            return
         assert self.mapping is not None
         num_ranks = self.mapping.num_inference_ranks
         self.crew = Crew(num_ranks, self.args.run_dir, self.events, on_gpu=self._on_gpu)
@@ -276,8 +327,13 @@ class Daemon:
         if not self._first_death:
             # One death ends all of vLLM: the first is the cause, the others follow from it.
             self._first_death = self.last_error = self._given_up or f"{who} is gone"
+        self.published = False
+        self.borrowing.close()
+        self.lending.reclaim("vLLM is gone, and its memory must be free")
         if self.epoch is not None:
-            self.epoch.fail(self._first_death)
+            self.epoch.fail(self._first_death)  # and its updaters end with it
+        elif self.crew is not None:
+            self.new_crew()
 
     # --- rounds ------------------------------------------------------------------------------------
 
@@ -310,7 +366,8 @@ class Daemon:
         refusal = self._refusal(request)
         unready = "" if refusal else self._unreadiness()
         if refusal or unready:
-            reason, try_again = refusal or unready, bool(unready) or not self.registry.complete
+            borrows = self.epoch is not None and bool(self.epoch.request.restores)
+            reason, try_again = refusal or unready, bool(unready) or not self.published or borrows
             logger.warning("refused a trainer (pid %d on %s): %s", request.pid, request.host, reason)
             self._answer(rendezvous.Answer(session=request.session, refusal=reason, try_again=try_again))
             return
@@ -321,10 +378,12 @@ class Daemon:
         assert self.mapping is not None
         assert self.swap is not None
         self.epochs += 1
+        # A peer brings the newest version itself; to a trainer that one is taken.
+        base = request.restores - 1 if request.restores else self.version
         epoch = Epoch(
             request,
             epoch=self.epochs,
-            version=self.version,
+            version=base,
             crew=self.crew,
             swap=self.swap,
             limits=self.limits,
@@ -333,7 +392,8 @@ class Daemon:
             rendezvous.Answer(
                 session=request.session,
                 epoch=self.epochs,
-                weight_version=self.version,
+                weight_version=base,
+                outdated=bool(self.outdated),
                 num_inference_ranks=self.mapping.num_inference_ranks,
                 daemon_pid=os.getpid(),
                 heartbeat_interval_s=self.limits.heartbeat_interval_s,
@@ -358,7 +418,7 @@ class Daemon:
         except BridgeError as err:
             epoch.fail(f"epoch {self.epochs} could not be opened: {err}")
             return
-        logger.info("epoch %d: %s joined at version %d", self.epochs, epoch.trainer, self.version)
+        logger.info("epoch %d: %s joined at version %d", self.epochs, epoch.trainer, base)
 
     def _refusal(self, request: rendezvous.Request) -> str:
         assert self.mapping is not None
@@ -369,9 +429,13 @@ class Daemon:
                 f"its mapping has digest {request.mapping_digest[:16]}.., this server's has "
                 f"{self.mapping.digest[:16]}..; it must read {self.args.logdir / CONFIG_NAME} of this run"
             )
+        if request.restores and request.restores < self.version:
+            return f"it brings version {request.restores}, and the newest is {self.version}"
+        if request.restores and not self.outdated:
+            return f"version {self.version} is served, and no peer is needed to bring it"
         if self.epoch is not None:
             return f"another trainer is connected (epoch {self.epoch.epoch}): {self.epoch.trainer}"
-        if not self.registry.complete:
+        if not self.published or not self.registry.complete:
             return f"the server is not complete: {self.last_error}"
         return ""
 
@@ -393,6 +457,8 @@ class Daemon:
         self._stopping.set()
         if self._doorman_thread is not None:
             self._doorman_thread.join()  # it holds the store, which must not be used while it is torn down
+        self.borrowing.close()
+        self.lending.close()
         if self.epoch is not None:
             self.epoch.fail(f"the weight-updater daemon ends: {self.last_error}")
             self.epoch.close()

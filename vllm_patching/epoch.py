@@ -73,6 +73,8 @@ class Epoch:
     def trainer(self) -> str:
         """Who is at the other end."""
         request = self.request
+        if request.restores:
+            return f"a peer server's lender, pid {request.pid} on {request.host}"
         return f"trainer of {request.world_size} rank(s), rank 0 pid {request.pid} on {request.host}"
 
     def open(
@@ -112,6 +114,7 @@ class Epoch:
             size=trainers + 1,
             address=own,
             timeout_s=self.limits.deadline_s,
+            named=rendezvous.members(trainers, "daemon"),
         )
         self._control = ControlGroup(
             group,

@@ -67,7 +67,7 @@ def stage_file(daemon: Daemon, event: Notified) -> dict[str, Any]:
 
 
 def _check_notification(daemon: Daemon, event: Notified) -> int:
-    if daemon.mapping is None or not daemon.registry.complete:
+    if not daemon.published or not daemon.registry.complete:
         raise ConfigError("the server is not complete yet")
     if daemon.epoch is not None:
         raise ConfigError(

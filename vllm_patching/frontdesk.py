@@ -65,7 +65,10 @@ class FrontDesk:
             if kind == "updater":
                 self._welcome_updater(message, channel)
                 return
-            channel.send(self._reply(message))
+            if kind == "lender":
+                self._welcome_lender(message, channel)
+            else:
+                channel.send(self._reply(message))
         except (BridgeError, TimeoutError) as err:
             logger.warning("a connection of pid %d ended: %s", channel.pid, err)
         channel.close()
@@ -129,8 +132,26 @@ class FrontDesk:
             channel.close()
             return
         with self._daemon.registry.lock:
-            worker = self._daemon.registry.workers[rank]
+            worker = self._daemon.registry.workers.get(rank)
+            if worker is None:  # vLLM died meanwhile, and this updater is about to be ended
+                channel.send({"type": "error", "error": f"worker rank {rank} is gone"})
+                channel.close()
+                return
             memory = {key: worker.hello[key] for key in ("gpu", "handles", "arena")}
             welcome = {"mapping": msgspec.to_builtins(mapping), **memory}
             channel.send({"type": "welcome", **welcome}, worker.fds)
         crew.adopt(rank, channel)
+
+    def _welcome_lender(self, hello: dict[str, Any], channel: Channel) -> None:
+        """Show the helper what is live: one message for each rank."""
+        lending, mapping, registry = self._daemon.lending, self._daemon.mapping, self._daemon.registry
+        with registry.lock:
+            workers = [registry.workers.get(rank) for rank in range(len(lending.halves))]
+            if hello["pid"] != lending.pid or mapping is None or None in workers:
+                channel.send({"type": "error", "error": f"pid {hello['pid']} is not this daemon's lender"})
+                return
+            channel.send({"type": "welcome", "mapping": msgspec.to_builtins(mapping)})
+            for worker, half in zip(workers, lending.halves, strict=True):
+                assert worker is not None
+                memory = {key: worker.hello[key] for key in ("gpu", "handles", "arena")}
+                channel.send({"type": "memory", "half": half, **memory}, worker.fds)

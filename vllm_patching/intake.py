@@ -107,6 +107,7 @@ class Intake:
             size=order.group_size,
             address=order.address,
             timeout_s=order.deadline_s,
+            named=rendezvous.members(order.num_trainers, "the updater of inference rank"),
         )
         self._pairs = self._join_pairs(order, store)
         return self._links

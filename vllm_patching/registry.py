@@ -109,6 +109,10 @@ class Registry:
             for place in (self.engines, self.workers):
                 for index in [index for index, other in place.items() if other is member]:
                     del place[index]
+            if self.control is not None and not self.workers and not self.engines:
+                # Nobody is left who maps the page: the next vLLM begins with one of its own.
+                os.close(self.control.fd)
+                self.control = None
         for fd in member.fds:
             os.close(fd)
         member.channel.close()

@@ -68,7 +68,7 @@ class Updater:
         return {"type": "joined", "links": self.intake.join(order)}
 
     def stage(
-        self, *, joint: str, plan_digest: str, half: int, leave_s: float = 0.0, torn: str = ""
+        self, *, joint: str, plan_digest: str, half: int, leave_s: float = 0.0, refuse_parts: str = ""
     ) -> dict[str, Any]:
         """Receive one whole version into half ``half``.
 
@@ -77,15 +77,16 @@ class Updater:
             plan_digest: trainer rank 0's, in hex.
             half: where to.
             leave_s: above 0 if the half is live: how long to wait for leave to write it.
-            torn: why the live half holds no whole version, if so; a part would not repair it.
+            refuse_parts: why a part of the weights may not be laid over the live half, if so: it is torn, or
+                not the newest version.
 
         Raises:
             TransferError: plan digests differ, a peer was lost, or a checksum does not match.
         """
         plan, description = self.intake.plan(joint, plan_digest)
         adapter, follows = self.intake.adapter(joint), self.intake.follows(joint)
-        if torn and (description.partial or follows):
-            raise TransferError(f"a part of the parameters cannot repair the weights: {torn}")
+        if refuse_parts and (description.partial or follows):
+            raise TransferError(f"a part of the parameters cannot repair the weights: {refuse_parts}")
         self._ask_leave(leave_s)
         start = time.perf_counter()
         staging, served = self._staging(half, partial=description.partial, follows=follows)
@@ -152,7 +153,14 @@ class Updater:
         self._in_step = False
         return {"bytes": 0, "seconds": 0.0, "transport": self.intake.transport}
 
-    def stage_file(self, *, path: str, half: int, leave_s: float = 0.0, torn: str = "") -> dict[str, Any]:  # noqa: ARG002 - files hold all, and repair
+    def stage_file(
+        self,
+        *,
+        path: str,
+        half: int,
+        leave_s: float = 0.0,
+        refuse_parts: str = "",  # noqa: ARG002 - files hold all
+    ) -> dict[str, Any]:
         """Stage a whole version from safetensors files (a file, or a folder of them); see ``stage``.
 
         Raises:
@@ -220,7 +228,7 @@ def _serve(channel: Channel, updater: Updater) -> NoReturn:
         channel.send(answer)
 
 
-def _die_with(daemon_pid: int) -> None:
+def die_with(daemon_pid: int) -> None:
     """Ask Linux to kill this process when its daemon dies, wherever it stands.
 
     A transfer that outlived its daemon would go on writing a half that the next daemon may make live.
@@ -237,7 +245,7 @@ def main() -> int:
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--daemon-pid", type=int, required=True)
     args = parser.parse_args()
-    _die_with(args.daemon_pid)
+    die_with(args.daemon_pid)
     telemetry.configure(role="updater", rank=args.rank)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the daemon decides when updaters end
     torch.set_num_threads(1)  # the cores belong to the decode

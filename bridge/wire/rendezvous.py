@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import os
 import socket
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -26,9 +27,14 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from bridge.errors import RendezvousError, RendezvousRefused
 
+TICKETS, LOANS = "ticket", "loan"  # who stands in which line, counted from 1
+
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """What trainer rank 0 says of itself."""
+    """What trainer rank 0 says of itself.
+
+    ``restores``: it is no trainer, but a peer server's helper, and brings this version, which is live there.
+    """
 
     session: str
     protocol_version: int
@@ -37,12 +43,15 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     pid: int
     torch_version: str
+    restores: int = 0
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """What the daemon replies. ``refusal`` is empty when the trainer is admitted.
 
     ``in_place``: before it takes a byte, every round waits for the engine to stand still.
+    ``outdated``: ``weight_version`` is the newest, but vLLM was started again and serves an older one, over
+    which no part of the weights may be laid.
     """
 
     session: str
@@ -59,11 +68,35 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     checksum: str = "first"
     bucket_bytes: int = 0
     in_place: bool = False
+    outdated: bool = False
 
     @property
     def first_byte_s(self) -> float:
         """How long a transfer may take to begin."""
         return self.deadline_s + (self.commit_timeout_s if self.in_place else 0.0)
+
+
+class Loan(msgspec.Struct, frozen=True, kw_only=True):
+    """A server's daemon asks a peer's for the version that is live there.
+
+    ``borrower`` is its log directory; without ``start`` it only asks what could be had.
+    """
+
+    session: str
+    borrower: str
+    start: bool
+
+
+class Offer(msgspec.Struct, frozen=True, kw_only=True):
+    """The peer's reply: ``version`` is the newest it knows; ``refusal`` says why it cannot be had, if so.
+
+    ``borrower`` is whom it is being sent to.
+    """
+
+    session: str
+    version: int = 0
+    refusal: str = ""
+    borrower: str = ""
 
 
 class _Signed(msgspec.Struct, frozen=True):
@@ -150,8 +183,8 @@ def first_line(err: BaseException) -> str:
     return str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
 
 
-def ask(store: Store, request: Request, secret: str, *, timeout_s: float) -> None:
-    """Leave a request for the daemon (trainer rank 0).
+def ask(store: Store, request: Request | Loan, secret: str, *, timeout_s: float, line: str = TICKETS) -> None:
+    """Leave a request for the daemon (trainer rank 0, or another server's daemon), in one of its lines.
 
     Raises:
         RendezvousError: the daemon died since its store was reached.
@@ -159,8 +192,8 @@ def ask(store: Store, request: Request, secret: str, *, timeout_s: float) -> Non
     sealed = seal(request, secret)
     try:
         store.set_timeout(timedelta(seconds=timeout_s))
-        ticket = store.add("ticket", 1)
-        store.set(f"ticket/{ticket}", sealed)  # type: ignore[arg-type]  # bytes too, the stub says str
+        ticket = store.add(line, 1)
+        store.set(f"{line}/{ticket}", sealed)  # type: ignore[arg-type]  # bytes too, the stub says str
     except (RuntimeError, dist.DistError) as err:
         raise RendezvousError(f"the daemon's store is gone: {first_line(err)}") from err
 
@@ -207,15 +240,33 @@ def is_withdrawn(store: Store, request: Request) -> bool:
     return bool(store.check([f"withdrawn/{request.session}"]))
 
 
+def await_offer(store: Store, session: str, secret: str, *, timeout_s: float) -> Offer:
+    """Wait for a peer's answer to a ``Loan``.
+
+    Raises:
+        RendezvousError: no answer in time.
+        RendezvousRefused: it was signed with another secret.
+    """
+    data = fetch(store, f"offer/{session}", timeout_s=timeout_s, what="the peer's offer")
+    return unseal(data, secret, Offer)
+
+
+def next_loan(store: Store, ticket: int, *, secret: str) -> Loan | None:
+    """As ``next_request``, of the other line."""
+    if not store.check([f"{LOANS}/{ticket}"]):
+        return None
+    return unseal(bytes(store.get(f"{LOANS}/{ticket}")), secret, Loan)
+
+
 def next_request(store: Store, ticket: int, *, secret: str) -> Request | None:
     """The request with this ticket, or None if nobody came yet; does not wait.
 
     Raises:
         RendezvousRefused: the request was not signed with our secret.
     """
-    if not store.check([f"ticket/{ticket}"]):
+    if not store.check([f"{TICKETS}/{ticket}"]):
         return None
-    return unseal(bytes(store.get(f"ticket/{ticket}")), secret, Request)
+    return unseal(bytes(store.get(f"{TICKETS}/{ticket}")), secret, Request)
 
 
 def local_address(host: str, port: int) -> str:
@@ -225,24 +276,47 @@ def local_address(host: str, port: int) -> str:
         return str(probe.getsockname()[0])
 
 
-def make_group(store: Store, prefix: str, *, rank: int, size: int, address: str, timeout_s: float) -> Group:
+def members(trainers: int, other: str) -> Callable[[int], str]:
+    """Names the ranks of a group in which ``trainers`` come first, for messages."""
+    return lambda rank: f"trainer rank {rank}" if rank < trainers else f"{other} {rank - trainers}"
+
+
+def make_group(
+    store: Store,
+    prefix: str,
+    *,
+    rank: int,
+    size: int,
+    address: str,
+    timeout_s: float,
+    named: Callable[[int], str] = "rank {}".format,
+) -> Group:
     """Build a Gloo group of our own beside whatever default group the process has.
 
     Raises:
-        RendezvousError: not all ``size`` ranks came within ``timeout_s`` seconds.
+        RendezvousError: not all ``size`` ranks came within ``timeout_s`` seconds; says which, as ``named``.
     """
     gloo: Any = dist.ProcessGroupGloo  # its stub lacks _Options
     options = gloo._Options()
     options._devices = [gloo.create_device(hostname=address)]
     options._timeout = timedelta(seconds=timeout_s)
     try:
+        store.set(f"{prefix}/came/{rank}", "")
         group: Group = gloo(PrefixStore(prefix, store), rank, size, options)
     except RuntimeError as err:
         raise RendezvousError(
-            f"group {prefix!r} of {size} ranks did not form within {timeout_s:g} s (rank {rank} on "
-            f"{socket.gethostname()}): {first_line(err)}"
+            f"group {prefix!r} of {size} ranks did not form within {timeout_s:g} s ({named(rank)} on "
+            f"{socket.gethostname()}): {_missing(store, prefix, size, named)}{first_line(err)}"
         ) from err
     return group
+
+
+def _missing(store: Store, prefix: str, size: int, named: Callable[[int], str]) -> str:
+    try:
+        absent = [named(rank) for rank in range(size) if not store.check([f"{prefix}/came/{rank}"])]
+    except RuntimeError:
+        return ""  # the store is gone, as the error below says
+    return f"{', '.join(absent)} did not come; " if absent else "all came, but could not connect; "
 
 
 def boot_id() -> str:

@@ -35,7 +35,9 @@ class Met:
         self.opened.append(config.logdir)
         if config.logdir in self.unreachable:
             raise RendezvousError("no route")
-        return SimpleNamespace(closed="", device=None, in_place=False, version=0, close=lambda: None)
+        return SimpleNamespace(
+            closed="", device=None, in_place=False, outdated=False, version=0, close=lambda: None
+        )
 
     def ready(self) -> list[str]:
         return [server.name for server in self.fleet.ready(None)]

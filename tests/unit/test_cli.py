@@ -90,6 +90,7 @@ def test_every_default_of_serve_is_shown(capsys):
         "heartbeat_interval_s",
         "bucket_bytes",
         "max_daemon_restarts",
+        "max_server_restarts",
         "start_timeout_s",
         "transport",
     ):

@@ -109,6 +109,7 @@ class FakeSession:
         self.mapping = msgspec.structs.replace(mapping, run_dir=f"/run/{place}")
         self.place, self.rank, self.device = place, 0, device
         self.version, self.closed, self.stale, self.in_place = version, "", False, False
+        self.outdated = False
         self.job: Job | None = None
         self.committed = False
         self.beats = 0
