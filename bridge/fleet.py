@@ -95,9 +95,8 @@ class Fleet:
         self._stage_timeout_s = config.stage_timeout_s
         self._own_ranks = own_ranks
         self._absent: dict[str, str] = {}
-        self._newest = (
-            0  # the highest number that a server may serve by us, as ranks agreed or rank 0 decided
-        )
+        # The highest number that a server may serve by us, as ranks agreed or rank 0 decided.
+        self._newest = config.versions_after
 
     @property
     def several(self) -> bool:
@@ -273,6 +272,8 @@ class Fleet:
         """Hand a broadcast to the sessions' threads; see ``Session.submit``."""
         if not self.several:
             ((server, shards),) = parts
+            if version is None and server.version < self._newest:
+                version = self._newest + 1
             return server.session.submit(shards, call=call, version=version, encoding=encoding)
         return self._submit(parts, call=call, version=version, encoding=encoding, policy=self._policy)
 

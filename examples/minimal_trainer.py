@@ -22,7 +22,11 @@ fully_shard(model)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 tokens = torch.randint(model.config.vocab_size, (4, 32))  # your data goes here
 
+code = 0
 for step in range(steps):
+    if bridge.should_stop():  # the job's time is up: end here, between two rounds
+        code = 75  # "may run again"
+        break
     loss = model(input_ids=tokens, labels=tokens).loss
     optimizer.zero_grad()
     loss.backward()
@@ -33,3 +37,4 @@ for step in range(steps):
 
 bridge.close()
 dist.destroy_process_group()
+sys.exit(code)

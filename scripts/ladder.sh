@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Climb the tests rung by rung, cheapest first; stop at the first that breaks.
 #
-#   scripts/ladder.sh [unit] [process] [gpu] [faults] [serving]     default: all of them
+#   scripts/ladder.sh [unit] [process] [gpu] [faults] [slurm] [serving]     default: all of them
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -9,7 +9,7 @@ python=${VENV:-.venv}/bin/python
 # Models are made on the spot; nothing may be downloaded, and the KV cache of a tiny model needs no more.
 export HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 TOKENIZERS_PARALLELISM=false
 
-[[ $# -gt 0 ]] || set -- unit process gpu faults serving
+[[ $# -gt 0 ]] || set -- unit process gpu faults slurm serving
 summary=()
 for rung in "$@"; do
     printf '\n=== %s ===\n' "$rung"
