@@ -43,6 +43,7 @@ logdirs=()     # of the servers
 own_trainer=() # what the launcher of the only server starts beside it: -- and a command
 trainer=       # pid of the trainers' step
 read -ra vllm_flags <<<"$VLLM_FLAGS"
+export -n VLLM_FLAGS # vLLM warns of variables that look like its own
 
 # start_servers FIRST COUNT PEERS [srun flag ...]: a server on each of COUNT nodes, from node FIRST of the step's on.
 # PEERS are hosts to be reached, separated by blanks; none, if the trainers run elsewhere.
@@ -71,7 +72,7 @@ await_servers() {
             [[ -e $logdir/server.url ]] || missing+=("$logdir")
         done
         ((${#missing[@]})) || break
-        if lives "${servers[@]}" && ((!warned)); then
+        if all_live "${servers[@]}" && ((!warned)); then
             if ((SECONDS > deadline)); then
                 say "not ready after $START_TIMEOUT s: ${missing[*]}; is LOGROOT on a shared file system?"
                 end_steps "$EX_TEMPFAIL"
@@ -134,27 +135,37 @@ trap on_warning USR2
 
 # --- waiting and ending -------------------------------------------------------------------------------------
 
-# urge PID...: ask these steps to end. Who does not within three times SHUTDOWN_TIMEOUT is killed.
+# urge: ask the tasks of all steps to end. Those that do not within three times SHUTDOWN_TIMEOUT are killed.
+# Through Slurm: an srun that gets TERM kills its tasks at once.
 urge() {
     if ((urged)); then
         say "steps did not end $((3 * SHUTDOWN_TIMEOUT)) s after TERM; killing them"
-        scancel --signal=KILL "$SLURM_JOB_ID" # the steps, not this shell
+        scancel --signal=KILL "$SLURM_JOB_ID" || say "scancel failed; the time limit will end them"
         timer=
         return
     fi
     urged=1
-    kill -TERM "$@" 2>/dev/null || true # srun passes it on to its tasks
+    scancel --signal=TERM "$SLURM_JOB_ID" || say "scancel failed; trying KILL next"
     [[ -z $timer ]] || kill "$timer" 2>/dev/null || true
     sleep $((3 * SHUTDOWN_TIMEOUT)) &
     timer=$!
 }
 
-# lives PID...: whether all of these still run.
-lives() {
+# all_live PID...: whether all of these still run.
+all_live() {
     local pid
     for pid in "$@"; do
         kill -0 "$pid" 2>/dev/null || return 1
     done
+}
+
+# any_lives PID...: whether one of these still runs.
+any_lives() {
+    local pid
+    for pid in "$@"; do
+        kill -0 "$pid" 2>/dev/null && return
+    done
+    return 1
 }
 
 # wait_for PID...: until the first of them ends. Sets "code" to its exit code, and "ended" to its pid.
@@ -172,7 +183,7 @@ wait_for() {
             fi
         done
         if [[ -n $timer ]] && ! kill -0 "$timer" 2>/dev/null; then
-            urge "$@"
+            urge
         fi
         wait -n "$@" ${timer:+"$timer"} 2>/dev/null || true
     done
@@ -182,8 +193,10 @@ wait_for() {
 # trainers may have noticed first.
 end_steps() {
     local result=$1 pid
-    urged=0
-    urge ${trainer:+"$trainer"} "${servers[@]}"
+    if any_lives ${trainer:+"$trainer"} "${servers[@]}"; then
+        urged=0
+        urge
+    fi
     for pid in ${trainer:+"$trainer"} "${servers[@]}"; do
         wait_for "$pid" # a server that was asked to stop exits with 0
         ((result == 0 || code != EX_TEMPFAIL)) || result=$EX_TEMPFAIL

@@ -2,8 +2,8 @@
 
     PACE_DIR=DIRECTORY [PAUSE_AT=N] torchrun ... paced_trainer.py MODEL STATE STEPS
 
-In a job's first attempt it waits before step PAUSE_AT until it is asked to stop. When all steps are done, the servers are
-kept until DIRECTORY/release exists.
+In a job's first attempt it waits after PAUSE_AT steps until it is asked to stop. When all steps are done, the
+servers are kept until DIRECTORY/release exists.
 """
 
 import os

@@ -1,6 +1,6 @@
 """The batch scripts on a real SLURM: trainers of two nodes feed real servers on two others.
 
-BRIDGE_TEST_SLURM=full has each script bring ten versions to two servers; without it the later two bring fewer.
+With BRIDGE_TEST_SLURM=full each script brings ten versions to two servers; without, the later two bring less.
 """
 
 from __future__ import annotations

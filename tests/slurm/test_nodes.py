@@ -50,7 +50,7 @@ def random_nodelist(rng: random.Random) -> str:
 
     def part() -> str:
         name = rng.choice(["gpu", "n-", "rack1node", "a100"])
-        return name + rng.choice(["", "7", "03", ranges(), f"{ranges()}x", f"{ranges()}-{ranges()}"])
+        return name + rng.choice(["", "7", "03", ranges(), ranges(), f"{ranges()}-{ranges()}"])
 
     return ",".join(part() for _ in range(rng.randint(1, 3)))
 

@@ -1,4 +1,4 @@
-"""Node lists, the job as its variables tell it, ports and addresses; tests/slurm asks a real SLURM the same."""
+"""Node lists, the job as its variables tell it, ports, addresses; tests/slurm asks a real SLURM the same."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_jobs_and_servers_on_a_node_get_ports_of_their_own() -> None:
     assert len(set(found)) == len(found)
     assert all(1024 <= port < ephemeral for port in found)
     with socket.create_server(("127.0.0.1", found[0])):
-        assert nodes.free_port(1) not in found
+        assert nodes.free_port(1) != found[0]
 
 
 def test_the_own_address_is_the_one_on_the_way_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
