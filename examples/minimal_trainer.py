@@ -22,10 +22,9 @@ fully_shard(model)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 tokens = torch.randint(model.config.vocab_size, (4, 32))  # your data goes here
 
-code = 0
+stop = False
 for step in range(steps):
-    if bridge.should_stop():  # the job's time is up: end here, between two rounds
-        code = 75  # "may run again"
+    if stop := bridge.should_stop():  # the job's time is up: end here, between two rounds
         break
     loss = model(input_ids=tokens, labels=tokens).loss
     optimizer.zero_grad()
@@ -37,4 +36,4 @@ for step in range(steps):
 
 bridge.close()
 dist.destroy_process_group()
-sys.exit(code)
+sys.exit(75 if stop else 0)  # "may run again"
