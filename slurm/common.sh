@@ -17,14 +17,14 @@
 
 EX_CONFIG=2    # the launcher's code for "trying again will not help"
 EX_TEMPFAIL=75 # and for "trying again may help"
-EPOCH=${SLURM_RESTART_COUNT:-0}
-JOBDIR=$LOGROOT/$SLURM_JOB_NAME-$SLURM_JOB_ID
+JOB_EPOCH=${SLURM_RESTART_COUNT:-0}
+JOB_DIR=$LOGROOT/$SLURM_JOB_NAME-$SLURM_JOB_ID
 # A directory for each attempt: a requeued job can never meet the servers or trainers that it had before.
-ATTEMPT=$JOBDIR/attempt-$EPOCH
+ATTEMPT=$JOB_DIR/attempt-$JOB_EPOCH
 mkdir -p "$ATTEMPT"
 BRIDGE_STOP_FILE=$ATTEMPT/stop # asks the trainers to end (bridge.should_stop)
 export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
-export PYTHON TRAINERS_PER_NODE RENDEZVOUS_HOST START_TIMEOUT SHUTDOWN_TIMEOUT SERVE_FLAGS EPOCH JOBDIR BRIDGE_STOP_FILE
+export PYTHON TRAINERS_PER_NODE RENDEZVOUS_HOST START_TIMEOUT SHUTDOWN_TIMEOUT SERVE_FLAGS JOB_EPOCH JOB_DIR BRIDGE_STOP_FILE
 
 say() { printf '%s %s: %s\n' "$(date +%T)" "${SLURM_JOB_NAME:-job}" "$*"; }
 
@@ -92,7 +92,7 @@ await_servers() {
 # set_versions: numbers that trainers give go on above the last version that an earlier attempt has served, because
 # labels must not stand for two things. Each worker has written down what it flipped to.
 set_versions() {
-    BRIDGE_VERSIONS_AFTER=$(cat "$JOBDIR"/attempt-*/server-*/flips-rank*.jsonl 2>/dev/null |
+    BRIDGE_VERSIONS_AFTER=$(cat "$JOB_DIR"/attempt-*/server-*/flips-rank*.jsonl 2>/dev/null |
         sed -nE 's/.*"version": *([0-9]+).*/\1/p' | sort -n | tail -n 1) || BRIDGE_VERSIONS_AFTER=0
     export BRIDGE_VERSIONS_AFTER
 }
@@ -220,8 +220,8 @@ finish() {
     [[ -z $timer ]] || kill "$timer" 2>/dev/null || true
     ((!warned || code == 0)) || code=$EX_TEMPFAIL
     say "exit $code; logs in $ATTEMPT"
-    if ((code == EX_TEMPFAIL && EPOCH < MAX_REQUEUES)); then
-        say "requeue $((EPOCH + 1)) of $MAX_REQUEUES"
+    if ((code == EX_TEMPFAIL && JOB_EPOCH < MAX_REQUEUES)); then
+        say "requeue $((JOB_EPOCH + 1)) of $MAX_REQUEUES"
         scontrol requeue "$SLURM_JOB_ID"
     fi
     exit "$code"

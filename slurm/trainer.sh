@@ -17,5 +17,5 @@ read -r address interface <<<"$found"
 first=$((SLURM_PROCID == 0))
 exec "$PYTHON" -m torch.distributed.run --nnodes="${#hosts[@]}" \
     --nproc-per-node="${TRAINERS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}" \
-    --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID.$EPOCH" --rdzv-endpoint="$endpoint" \
+    --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID.$JOB_EPOCH" --rdzv-endpoint="$endpoint" \
     --rdzv-conf="is_host=$first" --local-addr="$address" "$@"

@@ -26,7 +26,7 @@ ask = bridge.should_stop
 
 def paced() -> bool:
     global calls
-    if calls == PAUSE_AT and os.environ["EPOCH"] == "0":
+    if calls == PAUSE_AT and os.environ["JOB_EPOCH"] == "0":
         if dist.get_rank() == 0:
             (DIRECTORY / "paused").touch()
         wait_until("being asked to stop", environment.stop_requested, timeout_s=TIMEOUT_S)

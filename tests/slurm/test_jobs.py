@@ -22,10 +22,10 @@ TRAINER = str(REPO / "tests" / "slurm" / "paced_trainer.py")
 VLLM_FLAGS = (
     "--dtype=float32 --max-model-len=512 --enforce-eager --disable-uvicorn-access-log --max-num-seqs=32"
 )
-JOB_TIMEOUT_S = 600.0
-END_TIMEOUT_S = 90.0
+JOB_TIMEOUT_S = 900.0
+END_TIMEOUT_S = 180.0
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500, method="signal")]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400, method="signal")]
 
 
 class Job:
