@@ -9,6 +9,7 @@ what is measured. Trainer and server hold the same shape with random weights. Al
 
     PYTHONPATH=tests python benchmarks/swap.py --out benchmarks/results/swap-1x1.json         (two GPUs)
     PYTHONPATH=tests python benchmarks/swap.py --trainers 2 --tp 2 --out ..-2x2.json          (four)
+    PYTHONPATH=tests python benchmarks/swap.py --shape 30b-a3b --trainers 2 --dp 2 --out ..-moe.json  (four)
     PYTHONPATH=tests python benchmarks/swap.py --shared --no-native --utilization 0.6 ..      (one)
     PYTHONPATH=tests python benchmarks/swap.py --shared --trainers 2 --tp 2 ..                (two)
 """
@@ -35,6 +36,13 @@ SHAPES: dict[str, dict[str, int]] = {
            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 151936},
     "32b": {"hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64,
             "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 151936},
+    "30b-a3b": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48,
+                "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 151936,
+                "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+    # As many tensors as the one above, and few bytes.
+    "thin-moe": {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 48,
+                 "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1024,
+                 "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 32},
     "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
              "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1024},
 }  # fmt: skip
@@ -46,11 +54,14 @@ AFTER_S = 0.05  # a token that an update delayed may arrive so long after its en
 
 def write_shape(path: Path, shape: str) -> None:
     """config.json and a tokenizer; both sides make their weights up."""
+    experts = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    mixture = "num_experts" in SHAPES[shape]
     config = {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 128, "rms_norm_eps": 1e-6,
+        "architectures": ["Qwen3MoeForCausalLM" if mixture else "Qwen3ForCausalLM"],
+        "model_type": "qwen3_moe" if mixture else "qwen3", "head_dim": 128, "rms_norm_eps": 1e-6,
         "max_position_embeddings": 8192, "rope_theta": 1e6, "hidden_act": "silu", "dtype": "bfloat16",
         "tie_word_embeddings": False, "attention_bias": False, "bos_token_id": 1, "eos_token_id": 2,
-        **SHAPES[shape],
+        **(experts if mixture else {}), **SHAPES[shape],
     }  # fmt: skip
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(config, indent=1))
@@ -154,7 +165,7 @@ class Bench:
         self.server.api.open(path, body if body is not None else {}, timeout_s=NATIVE_TIMEOUT_S).close()
 
     def native_init(self) -> None:
-        port, size = free_port(), 1 + self.args.tp
+        port, size = free_port(), 1 + self.args.tp * self.args.dp
         self.trainers.send("native_init", port=port, world_size=size)
         init = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": size}
         self.post("/init_weight_transfer_engine", {"init_info": init})
@@ -346,6 +357,7 @@ def main() -> int:
     )
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--dp", type=int, default=1, help="engines; a mixture's experts are spread over them")
     parser.add_argument("--trainers", type=int, default=1, help="more than one shard the model by FSDP2")
     parser.add_argument("--shared", action="store_true", help="trainers on the server's GPUs")
     parser.add_argument("--no-native", action="store_true", help="NCCL cannot join two ranks on one GPU")
@@ -364,10 +376,13 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true", help="try the script itself, with the tiny shape")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    first = 0 if args.shared else args.tp
-    gpus = range(args.tp), range(first, first + args.trainers)
+    served_by = args.tp * args.dp
+    first = 0 if args.shared else served_by
+    gpus = range(served_by), range(first, first + args.trainers)
     flags = ["--load-format=dummy", "--dtype=bfloat16", "--max-model-len=4096", "--max-num-seqs=64",
              f"--tensor-parallel-size={args.tp}", *args.vllm_flag]  # fmt: skip
+    if args.dp > 1:
+        flags += [f"--data-parallel-size={args.dp}", "--enable-expert-parallel"]
     if not args.cpu:
         flags += ["--no-enforce-eager", f"--compilation-config={GRAPHS}",
                   f"--gpu-memory-utilization={args.utilization}"]  # fmt: skip

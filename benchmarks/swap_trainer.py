@@ -25,15 +25,8 @@ def build(kind: str, directory: Path, dtype: torch.dtype) -> nn.Module:
     from transformers.initialization import no_init_weights
 
     config = AutoConfig.from_pretrained(directory)
-    with torch.device(device()), no_init_weights():
+    with torch.device("meta" if kind == "fsdp2" else device()), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0.0, 0.02)
     if kind == "fsdp2":
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
@@ -42,6 +35,15 @@ def build(kind: str, directory: Path, dtype: torch.dtype) -> nn.Module:
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
+        model.to_empty(device=device())
+    torch.manual_seed(int(os.environ.get("RANK", "0")))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            if parameter.ndim == 1:
+                local.fill_(1.0)
+            else:
+                local.normal_(0.0, 0.02)
     return model
 
 

@@ -459,8 +459,7 @@ class Session:
 
     def _start_moving(self, job: Job) -> None:
         if job.shards is None:
-            for action in self._coordinator.announce(bytes(DIGEST_BYTES), job.manner):
-                self._perform(job, action)
+            self._announce_round(job, bytes(DIGEST_BYTES), job.manner)
             self._mover.forget()
             return
         layouts = [self._coordinator.layouts[rank] for rank in range(self.world_size)]
@@ -471,9 +470,12 @@ class Session:
             bucket_bytes=self._answer.bucket_bytes,
         )
         plan, _, _ = self._meeting.plan(joint)
-        for action in self._coordinator.announce(plan.digest, joint):
-            self._perform(job, action)
+        self._announce_round(job, plan.digest, joint)
         self._move(job, joint, plan.digest)
+
+    def _announce_round(self, job: Job, plan_digest: bytes, joint: str) -> None:
+        for action in self._coordinator.announce(plan_digest, joint, vote=job.vote is not None):
+            self._perform(job, action)
 
     def _move(self, job: Job, joint: str, plan_digest: bytes) -> None:
         if job.shards is None:

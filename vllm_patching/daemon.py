@@ -173,8 +173,8 @@ class Daemon:
                 receipt = epoch.receipt(flips)
                 self.last_round = msgspec.json.decode(receipt)
                 self.committed += 1
-                logger.info("epoch %d: version %d is live: %s", epoch.epoch, version, receipt)
                 epoch.on_committed(receipt, "")
+                logger.info("epoch %d: version %d is live: %s", epoch.epoch, version, receipt)
         if epoch.closed is not None:
             self._close_epoch(epoch)
 

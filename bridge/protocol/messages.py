@@ -14,12 +14,13 @@ import msgspec
 
 from bridge.errors import ProtocolError
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 FRAME_BYTES = 1024
 DIGEST_BYTES = 16
 _HEAD = struct.Struct("<4sHhQQqH16s")
 _MAGIC = b"VWB1"
 MAX_TEXT_BYTES = FRAME_BYTES - _HEAD.size
+COMMIT_WHEN_STAGED = 1  # BEGIN's index: nobody else has a say, so the daemon need not wait for COMMIT
 # Instead of an encoding in READY, and of a joint layout's key in BEGIN; may be followed by a space and the
 # version that is to be served again.
 ROLLBACK = "rollback"
@@ -32,7 +33,8 @@ class Opcode(enum.IntEnum):
     HEARTBEAT = -1  # [anyone]
     SHUTDOWN = -2  # [0 to all] the trainer is done; the server goes on
     READY = -3  # [trainer to 0] my weights are stable; digest is my layout's, text the encoding or ROLLBACK
-    BEGIN = -4  # [0 to all] the round starts; digest is the plan's, text the joint layout's key or ROLLBACK
+    BEGIN = -4  # [0 to all] the round starts; digest is the plan's, text the joint layout's key or ROLLBACK,
+    # index COMMIT_WHEN_STAGED or -1
     STAGED = -5  # [daemon to 0] all local ranks hold the whole version
     RELEASE = -6  # [0 to trainers] every byte has been read; weights may change
     COMMIT = -7  # [0 to daemons] all ranks have staged: make it live

@@ -10,7 +10,7 @@ import pytest
 
 from bridge import environment, errors
 from bridge.protocol import messages
-from bridge.protocol.messages import Frame, Opcode
+from bridge.protocol.messages import COMMIT_WHEN_STAGED, Frame, Opcode
 from bridge.protocol.session import Coordinator, InferenceSession, Member, Send, State
 from launch import arguments
 from launch.options import ServeOptions
@@ -177,6 +177,20 @@ def last_rank(machine):
     return machine.on_staged(1)
 
 
+def last_rank_alone(machine):
+    """A round that a BEGIN for one server alone has begun, from the start."""
+    begun = InferenceSession(epoch=1, version=1, ranks=(0, 1))
+    begun.on_frame(frame("BEGIN", index=COMMIT_WHEN_STAGED))
+    machine.__dict__.update(begun.__dict__)
+    return last_rank(machine)
+
+
+def staged_alone(machine):
+    (begin,) = machine.announce(b"d" * 16, "joint", vote=False)
+    assert begin.frame.index == COMMIT_WHEN_STAGED
+    return machine.on_frame(3, frame("STAGED"))
+
+
 def last_ready(machine):
     machine.on_frame(1, frame("READY", text="dense"))
     return machine.on_frame(2, frame("READY", text="dense"))
@@ -188,6 +202,7 @@ DAEMON = {
     "`BUCKET`": lambda m: m.on_frame(frame("BUCKET")),
     "one of two ranks staged": lambda m: m.on_staged(0),
     "the last rank staged": last_rank,
+    "the last rank staged, COMMIT not awaited": last_rank_alone,
     "`COMMIT`": lambda m: m.on_frame(frame("COMMIT")),
     "every rank flipped": lambda m: m.on_committed("{}"),
     "`ABORT`": lambda m: m.on_frame(frame("ABORT")),
@@ -204,6 +219,7 @@ COORDINATOR = {
     "`READY` of another call": lambda m: m.on_frame(1, frame("READY", index=9, text="dense")),
     "`READY` of another encoding": lambda m: m.on_frame(1, frame("READY", text="auto")),
     "the last `STAGED`": lambda m: m.on_frame(3, frame("STAGED")),
+    "`STAGED` of a daemon that awaits no COMMIT": staged_alone,
     "commit": lambda m: m.commit(),
     "the last `COMMITTED`": lambda m: m.on_frame(3, frame("COMMITTED")),
     "`FAILED`": lambda m: m.on_frame(1, frame("FAILED")),
