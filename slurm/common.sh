@@ -24,7 +24,8 @@ ATTEMPT=$JOB_DIR/attempt-$JOB_EPOCH
 mkdir -p "$ATTEMPT"
 BRIDGE_STOP_FILE=$ATTEMPT/stop # asks the trainers to end (bridge.should_stop)
 export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
-export PYTHON TRAINERS_PER_NODE RENDEZVOUS_HOST START_TIMEOUT SHUTDOWN_TIMEOUT SERVE_FLAGS JOB_EPOCH JOB_DIR BRIDGE_STOP_FILE
+export PYTHON TRAINERS_PER_NODE RENDEZVOUS_HOST START_TIMEOUT SHUTDOWN_TIMEOUT SERVE_FLAGS
+export JOB_EPOCH JOB_DIR BRIDGE_STOP_FILE
 
 say() { printf '%s %s: %s\n' "$(date +%T)" "${SLURM_JOB_NAME:-job}" "$*"; }
 
@@ -109,7 +110,7 @@ start_trainers() {
         shift
     done
     shift
-    set_versions
+    ((${#servers[@]} == 0)) || set_versions
     "${step[@]}" "${flags[@]}" --relative=0 --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 \
         "$REPO/slurm/trainer.sh" "$endpoint" "$@" &
     trainer=$!
