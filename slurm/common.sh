@@ -118,8 +118,9 @@ start_trainers() {
 
 # --- the warning --------------------------------------------------------------------------------------------
 
-warned=0 urged=0
-timer= # pid of a sleep: when it is over, steps are urged to end
+warned=0
+urged=0
+urge_at= # when steps are urged to end, on bash's clock
 # One signal only. Slurm sends CONT within milliseconds of it, and a bash that traps both loses one of them.
 on_warning() {
     ((!warned)) || return 0
@@ -127,10 +128,7 @@ on_warning() {
     say "USR2: the time is nearly up, or the job is preempted; trainers are asked to end after their round"
     # A file, not a signal: a step's signals reach every process in it, data loaders and torchrun among them.
     : >"$BRIDGE_STOP_FILE"
-    if ((!urged)); then
-        sleep "$STOP_TIMEOUT" &
-        timer=$!
-    fi
+    ((urged)) || urge_at=$((SECONDS + STOP_TIMEOUT))
 }
 trap on_warning USR2
 
@@ -142,14 +140,11 @@ urge() {
     if ((urged)); then
         say "steps did not end $((3 * SHUTDOWN_TIMEOUT)) s after TERM; killing them"
         scancel --signal=KILL "$SLURM_JOB_ID" || say "scancel failed; the time limit will end them"
-        timer=
-        return
+        urge_at=
+    else
+        urged=1 urge_at=$((SECONDS + 3 * SHUTDOWN_TIMEOUT))
+        scancel --signal=TERM "$SLURM_JOB_ID" || say "scancel failed; trying KILL next"
     fi
-    urged=1
-    scancel --signal=TERM "$SLURM_JOB_ID" || say "scancel failed; trying KILL next"
-    [[ -z $timer ]] || kill "$timer" 2>/dev/null || true
-    sleep $((3 * SHUTDOWN_TIMEOUT)) &
-    timer=$!
 }
 
 # all_live PID...: whether all of these still run.
@@ -170,8 +165,7 @@ any_lives() {
 }
 
 # wait_for PID...: until the first of them ends. Sets "code" to its exit code, and "ended" to its pid.
-# A trapped signal ends "wait" early, so it is asked again as long as all of them live.
-# STOP_TIMEOUT seconds after a warning all of them are urged to end.
+# It looks every second: "wait -n" does not return for a process that ended just before it was called.
 wait_for() {
     local pid
     while :; do
@@ -183,10 +177,8 @@ wait_for() {
                 return
             fi
         done
-        if [[ -n $timer ]] && ! kill -0 "$timer" 2>/dev/null; then
-            urge
-        fi
-        wait -n "$@" ${timer:+"$timer"} 2>/dev/null || true
+        [[ -z $urge_at ]] || ((SECONDS < urge_at)) || urge
+        sleep 1
     done
 }
 
@@ -195,8 +187,7 @@ wait_for() {
 end_steps() {
     local result=$1 pid
     if any_lives ${trainer:+"$trainer"} "${servers[@]}"; then
-        urged=0
-        urge
+        ((urged)) || urge
     fi
     for pid in ${trainer:+"$trainer"} "${servers[@]}"; do
         wait_for "$pid" # a server that was asked to stop exits with 0
@@ -218,7 +209,6 @@ work() {
 # finish CODE: exit with it, or with 75 if the work was cut short by a warning; requeue where that may help.
 finish() {
     local code=$1
-    [[ -z $timer ]] || kill "$timer" 2>/dev/null || true
     ((!warned || code == 0)) || code=$EX_TEMPFAIL
     say "exit $code; logs in $ATTEMPT"
     if ((code == EX_TEMPFAIL && JOB_EPOCH < MAX_REQUEUES)); then

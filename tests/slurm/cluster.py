@@ -26,6 +26,7 @@ PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "ip", "unshare", "nsenter")
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 20.0
+COMMAND_TIMEOUT_S = 240.0  # of a command that asks the controller, on a machine that does much else
 PR_SET_PDEATHSIG = 1
 CPUS, MEMORY_MB, GPUS = 16, 32000, 4  # that a node claims to have; nobody checks
 CONFIGURATION = """\
@@ -215,7 +216,13 @@ class Cluster:
             AssertionError: it failed, and ``check`` is true.
         """
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=60, env={**self.env, **env}, cwd=cwd, check=False
+            command,
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_TIMEOUT_S,
+            env={**self.env, **env},
+            cwd=cwd,
+            check=False,
         )
         assert done.returncode == 0 or not check, f"{command}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout
