@@ -92,6 +92,11 @@ class Job:
             made.append(api)
         return made
 
+    def wait_versions(self, expected: list[tuple[int, int]]) -> None:
+        """What it printed may come later than a file that it made after that."""
+        self.wait(f"{len(expected)} versions", lambda: len(self.versions()) >= len(expected))
+        assert self.versions() == expected
+
     def versions(self) -> list[tuple[int, int]]:
         """(step, version) as the trainer told them, each of which was live on all servers."""
         return [
@@ -167,7 +172,8 @@ def test_a_requeued_job_goes_on_from_what_was_served(
         PAUSE_AT="4",
     )
     job.wait_file("paused")
-    assert job.versions() == [(step, step) for step in range(1, 5)]
+    before = [(step, step) for step in range(1, 5)]
+    job.wait_versions(before)
     ports = {api.url.rpartition(":")[2] for api in job.apis(model)}
     assert len(ports) == 2
     cluster.call("scancel", "--batch", "--signal=USR2", job.id)
@@ -175,7 +181,7 @@ def test_a_requeued_job_goes_on_from_what_was_served(
     assert "exit 75" in job.text()
     job.wait_file("done")
     # The restored weights first, under the next number; then the steps that were missing.
-    assert job.versions()[4:] == [(4, 5), *((step, step + 1) for step in range(5, 11))]
+    job.wait_versions([*before, (4, 5), *((step, step + 1) for step in range(5, 11))])
     assert job.told("RestartCnt") == "1"
     assert_served(job, model, state, servers=2, attempt=1)
     job.release()
@@ -214,7 +220,7 @@ def test_two_jobs_on_the_same_nodes_and_what_scancel_leaves(
     )
     for job, at in ((het, "done"), (train, "paused")):
         job.wait_file(at)
-        assert job.versions() == [(step, step) for step in range(1, versions + 1)]
+        job.wait_versions([(step, step) for step in range(1, versions + 1)])
     assert_served(het, models[0], states[0], servers=servers)
     assert_served(serve, models[1], states[1], servers=servers)
     assert trained_answers(models[0], states[0]) != trained_answers(models[1], states[1])
