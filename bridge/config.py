@@ -85,6 +85,9 @@ class BridgeConfig(
     # With several servers. "all": a version is committed on every server or on none. "available": on those
     # that have staged it; the others are left out of the round, and met again by the next broadcast.
     commit: Policy = "all"
+    # Versions that broadcasts number by themselves lie above this one: the last that was served before the
+    # servers were started again, so that no number ever stands for two things.
+    versions_after: int = 0
     # Seconds that servers which have staged a version wait for the others, with commit="available".
     stage_timeout_s: float = 30.0
     # Where weights on a GPU are compared with those sent last, if only changes are sent. "host": all of them
@@ -184,6 +187,9 @@ def _fault(name: str, value: Any) -> str | None:
         return None if value in get_args(Policy) else f"one of {', '.join(get_args(Policy))}"
     if name == "snapshot":
         return None if value in get_args(Snapshot) else f"one of {', '.join(get_args(Snapshot))}"
+    if name == "versions_after":
+        number = isinstance(value, int) and not isinstance(value, bool)
+        return None if number and value >= 0 else "a version: a whole number, 0 or above"
     if name in _TIMEOUTS:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return None if number and 0 < value < math.inf else "a finite number of seconds above 0"

@@ -96,9 +96,8 @@ class Fleet:
         self._stage_timeout_s = config.stage_timeout_s
         self._own_ranks = own_ranks
         self._absent: dict[str, str] = {}
-        self._newest = (
-            0  # the highest number that a server may serve by us, as ranks agreed or rank 0 decided
-        )
+        # The highest number that a server may serve by us, as ranks agreed or rank 0 decided.
+        self._newest = config.versions_after
 
     @property
     def several(self) -> bool:
@@ -280,6 +279,8 @@ class Fleet:
             server.sent_model = server.sent_model or not shards.layout.leading
         if not self.several:
             ((server, shards),) = parts
+            if version is None and server.version < self._newest:
+                version = self._newest + 1
             return server.session.submit(shards, call=call, version=version, encoding=encoding)
         return self._submit(parts, call=call, version=version, encoding=encoding, policy=self._policy)
 

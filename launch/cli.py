@@ -52,16 +52,19 @@ def prepare(options: ServeOptions) -> Supervisor:
     """Make the directories of a launch and put it together; nothing runs yet."""
     from launch import commands
     from launch.options import read_server_args
-    from launch.supervisor import Launch, Limits, Supervisor
+    from launch.supervisor import URL_NAME, Launch, Limits, Supervisor
 
     options.logdir.mkdir(parents=True, exist_ok=True)
     options.updates.mkdir(mode=0o700, parents=True, exist_ok=True)
     run_dir = commands.make_run_dir(options)
+    server = read_server_args(options.vllm_args)
+    (options.logdir / URL_NAME).unlink(missing_ok=True)  # of an earlier server that was killed
     launch = Launch(
         vllm=commands.vllm_command(options, run_dir),
         daemon=commands.daemon_command(options, run_dir, launcher_pid=os.getpid()),
         trainer=commands.trainer_command(options),
-        server=read_server_args(options.vllm_args),
+        server=server,
+        public_url=server.url_at(options.rendezvous_host),
         run_dir=run_dir,
         logdir=options.logdir.absolute(),
         limits=Limits(

@@ -169,9 +169,14 @@ class ServerView:
     @property
     def url(self) -> str:
         """What a client on this host uses."""
+        return self.url_at(self.connect_host)
+
+    def url_at(self, address: str) -> str:
+        """What a client uses that reaches this host by ``address``; if vLLM binds one, that one."""
         if self.uds is not None:
             return f"unix:{self.uds}"
-        host = f"[{self.connect_host}]" if ":" in self.connect_host else self.connect_host
+        host = address if self.bind_host in ("0.0.0.0", "::") else self.connect_host  # noqa: S104
+        host = f"[{host}]" if ":" in host else host
         return f"{'https' if self.tls else 'http'}://{host}:{self.port}"
 
 

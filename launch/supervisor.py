@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge.errors import BridgeError, ConfigError, PeerLost, RendezvousError
+from bridge.protocol import mapping
 from bridge.protocol.mapping import CONFIG_NAME
 from launch import probe, process
 from launch.comeback import Comeback, Restarts, session_of
@@ -38,6 +39,7 @@ OBSERVE_INTERVAL_S = 2.0
 # vLLM answers /health only after its workers have loaded, which is when they publish.
 PUBLISH_GRACE_S = 30.0
 ORPHAN_GRACE_S = 5.0
+URL_NAME = "server.url"  # in the log directory, while the server is ready
 KILL_TIMEOUT_S = 10.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -61,6 +63,7 @@ class Launch:
     daemon: Command
     trainer: Command | None
     server: ServerView
+    public_url: str  # where clients on the trainers' hosts reach the server
     run_dir: Path
     logdir: Path
     limits: Limits
@@ -347,10 +350,12 @@ class Supervisor:
     def _announce(self, status: dict[str, Any], took_s: float) -> None:
         self._ready = True
         self._observe(every_s=0.0)
+        url = self.launch.logdir / URL_NAME
+        mapping.write_atomically(url, f"{self.launch.public_url}\n".encode(), mode=0o644)
         logger.info(
             "ready after %.1f s: %s serves %s on %s rank(s); mapping %s, rendezvous %s",
             took_s,
-            self.launch.server.url,
+            self.launch.public_url,
             status["model"],
             status["world_size"],
             self.launch.logdir / CONFIG_NAME,
@@ -376,6 +381,7 @@ class Supervisor:
     def _shut_down(self) -> None:
         """End the whole tree within the shutdown timeout, by force if need be, and remove what it leaves."""
         began = time.monotonic()
+        (self.launch.logdir / URL_NAME).unlink(missing_ok=True)
         self._observe(every_s=0.0)
         already_asked = len(self._stop_signals)
         self._ask_to_end()

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Climb the tests rung by rung, cheapest first; stop at the first that breaks.
 #
-#   scripts/ladder.sh [unit] [process] [gpu] [faults] [serving]
+#   scripts/ladder.sh [unit] [process] [gpu] [faults] [slurm] [serving]
 #
-# By default all of them, and "faults" beside "serving": both mostly wait for one thread that imports vLLM.
+# By default all of them, and "faults" and "slurm" beside "serving": all of these mostly wait for one thread that
+# imports vLLM.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -32,11 +33,11 @@ if (($# > 0)); then
 else
     climb unit process gpu || exit 1
     # A function in a condition ignores "set -e"; climb returns by itself at the first that breaks.
-    (climb faults) >"$beside" 2>&1 &
-    faults=$!
+    (climb faults slurm) >"$beside" 2>&1 &
+    others=$!
     served=0 faulty=0
     climb serving || served=$?
-    wait "$faults" || faulty=$?
+    wait "$others" || faulty=$?
     cat "$beside"
     ((served == 0 && faulty == 0)) || exit 1
 fi

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from tests.support.checks import own_answers
 from tests.support.serving import (
     UNBOUND,
     Server,
     Trainers,
     alive,
-    prompts,
     serving,
     serving_together,
     training,
@@ -31,21 +32,6 @@ TIMES = ["--deadline=5", "--heartbeat-interval=0.5"]
 TOKENS = 16
 STAGE_TIMEOUT_S = 2.0
 SOON_S = 15.0  # "within seconds", on a busy machine; every timeout of the configuration is far above
-
-
-def own_answers(checkpoint: Path) -> list[list[int]]:
-    """Greedy tokens of the trainer's model, by its own forward."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    answers = []
-    with torch.no_grad():
-        for prompt in prompts(4):
-            tokens = list(prompt)
-            for _ in range(TOKENS):
-                tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-            answers.append(tokens[len(prompt) :])
-    return answers
 
 
 def answers(server: Server) -> list[list[int]]:
@@ -98,7 +84,8 @@ def kill(server: Server) -> None:
 
 def test_two_servers_of_different_layout(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     sets = [checkpoint("qwen3", "float32", seed) for seed in (0, 1)]
-    expected = [own_answers(path) for path in sets]
+    models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in sets]
+    expected = [own_answers(model, num_prompts=4, tokens=TOKENS) for model in models]
     assert expected[0] != expected[1]
     places = [str(tmp_path / "one"), str(tmp_path / "two")]
     flags = [*TIMES, f"--peers={os.pathsep.join(places)}"]  # a version, where one starts late, or again
