@@ -29,6 +29,7 @@ from bridge.errors import (
 from bridge.job import Encoding, Job, Receipt, Vote
 from bridge.joining import ask_admission, meet
 from bridge.moving import Mover
+from bridge.protocol.decoding import UNREADABLE
 from bridge.protocol.mapping import Mapping
 from bridge.protocol.messages import DIGEST_BYTES, Frame, Opcode
 from bridge.protocol.session import (
@@ -441,7 +442,12 @@ class Session:
             else:
                 job.vote.staged()
         elif isinstance(action, Finished):
-            receipt = msgspec.json.decode(action.text, type=Receipt)
+            try:
+                receipt = msgspec.json.decode(action.text, type=Receipt)
+            except UNREADABLE as err:
+                raise ProtocolError(
+                    f"version {job.version} is live, but this is no receipt ({err}): {action.text[:80]!r}"
+                ) from err
             return msgspec.structs.replace(receipt, total_s=time.monotonic() - job.started)
         elif isinstance(action, Close):
             raise RoundAborted(f"version {job.version} was not committed: {action.reason}")

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bridge.errors import TransferError
-from vllm_patching.channel import Channel, ChannelClosed
+from bridge.errors import BridgeError, TransferError
+from vllm_patching import introductions
+from vllm_patching.channel import Channel, ChannelClosed, close_all
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +74,14 @@ class Crew:
     def _read(self, rank: int, channel: Channel) -> None:
         while True:
             try:
-                message, _ = channel.receive()
-            except ChannelClosed:
+                message, fds = channel.receive()
+                close_all(fds)
+                introductions.check_report(message)
+            except BridgeError as err:
+                if not isinstance(err, ChannelClosed):
+                    logger.error(
+                        "what %s sends cannot be read, so it counts as dead: %s", self.describe(rank), err
+                    )
                 if not self._ending:
                     self._reports.put(Report(self, rank, None))
                 return

@@ -22,7 +22,6 @@ from typing import Any, NoReturn
 
 import msgspec
 import torch
-from safetensors import safe_open
 
 from bridge import telemetry
 from bridge.errors import BridgeError, ProtocolError, TransferError
@@ -133,15 +132,23 @@ class Updater:
         self._in_step = False
         return {"bytes": 0, "seconds": 0.0, "transport": self.intake.transport}
 
-    def stage_file(self, *, path: str, half: int, leave_s: float = 0.0, torn: str = "") -> dict[str, Any]:  # noqa: ARG002 - files hold all, and repair
+    def stage_file(
+        self,
+        *,
+        path: str,
+        below: str,
+        half: int,
+        leave_s: float = 0.0,
+        torn: str = "",  # noqa: ARG002 - files hold all, and repair
+    ) -> dict[str, Any]:
         """Stage a whole version from safetensors files (a file, or a folder of them); see ``stage``.
 
         Raises:
+            ConfigError: a file does not lie below ``below``.
             MappingError: lists every tensor missing, extra, or of another shape.
         """
         start = time.perf_counter()
-        files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [Path(path)]
-        found = update_files.index(files)
+        found = update_files.index(update_files.find(path, Path(below)))
         name = update_files.match_vocabulary(self.mapping, self.rank_map, found)
         listed = self.mapping.vocabulary(name).sources
         grouped = writes_by_source(self.rank_map.writes[name])
@@ -152,7 +159,7 @@ class Updater:
             for index, source in enumerate(listed):
                 if index not in grouped:
                     continue
-                with safe_open(found[source.name], framework="pt") as file:
+                with update_files.reading(found[source.name]) as file:
                     tensor = file.get_tensor(source.name)
                 staging.apply(grouped[index], tensor)
                 nbytes += tensor.numel() * tensor.element_size()

@@ -14,12 +14,13 @@ import msgspec
 
 from bridge.errors import ProtocolError
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 FRAME_BYTES = 1024
 DIGEST_BYTES = 16
 _HEAD = struct.Struct("<4sHhQQqH16s")
 _MAGIC = b"VWB1"
 MAX_TEXT_BYTES = FRAME_BYTES - _HEAD.size
+MAX_VERSION = (1 << 63) - 1
 # Instead of an encoding in READY, and of a joint layout's key in BEGIN; may be followed by a space and the
 # version that is to be served again.
 ROLLBACK = "rollback"
@@ -76,7 +77,8 @@ def decode(data: bytes) -> Frame:
     """Parse ``FRAME_BYTES`` bytes.
 
     Raises:
-        ProtocolError: not a frame, of another protocol version, or with an unknown opcode.
+        ProtocolError: not a frame, of another protocol version, with an unknown opcode, or with a text that
+            it cannot hold.
     """
     if len(data) != FRAME_BYTES:
         raise ProtocolError(f"a control frame has {FRAME_BYTES} bytes, received {len(data)}")
@@ -89,5 +91,9 @@ def decode(data: bytes) -> Frame:
         code = Opcode(opcode)
     except ValueError as err:
         raise ProtocolError(f"unknown opcode {opcode} in a control frame") from err
+    if length > MAX_TEXT_BYTES:
+        raise ProtocolError(
+            f"a {code.name} frame says its text has {length} bytes, it holds {MAX_TEXT_BYTES}"
+        )
     text = data[_HEAD.size : _HEAD.size + length].decode(errors="replace")
     return Frame(opcode=code, epoch=epoch, version=weight_version, index=index, digest=digest, text=text)

@@ -25,7 +25,7 @@ from collections.abc import Iterable
 import msgspec
 
 from bridge.errors import ProtocolError
-from bridge.protocol.messages import Frame, Opcode
+from bridge.protocol.messages import MAX_VERSION, Frame, Opcode
 
 
 class State(enum.Enum):
@@ -154,6 +154,8 @@ class InferenceSession(_Machine):
         if frame.version <= self.version:
             reason = f"version {frame.version} offered, version {self.version} is served already"
             return self._fail(reason)
+        if frame.version > MAX_VERSION:
+            return self._fail(f"version {frame.version} does not fit a signed 64-bit word")
         self.version = frame.version
         self.state = State.STAGING
         self._staged.clear()

@@ -13,7 +13,7 @@ import os
 import socket
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 import msgspec
 import torch
@@ -25,6 +25,14 @@ from torch.distributed import Store as Store  # type: ignore[attr-defined]
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from bridge.errors import RendezvousError, RendezvousRefused
+from bridge.protocol.decoding import UNREADABLE
+
+MAX_REQUEST_BYTES = 1 << 16  # some hundred, in fact; whoever reaches the port can write any number of them
+MAX_RANKS = 1 << 16
+_Ranks = Annotated[int, msgspec.Meta(ge=0, le=MAX_RANKS)]
+_Pid = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+_Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+_Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,10 +40,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
     session: str
     protocol_version: int
-    world_size: int
+    world_size: Annotated[int, msgspec.Meta(ge=1, le=MAX_RANKS)]
     mapping_digest: str
     host: str
-    pid: int
+    pid: _Pid
     torch_version: str
 
 
@@ -48,16 +56,16 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     session: str
     refusal: str = ""
     try_again: bool = False
-    epoch: int = 0
-    weight_version: int = 0
-    num_daemons: int = 1
-    num_inference_ranks: int = 0
-    daemon_pid: int = 0
-    heartbeat_interval_s: float = 2.0
-    deadline_s: float = 15.0
-    commit_timeout_s: float = 120.0
+    epoch: _Number = 0
+    weight_version: _Number = 0
+    num_daemons: _Ranks = 1
+    num_inference_ranks: _Ranks = 0
+    daemon_pid: _Pid = 0
+    heartbeat_interval_s: _Seconds = 2.0
+    deadline_s: _Seconds = 15.0
+    commit_timeout_s: _Seconds = 120.0
     checksum: str = "first"
-    bucket_bytes: int = 0
+    bucket_bytes: _Number = 0
     in_place: bool = False
 
     @property
@@ -82,7 +90,7 @@ class Group(Protocol):
     def recv(self, tensors: list[torch.Tensor], peer: int, tag: int, /) -> dist.Work: ...
 
 
-def seal(message: msgspec.Struct, secret: str) -> bytes:
+def seal(message: msgspec.Struct | list[str], secret: str) -> bytes:
     """Encode and sign with the job's secret (HMAC-SHA256)."""
     body = msgspec.msgpack.encode(message)
     return msgspec.msgpack.encode(_Signed(body, hmac.digest(secret.encode(), body, hashlib.sha256)))
@@ -96,7 +104,7 @@ def unseal(data: bytes, secret: str, kind: type[T]) -> T:
     """
     try:
         signed = msgspec.msgpack.decode(data, type=_Signed)
-    except msgspec.DecodeError as err:
+    except UNREADABLE as err:
         raise RendezvousRefused(f"a rendezvous message of {len(data)} bytes is not ours: {err}") from err
     if not hmac.compare_digest(signed.mac, hmac.digest(secret.encode(), signed.body, hashlib.sha256)):
         raise RendezvousRefused(
@@ -105,7 +113,7 @@ def unseal(data: bytes, secret: str, kind: type[T]) -> T:
         )
     try:
         return msgspec.msgpack.decode(signed.body, type=kind)
-    except msgspec.DecodeError as err:
+    except UNREADABLE as err:
         raise RendezvousRefused(
             f"the other side's {kind.__name__} is of another release of the bridge: {err}"
         ) from err
@@ -215,7 +223,12 @@ def next_request(store: Store, ticket: int, *, secret: str) -> Request | None:
     """
     if not store.check([f"ticket/{ticket}"]):
         return None
-    return unseal(bytes(store.get(f"ticket/{ticket}")), secret, Request)
+    data = bytes(store.get(f"ticket/{ticket}"))
+    if len(data) > MAX_REQUEST_BYTES:
+        raise RendezvousRefused(
+            f"a request of {len(data)} bytes is none; one has {MAX_REQUEST_BYTES} at most"
+        )
+    return unseal(data, secret, Request)
 
 
 def local_address(host: str, port: int) -> str:
