@@ -352,7 +352,7 @@ def descriptors() -> set[str]:
     found = set()
     for path in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):  # the one that this loop has open
-            if "bridge-control" not in os.readlink(path):
+            if "bridge-control" not in str(path.readlink()):
                 found.add(path.name)
     return found
 
