@@ -39,7 +39,7 @@ class ControlGroup:
         deadline_s: float,
         deliver: Callable[[int, Event], None],
     ) -> None:
-        self._group = group
+        self._group: Group | None = group
         self._peers = dict(peers)
         self._epoch = epoch
         self._interval_s = heartbeat_interval_s
@@ -75,6 +75,8 @@ class ControlGroup:
         buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         try:
             with self._send_lock:
+                if self._group is None:
+                    raise PeerLost(f"the control group of epoch {self._epoch} is closed")
                 self._group.send([buffer], peer, CONTROL_TAG).wait(self._deadline)
         except RuntimeError as err:
             raise self._lost(peer, err) from err
@@ -87,9 +89,11 @@ class ControlGroup:
 
     def _receive(self, peer: int) -> None:
         buffer = torch.empty(FRAME_BYTES, dtype=torch.uint8)
+        group = self._group
+        assert group is not None, "closing waits for this thread"
         while True:
             try:
-                self._group.recv([buffer], peer, CONTROL_TAG).wait(self._deadline)
+                group.recv([buffer], peer, CONTROL_TAG).wait(self._deadline)
                 frame = decode(buffer.numpy().tobytes())
             except RuntimeError as err:
                 if not self._closing.is_set():
@@ -127,7 +131,10 @@ class ControlGroup:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, deadline - time.monotonic()))
         ended = not any(thread.is_alive() for thread in self._threads)
-        if not ended:
+        if ended:
+            with self._send_lock:
+                self._group = None  # its sockets are closed now, not when the collector finds the epoch
+        else:
             # Torn down under a waiting thread, the group would take the whole process with it.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._group))
         return ended
