@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bridge import flight
 from bridge.errors import BridgeError, TransferError
 from vllm_patching import introductions
 from vllm_patching.channel import Channel, ChannelClosed, close_all
@@ -113,6 +114,7 @@ class Crew:
         Raises:
             TransferError: an updater is gone.
         """
+        flight.note("order", order=message["type"])
         for rank, channel in self._channels.items():
             try:
                 channel.send({**message, **(ranks or {}).get(rank, {})})

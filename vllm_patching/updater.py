@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import msgspec
 import torch
 
-from bridge import telemetry
+from bridge import flight, telemetry
 from bridge.errors import BridgeError, ProtocolError, TransferError
 from bridge.protocol.mapping import Mapping, RankMap
 from bridge.wire import rendezvous
@@ -62,6 +62,7 @@ class Updater:
 
     def join(self, order: Join) -> dict[str, Any]:
         """Meet the trainers of a new epoch."""
+        telemetry.stand(epoch=order.epoch, version=None)
         return {"type": "joined", "links": self.intake.join(order)}
 
     def stage(
@@ -173,6 +174,9 @@ def _serve(channel: Channel, updater: Updater) -> NoReturn:
     while True:
         message, _ = channel.receive()
         kind = message.pop("type")
+        flight.note(
+            "order", order=kind, **{k: message[k] for k in ("epoch", "joint", "path") if k in message}
+        )
         try:
             if kind == "join":
                 answer = updater.join(msgspec.convert(message, Join))
@@ -186,6 +190,7 @@ def _serve(channel: Channel, updater: Updater) -> NoReturn:
                 raise ProtocolError(f"updater {updater.rank} does not know the order {kind!r}")
         except BridgeError as err:
             logger.error("rank %d: %s failed: %s", updater.rank, kind, err)
+            flight.write(f"{kind} failed: {err}")
             answer = {"type": "failed", "error": str(err)}
         except (
             RuntimeError,
@@ -193,8 +198,10 @@ def _serve(channel: Channel, updater: Updater) -> NoReturn:
         ) as err:  # torch's: out of memory, a lost device; this is the end
             logger.exception("rank %d: %s failed", updater.rank, kind)
             reason = f"{type(err).__name__}: {rendezvous.first_line(err)}"
+            flight.write(f"{kind} failed: {reason}")
             channel.send({"type": "failed", "error": f"updater {updater.rank} ended: {reason}"})
             raise SystemExit(1) from err
+        flight.note("report", report=answer["type"])
         channel.send(answer)
 
 
