@@ -15,10 +15,13 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from bridge import flight
 from bridge.errors import ConfigError
+
+Hook = Callable[[type[BaseException], BaseException, TracebackType | None], object]
 
 ROOTS = ("bridge", "vllm_patching", "launch")
 FORMATS = ("text", "json")
@@ -36,14 +39,14 @@ def stand(*, epoch: int | None, version: int | None) -> None:
 
 class _Text(logging.Formatter):
     def __init__(self, who: str) -> None:
-        super().__init__("%(levelname)s %(asctime)s [bridge %(bridge)s] %(message)s", datefmt="%H:%M:%S")
+        super().__init__("%(levelname)s %(asctime)s [bridge %(who)s] %(message)s", datefmt="%H:%M:%S")
         self._who = f"{who} pid {os.getpid()}"
 
     def format(self, record: logging.LogRecord) -> str:
         epoch, version = _standing.get()
-        record.bridge = self._who
-        if epoch is not None:
-            record.bridge += f" epoch {epoch}" + ("" if version is None else f" version {version}")
+        about = "" if epoch is None else f" epoch {epoch}"
+        about += "" if version is None else f" version {version}"
+        record.__dict__["who"] = self._who + about
         return super().format(record)
 
 
@@ -101,14 +104,13 @@ def configure(*, role: str, rank: int | None = None, level: str | None = None) -
 class _Last:
     """Writes the flight record of a process that an exception ends; what was there before does the rest."""
 
-    def __init__(self, before: object) -> None:
-        self._before = before._before if isinstance(before, _Last) else before
+    def __init__(self, before: Hook | _Last) -> None:
+        self._before: Hook = before._before if isinstance(before, _Last) else before
 
     def __call__(self, kind: type[BaseException], err: BaseException, trace: TracebackType | None) -> None:
         if not issubclass(kind, KeyboardInterrupt):
             flight.note("ends", error=f"{kind.__name__}: {err}")
             flight.write(f"the process ended by {kind.__name__}: {err}")
-        assert callable(self._before)
         self._before(kind, err, trace)
 
 
