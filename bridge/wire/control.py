@@ -7,7 +7,6 @@ heartbeat came, so the peer is lost. A broken connection is noticed at once. Wha
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import threading
 import time
@@ -75,9 +74,10 @@ class ControlGroup:
         buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         try:
             with self._send_lock:
-                if self._group is None:
+                group = self._group
+                if group is None:
                     raise PeerLost(f"the control group of epoch {self._epoch} is closed")
-                self._group.send([buffer], peer, CONTROL_TAG).wait(self._deadline)
+                group.send([buffer], peer, CONTROL_TAG).wait(self._deadline)
         except RuntimeError as err:
             raise self._lost(peer, err) from err
 
@@ -130,11 +130,7 @@ class ControlGroup:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, deadline - time.monotonic()))
-        ended = not any(thread.is_alive() for thread in self._threads)
-        if ended:
-            with self._send_lock:
-                self._group = None  # its sockets are closed now, not when the collector finds the epoch
-        else:
-            # Torn down under a waiting thread, the group would take the whole process with it.
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._group))
-        return ended
+        # Its sockets are closed now, or when the last thread that still waits on it ends: torn down under that
+        # thread, the group would take the whole process with it, so each has a reference of its own.
+        self._group = None
+        return not any(thread.is_alive() for thread in self._threads)
