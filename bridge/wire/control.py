@@ -130,7 +130,7 @@ class ControlGroup:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, deadline - time.monotonic()))
-        # Its sockets are closed now, or when the last thread that still waits on it ends: torn down under that
-        # thread, the group would take the whole process with it, so each has a reference of its own.
+        # Its sockets are closed now, or when the last thread that still waits on it ends: torn down under
+        # that thread, the group would take the whole process with it, so each has a reference of its own.
         self._group = None
         return not any(thread.is_alive() for thread in self._threads)

@@ -72,9 +72,10 @@ class Campaign:
             if transport == LINK:
                 self._link = self._link or Link(self._directory)
                 flags.append(f"--rendezvous-host={HERE}")
-            made = Node(self._directory / f"node{self.made}", deadline_s=self._deadline_s, flags=flags)
-            made.link = self._link if transport == LINK else None
-            self._nodes[transport] = made
+            self._nodes[transport] = Node(
+                self._directory / f"node{self.made}", deadline_s=self._deadline_s, flags=flags,
+                link=self._link if transport == LINK else None,
+            )  # fmt: skip
         return self._nodes[transport]
 
     def run(self, seed: int, case: int) -> dict[str, Any]:

@@ -44,6 +44,12 @@ BUCKET_BYTES = 4096
 SLACK = 2  # descriptors: a connection that is being answered
 REPO = Path(__file__).parents[2]
 
+FULL_SHM = (
+    "unshare", "--mount", "sh", "-c",
+    'mount -t tmpfs -o size=64k tmpfs /dev/shm && ! cat /dev/zero 2> /dev/null > /dev/shm/full && exec "$@"',
+    "sh",
+)  # fmt: skip
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["bridge.rounds", "tests.support.node"])
 
@@ -299,19 +305,30 @@ class TrainerProcess:
 class Node:
     """A running server of the above, what it serves, and one trainer."""
 
-    def __init__(self, logdir: Path, *, ranks: int = 2, deadline_s: float, flags: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        logdir: Path,
+        *,
+        ranks: int = 2,
+        deadline_s: float,
+        flags: Sequence[str] = (),
+        link: Link | None = None,
+        full_shm: bool = False,
+    ) -> None:
+        """``link`` is what trainers live behind; ``full_shm``: nothing fits into the server's /dev/shm."""
         self.logdir, self.ranks, self.deadline_s = logdir, ranks, deadline_s
         self.run_dir = Path(
             os.environ.get("XDG_RUNTIME_DIR", logdir), f"node-{os.getpid()}-{time.monotonic_ns()}"
         )
         logdir.mkdir(parents=True, exist_ok=True)
+        self._prefix = FULL_SHM if full_shm else ()
         self._flags = [
             f"--deadline={deadline_s:g}", f"--heartbeat-interval={deadline_s / 8:g}",
             f"--commit-timeout={2 * deadline_s:g}", *flags,
         ]  # fmt: skip
         self.seed = 0  # of the weights that are served
         self.version = 0
-        self.link: Link | None = None  # that trainers live behind
+        self.link = link
         self._trainer: TrainerProcess | None = None
         self._expected: dict[int, list[str]] = {0: digests_of(0, ranks)}
         self._read = 0
@@ -319,7 +336,7 @@ class Node:
 
     def start(self) -> None:
         command = [
-            sys.executable, "-m", "tests.support.node", "launch", f"--run-dir={self.run_dir}",
+            *self._prefix, sys.executable, "-m", "tests.support.node", "launch", f"--run-dir={self.run_dir}",
             f"--logdir={self.logdir}", f"--ranks={self.ranks}", f"--port={free_port()}",
             f"--daemon-flags={' '.join(self._flags)}",
         ]  # fmt: skip
@@ -462,6 +479,8 @@ def suffer(made: Node, fault: Fault, *, seed: int) -> Outcome:
         made.link.set()
     assert "version" in answer or "error" in answer or fault.who == "trainer", f"{fault}: silence, {answer}"
     assert answer.get("typed", True), f"{fault}: {answer}"
+    assert "error" not in answer or list(made.logdir.glob("flight-*.jsonl")), f"{fault}: no flight record"
+    assert not (unpickled := made.logdir / "unpickled.txt").exists(), unpickled.read_text()
     if "died" in answer:
         made.dismiss()
     if fault.what == "kill" and fault.who in ("worker", "engine"):
