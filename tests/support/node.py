@@ -75,8 +75,11 @@ def digests_of(seed: int, ranks: int) -> list[str]:
 # --- in vLLM's place ----------------------------------------------------------------------------------------
 
 
-def worker(rank: int, ranks: int, batches: Any) -> None:
+def worker(rank: int, ranks: int, pipes: Sequence[tuple[Any, Any]]) -> None:
     """A worker: its weights in an arena, flipped as a stamp says."""
+    batches = pipes[rank][1]
+    for end in {end for pipe in pipes for end in pipe} - {batches}:
+        end.close()  # or nobody's death would be seen
     from vllm_patching.cpu_arena import CpuArena
     from vllm_patching.registration import Registration
     from vllm_patching.worker import WorkerBridge
@@ -121,8 +124,10 @@ def vllm(args: argparse.Namespace) -> int:
     wait_until("the daemon to listen", listening.exists, timeout_s=120)
     context = multiprocessing.get_context("fork")
     pipes = [context.Pipe() for _ in range(args.ranks)]
-    for rank, (_, theirs) in enumerate(pipes):
-        context.Process(target=worker, args=(rank, args.ranks, theirs), daemon=True).start()
+    for rank in range(args.ranks):
+        context.Process(target=worker, args=(rank, args.ranks, pipes), daemon=True).start()
+    for _, theirs in pipes:
+        theirs.close()
     hello = {"type": "engine", "index": 0, "world_size": args.ranks, "hooks": {"schedule": True}}
     registration = Registration({**hello}, who="vLLM engine core 0")
     engine = EngineBridge(SimpleNamespace(), salted=False)

@@ -457,6 +457,14 @@ def test_the_front_desk_answers_whatever_it_is_told(kind: str, data: st.DataObje
     assert not left, f"{len(left)} descriptors are left open"
 
 
+def test_an_updater_whose_worker_has_died_is_told_so() -> None:
+    desk = Desk()
+    desk.daemon.mapping = DOCUMENT
+    desk.daemon.crew = SimpleNamespace(processes={1: SimpleNamespace(pid=7)})
+    answer = desk.hear({"type": "updater", "rank": 1, "pid": 7, "host": "h"})
+    assert answer == {"type": "error", "error": "worker rank 1 is not registered any more"}
+
+
 def test_a_worker_that_dies_before_its_welcome_is_not_registered() -> None:
     desk, before = Desk(), descriptors()
     ours, theirs = socket.socketpair(socket.AF_UNIX)
