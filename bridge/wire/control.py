@@ -68,7 +68,10 @@ class ControlGroup:
             except PeerLost as err:
                 lost = lost or err
         if lost:
-            raise lost
+            try:
+                raise lost
+            finally:
+                del lost  # or it and this frame, by its traceback, keep each other, and the group with them
 
     def _send_one(self, peer: int, data: bytes) -> None:
         buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import weakref
 from collections.abc import Callable
@@ -24,6 +25,8 @@ class Silent:
         return Work(self._broken.wait)
 
     def send(self, *_: Any) -> Any:
+        if self._broken.is_set():
+            raise RuntimeError("connection reset by peer")
         return Work(lambda: None)
 
 
@@ -55,3 +58,24 @@ def test_a_closed_group_lives_as_long_as_a_thread_waits_on_it_and_no_longer() ->
     assert control.close(timeout_s=5)
     assert gone() is None, "each epoch that ends like this keeps its sockets"
     assert events == [], "whoever closes wants to hear no more"
+
+
+def test_a_frame_that_could_not_be_sent_keeps_no_group() -> None:
+    broken = threading.Event()
+    group: Any = Silent(broken)
+    gone = weakref.ref(group)
+    control = ControlGroup(
+        group, {0: "trainer rank 0"}, epoch=3, heartbeat_interval_s=60, deadline_s=5,
+        deliver=lambda *_: None,
+    )  # fmt: skip
+    del group
+    broken.set()
+    gc.disable()
+    try:
+        with pytest.raises(PeerLost, match="trainer rank 0 is gone") as caught:
+            control.send([0], Frame(opcode=Opcode.SHUTDOWN, epoch=3))
+        del caught
+        assert control.close(timeout_s=5)
+        assert gone() is None, "only the collector would find it"
+    finally:
+        gc.enable()
