@@ -10,11 +10,13 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 import msgspec
 import torch
 
+from bridge import flight, telemetry
 from bridge.config import BridgeConfig
 from bridge.environment import Ranks
 from bridge.errors import (
@@ -29,6 +31,7 @@ from bridge.errors import (
 from bridge.job import Encoding, Job, Receipt, Vote
 from bridge.joining import ask_admission, meet
 from bridge.moving import Mover
+from bridge.protocol.decoding import UNREADABLE
 from bridge.protocol.mapping import Mapping
 from bridge.protocol.messages import DIGEST_BYTES, Frame, Opcode
 from bridge.protocol.session import (
@@ -302,6 +305,8 @@ class Session:
             self.stale = True  # nothing was said of this round yet: it may go through a new epoch
             job.finish(None, RoundAborted(f"version {job.version} was not sent: {self.closed}"))
             return
+        telemetry.stand(epoch=self._answer.epoch, version=job.version)
+        flight.note("round", epoch=self._answer.epoch, version=job.version, bytes=job.nbytes)
         try:
             if job.encoding == "delta":
                 self._check_carries_changes()
@@ -316,6 +321,7 @@ class Session:
             )
             self.closed = str(error)
             logger.error("version %d failed: %s", job.version, error)
+            self._write_flight(f"version {job.version} failed: {error}")
             job.finish(None, error)
         except (torch.OutOfMemoryError, torch.AcceleratorError) as err:
             logger.exception("version %d: the GPU failed", job.version)
@@ -324,11 +330,18 @@ class Session:
             job.finish(None, DeviceError(f"{reason}; the server keeps its weights"))
         except Exception as err:  # the thread's edge: the caller gets it, typed
             logger.exception("version %d: a defect of the bridge", job.version)
+            self._write_flight(f"version {job.version}: {type(err).__name__}: {err}")
             self.refuse_round(f"{type(err).__name__}: {err}")
             job.finish(None, ProtocolError(f"version {job.version}: {type(err).__name__}: {err}"))
         else:
             self.version, self.outdated = job.version, False
             job.finish(receipt, None)
+
+    def _write_flight(self, why: str) -> None:
+        if self.config.logdir is not None:
+            flight.write(why, self.config.logdir)
+        elif self.config.config_path is not None:
+            flight.write(why, Path(self.config.config_path).parent)
 
     def _check_carries_changes(self) -> None:
         """Every rank looks at all of them, so that all refuse alike, before anything has begun."""
@@ -427,7 +440,9 @@ class Session:
 
     def _on_event(self, job: Job, peer: int, event: Event) -> list[Action]:
         if not isinstance(event, Frame):
+            flight.note("lost", peer=self._who(peer), what=str(event))
             raise event
+        flight.note("received", frame=event.opcode.name, peer=peer, version=event.version, text=event.text)
         if self.rank == 0:
             return self._coordinator.on_frame(peer, event)
         self.stale = event.opcode in (Opcode.ABORT, Opcode.SHUTDOWN) and event.version < job.version
@@ -435,6 +450,7 @@ class Session:
 
     def _perform(self, job: Job, action: Action) -> Receipt | None:
         if isinstance(action, Send):
+            flight.note("sent", frame=action.frame.opcode.name, version=job.version, text=action.frame.text)
             self._control.send(action.peers, action.frame)
         elif isinstance(action, Move):
             self._start_moving(job)
@@ -449,7 +465,12 @@ class Session:
             else:
                 job.vote.staged()
         elif isinstance(action, Finished):
-            receipt = msgspec.json.decode(action.text, type=Receipt)
+            try:
+                receipt = msgspec.json.decode(action.text, type=Receipt)
+            except UNREADABLE as err:
+                raise ProtocolError(
+                    f"version {job.version} is live, but this is no receipt ({err}): {action.text[:80]!r}"
+                ) from err
             return msgspec.structs.replace(receipt, total_s=time.monotonic() - job.started)
         elif isinstance(action, Close):
             raise RoundAborted(f"version {job.version} was not committed: {action.reason}")
@@ -507,6 +528,7 @@ class Session:
         """Rank 0 tells the daemons which bucket is next."""
         if self.rank != 0:
             return
+        flight.note("bucket", version=version, index=index)
         daemons = range(self.world_size, self.world_size + self._answer.num_daemons)
         frame = Frame(opcode=Opcode.BUCKET, epoch=self._answer.epoch, version=version, index=index)
         self._control.send(daemons, frame)

@@ -103,11 +103,19 @@ def _facts(status: dict[str, Any]) -> list[tuple[str, str]]:
             f"updaters {pids.get('updaters')}",
         ),
     ]
+    facts += [
+        ("waits", f"{wait['who']} for {wait['waits_for']}{_since(wait['since_s'])}")
+        for wait in status.get("waits", ())
+    ]
     if last:
         facts.append(("last round", ", ".join(f"{key} {_number(value)}" for key, value in last.items())))
     if status["last_error"]:
         facts.append(("last error", status["last_error"]))
     return facts
+
+
+def _since(seconds: float | None) -> str:
+    return "" if seconds is None else f", since {seconds:g} s"
 
 
 def _number(value: Any) -> str:

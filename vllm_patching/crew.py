@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bridge.errors import TransferError
-from vllm_patching.channel import Channel, ChannelClosed
+from bridge import flight
+from bridge.errors import BridgeError, TransferError
+from vllm_patching import introductions
+from vllm_patching.channel import Channel, ChannelClosed, close_all
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +75,14 @@ class Crew:
     def _read(self, rank: int, channel: Channel) -> None:
         while True:
             try:
-                message, _ = channel.receive()
-            except ChannelClosed:
+                message, fds = channel.receive()
+                close_all(fds)
+                introductions.check_report(message)
+            except BridgeError as err:
+                if not isinstance(err, ChannelClosed):
+                    logger.error(
+                        "what %s sends cannot be read, so it counts as dead: %s", self.describe(rank), err
+                    )
                 if not self._ending:
                     self._reports.put(Report(self, rank, None))
                 return
@@ -106,6 +114,7 @@ class Crew:
         Raises:
             TransferError: an updater is gone.
         """
+        flight.note("order", order=message["type"])
         for rank, channel in self._channels.items():
             try:
                 channel.send({**message, **(ranks or {}).get(rank, {})})

@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from bridge import telemetry
+from bridge import flight, telemetry
 from bridge.errors import BridgeError, RendezvousRefused, TransferError
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import CONFIG_NAME, Mapping, Rendezvous
@@ -115,6 +115,7 @@ class Daemon:
                     self.handled.notify_all()
         except BridgeError as err:
             logger.error("%s", err)
+            flight.write(f"the daemon ended: {err}", self.args.logdir)
             self.last_error = str(err)
             return err.exit_code
         finally:
@@ -199,6 +200,7 @@ class Daemon:
         self._closing = False
         if epoch.closed:
             logger.error("epoch %d ended: %s; %s", epoch.epoch, epoch.closed, self._served())
+            flight.write(f"epoch {epoch.epoch} ended: {epoch.closed}", self.args.logdir)
         else:
             logger.info("epoch %d ended in order at version %d", epoch.epoch, self.live_version)
         self.new_crew()
@@ -324,6 +326,7 @@ class Daemon:
 
     def _vllm_lost(self, who: str) -> None:
         logger.error("%s is gone", who)
+        flight.note("lost", what=who)
         if not self._first_death:
             # One death ends all of vLLM: the first is the cause, the others follow from it.
             self._first_death = self.last_error = self._given_up or f"{who} is gone"
@@ -405,6 +408,8 @@ class Daemon:
             )
         )
         self.epoch = epoch
+        telemetry.stand(epoch=self.epochs, version=self.version)
+        flight.note("admitted", trainer=epoch.trainer, epoch=self.epochs, version=self.version)
         self.idle_deaths = 0
         address = (self.args.rendezvous_host, self.store.port)
         try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from vllm_patching import waiting
+
 if TYPE_CHECKING:
     from vllm_patching.daemon import Daemon
 
@@ -41,6 +43,7 @@ def describe(daemon: Daemon) -> dict[str, Any]:
         "rounds": {"committed": daemon.committed, "aborted": daemon.aborted},
         "last_error": daemon.last_error,
         "last_round": daemon.last_round,
+        "waits": waiting.describe(daemon),
         "ranks": [
             {
                 "rank": r,

@@ -22,9 +22,8 @@ from typing import Any, NoReturn
 
 import msgspec
 import torch
-from safetensors import safe_open
 
-from bridge import telemetry
+from bridge import flight, telemetry
 from bridge.errors import BridgeError, ProtocolError, TransferError
 from bridge.protocol.mapping import Mapping, RankMap
 from bridge.wire import rendezvous
@@ -65,6 +64,7 @@ class Updater:
 
     def join(self, order: Join) -> dict[str, Any]:
         """Meet the trainers of a new epoch."""
+        telemetry.stand(epoch=order.epoch, version=None)
         return {"type": "joined", "links": self.intake.join(order)}
 
     def stage(
@@ -157,6 +157,7 @@ class Updater:
         self,
         *,
         path: str,
+        below: str,
         half: int,
         leave_s: float = 0.0,
         refuse_parts: str = "",  # noqa: ARG002 - files hold all
@@ -164,11 +165,11 @@ class Updater:
         """Stage a whole version from safetensors files (a file, or a folder of them); see ``stage``.
 
         Raises:
+            ConfigError: a file does not lie below ``below``.
             MappingError: lists every tensor missing, extra, or of another shape.
         """
         start = time.perf_counter()
-        files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [Path(path)]
-        found = update_files.index(files)
+        found = update_files.index(update_files.find(path, Path(below)))
         name = update_files.match_vocabulary(self.mapping, self.rank_map, found)
         listed = self.mapping.vocabulary(name).sources
         grouped = writes_by_source(self.rank_map.writes[name])
@@ -179,7 +180,7 @@ class Updater:
             for index, source in enumerate(listed):
                 if index not in grouped:
                     continue
-                with safe_open(found[source.name], framework="pt") as file:
+                with update_files.reading(found[source.name]) as file:
                     tensor = file.get_tensor(source.name)
                 staging.apply(grouped[index], tensor)
                 nbytes += tensor.numel() * tensor.element_size()
@@ -203,6 +204,9 @@ def _serve(channel: Channel, updater: Updater) -> NoReturn:
     while True:
         message, _ = channel.receive()
         kind = message.pop("type")
+        flight.note(
+            "order", order=kind, **{k: message[k] for k in ("epoch", "joint", "path") if k in message}
+        )
         try:
             if kind == "join":
                 answer = updater.join(msgspec.convert(message, Join))
@@ -216,6 +220,7 @@ def _serve(channel: Channel, updater: Updater) -> NoReturn:
                 raise ProtocolError(f"updater {updater.rank} does not know the order {kind!r}")
         except BridgeError as err:
             logger.error("rank %d: %s failed: %s", updater.rank, kind, err)
+            flight.write(f"{kind} failed: {err}")
             answer = {"type": "failed", "error": str(err)}
         except (
             RuntimeError,
@@ -223,8 +228,10 @@ def _serve(channel: Channel, updater: Updater) -> NoReturn:
         ) as err:  # torch's: out of memory, a lost device; this is the end
             logger.exception("rank %d: %s failed", updater.rank, kind)
             reason = f"{type(err).__name__}: {rendezvous.first_line(err)}"
+            flight.write(f"{kind} failed: {reason}")
             channel.send({"type": "failed", "error": f"updater {updater.rank} ended: {reason}"})
             raise SystemExit(1) from err
+        flight.note("report", report=answer["type"])
         channel.send(answer)
 
 

@@ -21,6 +21,7 @@ _HEAD = struct.Struct("<4sHhQQqH16s")
 _MAGIC = b"VWB1"
 MAX_TEXT_BYTES = FRAME_BYTES - _HEAD.size
 COMMIT_WHEN_STAGED = 1  # BEGIN's index: nobody else has a say, so the daemon need not wait for COMMIT
+MAX_VERSION = (1 << 63) - 1
 # Instead of an encoding in READY, and of a joint layout's key in BEGIN; may be followed by a space and the
 # version that is to be served again.
 ROLLBACK = "rollback"
@@ -78,7 +79,8 @@ def decode(data: bytes) -> Frame:
     """Parse ``FRAME_BYTES`` bytes.
 
     Raises:
-        ProtocolError: not a frame, of another protocol version, or with an unknown opcode.
+        ProtocolError: not a frame, of another protocol version, with an unknown opcode, or with a text that
+            it cannot hold.
     """
     if len(data) != FRAME_BYTES:
         raise ProtocolError(f"a control frame has {FRAME_BYTES} bytes, received {len(data)}")
@@ -91,5 +93,9 @@ def decode(data: bytes) -> Frame:
         code = Opcode(opcode)
     except ValueError as err:
         raise ProtocolError(f"unknown opcode {opcode} in a control frame") from err
+    if length > MAX_TEXT_BYTES:
+        raise ProtocolError(
+            f"a {code.name} frame says its text has {length} bytes, it holds {MAX_TEXT_BYTES}"
+        )
     text = data[_HEAD.size : _HEAD.size + length].decode(errors="replace")
     return Frame(opcode=code, epoch=epoch, version=weight_version, index=index, digest=digest, text=text)

@@ -26,7 +26,7 @@ from collections.abc import Iterable
 import msgspec
 
 from bridge.errors import ProtocolError
-from bridge.protocol.messages import COMMIT_WHEN_STAGED, Frame, Opcode
+from bridge.protocol.messages import COMMIT_WHEN_STAGED, MAX_VERSION, Frame, Opcode
 
 
 class State(enum.Enum):
@@ -156,6 +156,8 @@ class InferenceSession(_Machine):
         if frame.version <= self.version:
             reason = f"version {frame.version} offered, version {self.version} is served already"
             return self._fail(reason)
+        if frame.version > MAX_VERSION:
+            return self._fail(f"version {frame.version} does not fit a signed 64-bit word")
         self.version = frame.version
         self._asks = frame.index != COMMIT_WHEN_STAGED
         self.state = State.STAGING

@@ -14,7 +14,7 @@ import socket
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 import msgspec
 import torch
@@ -26,6 +26,14 @@ from torch.distributed import Store as Store  # type: ignore[attr-defined]
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from bridge.errors import RendezvousError, RendezvousRefused
+from bridge.protocol.decoding import UNREADABLE
+
+MAX_REQUEST_BYTES = 1 << 16  # some hundred, in fact; whoever reaches the port can write any number of them
+MAX_RANKS = 1 << 16
+_Ranks = Annotated[int, msgspec.Meta(ge=0, le=MAX_RANKS)]
+_Pid = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+_Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+_Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 
 TICKETS, LOANS = "ticket", "loan"  # who stands in which line, counted from 1
 
@@ -38,12 +46,12 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
     session: str
     protocol_version: int
-    world_size: int
+    world_size: Annotated[int, msgspec.Meta(ge=1, le=MAX_RANKS)]
     mapping_digest: str
     host: str
-    pid: int
+    pid: _Pid
     torch_version: str
-    restores: int = 0
+    restores: _Number = 0
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,16 +65,16 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     session: str
     refusal: str = ""
     try_again: bool = False
-    epoch: int = 0
-    weight_version: int = 0
-    num_daemons: int = 1
-    num_inference_ranks: int = 0
-    daemon_pid: int = 0
-    heartbeat_interval_s: float = 2.0
-    deadline_s: float = 15.0
-    commit_timeout_s: float = 120.0
+    epoch: _Number = 0
+    weight_version: _Number = 0
+    num_daemons: _Ranks = 1
+    num_inference_ranks: _Ranks = 0
+    daemon_pid: _Pid = 0
+    heartbeat_interval_s: _Seconds = 2.0
+    deadline_s: _Seconds = 15.0
+    commit_timeout_s: _Seconds = 120.0
     checksum: str = "first"
-    bucket_bytes: int = 0
+    bucket_bytes: _Number = 0
     in_place: bool = False
     outdated: bool = False
 
@@ -94,7 +102,7 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     session: str
-    version: int = 0
+    version: _Number = 0
     refusal: str = ""
     borrower: str = ""
 
@@ -115,7 +123,7 @@ class Group(Protocol):
     def recv(self, tensors: list[torch.Tensor], peer: int, tag: int, /) -> dist.Work: ...
 
 
-def seal(message: msgspec.Struct, secret: str) -> bytes:
+def seal(message: msgspec.Struct | list[str], secret: str) -> bytes:
     """Encode and sign with the job's secret (HMAC-SHA256)."""
     body = msgspec.msgpack.encode(message)
     return msgspec.msgpack.encode(_Signed(body, hmac.digest(secret.encode(), body, hashlib.sha256)))
@@ -129,7 +137,7 @@ def unseal(data: bytes, secret: str, kind: type[T]) -> T:
     """
     try:
         signed = msgspec.msgpack.decode(data, type=_Signed)
-    except msgspec.DecodeError as err:
+    except UNREADABLE as err:
         raise RendezvousRefused(f"a rendezvous message of {len(data)} bytes is not ours: {err}") from err
     if not hmac.compare_digest(signed.mac, hmac.digest(secret.encode(), signed.body, hashlib.sha256)):
         raise RendezvousRefused(
@@ -138,7 +146,7 @@ def unseal(data: bytes, secret: str, kind: type[T]) -> T:
         )
     try:
         return msgspec.msgpack.decode(signed.body, type=kind)
-    except msgspec.DecodeError as err:
+    except UNREADABLE as err:
         raise RendezvousRefused(
             f"the other side's {kind.__name__} is of another release of the bridge: {err}"
         ) from err
@@ -253,9 +261,7 @@ def await_offer(store: Store, session: str, secret: str, *, timeout_s: float) ->
 
 def next_loan(store: Store, ticket: int, *, secret: str) -> Loan | None:
     """As ``next_request``, of the other line."""
-    if not store.check([f"{LOANS}/{ticket}"]):
-        return None
-    return unseal(bytes(store.get(f"{LOANS}/{ticket}")), secret, Loan)
+    return _next(store, LOANS, ticket, secret, Loan)
 
 
 def next_request(store: Store, ticket: int, *, secret: str) -> Request | None:
@@ -264,9 +270,18 @@ def next_request(store: Store, ticket: int, *, secret: str) -> Request | None:
     Raises:
         RendezvousRefused: the request was not signed with our secret.
     """
-    if not store.check([f"{TICKETS}/{ticket}"]):
+    return _next(store, TICKETS, ticket, secret, Request)
+
+
+def _next(store: Store, line: str, ticket: int, secret: str, kind: type[T]) -> T | None:
+    if not store.check([f"{line}/{ticket}"]):
         return None
-    return unseal(bytes(store.get(f"{TICKETS}/{ticket}")), secret, Request)
+    data = bytes(store.get(f"{line}/{ticket}"))
+    if len(data) > MAX_REQUEST_BYTES:
+        raise RendezvousRefused(
+            f"a request of {len(data)} bytes is none; one has {MAX_REQUEST_BYTES} at most"
+        )
+    return unseal(data, secret, kind)
 
 
 def local_address(host: str, port: int) -> str:
