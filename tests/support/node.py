@@ -208,6 +208,7 @@ def launch(args: argparse.Namespace) -> int:
             daemon=Command(name="daemon", argv=tuple(daemon), env=env),
             trainer=None,
             server=ServerView(bind_host="127.0.0.1", connect_host="127.0.0.1", port=args.port),
+            public_url=f"http://127.0.0.1:{args.port}",
             run_dir=run_dir,
             logdir=logdir,
             limits=Limits(
