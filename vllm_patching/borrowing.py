@@ -69,10 +69,11 @@ class Borrowing:
                 attempt += 1
                 if attempt == ATTEMPTS:
                     self._stop_asking(stopping)
-                    if self._has_newest:
-                        logger.info("no peer tells of a version newer than %d", self._served)
-                        return
-                    logger.warning("no peer sends the newest version now; they are asked again now and then")
+                    logger.warning(
+                        "no peer sends a version newer than %d now, and not every one answers; they are "
+                        "asked again now and then",
+                        self._served,
+                    )
                 if stopping.wait(PAUSE_S if attempt < ATTEMPTS else LONG_PAUSE_S):
                     return
         except Exception:  # the thread's edge: without it the server is as good as without peers
@@ -87,7 +88,7 @@ class Borrowing:
 
     def _borrow(self, stopping: threading.Event) -> bool:
         """Whether there is nothing more to do."""
-        if stopping.is_set() or (not self.asking and self._has_newest):
+        if stopping.is_set() or (not self.asking and self._has_newest and self._served):
             return True
         offers = [(self._ask(peer, start=False), peer) for peer in self._peers]
         newest = max([self._daemon.version, *(offer.version for offer, _ in offers if offer is not None)])

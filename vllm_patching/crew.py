@@ -103,6 +103,7 @@ class Crew:
         with self._here:
             while absent := sorted(set(range(self.num_ranks)) - self._ready):
                 if dead := [rank for rank in absent if self.processes[rank].poll() is not None]:
+                    self._reports.put(Report(self, dead[0], None))  # it had no connection whose end tells
                     raise TransferError(f"{self.describe(dead[0])} died before it was ready; see daemon.log")
                 if time.monotonic() > deadline:
                     raise TransferError(f"updaters of ranks {absent} were not ready within {timeout_s:g} s")
