@@ -49,7 +49,17 @@ class Borrowing:
     def begin(self) -> None:
         """vLLM has published: see whether a peer has a newer version, and get it."""
         self._stopping.set()
+        here = self._daemon
         if not self._peers:
+            return
+        if (here.swap is not None and here.swap.keeps_what_is_staged) or (
+            here.mapping is not None and here.mapping.adapters
+        ):
+            logger.warning(
+                "peers are not asked: weights that are written in place would be torn by a loan that ends, "
+                "and adapters that trainers send are not lent; the newest version comes with the next "
+                "broadcast"
+            )
             return
         self._stopping = threading.Event()
         self.asking = True
@@ -57,6 +67,10 @@ class Borrowing:
             target=self._run, args=(self._stopping,), name="bridge-borrowing", daemon=True
         )
         thread.start()
+
+    def satisfied(self) -> None:
+        """A version has become live, and a newer one would be known: nothing need wait for the peers."""
+        self.asking = False
 
     def close(self) -> None:
         """The daemon ends, or its vLLM has."""
@@ -124,7 +138,8 @@ class Borrowing:
                 return True
             if self._daemon.aborted > aborted:
                 return False
-            if self._daemon.epoch is not None:  # which has deadlines of its own
+            epoch = self._daemon.epoch
+            if epoch is not None and epoch.request.restores:  # which has deadlines of its own
                 due = time.monotonic() + KNOCK_TIMEOUT_S
             elif time.monotonic() > due:
                 logger.warning("nobody came to bring version %d within %g s", version, KNOCK_TIMEOUT_S)
