@@ -252,8 +252,10 @@ def assert_comes_back(server: Server, trainers: Trainers, victim: str, *, nth: i
     pid = VICTIMS[victim](server, held.before)
     os.kill(pid, signal.SIGKILL)  # and the updater stays where it is: the daemon has to end it
     (error,) = held.errors()
-    # The engine core ends itself without its API server, and the trainer may hear of that first.
-    named = [pid, *held.before["pids"]["engines"]] if victim == "api_server" else [pid]
+    # The engine core ends itself without its API server, and workers without their engine core: the trainer may
+    # hear of those first.
+    followers = {"api_server": ("engines", "workers"), "engine": ("workers",)}.get(victim, ())
+    named = [pid, *(other for role in followers for other in held.before["pids"][role])]
     assert any(f"(pid {number}" in error for number in named), error
     wait_until("status to say so", lambda: server.status()["state"] == "recovering", timeout_s=30)
     wait_until("vLLM", lambda: server.text().count("vLLM is back") == nth, timeout_s=START_TIMEOUT_S)
