@@ -252,8 +252,8 @@ def assert_comes_back(server: Server, trainers: Trainers, victim: str, *, nth: i
     pid = VICTIMS[victim](server, held.before)
     os.kill(pid, signal.SIGKILL)  # and the updater stays where it is: the daemon has to end it
     (error,) = held.errors()
-    # The engine core ends itself without its API server, and workers without their engine core: the trainer may
-    # hear of those first.
+    # The engine core ends itself without its API server, and workers without their engine core: the trainer
+    # may hear of those first.
     followers = {"api_server": ("engines", "workers"), "engine": ("workers",)}.get(victim, ())
     named = [pid, *(other for role in followers for other in held.before["pids"][role])]
     assert any(f"(pid {number}" in error for number in named), error
