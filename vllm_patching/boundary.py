@@ -32,13 +32,24 @@ class Boundary:
     to its own boundary, and a word is answered when all of them have.
     """
 
-    def __init__(self, registry: Registry, *, timeout_s: float, first_death: Callable[[], str]) -> None:
-        """``timeout_s`` bounds each wait; ``first_death`` names whose death ended vLLM, "" if nobody's."""
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        timeout_s: float,
+        first_death: Callable[[], str],
+        watch: Callable[[bool], None] = lambda _: None,
+    ) -> None:
+        """``timeout_s`` bounds each wait; ``first_death`` names whose death ended vLLM, "" if nobody's.
+
+        ``watch`` is told before and after a wait: words of other nodes' ranks come by message.
+        """
         assert registry.control is not None
         self.page: ControlPage = registry.control
         self.timeout_s = timeout_s
         self._registry = registry
         self._first_death = first_death
+        self._watch = watch
 
     @property
     def num_ranks(self) -> int:
@@ -130,6 +141,21 @@ class Boundary:
             raise TransferError(f"{before}, but {gone}")
 
     def _ask(
+        self,
+        ask: Callable[[], None],
+        done: Callable[[], bool],
+        *,
+        before: str,
+        failure: str,
+        late: Callable[[], str],
+    ) -> None:
+        self._watch(True)
+        try:
+            self._ask_and_wait(ask, done, before=before, failure=failure, late=late)
+        finally:
+            self._watch(False)
+
+    def _ask_and_wait(
         self,
         ask: Callable[[], None],
         done: Callable[[], bool],

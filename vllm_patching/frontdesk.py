@@ -14,12 +14,12 @@ import msgspec
 
 from bridge.errors import BridgeError, ConfigError
 from vllm_patching.channel import Channel, PeerRefused
-from vllm_patching.events import Lost, Notified, Stop
+from vllm_patching.events import ASKED, Lost, Notified, Stop
 from vllm_patching.file_round import STAGE_FILE_TIMEOUT_S
-from vllm_patching.status import describe
 
 if TYPE_CHECKING:
     from vllm_patching.daemon import Daemon
+    from vllm_patching.follower import Follower
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +36,10 @@ def start_thread(name: str, target: Callable[..., None], *args: Any) -> threadin
 class FrontDesk:
     """Answers connections in threads of their own; what changes the daemon's state goes into its queue."""
 
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, daemon: Daemon | Follower, head: Daemon | None = None) -> None:
+        """``head`` is the same daemon where it has rounds of its own."""
         self._daemon = daemon
+        self._head = head
 
     def accept(self, listener: socket.socket) -> None:
         """Let connections in until ``listener`` is closed; each is answered by a thread of its own."""
@@ -73,25 +75,28 @@ class FrontDesk:
     def _reply(self, message: dict[str, Any]) -> dict[str, Any]:
         kind = message.get("type")
         if kind == "status":
-            return describe(self._daemon)
-        if kind == "await_round":
-            return self._await_round(message)
+            return self._daemon.describe()
         if kind == "shutdown":
-            self._daemon.events.put(Stop(message.get("why") or "shutdown requested"))
+            self._daemon.events.put(Stop(message.get("why") or ASKED, final=True))
             return {"type": "ok"}
+        head = self._head
+        if head is None:
+            return {"type": "error", "error": "this node follows another; ask the daemon of node 0"}
+        if kind == "await_round":
+            return self._await_round(head, message)
         if kind == "notify_update":
             reply: queue.Queue[dict[str, Any]] = queue.Queue()
-            self._daemon.events.put(Notified(str(message["path"]), message.get("version"), reply))
-            return reply.get(timeout=STAGE_FILE_TIMEOUT_S + self._daemon.limits.commit_timeout_s)
+            head.events.put(Notified(str(message["path"]), message.get("version"), reply))
+            return reply.get(timeout=STAGE_FILE_TIMEOUT_S + head.limits.commit_timeout_s)
         return {"type": "error", "error": f"unknown request {kind!r}"}
 
-    def _await_round(self, order: dict[str, Any]) -> dict[str, Any]:
+    def _await_round(self, here: Daemon, order: dict[str, Any]) -> dict[str, Any]:
         """The status, once what is waited for has come, or cannot come any more, or time is up.
 
         With a ``version`` that is its commit, or an abort more than ``aborted``; without, the end of more
         rounds than ``ended``. Another daemon than ``daemon`` has counted none of them.
         """
-        here, version = self._daemon, order["version"]
+        version = order["version"]
 
         def settled() -> bool:
             if order["daemon"] != os.getpid():
@@ -102,7 +107,7 @@ class FrontDesk:
 
         with here.handled:
             here.handled.wait_for(settled, timeout=order["timeout_s"])
-        return describe(here)
+        return here.describe()
 
     def _keep(self, hello: dict[str, Any], fds: tuple[int, ...], channel: Channel) -> None:
         try:
