@@ -131,6 +131,10 @@ def _facts(status: dict[str, Any]) -> list[tuple[str, str]]:
             f"updaters {pids.get('updaters')}",
         ),
     ]
+    if nodes := status.get("nodes"):
+        missing = f"; missing {nodes['missing']}" if nodes["missing"] else ""
+        hosts = ", ".join(f"{rank} on {host}" for rank, host in nodes["hosts"].items())
+        facts.append(("nodes", f"{nodes['rank']} of {nodes['count']} asked; {hosts}{missing}"))
     if last:
         facts.append(("last round", ", ".join(f"{key} {_number(value)}" for key, value in last.items())))
     if status["last_error"]:

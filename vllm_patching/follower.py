@@ -349,7 +349,7 @@ class Follower:
         state = "failed" if self.failed else "ready" if joined and self.mapping and self.crew else "waiting"
         detail = f"node {self.args.node_rank} of {self.args.nnodes}, {here} worker(s) here; node 0 "
         detail += "is joined" if joined else "is looked for"
-        page = self.registry.control
+        page, ranks = self.registry.control, self.registry.ranks_of(0)
         return {
             "type": "status",
             "state": state,
@@ -361,8 +361,16 @@ class Follower:
                 **self.registry.pids(),
                 "updaters": self.crew.pids() if self.crew else [],
             },
+            "weight_version": min((page.slot(r).version for r in ranks), default=0) if page else 0,
+            "requested_version": 0,
+            "writing": 0,
+            "epoch": 0,
+            "trainer": None,
+            "bucket": -1,
+            "rounds": {"committed": 0, "aborted": 0},  # node 0 counts them
             "rendezvous": None,
             "last_error": self.last_error,
+            "last_round": None,
             "given_up": "",
             "nodes": {
                 "count": self.args.nnodes,
@@ -376,7 +384,7 @@ class Follower:
             "ranks": [
                 {"rank": r, "version": page.slot(r).version, "batch": page.slot(r).batch,
                  "active_half": page.slot(r).active}
-                for r in self.registry.ranks_of(0) if page
+                for r in ranks if page
             ],
         }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""A server on two nodes without a vLLM: real daemons, updaters and arenas, and stand-ins for engine and workers.
+"""A server on two nodes without a vLLM: real daemons, updaters and arenas; its engine and workers stand in.
 
 Each worker is a process with an arena of a ``parallel_mapping``'s rank; the engine, another, runs batches all
 the time: each is stamped as vLLM's are and goes to the workers by a pipe of their own, rank 1's late.
@@ -38,9 +38,8 @@ WAIT_S = 120.0
 def weights(seed: int) -> dict[str, torch.Tensor]:
     """A trainer's tensors."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.randn(shape, generator=generator).to(dtype) for name, (shape, dtype, _, _) in SOURCES.items()
-    }
+    made = {name: torch.randn(shape, generator=generator) for name, (shape, _, _, _) in SOURCES.items()}
+    return {name: tensor.to(SOURCES[name][1]) for name, tensor in made.items()}
 
 
 def digest(half: torch.Tensor, rank: int) -> str:

