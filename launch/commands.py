@@ -198,11 +198,11 @@ def daemon_command(
 
 
 def trainer_command(options: ServeOptions) -> Command | None:
-    """The user's trainer, told where the mapping is; None if there is none.
+    """The user's trainer, told where the mapping is; None if there is none, or this is not node 0.
 
     It does not get BRIDGE_RUN_DIR: a vLLM that the trainer starts for itself must stay unpatched.
     """
-    if not options.trainer:
+    if not options.trainer or options.node_rank:
         return None
     logdir = options.logdir.absolute()
     env = {

@@ -100,10 +100,6 @@ class ServeOptions:
                 "--staging in-place with several nodes: a node that is lost for a moment may still write "
                 "while the engine goes on; leave it out"
             )
-        if self.node_rank > 0 and self.trainer:
-            faults.append(
-                "a trainer is given to a node that follows; give it to node 0, or start it yourself"
-            )
         return faults
 
     def faults(self) -> list[str]:

@@ -92,13 +92,13 @@ class Daemon:
     def run(self) -> int:
         """Handle events until told to stop; returns the exit code."""
         listener = listen(self.args.run_dir)
-        if self.nodes is not None:
-            self.nodes.listen()
         start_thread("bridge-accept", FrontDesk(self, head=self).accept, listener)
         signal.signal(signal.SIGTERM, lambda *_: self.events.put(Stop("SIGTERM")))
         signal.signal(signal.SIGINT, lambda *_: self.events.put(Stop("SIGINT")))
         logger.info("listening on %s", socket_path(self.args.run_dir))
         try:
+            if self.nodes is not None:
+                self.nodes.listen()
             while True:
                 event = self._next_event()
                 if isinstance(event, Stop):

@@ -159,6 +159,10 @@ class Node:
         self._whos[frame.rank] = frame.who
         return Report(self._crew[1], frame.rank, frame.message)
 
+    def last_words(self) -> list[Report]:
+        """That each of its updaters has died, as far as anybody will know."""
+        return [Report(self._crew[1], rank, None) for rank in self.ranks] if self._crew else []
+
     def end_of_link(self, why: str) -> None:
         """It is lost: whoever waits for it need not any more."""
         with self._news:
@@ -180,6 +184,7 @@ class Nodes:
         self._lock = threading.Lock()
         self._timers: dict[int, threading.Timer] = {}
         self._ending = False
+        self._listener: socket.socket | None = None
 
     def listen(self) -> None:
         """Open the port where followers are awaited, and say in the log directory where it is.
@@ -188,20 +193,20 @@ class Nodes:
             ConfigError: the address is not this host's.
         """
         try:
-            self._listener = socket.create_server((self.host, 0))
+            self._listener = listener = socket.create_server((self.host, 0))
         except OSError as err:
             raise ConfigError(
                 f"cannot await the other nodes at --master-addr {self.host}: {err}; it must be an address of "
                 "this host, node 0"
             ) from err
-        self.host = str(self._listener.getsockname()[0])
+        self.host = str(listener.getsockname()[0])
         if not self.master_port:
             with socket.create_server((self.host, 0)) as probe:
                 self.master_port = probe.getsockname()[1]
-        port = self._listener.getsockname()[1]
+        port = listener.getsockname()[1]
         meeting = Meeting(host=self.host, port=port, secret=self._secret, pid=os.getpid())
         write_atomically(self._daemon.args.logdir / FILE_NAME, msgspec.json.encode(meeting))
-        threading.Thread(target=self._accept, name="bridge-nodes", daemon=True).start()
+        threading.Thread(target=self._accept, args=(listener,), name="bridge-nodes", daemon=True).start()
         logger.info("awaiting %d other node(s) at %s:%d", self.nnodes - 1, self.host, port)
 
     @property
@@ -223,10 +228,10 @@ class Nodes:
 
     # --- coming and going ----------------------------------------------------------------------------------
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         while True:
             try:
-                sock, _ = self._listener.accept()
+                sock, _ = listener.accept()
             except OSError:
                 return  # closed: the daemon ends
             threading.Thread(target=self._converse, args=(sock,), name="bridge-node", daemon=True).start()
@@ -315,6 +320,9 @@ class Nodes:
         for member in list(node.members.values()):
             self._daemon.registry.forget(member)
         self._daemon.events.put(Lost(f"{node.who} ({why})"))
+        if self._daemon.filing:  # that waits for every updater's word, and for nothing else
+            for report in node.last_words():
+                self._daemon.events.put(report)
 
     def _give_up(self, why: str) -> None:
         self._daemon.events.put(NodeFailed(why))
@@ -395,10 +403,11 @@ class Nodes:
             timers = list(self._timers.values())
         for timer in timers:
             timer.cancel()
-        self._listener.close()
+        if self._listener is not None:
+            self._listener.close()
         for node in list(self.here.values()):
             if farewell is not None:
                 node.tell(farewell)
             node.link.close()
-        if farewell is not None:
+        if farewell is not None and self._listener is not None:
             (self._daemon.args.logdir / FILE_NAME).unlink(missing_ok=True)
