@@ -211,6 +211,7 @@ def meet(
         size=size + answer.num_daemons,
         address=address,
         timeout_s=timeout_s,
+        num_trainers=size,
     )
     data = rendezvous.make_group(
         store,
@@ -219,6 +220,7 @@ def meet(
         size=size + answer.num_inference_ranks,
         address=address,
         timeout_s=timeout_s,
+        num_trainers=size,
     )
     links = [meeting.links(k)[rank] for k in range(answer.num_inference_ranks)]
     return Joined(control, data, _peers(meeting, ranks, answer, place), links, nonce, device_nonce)

@@ -112,6 +112,7 @@ class Epoch:
             size=trainers + 1,
             address=own,
             timeout_s=self.limits.deadline_s,
+            num_trainers=trainers,
         )
         self._control = ControlGroup(
             group,

@@ -107,6 +107,7 @@ class Intake:
             size=order.group_size,
             address=order.address,
             timeout_s=order.deadline_s,
+            num_trainers=order.num_trainers,
         )
         self._pairs = self._join_pairs(order, store)
         return self._links

@@ -225,24 +225,56 @@ def local_address(host: str, port: int) -> str:
         return str(probe.getsockname()[0])
 
 
-def make_group(store: Store, prefix: str, *, rank: int, size: int, address: str, timeout_s: float) -> Group:
+def make_group(
+    store: Store,
+    prefix: str,
+    *,
+    rank: int,
+    size: int,
+    address: str,
+    timeout_s: float,
+    num_trainers: int | None = None,
+) -> Group:
     """Build a Gloo group of our own beside whatever default group the process has.
 
+    Args:
+        num_trainers: how many of the ranks are trainers', the first ones; for the error only.
+
     Raises:
-        RendezvousError: not all ``size`` ranks came within ``timeout_s`` seconds.
+        RendezvousError: not all ``size`` ranks came within ``timeout_s`` seconds; names those that did not.
     """
+    here = [f"{prefix}/here/{one}" for one in range(size)]
     gloo: Any = dist.ProcessGroupGloo  # its stub lacks _Options
     options = gloo._Options()
     options._devices = [gloo.create_device(hostname=address)]
     options._timeout = timedelta(seconds=timeout_s)
     try:
+        store.set(here[rank], describe_process())
         group: Group = gloo(PrefixStore(prefix, store), rank, size, options)
-    except RuntimeError as err:
+    except (RuntimeError, dist.DistError) as err:
         raise RendezvousError(
             f"group {prefix!r} of {size} ranks did not form within {timeout_s:g} s (rank {rank} on "
-            f"{socket.gethostname()}): {first_line(err)}"
+            f"{socket.gethostname()}): {_absent(store, here, num_trainers)}: {first_line(err)}"
         ) from err
     return group
+
+
+def _absent(store: Store, here: list[str], num_trainers: int | None) -> str:
+    """Who of a group never came, as a sentence."""
+
+    def name(rank: int) -> str:
+        if num_trainers is None:
+            return f"rank {rank}"
+        inference = f"inference rank {rank - num_trainers}"
+        return f"trainer rank {rank}" if rank < num_trainers else f"the server's side of {inference}"
+
+    try:
+        absent = [name(rank) for rank, key in enumerate(here) if not store.check([key])]
+    except (RuntimeError, dist.DistError):
+        return "the daemon's store is gone"
+    if absent:
+        return f"{', '.join(absent)} never came"
+    return "all came, but two of them could not connect; do their addresses lead to each other?"
 
 
 def boot_id() -> str:

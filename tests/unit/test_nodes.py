@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from bridge.errors import BridgeError, ConfigError, PeerLost, RendezvousRefused
+from bridge.errors import BridgeError, ConfigError, PeerLost, RendezvousError, RendezvousRefused
+from bridge.wire import rendezvous
 from launch.topology import find_place
 from vllm_patching import link as wire
 from vllm_patching.link import Link
@@ -235,3 +236,14 @@ def test_a_place_that_is_not_known_is_refused() -> None:
             place({}, **flags)
     with pytest.raises(BridgeError, match="--nnodes is 4"):
         place(STEP, nnodes=4)
+
+
+# --- a group that does not form ------------------------------------------------------------------------
+
+
+def test_a_group_names_who_never_came() -> None:
+    store = rendezvous.serve_store("127.0.0.1", 0)
+    with pytest.raises(RendezvousError, match=r"'g' of 4 ranks .* within 1 s .*: trainer rank 1, ") as error:
+        rendezvous.make_group(store, "g", rank=0, size=4, address="127.0.0.1", timeout_s=1.0, num_trainers=2)
+    absent = "trainer rank 1, the server's side of inference rank 0, the server's side of inference rank 1"
+    assert f"{absent} never came" in str(error.value)
