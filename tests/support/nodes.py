@@ -136,7 +136,8 @@ class Daemon:
         self.run_dir, self.log = root / f"run{node_rank}", root / f"daemon{node_rank}.log"
         options = ServeOptions(
             model="tests/parallel", vllm_args=("--tensor-parallel-size", "2"), logdir=root / "log",
-            nnodes=nnodes, node_rank=node_rank, master_addr=HERE, rendezvous_host=HERE, deadline_s=6.0, heartbeat_interval_s=0.5,
+            nnodes=nnodes, node_rank=node_rank, master_addr=HERE, rendezvous_host=HERE,
+            deadline_s=6.0, heartbeat_interval_s=0.5,
             commit_timeout_s=60.0, start_timeout_s=WAIT_S, transport="gloo",  # by the address it is told
         )  # fmt: skip
         options.logdir.mkdir(exist_ok=True)
