@@ -3,7 +3,7 @@ PY := $(VENV)/bin/python
 export VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-processes test-faults test-serving test-gpu lint fmt bench clean
+.PHONY: help setup demo test test-unit test-processes test-faults test-slurm test-serving test-gpu lint fmt bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -26,17 +26,21 @@ test-processes: setup  ## real processes, real Gloo, real signals
 test-faults: setup  ## kill, stall, corrupt
 	scripts/ladder.sh faults
 
+test-slurm: setup  ## batch scripts on a SLURM of four nodes, each a namespace
+	scripts/ladder.sh slurm
+
 test-gpu: setup  ## on a machine with a GPU and its vLLM
 	scripts/ladder.sh gpu
 
 test-serving: setup  ## a real vLLM with tiny models
 	scripts/ladder.sh serving
 
-lint: setup  ## ruff, mypy --strict, import rules
+lint: setup  ## ruff, mypy --strict, import rules, shellcheck
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/shellcheck slurm/*.sh slurm/*.sbatch scripts/*.sh .ci/run
 
 fmt: setup  ## format and fix what can be fixed
 	$(PY) -m ruff format .

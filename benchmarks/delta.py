@@ -4,9 +4,10 @@ The server is a real one, on this host's CPU. The trainer runs in a network name
 way out is shaped by tc; it needs root for that. A given share of all elements changes before each round.
 
 Then, without a server: the share of bfloat16 elements that an AdamW step changes, step by step, when a small
-model with float32 masters learns to continue a text, at the learning rates of RL.
+model with float32 masters is trained by GRPO on its own answers, at the learning rates of RL.
 
     PYTHONPATH=tests python benchmarks/delta.py --out benchmarks/results/delta.json
+    PYTHONPATH=tests python benchmarks/delta.py --shares --out ..natural.json    (only how much changes)
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ def rounds(trainers: Trainers, share: float, repeats: int, seed: int) -> dict[st
     nbytes = {what: statistics.median(r["bytes"] for r in kept) for what, kept in found.items()}
     return {
         "share": share,
+        "load_average": [round(load, 2) for load in os.getloadavg()[:2]],
         "bytes_kept": nbytes["auto"] / nbytes["dense"],
         "speedup": seconds["dense"] / seconds["auto"],
         "seconds": seconds,
@@ -74,26 +76,70 @@ def rounds(trainers: Trainers, share: float, repeats: int, seed: int) -> dict[st
     }
 
 
-def natural_shares(lr: float, steps: int) -> list[float]:
-    """Per AdamW step on float32 masters, the share of elements whose bfloat16 differs afterwards."""
+def small_model() -> Any:
+    """A Qwen3 of 5 million parameters with random float32 weights."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "vocab_size": 4096}
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
-    model = Qwen3ForCausalLM(Qwen3Config(**sizes, **heads))
-    text = torch.randint(4096, (8, 128))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "vocab_size": 4096}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    return Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, bos_token_id=1, eos_token_id=None, pad_token_id=0))
+
+
+def sampled(model: Any, sequences: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The model's answers to prompts of eight tokens, int64 [sequences, 8 + tokens], and their rewards."""
+    prompts = torch.randint(2, 4096, (sequences, 8))
+    with torch.no_grad():
+        answers = model.generate(prompts, do_sample=True, min_new_tokens=tokens, max_new_tokens=tokens)
+    return answers, (answers[:, 8:] % 2).float().mean(1)
+
+
+def policy_loss(model: Any, answers: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
+    """GRPO's, on policy and without a reference: advantages are the rewards, normalised within the group."""
+    advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+    logits = model(input_ids=answers[:, :-1]).logits[:, 7:]
+    taken = logits.log_softmax(-1).gather(-1, answers[:, 8:, None]).squeeze(-1)
+    return -(advantages[:, None] * taken).mean()
+
+
+def natural_shares(lr: float, warm: int, steps: int) -> list[float]:
+    """Per AdamW step on float32 masters, the share of elements whose bfloat16 differs afterwards.
+
+    The steps are those of a small GRPO run: answers that the model sampled, rewarded for their odd tokens,
+    gradients clipped to a norm of 1, another group in each step, ``warm`` steps before.
+    """
+    model = small_model()
+    answers, rewards = sampled(model, 64, 32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.01)
     total = sum(p.numel() for p in model.parameters())
     shares = []
-    for _ in range(steps):
+    for step in range(warm + steps):
+        group = torch.randperm(len(answers))[:8]
+        policy_loss(model, answers[group], rewards[group]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         before = [p.detach().to(torch.bfloat16) for p in model.parameters()]
-        model(input_ids=text, labels=text).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         after = [p.detach().to(torch.bfloat16) for p in model.parameters()]
-        shares.append(sum(int((a != b).sum()) for a, b in zip(after, before, strict=True)) / total)
+        if step >= warm:
+            shares.append(sum(int((a != b).sum()) for a, b in zip(after, before, strict=True)) / total)
     return shares
+
+
+def over_the_link(args: argparse.Namespace) -> dict[str, Any]:
+    """All rounds, between a server here and a trainer behind the link."""
+    with tempfile.TemporaryDirectory(prefix="delta-") as directory, shaped_link(args.rate) as enter:
+        model = Path(directory) / "model"
+        nbytes = build_model(model, args.vocab)
+        bridge_flags = ["--transport=gloo", f"--rendezvous-host={SERVER}"]
+        options: dict[str, Any] = {"flags": FLAGS, "bridge_flags": bridge_flags, "timeout_s": 600}
+        with (
+            serving(model, Path(directory) / "log", **options) as server,
+            training("plain", model, logdir=server.logdir, prefix=enter) as trainers,
+        ):
+            trainers.must("broadcast")
+            found = [rounds(trainers, share, args.repeats, 1000 * i) for i, share in enumerate(args.shares)]
+    return {"rate": args.rate, "model_bytes": nbytes, "rounds": found}
 
 
 def main() -> int:
@@ -103,31 +149,21 @@ def main() -> int:
     )
     parser.add_argument("--rate", default="1gbit")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.001, 0.01, 0.1])
+    parser.add_argument("--shares", type=float, nargs="*", default=[0.0, 0.001, 0.01, 0.1])
     parser.add_argument("--vocab", type=int, default=151936)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--warm", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     document: dict[str, Any] = {
         "what": __doc__.splitlines()[0] if __doc__ else "",
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "machine": machine(),
-        "rate": args.rate,
     }
-    with tempfile.TemporaryDirectory(prefix="delta-") as directory, shaped_link(args.rate) as enter:
-        model = Path(directory) / "model"
-        document["model_bytes"] = build_model(model, args.vocab)
-        bridge_flags = ["--transport=gloo", f"--rendezvous-host={SERVER}"]
-        with (
-            serving(model, Path(directory) / "log", flags=FLAGS, bridge_flags=bridge_flags) as server,
-            training("plain", model, logdir=server.logdir, prefix=enter) as trainers,
-        ):
-            trainers.must("broadcast")
-            document["rounds"] = [
-                rounds(trainers, share, args.repeats, 1000 * i) for i, share in enumerate(args.shares)
-            ]
-    document["natural"] = {str(lr): natural_shares(lr, args.steps) for lr in (1e-6, 1e-5)}
-    for found in document["rounds"]:
+    if args.shares:
+        document |= over_the_link(args)
+    document["natural"] = {str(lr): natural_shares(lr, args.warm, args.steps) for lr in (1e-6, 1e-5)}
+    for found in document.get("rounds", []):
         shown = {key: found[key] for key in ("share", "bytes_kept", "speedup", "seconds")}
         sys.stdout.write(json.dumps(shown) + "\n")
     for lr, shares in document["natural"].items():

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 
 def build(kind: str, directory: Path, dtype: torch.dtype) -> nn.Module:
-    """A model of ``directory``'s config with random weights, on the current device; shards are all it holds."""
+    """A model of ``directory``'s config with random weights, on the current device."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
@@ -151,14 +151,14 @@ class Trainer:
         return {}
 
 
-def main() -> None:
+def main(trainer: type[Trainer] = Trainer) -> None:
     kind, directory, dtype = sys.argv[1], Path(sys.argv[2]), getattr(torch, sys.argv[3])
     answers = take_stdout()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    obey(Trainer(kind, directory, dtype), answers)
+    obey(trainer(kind, directory, dtype), answers)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         rollback,
         round,
         send_heartbeat,
+        should_stop,
         update_weight,
     )
     from bridge.errors import (
@@ -87,6 +88,7 @@ __all__ = [
     "rollback",
     "round",
     "send_heartbeat",
+    "should_stop",
     "update_weight",
 ]
 
@@ -122,6 +124,7 @@ _HOMES = {
         "rollback",
         "round",
         "send_heartbeat",
+        "should_stop",
         "update_weight",
     ),
 }

@@ -55,7 +55,8 @@ class Catalogue:
         self._sharded = [weakref.ref(module) for module in modules if isinstance(module, FSDPModule)]
         self._modules = [weakref.ref(module) for module in modules]
         self._tree = _contents(modules)
-        self._owners = [(weakref.ref(owner), _geometry(_local(owner))) for owner in shards.owners]
+        self._owners = [weakref.ref(owner) for owner in shards.owners]
+        self._geometries = [_geometry(_local(owner)) for owner in shards.owners]
 
     def find(
         self, model: nn.Module, mapping: Mapping, declared: DeclaredLayout | None = None
@@ -72,12 +73,10 @@ class Catalogue:
         modules = [reference() for reference in self._modules]
         if None in modules or _contents(modules) != self._tree:
             return None
-        held, tensors = [], []
-        for owned, geometry in self._owners:
-            if (owner := owned()) is None or _geometry(local := _local(owner)) != geometry:
-                return None
-            held.append(owner)
-            tensors.append(local)
+        held = [owner for reference in self._owners if (owner := reference()) is not None]
+        tensors = [_local(owner) for owner in held]
+        if list(map(_geometry, tensors)) != self._geometries:
+            return None
         return LocalShards(self._layout, tensors, self._contiguous, held, mark_computed(tensors))
 
 
@@ -87,8 +86,9 @@ def _contents(modules: list[Any]) -> tuple[list[int], list[str], list[int]]:
     In few passes over all of them, as there are thousands of tables, and most are empty.
     """
     tables = [table for m in modules for table in (m._modules, m._parameters, m._buffers)]
-    names = list(itertools.chain.from_iterable(tables))
-    objects = itertools.chain.from_iterable(map(dict.values, tables))
+    filled = list(filter(None, tables))
+    names = list(itertools.chain.from_iterable(filled))
+    objects = itertools.chain.from_iterable(map(dict.values, filled))
     return list(map(len, tables)), names, list(map(id, objects))
 
 

@@ -6,13 +6,15 @@ import difflib
 import math
 import os
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import msgspec
 
 from bridge.errors import ConfigError
 from bridge.protocol.ballot import Policy
 from bridge.protocol.mapping import CONFIG_NAME
+
+Snapshot = Literal["host", "gpu"]
 
 # Flags of ``python -m bridge.launch serve``, whose values reach the trainer when the two sides meet.
 SERVER_DECIDES = {
@@ -83,8 +85,15 @@ class BridgeConfig(
     # With several servers. "all": a version is committed on every server or on none. "available": on those
     # that have staged it; the others are left out of the round, and met again by the next broadcast.
     commit: Policy = "all"
+    # Versions that broadcasts number by themselves lie above this one: the last that was served before the
+    # servers were started again, so that no number ever stands for two things.
+    versions_after: int = 0
     # Seconds that servers which have staged a version wait for the others, with commit="available".
     stage_timeout_s: float = 30.0
+    # Where weights on a GPU are compared with those sent last, if only changes are sent. "host": all of them
+    # cross to host memory in every round. "gpu": only what changed does, and what this rank sends is kept in
+    # GPU memory once more, in the server's dtype.
+    snapshot: Snapshot = "host"
     # Seconds for each step of meeting the server: it answers in milliseconds when it is up, but a daemon
     # that its supervisor just restarted needs some ten seconds to gather its workers again.
     connect_timeout_s: float = 60.0
@@ -176,6 +185,11 @@ def _fault(name: str, value: Any) -> str | None:
         return None if paths and len(set(value)) == len(value) else "a list of different paths"
     if name == "commit":
         return None if value in get_args(Policy) else f"one of {', '.join(get_args(Policy))}"
+    if name == "snapshot":
+        return None if value in get_args(Snapshot) else f"one of {', '.join(get_args(Snapshot))}"
+    if name == "versions_after":
+        number = isinstance(value, int) and not isinstance(value, bool)
+        return None if number and value >= 0 else "a version: a whole number, 0 or above"
     if name in _TIMEOUTS:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return None if number and 0 < value < math.inf else "a finite number of seconds above 0"

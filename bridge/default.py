@@ -12,6 +12,7 @@ from torch import nn
 from bridge import environment
 from bridge.config import BridgeConfig
 from bridge.job import PendingBroadcast, Receipt
+from bridge.joining import any_rank
 from bridge.parts import Round
 from bridge.patches import SparsePatch
 from bridge.trainer import Bridge, Options, SingleOptions, Weights
@@ -101,6 +102,18 @@ def send_heartbeat() -> None:
 def notify_update(model: nn.Module | dict[str, torch.Tensor], *, version: int | None = None) -> Receipt:
     """``Bridge.notify_update`` on the default connection."""
     return _default_bridge().notify_update(model, version=version)
+
+
+def should_stop() -> bool:
+    """Whether this job has been asked to end; every trainer rank calls it, between two rounds.
+
+    Asked by the file ``BRIDGE_STOP_FILE``, which batch scripts make ahead of the time limit. All ranks get
+    the same answer, over the default process group: what one of them sees, the others may see later.
+
+    Raises:
+        TopologyError: a launcher started several processes, but they have not met.
+    """
+    return any_rank(environment.stop_requested(), environment.ranks())
 
 
 def close() -> None:

@@ -5,6 +5,7 @@ BRIDGE_CONFIG           the server's mapping file
 BRIDGE_LOGDIR           the server's --logdir, where the mapping file is
 BRIDGE_LOGDIRS          the --logdir of several servers, separated as in PATH; wins over the two above
 BRIDGE_<FIELD>          any other field of ``BridgeConfig``, such as BRIDGE_CONNECT_TIMEOUT_S
+BRIDGE_STOP_FILE        a file that asks the trainer to end once it exists (``bridge.should_stop``)
 LOGDIR                  the earlier name of BRIDGE_LOGDIR
 VLLM_API_KEY            vLLM's own variable, used when BRIDGE_API_KEY is absent
 NUM_INFERENCE_NODES     earlier bridge: the last N nodes of SLURM_JOB_NODELIST run the server; the first of
@@ -17,14 +18,14 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
-from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 
 from bridge.config import BridgeConfig
 from bridge.errors import ConfigError, TopologyError
+from bridge.nodes import expand_nodelist
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,9 @@ VARIABLES: dict[str, tuple[str, ...]] = {
     "config_path": ("BRIDGE_CONFIG",),
     "logdir": ("BRIDGE_LOGDIR", "LOGDIR"),
     "logdirs": ("BRIDGE_LOGDIRS",),
+    "versions_after": ("BRIDGE_VERSIONS_AFTER",),
     "commit": ("BRIDGE_COMMIT",),
+    "snapshot": ("BRIDGE_SNAPSHOT",),
     "stage_timeout_s": ("BRIDGE_STAGE_TIMEOUT_S",),
     "connect_timeout_s": ("BRIDGE_CONNECT_TIMEOUT_S",),
     "commit_timeout_s": ("BRIDGE_COMMIT_TIMEOUT_S",),
@@ -120,6 +123,12 @@ def ranks() -> Ranks:
     return declared
 
 
+def stop_requested() -> bool:
+    """Whether the file exists that asks this trainer to end; False where none is named."""
+    path = os.environ.get("BRIDGE_STOP_FILE", "")
+    return bool(path) and Path(path).exists()
+
+
 def check_enabled() -> None:
     """Refuse to broadcast where the environment says not to.
 
@@ -169,10 +178,12 @@ def bridge_config(base: BridgeConfig | None = None) -> BridgeConfig:
         raise ConfigError(f"{err} (the environment set {looked_at})") from err
 
 
-def _parse(name: str, text: str, *, like: object) -> str | float | tuple[str, ...]:
+def _parse(name: str, text: str, *, like: object) -> str | float | tuple[str, ...] | None:
     _mention(name)
     if isinstance(like, tuple):
         return tuple(path for path in text.split(os.pathsep) if path)
+    if isinstance(like, int):
+        return _integer(name)
     if not isinstance(like, float):
         return text
     try:
@@ -215,31 +226,3 @@ def inference_hosts() -> tuple[str, ...]:
             "and the trainer needs one; ask for more nodes, or unset NUM_INFERENCE_NODES"
         )
     return tuple(nodes[-count:])
-
-
-def expand_nodelist(nodelist: str) -> list[str]:
-    """``gpu[01-03,7],login`` as host names, in order, as ``scontrol show hostnames`` prints them.
-
-    Raises:
-        ConfigError: brackets do not match, or a range is not one.
-    """
-    if nodelist.count("[") != nodelist.count("]"):
-        raise ConfigError(f"SLURM_JOB_NODELIST is {nodelist!r}; its brackets do not match")
-    parts = re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", nodelist)
-    return [host for part in parts for host in _expand(part.strip())]
-
-
-def _expand(part: str) -> Iterator[str]:
-    match = re.search(r"\[([^\]]*)\]", part)
-    if match is None:
-        yield part
-        return
-    head, tail = part[: match.start()], part[match.end() :]
-    for item in match[1].split(","):
-        bounds = re.fullmatch(r"(\d+)(?:-(\d+))?", item.strip())
-        if bounds is None:
-            raise ConfigError(f"SLURM_JOB_NODELIST has the range {item!r} in {part!r}; it must be like 01-04")
-        first, last = bounds[1], bounds[2] or bounds[1]
-        for number in range(int(first), int(last) + 1):
-            for rest in _expand(tail):
-                yield f"{head}{number:0{len(first)}d}{rest}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from bridge.errors import BridgeError, ConfigError, MappingError, RendezvousErro
 from bridge.job import Receipt
 from bridge.names import canonical_names
 from bridge.protocol import mapping as mapping_file
+from bridge.protocol.decoding import UNREADABLE
 from bridge.protocol.mapping import Mapping
 from bridge.sharding import local_tensor
 
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 HTTP_TIMEOUT_S = 900.0
 OUTCOME_BYTES = 4096
+ANSWER_BYTES = 1 << 20
 
 
 def notify_update(
@@ -76,8 +79,7 @@ def _announce(
         answer = post(url, config, {"path": str(folder), "version": version})
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    receipt = msgspec.convert(answer["round"], Receipt)
-    return msgspec.structs.replace(receipt, total_s=time.monotonic() - start)
+    return msgspec.structs.replace(answer.round, total_s=time.monotonic() - start)
 
 
 def _share(outcome: list[Receipt | str]) -> None:
@@ -90,7 +92,7 @@ def _share(outcome: list[Receipt | str]) -> None:
     text = wire.cpu().numpy().tobytes().rstrip()
     try:
         outcome[0] = msgspec.json.decode(text, type=Receipt | str)
-    except msgspec.DecodeError:
+    except UNREADABLE:
         outcome[0] = text.decode(errors="replace")  # an error longer than the message
 
 
@@ -131,7 +133,7 @@ def _choose(named: dict[str, torch.Tensor], mapping: Mapping | None) -> frozense
         ties.setdefault(_memory(tensor), []).append(name)
     if mapping is None:
         return frozenset(names[0] for names in ties.values())
-    best = max(mapping.vocabularies, key=lambda v: sum(s.name in named for s in v.sources))
+    best = max(mapping.of_the_model, key=lambda v: sum(s.name in named for s in v.sources))
     unused = frozenset(best.unused)
     needed = {source.name for source in best.sources} - unused
     chosen: set[str] = set()
@@ -157,11 +159,17 @@ def _write(folder: Path, tensors: dict[str, torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def post(url: str, config: BridgeConfig, body: dict[str, Any]) -> dict[str, Any]:
+class Posted(msgspec.Struct, frozen=True):
+    """The server's answer to an update that is live."""
+
+    round: Receipt
+
+
+def post(url: str, config: BridgeConfig, body: dict[str, Any]) -> Posted:
     """POST to the server's ``/bridge/notify_update``.
 
     Raises:
-        RendezvousError: nobody answers at ``url``.
+        RendezvousError: nobody answers at ``url``, or somebody else.
         RoundAborted: the server refused; carries its reason.
     """
     token = config.api_key or _secret(config)
@@ -172,12 +180,30 @@ def post(url: str, config: BridgeConfig, body: dict[str, Any]) -> dict[str, Any]
     )
     try:
         with urllib.request.urlopen(request, timeout=HTTP_TIMEOUT_S) as response:
-            answer: dict[str, Any] = json.load(response)
+            answer = response.read(ANSWER_BYTES)
     except urllib.error.HTTPError as err:
-        raise RoundAborted(f"{url} refused the update ({err.code}): {err.read().decode()}") from err
-    except OSError as err:
-        raise RendezvousError(f"no server answers at {url}: {err}") from err
-    return answer
+        with err:
+            raise RoundAborted(f"{url} refused the update ({err.code}): {_reason_of(err)}") from err
+    except (OSError, http.client.HTTPException) as err:
+        raise RendezvousError(f"no server answers at {url}: {err!r}") from err
+    return _read_answer(url, answer)
+
+
+def _reason_of(err: urllib.error.HTTPError) -> str:
+    try:
+        return err.read(ANSWER_BYTES).decode(errors="replace")
+    except (OSError, http.client.HTTPException) as broken:
+        return f"and did not say why ({broken!r})"
+
+
+def _read_answer(url: str, answer: bytes) -> Posted:
+    try:
+        return msgspec.json.decode(answer, type=Posted)
+    except UNREADABLE as err:
+        raise RendezvousError(
+            f"{url} answered with {len(answer)} bytes that are no receipt of a bridge: {err}; whether the "
+            "update is live, status tells"
+        ) from err
 
 
 def _secret(config: BridgeConfig) -> str:

@@ -41,6 +41,7 @@ class Server:
         self.catalogue: Catalogue | None = None
         self.base: tuple[str, int] | None = None  # run directory and version of what we last made live
         self.before: int | None = None  # the version that we had made live there before
+        self.sent_model = False  # whether we have ever sent it weights of the model itself
         self.tried = False
         self._session: Session | None = None
 
@@ -95,9 +96,8 @@ class Fleet:
         self._stage_timeout_s = config.stage_timeout_s
         self._own_ranks = own_ranks
         self._absent: dict[str, str] = {}
-        self._newest = (
-            0  # the highest number that a server may serve by us, as ranks agreed or rank 0 decided
-        )
+        # The highest number that a server may serve by us, as ranks agreed or rank 0 decided.
+        self._newest = config.versions_after
 
     @property
     def several(self) -> bool:
@@ -214,21 +214,25 @@ class Fleet:
         """The versions that this trainer has made live last, of those servers where it has."""
         return [server.base[1] for server in self.servers if server.base is not None]
 
-    def that_take_parts(self, servers: Sequence[Server]) -> list[Server]:
+    def that_take_parts(self, servers: Sequence[Server], *, whole_adapter: bool = False) -> list[Server]:
         """Those of ``servers`` over whose version a part of the weights may be laid.
 
-        That is the one this trainer made live last, and on all of them the same.
+        That is the one this trainer made live last, and on all of them the same. ``whole_adapter`` says that
+        the part is all that an adapter is: as long as this trainer has sent no weights of the model, whatever
+        it is laid over is what the adapter belongs to.
 
         Raises:
             ConfigError: one of them serves another, and the policy is "all", or none of them may.
         """
+        if whole_adapter and not any(server.sent_model for server in self.servers):
+            return list(servers)
         made = self._made
         wanted = max(made or [server.session.version for server in servers])
         faults = {
-            server.name: f"the server at {server.session.mapping.run_dir} serves version "
-            f"{server.session.version}{'' if server.session.version != wanted else ' of another history'}"
+            server.name: f"the server at {server.session.mapping.run_dir} {_serves(server.session, wanted)}"
             for server in servers
             if server.session.version != wanted
+            or server.session.outdated
             or (made and server.base != (server.session.mapping.run_dir, wanted))
         }
         fit = [server for server in servers if server.name not in faults]
@@ -271,8 +275,12 @@ class Fleet:
         encoding: Encoding,
     ) -> Outcome:
         """Hand a broadcast to the sessions' threads; see ``Session.submit``."""
+        for server, shards in parts:
+            server.sent_model = server.sent_model or not shards.layout.leading
         if not self.several:
             ((server, shards),) = parts
+            if version is None and server.version < self._newest:
+                version = self._newest + 1
             return server.session.submit(shards, call=call, version=version, encoding=encoding)
         return self._submit(parts, call=call, version=version, encoding=encoding, policy=self._policy)
 
@@ -324,6 +332,12 @@ class Fleet:
         """Leave all servers."""
         for server in self.servers:
             server.close()
+
+
+def _serves(session: Session, wanted: int) -> str:
+    if session.outdated:
+        return f"was started again, and serves an older version than {session.version}"
+    return f"serves version {session.version}{'' if session.version != wanted else ' of another history'}"
 
 
 def _listed(reasons: Mapping[str, object]) -> str:

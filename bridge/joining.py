@@ -54,13 +54,14 @@ class Joined:
 
 
 def ask_admission(
-    config: BridgeConfig, ranks: Ranks, *, patient: bool = True
+    config: BridgeConfig, ranks: Ranks, *, patient: bool = True, restores: int = 0
 ) -> tuple[Mapping, rendezvous.Answer, rendezvous.Store]:
     """Rank 0 asks the daemon, the others read its answer; called by every trainer rank.
 
     A daemon that is being restarted publishes another rendezvous, so rank 0 reads the mapping anew for every
     try, for as long as ``config.connect_timeout_s``. If not ``patient``, for a server without which a round
-    would go on, it tries once, and no step of it takes longer than ``IMPATIENT_S``.
+    would go on, it tries once, and no step of it takes longer than ``IMPATIENT_S``. ``restores`` is as in
+    ``Request``.
 
     Returns:
         The mapping, the answer, and a connection to the daemon's store.
@@ -74,7 +75,9 @@ def ask_admission(
     failure: Exception | None = None
     if ranks.rank == 0:
         try:
-            mapping, store, session, answer = _ask_until_answered(config, ranks, timeout_s, again=patient)
+            mapping, store, session, answer = _ask_until_answered(
+                config, ranks, timeout_s, again=patient, restores=restores
+            )
         except Exception as err:  # noqa: BLE001 - raised below; until then the other ranks wait for us
             failure = err
     session = _agree(session, ranks)
@@ -100,7 +103,7 @@ def _load(config: BridgeConfig) -> tuple[Mapping, Rendezvous]:
 
 
 def _ask_until_answered(
-    config: BridgeConfig, ranks: Ranks, timeout_s: float, *, again: bool
+    config: BridgeConfig, ranks: Ranks, timeout_s: float, *, again: bool, restores: int
 ) -> tuple[Mapping, rendezvous.Store, str, rendezvous.Answer]:
     deadline = time.monotonic() + timeout_s
     while True:
@@ -108,7 +111,7 @@ def _ask_until_answered(
         mapping, place = _load(config)
         try:
             store = rendezvous.reach_store(place.host, place.port, timeout_s=left)
-            session, answer = _ask(store, place, mapping, ranks, left)
+            session, answer = _ask(store, place, mapping, ranks, left, restores)
         except RendezvousRefused:
             raise
         except RendezvousError as err:
@@ -121,7 +124,12 @@ def _ask_until_answered(
 
 
 def _ask(
-    store: rendezvous.Store, place: Rendezvous, mapping: Mapping, ranks: Ranks, timeout_s: float
+    store: rendezvous.Store,
+    place: Rendezvous,
+    mapping: Mapping,
+    ranks: Ranks,
+    timeout_s: float,
+    restores: int,
 ) -> tuple[str, rendezvous.Answer]:
     session = secrets.token_hex(16)
     request = rendezvous.Request(
@@ -132,6 +140,7 @@ def _ask(
         host=socket.gethostname(),
         pid=os.getpid(),
         torch_version=str(torch.__version__),
+        restores=restores,
     )
     rendezvous.ask(store, request, place.secret, timeout_s=timeout_s)
     try:
@@ -211,7 +220,7 @@ def meet(
         size=size + answer.num_daemons,
         address=address,
         timeout_s=timeout_s,
-        num_trainers=size,
+        named=rendezvous.members(size, "daemon"),
     )
     data = rendezvous.make_group(
         store,
@@ -220,7 +229,7 @@ def meet(
         size=size + answer.num_inference_ranks,
         address=address,
         timeout_s=timeout_s,
-        num_trainers=size,
+        named=rendezvous.members(size, "the updater of inference rank"),
     )
     links = [meeting.links(k)[rank] for k in range(answer.num_inference_ranks)]
     return Joined(control, data, _peers(meeting, ranks, answer, place), links, nonce, device_nonce)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -9,12 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from bridge.config import Snapshot
 from bridge.job import Encoding
 from bridge.protocol.mapping import Mapping
 from bridge.protocol.plan import Lane, Plan
 from bridge.sharding import LocalShards
 from bridge.wire import cuda
-from bridge.wire.delta_transport import Chains, DeltaSource
+from bridge.wire.delta_transport import Chains, Crossing, DeltaSource
 from bridge.wire.device_transport import DevicePullSource, Showcase, Shown, SummedRounds
 from bridge.wire.nccl import Pair, store_of
 from bridge.wire.nccl_transport import NcclSource, Workspace
@@ -30,6 +32,8 @@ from bridge.wire.transport import (
     SendBuffers,
     Source,
 )
+
+logger = logging.getLogger(__name__)
 
 COMPARING = min(4, len(os.sched_getaffinity(0)))  # threads that look for changes; memory is soon the limit
 
@@ -48,10 +52,12 @@ class Mover:
         deadline_s: float,
         device: torch.device | None,
         checksum: str,
+        snapshot: Snapshot = "host",
     ) -> None:
         """``links`` has the transport of each inference rank; ``device`` is the weights' GPU, if any.
 
-        ``checksum`` says in which rounds device memory is summed (``SummedRounds``).
+        ``checksum`` says in which rounds device memory is summed (``SummedRounds``), ``snapshot`` where the
+        weights are compared with those sent last.
         """
         self._group = group
         self._links = links
@@ -68,6 +74,9 @@ class Mover:
         self._showcase: Showcase | None = None
         self._wanted: tuple[bytes, list[torch.dtype]] = (b"", [])
         self._chains = Chains()
+        self._snapshot = device if device is not None and snapshot == "gpu" else torch.device("cpu")
+        self._crossing = Crossing() if device is not None and snapshot == "host" else None
+        self._said_what_it_takes = False
         self._workers = ThreadPoolExecutor(COMPARING, thread_name_prefix="bridge-compare")
 
     def join_pairs(self, store: Store, answer: Answer) -> None:
@@ -135,22 +144,51 @@ class Mover:
         sources = [
             self._source(lane, shards.tensors, shown, timeout_s, encoding, checked=checked) for lane in lanes
         ]
-        for source in sources:
-            source.open()
-        for index in range(plan.num_buckets):
-            before(index)
-            for lane, source in zip(lanes, sources, strict=True):
-                if index < len(lane.buckets):
-                    source.move(lane.buckets[index])
-        for source in sources:
-            source.close()
+        comparing = [source for source in sources if isinstance(source, DeltaSource)]
+        try:
+            for source in sources:
+                source.open()
+            self._walk(plan, lanes, sources, before)
+            for source in sources:
+                source.close()
+        finally:
+            for source in comparing:
+                source.drop()
+        if comparing and not self._said_what_it_takes:
+            self._said_what_it_takes = True
+            logger.info(
+                "trainer rank %d keeps %.0f MiB of what it sent on %s, to find what changes",
+                self._rank,
+                self._chains.nbytes / 2**20,
+                self._snapshot,
+            )
         if self._workspace is not None:
             self._workspace.let_go()
+
+    def _walk(
+        self, plan: Plan, lanes: Sequence[Lane], sources: Sequence[Source], before: Callable[[int], None]
+    ) -> None:
+        """Bucket by bucket through all lanes; while one is encoded and sent, the next one is compared."""
+        steps = [
+            [(s, lane.buckets[i]) for s, lane in zip(sources, lanes, strict=True) if i < len(lane.buckets)]
+            for i in range(plan.num_buckets)
+        ]
+        compared = [(s, bucket) for row in steps for s, bucket in row if isinstance(s, DeltaSource)]
+        ahead = iter(compared[1:])
+        for index, row in enumerate(steps):
+            before(index)
+            for source, bucket in row:
+                if isinstance(source, DeltaSource):
+                    source.prepare(bucket)
+                    if (following := next(ahead, None)) is not None:
+                        following[0].prepare(following[1])
+                source.move(bucket)
 
     def close(self) -> None:
         """Give back the memory that was taken beside the weights, and leave NCCL."""
         self._chains.forget()
         self._workers.shutdown()
+        self._crossing = None
         self._abort_pairs()
         self._workspace = None
         if self._showcase is not None:
@@ -218,5 +256,13 @@ class Mover:
         chain = self._chains.of(lane.inference, lane)
         whole = {index for index, target in enumerate(targets) if target.transform}
         return DeltaSource(
-            link, tensors, wire_dtypes, self._buffers, chain, whole=whole, workers=self._workers
+            link,
+            tensors,
+            wire_dtypes,
+            self._buffers,
+            chain,
+            whole=whole,
+            workers=self._workers,
+            snapshot=self._snapshot,
+            crossing=self._crossing,
         )

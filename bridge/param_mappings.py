@@ -15,6 +15,7 @@ from bridge import declared, environment, zero3
 from bridge.declared import DeclaredLayout
 from bridge.errors import ConfigError, MappingError
 from bridge.names import canonical_names
+from bridge.protocol.decoding import UNREADABLE
 from bridge.protocol.mapping import CONFIG_NAME, ParamMapping, write_atomically
 from bridge.sharding import local_tensor
 
@@ -131,7 +132,7 @@ def load_param_mappings(path: str | os.PathLike[str]) -> TrainerLayout:
         return msgspec.json.decode(Path(path).read_bytes(), type=TrainerLayout)
     except OSError as err:
         raise MappingError(f"cannot read the exported layout {path}: {err.strerror}") from err
-    except msgspec.DecodeError as err:
+    except UNREADABLE as err:
         raise MappingError(f"{path} is not an exported layout: {err}; export it again") from err
 
 
@@ -156,7 +157,7 @@ def _refuse_servers_file(place: Path) -> None:
         return
     try:
         found = msgspec.json.decode(place.read_bytes())
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return  # not a mapping, so nobody's to protect
     if isinstance(found, dict) and "rendezvous" in found:
         raise ConfigError(f"{place} is a server's mapping, which trainers need; pass another path")

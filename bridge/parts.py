@@ -96,10 +96,10 @@ def collect_parts(
     """
     names = without_wrappers(name for name, _ in named)
     parts = {name: part for name, (_, part) in zip(names, named, strict=True)}
-    vocabulary = max(mapping.vocabularies, key=lambda v: _fits(parts, v, declared, rank))
+    vocabulary = max(mapping.of_the_model, key=lambda v: _fits(parts, v, declared, rank))
     known = {source.name: (index, source) for index, source in enumerate(vocabulary.sources)}
     unused = frozenset(vocabulary.unused)
-    sizes = ", ".join(f"{len(v.sources)} {v.name} names" for v in mapping.vocabularies)
+    sizes = ", ".join(f"{len(v.sources)} {v.name} names" for v in mapping.of_the_model)
     faults = [f"{name}: handed over {n} times in one round" for name, n in Counter(names).items() if n > 1]
     faults += [
         f"{name}: the server knows no such parameter among {sizes}"

@@ -10,11 +10,13 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 import msgspec
 import torch
 
+from bridge import flight, telemetry
 from bridge.config import BridgeConfig
 from bridge.environment import Ranks
 from bridge.errors import (
@@ -29,6 +31,7 @@ from bridge.errors import (
 from bridge.job import Encoding, Job, Receipt, Vote
 from bridge.joining import ask_admission, meet
 from bridge.moving import Mover
+from bridge.protocol.decoding import UNREADABLE
 from bridge.protocol.mapping import Mapping
 from bridge.protocol.messages import DIGEST_BYTES, Frame, Opcode
 from bridge.protocol.session import (
@@ -93,6 +96,7 @@ class Session:
         self.rank, self.world_size = ranks.rank, ranks.world_size
         self.version = answer.weight_version
         self.in_place = answer.in_place
+        self.outdated = answer.outdated
         self.closed = ""
         self.stale = False
         self._answer = answer
@@ -117,6 +121,7 @@ class Session:
             deadline_s=answer.first_byte_s,
             device=device,
             checksum=answer.checksum,
+            snapshot=config.snapshot,
         )
         self._control = ControlGroup(
             self._joined.control,
@@ -145,18 +150,24 @@ class Session:
 
     @classmethod
     def open(
-        cls, config: BridgeConfig, ranks: Ranks, *, device: torch.device | None, patient: bool = True
+        cls,
+        config: BridgeConfig,
+        ranks: Ranks,
+        *,
+        device: torch.device | None,
+        patient: bool = True,
+        restores: int = 0,
     ) -> Self:
         """Meet the inference side; called by every trainer rank.
 
-        ``device`` is the GPU that this rank's weights are on, None for the host's memory. ``patient`` is as
-        for ``ask_admission``.
+        ``device`` is the GPU that this rank's weights are on, None for the host's memory. ``patient`` and
+        ``restores`` are as for ``ask_admission``.
 
         Raises:
             MappingError: the mapping is missing or damaged, or was exported without a rendezvous.
             RendezvousError: the daemon cannot be reached in time, or refuses.
         """
-        mapping, answer, store = ask_admission(config, ranks, patient=patient)
+        mapping, answer, store = ask_admission(config, ranks, patient=patient, restores=restores)
         return cls(config, mapping, ranks, answer, store, device=device)
 
     # --- the caller's side -------------------------------------------------------------------------
@@ -294,6 +305,8 @@ class Session:
             self.stale = True  # nothing was said of this round yet: it may go through a new epoch
             job.finish(None, RoundAborted(f"version {job.version} was not sent: {self.closed}"))
             return
+        telemetry.stand(epoch=self._answer.epoch, version=job.version)
+        flight.note("round", epoch=self._answer.epoch, version=job.version, bytes=job.nbytes)
         try:
             if job.encoding == "delta":
                 self._check_carries_changes()
@@ -308,6 +321,7 @@ class Session:
             )
             self.closed = str(error)
             logger.error("version %d failed: %s", job.version, error)
+            self._write_flight(f"version {job.version} failed: {error}")
             job.finish(None, error)
         except (torch.OutOfMemoryError, torch.AcceleratorError) as err:
             logger.exception("version %d: the GPU failed", job.version)
@@ -316,11 +330,18 @@ class Session:
             job.finish(None, DeviceError(f"{reason}; the server keeps its weights"))
         except Exception as err:  # the thread's edge: the caller gets it, typed
             logger.exception("version %d: a defect of the bridge", job.version)
+            self._write_flight(f"version {job.version}: {type(err).__name__}: {err}")
             self.refuse_round(f"{type(err).__name__}: {err}")
             job.finish(None, ProtocolError(f"version {job.version}: {type(err).__name__}: {err}"))
         else:
-            self.version = job.version
+            self.version, self.outdated = job.version, False
             job.finish(receipt, None)
+
+    def _write_flight(self, why: str) -> None:
+        if self.config.logdir is not None:
+            flight.write(why, self.config.logdir)
+        elif self.config.config_path is not None:
+            flight.write(why, Path(self.config.config_path).parent)
 
     def _check_carries_changes(self) -> None:
         """Every rank looks at all of them, so that all refuse alike, before anything has begun."""
@@ -419,7 +440,9 @@ class Session:
 
     def _on_event(self, job: Job, peer: int, event: Event) -> list[Action]:
         if not isinstance(event, Frame):
+            flight.note("lost", peer=self._who(peer), what=str(event))
             raise event
+        flight.note("received", frame=event.opcode.name, peer=peer, version=event.version, text=event.text)
         if self.rank == 0:
             return self._coordinator.on_frame(peer, event)
         self.stale = event.opcode in (Opcode.ABORT, Opcode.SHUTDOWN) and event.version < job.version
@@ -427,6 +450,7 @@ class Session:
 
     def _perform(self, job: Job, action: Action) -> Receipt | None:
         if isinstance(action, Send):
+            flight.note("sent", frame=action.frame.opcode.name, version=job.version, text=action.frame.text)
             self._control.send(action.peers, action.frame)
         elif isinstance(action, Move):
             self._start_moving(job)
@@ -441,7 +465,12 @@ class Session:
             else:
                 job.vote.staged()
         elif isinstance(action, Finished):
-            receipt = msgspec.json.decode(action.text, type=Receipt)
+            try:
+                receipt = msgspec.json.decode(action.text, type=Receipt)
+            except UNREADABLE as err:
+                raise ProtocolError(
+                    f"version {job.version} is live, but this is no receipt ({err}): {action.text[:80]!r}"
+                ) from err
             return msgspec.structs.replace(receipt, total_s=time.monotonic() - job.started)
         elif isinstance(action, Close):
             raise RoundAborted(f"version {job.version} was not committed: {action.reason}")
@@ -459,8 +488,7 @@ class Session:
 
     def _start_moving(self, job: Job) -> None:
         if job.shards is None:
-            for action in self._coordinator.announce(bytes(DIGEST_BYTES), job.manner):
-                self._perform(job, action)
+            self._announce_round(job, bytes(DIGEST_BYTES), job.manner)
             self._mover.forget()
             return
         layouts = [self._coordinator.layouts[rank] for rank in range(self.world_size)]
@@ -471,9 +499,12 @@ class Session:
             bucket_bytes=self._answer.bucket_bytes,
         )
         plan, _, _ = self._meeting.plan(joint)
-        for action in self._coordinator.announce(plan.digest, joint):
-            self._perform(job, action)
+        self._announce_round(job, plan.digest, joint)
         self._move(job, joint, plan.digest)
+
+    def _announce_round(self, job: Job, plan_digest: bytes, joint: str) -> None:
+        for action in self._coordinator.announce(plan_digest, joint, vote=job.vote is not None):
+            self._perform(job, action)
 
     def _move(self, job: Job, joint: str, plan_digest: bytes) -> None:
         if job.shards is None:
@@ -497,6 +528,7 @@ class Session:
         """Rank 0 tells the daemons which bucket is next."""
         if self.rank != 0:
             return
+        flight.note("bucket", version=version, index=index)
         daemons = range(self.world_size, self.world_size + self._answer.num_daemons)
         frame = Frame(opcode=Opcode.BUCKET, epoch=self._answer.epoch, version=version, index=index)
         self._control.send(daemons, frame)

@@ -254,7 +254,7 @@ def collect(
         tensors = _by_name(named)
     except MappingError as err:
         raise faulty([str(err)], mapping, rank) from err
-    vocabulary = max(mapping.vocabularies, key=lambda v: sum(s.name in tensors for s in v.sources))
+    vocabulary = max(mapping.of_the_model, key=lambda v: sum(s.name in tensors for s in v.sources))
     known = {source.name for source in vocabulary.sources}
     if not known & tensors.keys():
         raise faulty([_strangers(tensors, vocabulary)], mapping, rank)

@@ -16,12 +16,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal, Self, TypedDict, Unpack, get_args, overload
+from typing import Literal, Self, TypedDict, TypeVar, Unpack, get_args, overload
 
 import torch
 from torch import nn
 
-from bridge import environment, zero3
+from bridge import environment, served_adapter, zero3
 from bridge.adapters import Merged, merge
 from bridge.catalogue import Catalogue
 from bridge.config import BridgeConfig
@@ -32,12 +32,15 @@ from bridge.guard import Guarded, StepGuard
 from bridge.job import Encoding, PendingBroadcast, Receipt
 from bridge.parts import Round, collect_single
 from bridge.patches import SparsePatch
+from bridge.served_adapter import AdapterTensors
 from bridge.sharding import LocalShards, collect, current_gpu, device_of
 
 logger = logging.getLogger(__name__)
 
 Weights = nn.Module | Mapping[str, torch.Tensor]
+Adapters = Literal["merge", "only"]
 Gather = Callable[[Server], tuple[LocalShards, Guarded]]
+_Found = TypeVar("_Found")
 
 __all__ = ["Bridge", "PendingBroadcast", "Receipt", "Round"]
 
@@ -53,7 +56,10 @@ class Options(SingleOptions, total=False):
     """Keywords of ``Bridge.broadcast_weights``."""
 
     encoding: Encoding
-    adapters: Literal["merge"] | None
+    adapters: Adapters | None
+    adapters_only: bool
+    adapter: str | None
+    served_as: str | None
 
 
 class Bridge:
@@ -132,7 +138,10 @@ class Bridge:
         blocking: bool = True,
         version: int | None = None,
         encoding: Encoding = "dense",
-        adapters: Literal["merge"] | None = None,
+        adapters: Adapters | None = None,
+        adapters_only: bool = False,
+        adapter: str | None = None,
+        served_as: str | None = None,
         layout: DeclaredLayout | None = None,
     ) -> Receipt | PendingBroadcast:
         """Send the model's weights and make them live; every trainer rank calls it.
@@ -151,7 +160,13 @@ class Bridge:
                 where the bytes would go another way. Equal on all ranks.
             adapters: "merge" for a model with LoRA adapters of peft: each adapted weight is sent as
                 ``W + scaling * B @ A``, by the base model's names. The model stays as it is; the sums take
-                the memory of the adapted weights once, until they have been read.
+                the memory of the adapted weights once, until they have been read. "only" sends one adapter's
+                A and B and nothing else, to a server that serves it (``--enable-lora``): copies, so that the
+                model may change at once.
+            adapters_only: True is ``adapters="only"``.
+            adapter: with "only", peft's name of the adapter to send; default is the active one.
+            served_as: with "only", the name that it is served by; default is peft's, or if that is "default"
+                the only one that the server takes.
             layout: what plain tensors are parts of, where the trainer shards by hand; None if they are whole.
                 With ``adapters`` it goes by the base model's names.
 
@@ -160,7 +175,7 @@ class Bridge:
 
         Raises:
             ConfigError: there is no such encoding, or it cannot be had here; ``adapters`` was given, and
-                there are none.
+                there are none; options contradict each other.
             TopologyError: the degrees of ``layout`` do not divide the number of trainer ranks.
             MappingError: the model does not fit the server's; lists every fault. All ranks' round is aborted.
             RendezvousError: the server cannot be met; of several, one that ``commit`` needs.
@@ -169,8 +184,14 @@ class Bridge:
         """
         if encoding not in get_args(Encoding):
             raise ConfigError(f"encoding is {encoding!r}; it is one of {', '.join(get_args(Encoding))}")
+        adapters = _mode(adapters, adapters_only=adapters_only, layout=layout, names=(adapter, served_as))
         self._check_layout(layout)
-        merged = self._merge(model, adapters) if adapters is not None else None
+        if adapters == "only":
+            found = self._look_up(
+                model, lambda of: served_adapter.find(of, adapter=adapter, served_as=served_as), adapters
+            )
+            return self._broadcast_adapter(found, blocking=blocking, version=version, encoding=encoding)
+        merged = self._look_up(model, merge, adapters) if adapters is not None else None
         return self._broadcast(
             lambda server: self._collect(model, server, merged, layout),
             device_of(_tensors_of(model)),
@@ -349,15 +370,13 @@ class Bridge:
         if layout is not None:
             layout.check_world((self._own_ranks()).world_size)
 
-    def _merge(self, model: Weights, adapters: str) -> Merged:
+    def _look_up(self, model: Weights, look: Callable[[nn.Module], _Found], adapters: Adapters) -> _Found:
         """Before the session is asked for: sums may be collective, and ranks may come to it one by one."""
-        if adapters != "merge":
-            raise ConfigError(f"adapters is {adapters!r}; it must be 'merge', or None where there are none")
         if not isinstance(model, nn.Module):
-            raise ConfigError("adapters='merge' is for a model; tensors by name are sent as they are")
+            raise ConfigError(f"adapters={adapters!r} is for a model; tensors by name are sent as they are")
         try:
             self._finish_pending()  # which may still hold earlier sums
-            return merge(model)
+            return look(model)
         except BaseException as err:
             self._calls += 1  # the others make this broadcast, and count it
             self._fleet.refuse(str(err) or type(err).__name__)
@@ -382,6 +401,25 @@ class Bridge:
         made = Catalogue(model, session.mapping, shards, guarded, layout) if shards.lasting else None
         server.catalogue = made
         return shards, guarded
+
+    def _broadcast_adapter(
+        self, found: AdapterTensors, *, blocking: bool, version: int | None, encoding: Encoding
+    ) -> Receipt | PendingBroadcast:
+        matrices = [tensor for tensor, _ in found.tensors.values()]
+
+        def gather(server: Server) -> tuple[LocalShards, Guarded]:
+            session = server.session
+            shards = served_adapter.collect_adapter(found, session.mapping, rank=session.rank)
+            return shards, Guarded([], hold=True)  # copies, which only we have
+
+        return self._broadcast(
+            gather,
+            device_of(matrices),
+            parameters=lambda: (),  # no optimizer has to wait
+            blocking=blocking,
+            version=version,
+            encoding=encoding,
+        )
 
     def _broadcast(
         self,
@@ -439,7 +477,8 @@ class Bridge:
         try:
             gathered = {server: self._gather(gather, server) for server in servers}
             if any(shards.partial for shards, _ in gathered.values()):
-                servers = self._fleet.that_take_parts(servers)
+                whole_adapter = any(shards.layout.leading for shards, _ in gathered.values())
+                servers = self._fleet.that_take_parts(servers, whole_adapter=whole_adapter)
         except BaseException as err:
             _refuse(servers, str(err) or type(err).__name__)
             raise
@@ -530,6 +569,28 @@ def _refuse(servers: Iterable[Server], reason: str) -> None:
     """This rank cannot take part: end the epochs for everyone, so that nobody waits for it."""
     for server in servers:
         server.session.refuse_round(reason)
+
+
+def _mode(
+    adapters: Adapters | None,
+    *,
+    adapters_only: bool,
+    layout: DeclaredLayout | None,
+    names: tuple[str | None, str | None],
+) -> Adapters | None:
+    """What becomes of adapters; every rank finds it alike."""
+    if adapters not in (None, *get_args(Adapters)):
+        raise ConfigError(
+            f"adapters is {adapters!r}; it must be 'merge' or 'only', or None where there are none"
+        )
+    if adapters_only and adapters == "merge":
+        raise ConfigError("adapters_only=True sends adapters by themselves, adapters='merge' does not")
+    mode: Adapters | None = "only" if adapters_only else adapters
+    if mode != "only" and any(name is not None for name in names):
+        raise ConfigError("adapter and served_as say which adapter is sent by itself: with adapters='only'")
+    if mode == "only" and layout is not None:
+        raise ConfigError("adapters='only' takes no layout: an adapter's matrices are whole, or DTensors")
+    return mode
 
 
 def _tensors_of(model: Weights) -> Iterable[torch.Tensor]:

@@ -22,7 +22,10 @@ fully_shard(model)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 tokens = torch.randint(model.config.vocab_size, (4, 32))  # your data goes here
 
+stop = False
 for step in range(steps):
+    if stop := bridge.should_stop():  # the job's time is up: end here, between two rounds
+        break
     loss = model(input_ids=tokens, labels=tokens).loss
     optimizer.zero_grad()
     loss.backward()
@@ -33,3 +36,4 @@ for step in range(steps):
 
 bridge.close()
 dist.destroy_process_group()
+sys.exit(75 if stop else 0)  # "may run again"

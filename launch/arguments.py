@@ -161,6 +161,14 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
     )
     _flag(group, "--rendezvous-port", int, d.rendezvous_port, "0 takes any free one and publishes it")
 
+    group.add_argument(
+        "--peers",
+        default="",
+        metavar="LOGDIR[:LOGDIR..]",
+        help="log directories of servers that the same trainer feeds: one of them sends its version to a "
+        "server that starts late, or again",
+    )
+
     group = parser.add_argument_group("several nodes, one launcher on each (default: as the SLURM step says)")
     group.add_argument("--nnodes", type=int, help="how many nodes serve together (default: 1)")
     group.add_argument("--node-rank", type=int, help="which one this is; 0 has the HTTP server")
@@ -183,6 +191,12 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
         group, "--staging", str, d.staging, "in-place: weights held once; pauses for each transfer", STAGING
     )
     _flag(group, "--flip", str, d.flip, "how two halves change places; auto: remap if possible", FLIP)
+    group.add_argument(
+        "--adapters",
+        metavar="NAME[,NAME]",
+        help="the served LoRA adapters that trainers may send; each takes memory twice (default: those in "
+        "vLLM's --lora-modules)",
+    )
     group.add_argument("--http", action="store_true", help="serve /bridge/* beside /v1 (default: off)")
 
     group = parser.add_argument_group("patience, in seconds")
@@ -193,6 +207,7 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
     _flag(group, "--start-timeout", float, d.start_timeout_s, "until the server must be ready")
     _flag(group, "--shutdown-timeout", float, d.shutdown_timeout_s, "between asking and SIGKILL")
     _flag(group, "--max-daemon-restarts", int, d.max_daemon_restarts, "a count; then everything ends")
+    _flag(group, "--max-server-restarts", int, d.max_server_restarts, "the same, of a vLLM that was ready")
 
     group = parser.add_argument_group("diagnostics")
     _flag(group, "--log-level", str, d.log_level, "of the bridge's own records", LOG_LEVELS)
@@ -252,11 +267,14 @@ def make_options(
         staging=args.staging,
         flip=args.flip,
         prefix_cache=args.prefix_cache,
+        adapters=args.adapters,
         update_dir=args.update_dir,
+        peers=tuple(Path(peer) for peer in args.peers.split(os.pathsep) if peer),
         http=args.http,
         start_timeout_s=args.start_timeout,
         shutdown_timeout_s=args.shutdown_timeout,
         max_daemon_restarts=args.max_daemon_restarts,
+        max_server_restarts=args.max_server_restarts,
         log_level=args.log_level,
     )
 

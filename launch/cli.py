@@ -53,19 +53,22 @@ def prepare(options: ServeOptions) -> Supervisor:
     """Make the directories of a launch and put it together; nothing runs yet."""
     from launch import commands
     from launch.options import read_server_args
-    from launch.supervisor import Launch, Limits, Supervisor
+    from launch.supervisor import URL_NAME, Launch, Limits, Supervisor
 
     options.logdir.mkdir(parents=True, exist_ok=True)
     options.updates.mkdir(mode=0o700, parents=True, exist_ok=True)
     options.logs.mkdir(parents=True, exist_ok=True)
     run_dir = commands.make_run_dir(options)
+    server = read_server_args(options.vllm_args)
+    (options.logs / URL_NAME).unlink(missing_ok=True)  # of an earlier server that was killed
     launch = Launch(
         vllm=commands.vllm_command(options, run_dir),
         daemon=commands.daemon_command(
             options, run_dir, launcher_pid=os.getpid(), launch_id=uuid.uuid4().hex
         ),
         trainer=commands.trainer_command(options),
-        server=read_server_args(options.vllm_args),
+        server=server,
+        public_url=server.url_at(options.rendezvous_host),
         run_dir=run_dir,
         logdir=options.logs.absolute(),
         nnodes=options.nnodes,
@@ -74,6 +77,7 @@ def prepare(options: ServeOptions) -> Supervisor:
             start_timeout_s=options.start_timeout_s,
             shutdown_timeout_s=options.shutdown_timeout_s,
             max_daemon_restarts=options.max_daemon_restarts,
+            max_server_restarts=options.server_restarts,
         ),
     )
     return Supervisor(launch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import shlex
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 from bridge.protocol.mapping import CONFIG_NAME
 from launch.options import ServeOptions, read_server_args
+from vllm_patching import newest
 
 PLUGIN_NAME = "weight_bridge"
 PLUGIN_GROUP = "vllm.general_plugins"
@@ -73,6 +75,7 @@ def make_run_dir(options: ServeOptions) -> Path:
     if options.run_dir is None:
         return Path(tempfile.mkdtemp(prefix="vllm-bridge-", dir=run_dir_parent()))
     options.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    newest.forget(options.run_dir)
     return options.run_dir.absolute()
 
 
@@ -105,6 +108,7 @@ def vllm_command(options: ServeOptions, run_dir: Path, environ: Mapping[str, str
         "BRIDGE_PREFIX_CACHE": options.prefix_cache,
         "BRIDGE_STAGING": options.staging,
         "BRIDGE_FLIP": options.flip,
+        "BRIDGE_ADAPTERS": json.dumps(options.sent_adapters),
         "BRIDGE_HTTP": str(int(options.http)),
         "BRIDGE_LOG_LEVEL": options.log_level,
         "PYTHONUNBUFFERED": "1",  # a line that explains a crash must reach the log before it
@@ -175,6 +179,7 @@ def daemon_command(
         "--checksum": options.checksum,
         "--prefix-cache": options.prefix_cache,
         "--update-dir": options.updates.absolute(),
+        "--peers": os.pathsep.join(str(peer.absolute()) for peer in options.peers),
         "--launcher-pid": launcher_pid,
     }
     if options.nnodes > 1:

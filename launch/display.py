@@ -135,11 +135,19 @@ def _facts(status: dict[str, Any]) -> list[tuple[str, str]]:
         missing = f"; missing {nodes['missing']}" if nodes["missing"] else ""
         hosts = ", ".join(f"{rank} on {host}" for rank, host in nodes["hosts"].items())
         facts.append(("nodes", f"{nodes['rank']} of {nodes['count']} asked; {hosts}{missing}"))
+    facts += [
+        ("waits", f"{wait['who']} for {wait['waits_for']}{_since(wait['since_s'])}")
+        for wait in status.get("waits", ())
+    ]
     if last:
         facts.append(("last round", ", ".join(f"{key} {_number(value)}" for key, value in last.items())))
     if status["last_error"]:
         facts.append(("last error", status["last_error"]))
     return facts
+
+
+def _since(seconds: float | None) -> str:
+    return "" if seconds is None else f", since {seconds:g} s"
 
 
 def _number(value: Any) -> str:

@@ -111,7 +111,7 @@ def _tensor_bytes(path: Path, itemsize: int | None) -> int:
                 itemsize if itemsize and entry["dtype"] in _FLOATS else _SAFETENSORS_ITEMSIZE[entry["dtype"]]
             )
             total += math.prod(entry["shape"]) * size
-    except (OSError, ValueError, KeyError, struct.error) as err:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as err:
         raise ConfigError(f"{path} is not a whole safetensors file: {err}") from err
     return total
 

@@ -6,6 +6,7 @@ will answer and how large it is.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,6 +64,8 @@ class ServeOptions:
     staging: str = "double"
     flip: str = "auto"
     prefix_cache: str = "salt"
+    adapters: str | None = None  # None: those that vLLM is to load at the start
+    peers: tuple[Path, ...] = ()
     update_dir: Path | None = None  # None: <logdir>/updates
     http: bool = False
     nnodes: int = 1
@@ -73,6 +76,7 @@ class ServeOptions:
     start_timeout_s: float = 1800.0
     shutdown_timeout_s: float = 30.0
     max_daemon_restarts: int = 3
+    max_server_restarts: int = 3
     log_level: str = "INFO"
 
     @property
@@ -100,7 +104,33 @@ class ServeOptions:
                 "--staging in-place with several nodes: a node that is lost for a moment may still write "
                 "while the engine goes on; leave it out"
             )
+        if self.nnodes > 1 and self.peers:
+            faults.append(
+                "--peers with several nodes: a version is lent between servers of one node each, as a "
+                "lender sees the memory of its own node only; leave it out"
+            )
         return faults
+
+    @property
+    def server_restarts(self) -> int:
+        """How often a vLLM that dies is started again: never on several nodes, or if trainers send adapters.
+
+        Of several nodes, a lost part cannot join the others again. With adapters, vLLM would come up with
+        those of the files, and a round of the model alone would make it ready.
+        """
+        return 0 if self.nnodes > 1 or self.sent_adapters else self.max_server_restarts
+
+    @property
+    def sent_adapters(self) -> tuple[str, ...]:
+        """The served names of the LoRA adapters that trainers may send.
+
+        Raises:
+            ConfigError: vLLM's --lora-modules cannot be read.
+        """
+        if self.adapters is not None:
+            return tuple(dict.fromkeys(name for name in self.adapters.split(",") if name))
+        # With one half there is no room for them, and nobody has asked.
+        return () if self.staging == "in-place" else loaded_adapters(self.vllm_args)
 
     def faults(self) -> list[str]:
         """Values that cannot work, each as a sentence."""
@@ -121,6 +151,14 @@ class ServeOptions:
                 f"--flip {self.flip} says how two halves change places, and --staging in-place has one; "
                 "leave --flip out"
             )
+        if self.staging == "in-place" and self.sent_adapters:
+            faults.append(
+                f"--adapters {self.adapters} cannot be sent with --staging in-place: a round that fails "
+                "midway would leave one torn, which no broadcast of the model repairs"
+            )
+        given = [*_config_file(self.vllm_args), *self.vllm_args]
+        if self.adapters and not _is_given(given, "--enable-lora"):
+            faults.append(f"--adapters {self.adapters} needs --enable-lora among vLLM's flags")
         if self.shutdown_timeout_s < 0:
             faults.append(f"--shutdown-timeout is {self.shutdown_timeout_s:g}, it cannot be negative")
         if self.deadline_s < 2 * self.heartbeat_interval_s:
@@ -134,8 +172,11 @@ class ServeOptions:
             )
         if not 0 <= self.rendezvous_port < 65536:
             faults.append(f"--rendezvous-port is {self.rendezvous_port}, ports end at 65535")
-        if self.max_daemon_restarts < 0:
-            faults.append(f"--max-daemon-restarts is {self.max_daemon_restarts}, the least is 0")
+        faults += [
+            f"{_flag(name)} is {getattr(self, name)}, the least is 0"
+            for name in ("max_daemon_restarts", "max_server_restarts")
+            if getattr(self, name) < 0
+        ]
         return faults
 
 
@@ -166,9 +207,14 @@ class ServerView:
     @property
     def url(self) -> str:
         """What a client on this host uses."""
+        return self.url_at(self.connect_host)
+
+    def url_at(self, address: str) -> str:
+        """What a client uses that reaches this host by ``address``; if vLLM binds one, that one."""
         if self.uds is not None:
             return f"unix:{self.uds}"
-        host = f"[{self.connect_host}]" if ":" in self.connect_host else self.connect_host
+        host = address if self.bind_host in ("0.0.0.0", "::") else self.connect_host  # noqa: S104
+        host = f"[{host}]" if ":" in host else host
         return f"{'https' if self.tls else 'http'}://{host}:{self.port}"
 
 
@@ -216,6 +262,39 @@ def split_faults(options: ServeOptions) -> list[str]:
             "tensor and pipeline parallel sizes whose product is a multiple of it"
         )
     return faults
+
+
+def loaded_adapters(args: Sequence[str]) -> tuple[str, ...]:
+    """The names of the LoRA adapters that vLLM is to load at its start.
+
+    Raises:
+        ConfigError: one is neither NAME=PATH nor JSON with a name.
+    """
+    args = [*_config_file(args), *args]
+    words: list[str] = []
+    taking = False
+    for arg in args:
+        name, value = _split(arg)
+        if name.startswith("--"):
+            taking = name == "--lora-modules"
+            words = [] if taking else words  # the last one given wins
+            words += [value] if taking and value is not None else []
+        elif taking:
+            words.append(arg)
+    return tuple(dict.fromkeys(name for word in words for name in _names_in(word)))
+
+
+def _names_in(word: str) -> list[str]:
+    if not word.lstrip().startswith(("{", "[")):
+        name, equals, _ = word.partition("=")
+        if not equals:
+            raise ConfigError(f"--lora-modules {word!r} among vLLM's flags is not NAME=PATH")
+        return [name]
+    try:
+        found = json.loads(word)
+        return [str(one["name"]) for one in (found if isinstance(found, list) else [found])]
+    except (ValueError, TypeError, KeyError) as err:
+        raise ConfigError(f"--lora-modules {word!r} among vLLM's flags has no name: {err!r}") from err
 
 
 def node_faults(args: Sequence[str], environ: Mapping[str, str] = os.environ) -> list[str]:

@@ -2,7 +2,8 @@
 
 The launcher is single-threaded. It waits in ``select`` on a pipe that SIGCHLD, SIGTERM and SIGINT write to,
 and wakes a few times a second to repeat the children's logs. Who may die: the daemon,
-``max_daemon_restarts`` times. vLLM may not, and the trainer's end is the end.
+``max_daemon_restarts`` times, and a vLLM that was ready, ``max_server_restarts`` times. The trainer's end is
+the end.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from bridge.errors import BridgeError, ConfigError, PeerLost, RendezvousError
+from bridge.protocol import mapping
 from bridge.protocol.mapping import CONFIG_NAME
 from launch import probe, process
+from launch.comeback import Comeback, Restarts, session_of
 from launch.commands import PLUGIN_GROUP, PLUGIN_NAME, Command, placed
 from launch.options import ServerView
 from launch.output import Relay
@@ -36,6 +39,7 @@ OBSERVE_INTERVAL_S = 2.0
 # vLLM answers /health only after its workers have loaded, which is when they publish.
 PUBLISH_GRACE_S = 30.0
 ORPHAN_GRACE_S = 5.0
+URL_NAME = "server.url"  # in the log directory, while the server is ready
 KILL_TIMEOUT_S = 10.0
 HEAD_WORD_S = 10.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -43,11 +47,12 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How long things may take, in seconds, and how often the daemon may die."""
+    """How long things may take, in seconds, and how often the daemon and vLLM may die."""
 
     start_timeout_s: float
     shutdown_timeout_s: float
     max_daemon_restarts: int
+    max_server_restarts: int = 0
     publish_grace_s: float = PUBLISH_GRACE_S
 
 
@@ -59,6 +64,7 @@ class Launch:
     daemon: Command
     trainer: Command | None
     server: ServerView
+    public_url: str  # where clients on the trainers' hosts reach the server
     run_dir: Path
     logdir: Path  # of this node's logs
     limits: Limits
@@ -90,10 +96,14 @@ class Supervisor:
         self._stop_signals: list[int] = []
         self._ready = False
         self._restarts = 0
+        self._server_restarts = Restarts(self.limits.max_server_restarts)
+        self._comeback: Comeback | None = None  # of a vLLM that died
+        self._behind = False  # whether it is back, but not with the newest version
         self._daemon_due: float | None = None  # when a restarted daemon must answer again
         self._strangers = frozenset(residue.descendants(os.getpid()))  # inherited by exec, not ours to end
         self._shm_before = frozenset(residue.SHM_DIR.iterdir()) if residue.SHM_DIR.is_dir() else frozenset()
         self._shm: set[Path] = set()
+        self._vllm_shm: set[Path] = set()
         self._observed_at = 0.0
         self._why = ""  # what ended everything, for the trainer's message
 
@@ -136,6 +146,10 @@ class Supervisor:
         while True:
             self._step()
             self._observe(every_s=OBSERVE_INTERVAL_S)
+            if self._comeback is None:
+                self._server_restarts.forgive()
+                if self._behind:
+                    self._await_newest()
             trainer = self.children.get("trainer")
             if trainer is not None and not trainer.alive:
                 logger.info("%s: shutting down", trainer.describe())
@@ -192,16 +206,19 @@ class Supervisor:
 
         Raises:
             StopRequested: a signal came.
-            PeerLost: vLLM is gone, or the daemon once too often.
-            ConfigError: the daemon refuses its configuration.
+            PeerLost: vLLM is gone, or the daemon, once too often.
+            ConfigError: the daemon refuses its configuration, or a vLLM that was started again.
         """
         self._wait(TICK_S)
         if self._stop_signals:
             raise StopRequested(self._stop_signals[0])
         if self.launch.node_rank and not self.children["daemon"].alive:
             self._follower_ended(self.children["daemon"])
-        if (vllm := self.children.get("vllm")) is not None and not vllm.alive:
+        vllm = self.children.get("vllm")  # of several nodes, started when all are here
+        if vllm is not None and not vllm.alive and (self._comeback is None or self._comeback.started):
             self._vllm_died(vllm)
+        if self._comeback is not None:
+            self._bring_back(self._comeback)
         if not self.children["daemon"].alive:
             self._daemon_died(self.children["daemon"])
         if self._daemon_due is not None:
@@ -226,7 +243,57 @@ class Supervisor:
             raise BridgeError(f"{child.describe()} before the server was ready; see the end of {log}")
         status = probe.daemon_status(self.launch.run_dir)  # a worker may have died first
         first = f"; the daemon last saw: {status['last_error']}" if status and status["last_error"] else ""
-        raise PeerLost(f"{child.describe()}{first}; ending everything with it; see the end of {log}")
+        restarts = self._server_restarts
+        if restarts.used_up:
+            often = f", after {restarts.count} restart(s), as many as --max-server-restarts allows"
+            raise PeerLost(
+                f"{child.describe()}{first}{often if restarts.limit else ''}; ending everything with it; see "
+                f"the end of {log}"
+            )
+        pause_s = restarts.take()
+        logger.error(
+            "%s%s; starting it again in %g s (%d of %d), see the end of %s",
+            child.describe(),
+            first,
+            pause_s,
+            restarts.count,
+            restarts.limit,
+            log,
+        )
+        self._observe(every_s=0.0)  # what its orphans map is theirs to leave behind
+        self._comeback = Comeback(child, pause_s=pause_s, timeout_s=self.limits.start_timeout_s)
+
+    def _bring_back(self, comeback: Comeback) -> None:
+        status = probe.daemon_status(self.launch.run_dir)
+        if not comeback.started:
+            left = comeback.left_of_the_dead(self._tree())
+            if not left and comeback.may_start(status):
+                for path in residue.sweep(self._vllm_shm):  # the trainer's are its own affair
+                    logger.info("removed %s, left behind by vLLM", path)
+                self._start(self.launch.vllm)
+                comeback.start()
+            elif comeback.overdue:
+                raise PeerLost(f"the dead vLLM does not let go: pids {left} still run; {_say(status)}")
+            return
+        if status is not None and status["state"] == "failed":
+            raise ConfigError(f"the daemon cannot serve the vLLM that was started again: {status['detail']}")
+        if status is not None and status["complete"] and probe.is_healthy(self.launch.server):
+            self._comeback, self._behind = None, status["state"] == "recovering"
+            self._server_restarts.ready()
+            took_s = time.monotonic() - comeback.began
+            logger.info("vLLM is back %.1f s after it died, %s", took_s, _say(status))
+        elif comeback.overdue:
+            raise PeerLost(
+                f"the restarted {self.children['vllm'].describe()}, but is not ready within --start-timeout "
+                f"{self.limits.start_timeout_s:g} s: {_say(status)}"
+            )
+
+    def _await_newest(self) -> None:
+        """Say when a vLLM that came back with the checkpoint's weights has the newest version."""
+        status = probe.daemon_status(self.launch.run_dir)
+        if status is not None and status["state"] in ("ready", "round"):
+            self._behind = False
+            logger.info("the server has the newest version, %d", status["weight_version"])
 
     def _daemon_died(self, child: Child) -> None:
         log = self.launch.logdir / "daemon.log"
@@ -250,7 +317,7 @@ class Supervisor:
 
     def _welcome_back(self, due: float) -> None:
         status = probe.daemon_status(self.launch.run_dir)
-        if status is not None and status["state"] in ("ready", "round", "torn"):
+        if status is not None and status["state"] in ("ready", "round", "torn", "recovering"):
             self._daemon_due = None
             logger.info(
                 "the daemon is back (pid %d), rendezvous %s", status["pids"]["daemon"], status["rendezvous"]
@@ -317,7 +384,8 @@ class Supervisor:
             if healthy_since is None and (self.launch.node_rank or probe.is_healthy(self.launch.server)):
                 healthy_since = now
             if healthy_since is not None:
-                if status is not None and status["state"] in ("ready", "round"):
+                if status is not None and _serves(status):
+                    self._behind = status["state"] == "recovering"
                     self._announce(status, now - began)
                     return
                 if not self.launch.node_rank:
@@ -352,10 +420,12 @@ class Supervisor:
             logger.info("ready after %.1f s: this node has rank(s) %s of %s of %s", took_s, ranks,
                         status["world_size"], status["model"])  # fmt: skip
             return
+        url = self.launch.logdir / URL_NAME
+        mapping.write_atomically(url, f"{self.launch.public_url}\n".encode(), mode=0o644)
         logger.info(
             "ready after %.1f s: %s serves %s on %s rank(s); mapping %s, rendezvous %s",
             took_s,
-            self.launch.server.url,
+            self.launch.public_url,
             status["model"],
             status["world_size"],
             self.launch.logdir / CONFIG_NAME,
@@ -373,11 +443,15 @@ class Supervisor:
         now = time.monotonic()
         if now - self._observed_at >= every_s:
             self._observed_at = now
-            self._shm |= residue.snapshot(self._tree()) - self._shm_before
+            tree, vllm = self._tree(), self.children.get("vllm")
+            served = {pid for pid in tree if vllm is not None and session_of(pid) == vllm.pid}
+            self._vllm_shm |= residue.snapshot(served) - self._shm_before
+            self._shm |= residue.snapshot(set(tree) - served) - self._shm_before
 
     def _shut_down(self) -> None:
         """End the whole tree within the shutdown timeout, by force if need be, and remove what it leaves."""
         began = time.monotonic()
+        (self.launch.logdir / URL_NAME).unlink(missing_ok=True)
         self._observe(every_s=0.0)
         already_asked = len(self._stop_signals)
         self._ask_to_end()
@@ -398,7 +472,7 @@ class Supervisor:
         if tree:
             logger.error("pids %s do not end, not even by SIGKILL", tree)
         self._wait(0)
-        for path in residue.sweep(self._shm):
+        for path in residue.sweep(self._shm | self._vllm_shm):
             logger.info("removed %s, left behind by vLLM", path)
         residue.remove_run_dir(self.launch.run_dir)
         self._relay.close()
@@ -428,6 +502,13 @@ class Supervisor:
                 logger.warning("asked again: not waiting any longer")
                 return
             self._wait(min(TICK_S, left))
+
+
+def _serves(status: dict[str, Any]) -> bool:
+    """Whether it is up for good; a version that no peer can send comes with the next broadcast."""
+    return status["state"] in ("ready", "round") or (
+        status["state"] == "recovering" and status["complete"] and not status["borrowing"]
+    )
 
 
 def _say(status: dict[str, Any] | None) -> str:

@@ -51,7 +51,7 @@ def find_place(args: argparse.Namespace, environ: Mapping[str, str] = os.environ
 
 
 def _first_host(nodelist: str) -> str:
-    from bridge.environment import expand_nodelist
+    from bridge.nodes import expand_nodelist
 
     hosts = expand_nodelist(nodelist)
     return hosts[0] if hosts else ""

@@ -26,6 +26,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--checksum", choices=("first", "always", "off"), default="first")
     parser.add_argument("--prefix-cache", choices=("salt", "keep"), default="salt")
     parser.add_argument("--update-dir", type=Path)
+    parser.add_argument("--peers", default="")
     parser.add_argument("--nnodes", type=int, default=1)
     parser.add_argument("--node-rank", type=int, default=0)
     parser.add_argument("--master-addr", default="")
@@ -35,4 +36,5 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--launcher-pid", type=int, default=os.getppid())
     args = parser.parse_args(argv)
     args.update_dir = args.update_dir or args.logdir
+    args.peers = [Path(peer) for peer in args.peers.split(os.pathsep) if peer]
     return args

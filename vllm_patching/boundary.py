@@ -38,11 +38,13 @@ class Boundary:
         *,
         timeout_s: float,
         first_death: Callable[[], str],
+        before_commit: Callable[[int], None] = lambda _: None,
         watch: Callable[[bool], None] = lambda _: None,
     ) -> None:
         """``timeout_s`` bounds each wait; ``first_death`` names whose death ended vLLM, "" if nobody's.
 
-        ``watch`` is told before and after a wait: words of other nodes' ranks come by message.
+        ``before_commit`` is told each version right before it is asked for. ``watch`` is told before and
+        after a wait: words of other nodes' ranks come by message.
         """
         assert registry.control is not None
         self.page: ControlPage = registry.control
@@ -50,6 +52,7 @@ class Boundary:
         self._registry = registry
         self._first_death = first_death
         self._watch = watch
+        self._before_commit = before_commit
 
     @property
     def num_ranks(self) -> int:
@@ -76,6 +79,7 @@ class Boundary:
                 f"{staged}{served}, but ranks {behind} did not commit within {self.timeout_s:g} s; {if_late}"
             )
 
+        self._before_commit(version)
         self._ask(
             lambda: setattr(self.page, "requested", version),
             lambda: all(slot.version == version for slot in slots),

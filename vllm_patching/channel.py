@@ -8,20 +8,22 @@ launcher can ask for the status in milliseconds.
 
 from __future__ import annotations
 
-import array
 import os
 import socket
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from bridge.errors import BridgeError, ProtocolError, RendezvousError
+from bridge.protocol.decoding import UNREADABLE
 
 SOCKET_NAME = "daemon.sock"
 MAX_MESSAGE_BYTES = 1 << 30  # a mapping of a 10,000-tensor model is some tens of MB
 MAX_FDS = 64
+_READ_BYTES = 1 << 20  # taken at once: memory follows what has come, not what was announced
 _LENGTH = struct.Struct("!I")
 _UCRED = struct.Struct("iII")
 
@@ -32,6 +34,12 @@ class PeerRefused(BridgeError):
 
 class ChannelClosed(BridgeError):
     """The other end is gone."""
+
+
+def close_all(fds: Iterable[int]) -> None:
+    """Close descriptors that came with a message and have no owner."""
+    for fd in fds:
+        os.close(fd)
 
 
 def socket_path(run_dir: Path) -> Path:
@@ -79,7 +87,8 @@ class Channel:
         data = _LENGTH.pack(len(body)) + body
         try:
             sent = socket.send_fds(self.sock, [data], list(fds)) if fds else 0
-            self.sock.sendall(data[sent:])
+            if sent < len(data):  # the reader of a whole message may have left already
+                self.sock.sendall(data[sent:])
         except OSError as err:
             raise ChannelClosed(f"the bridge's socket to pid {self.pid} broke: {err}") from err
 
@@ -91,46 +100,50 @@ class Channel:
             TimeoutError: nothing came in time.
             ProtocolError: what came is not a message.
         """
-        head, fds = self._receive_head()
+        head, fds, cut_off = self._receive_head()
+        try:
+            if cut_off:
+                raise ProtocolError(f"pid {self.pid} sent more than {MAX_FDS} descriptors with one message")
+            return self._receive_message(head), fds
+        except BaseException:
+            close_all(fds)  # nobody else will ever know of them
+            raise
+
+    def _receive_message(self, head: bytes) -> dict[str, Any]:
+        head += self._receive_exactly(_LENGTH.size - len(head))
         (length,) = _LENGTH.unpack(head)
         if length > MAX_MESSAGE_BYTES:
             raise ProtocolError(f"pid {self.pid} announced a message of {length} bytes")
         body = self._receive_exactly(length)
         try:
-            message = msgspec.json.decode(body, type=dict[str, Any])
-        except msgspec.DecodeError as err:
+            return msgspec.json.decode(body, type=dict[str, Any])
+        except UNREADABLE as err:
             raise ProtocolError(f"pid {self.pid} sent something that is not a message: {err}") from err
-        return message, fds
 
-    def _receive_head(self) -> tuple[bytes, tuple[int, ...]]:
-        fds: array.array[int] = array.array("i")
+    def _receive_head(self) -> tuple[bytes, tuple[int, ...], bool]:
+        """The first bytes, the descriptors that came with them, and whether there were more than we take."""
         try:
-            data, received, _, _ = socket.recv_fds(self.sock, _LENGTH.size, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+            data, fds, flags, _ = socket.recv_fds(self.sock, _LENGTH.size, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
         except TimeoutError:
             raise
         except OSError as err:
             raise ChannelClosed(f"the bridge's socket to pid {self.pid} broke: {err}") from err
-        fds.extend(received)
         if not data:
             raise ChannelClosed(f"pid {self.pid} closed the bridge's socket")
-        if len(data) < _LENGTH.size:
-            data += self._receive_exactly(_LENGTH.size - len(data))
-        return data, tuple(fds)
+        return data, tuple(fds), bool(flags & socket.MSG_CTRUNC)
 
     def _receive_exactly(self, count: int) -> bytes:
-        buffer = bytearray(count)
-        view = memoryview(buffer)
-        done = 0
-        while done < count:
+        buffer = bytearray()
+        while (left := count - len(buffer)) > 0:
             try:
-                received = self.sock.recv_into(view[done:])
+                received = self.sock.recv(min(left, _READ_BYTES))
             except TimeoutError:
                 raise
             except OSError as err:
                 raise ChannelClosed(f"the bridge's socket to pid {self.pid} broke: {err}") from err
-            if received == 0:
+            if not received:
                 raise ChannelClosed(f"pid {self.pid} closed the bridge's socket in the middle of a message")
-            done += received
+            buffer += received
         return bytes(buffer)
 
     def close(self) -> None:
@@ -152,7 +165,8 @@ def ask(run_dir: Path, request: dict[str, Any], *, timeout_s: float) -> dict[str
         channel = Channel.connect(run_dir, timeout_s=timeout_s)
         try:
             channel.send(request)
-            answer, _ = channel.receive()
+            answer, fds = channel.receive()
+            close_all(fds)  # an answer has none
         finally:
             channel.close()
     except (OSError, BridgeError) as err:
@@ -160,6 +174,8 @@ def ask(run_dir: Path, request: dict[str, Any], *, timeout_s: float) -> dict[str
             f"no weight-updater daemon answers at {socket_path(run_dir)}: {err}; is the server running "
             "on this host, and as this user?"
         ) from err
+    if answer.get("type") == "error":
+        raise RendezvousError(f"the weight-updater daemon refused a request: {answer.get('error')}")
     return answer
 
 

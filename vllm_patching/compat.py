@@ -1,4 +1,5 @@
-"""Every private name of vLLM that the bridge touches, for every version it supports. No other file may.
+"""Every private name of vLLM that the bridge touches, for every version it supports. No other file may,
+except ``lora_compat`` for LoRA's.
 
 Names and signatures were compared in 0.26.0, 0.32.0 and 0.33.0. A version outside ``SUPPORTED`` is refused,
 and so is a supported one in which an expected name is missing: a hook that silently does not fire would mean

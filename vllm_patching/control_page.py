@@ -21,20 +21,40 @@ class ControlPage:
     SLOT_WORDS = 8
     ENGINE_WORDS = 2
     HEADER_WORDS = 8
+    MAX_BYTES = 1 << 24
 
     def __init__(self, fd: int) -> None:
+        """Map the page behind ``fd``, which stays open and is the page's from now on.
+
+        Raises:
+            ConfigError: it is none; ``fd`` is still the caller's then.
+        """
         self.fd = fd
-        self._map = mmap.mmap(fd, os.fstat(fd).st_size)
+        try:
+            size = os.fstat(fd).st_size
+            if size % 8 or not 8 * self.HEADER_WORDS <= size <= self.MAX_BYTES:
+                raise ConfigError(f"a file of {size} bytes was received, which is no bridge control page")
+            self._map = mmap.mmap(fd, size)
+        except OSError as err:
+            raise ConfigError(f"what was received as the bridge's control page is no memory: {err}") from err
         self._words = memoryview(self._map).cast("Q")
         if self._words[0] != self.MAGIC:
             raise ConfigError("the file descriptor received is not a bridge control page")
+        if 8 * self._words_of(self.num_ranks, self.num_engines) != size:
+            raise ConfigError(
+                f"the control page received has {size} bytes, and says that it is for {self.num_ranks} "
+                f"rank(s) and {self.num_engines} engine core(s)"
+            )
+
+    @classmethod
+    def _words_of(cls, num_ranks: int, num_engines: int) -> int:
+        return cls.HEADER_WORDS + cls.SLOT_WORDS * num_ranks + cls.ENGINE_WORDS * num_engines
 
     @classmethod
     def create(cls, num_ranks: int, num_engines: int = 1) -> ControlPage:
         """Allocate the page for ``num_ranks`` workers, of all ``num_engines`` engine cores together."""
         fd = os.memfd_create("bridge-control", os.MFD_CLOEXEC)
-        words = cls.HEADER_WORDS + cls.SLOT_WORDS * num_ranks + cls.ENGINE_WORDS * num_engines
-        os.ftruncate(fd, words * 8)
+        os.ftruncate(fd, cls._words_of(num_ranks, num_engines) * 8)
         for index, word in enumerate((cls.MAGIC, num_ranks, num_engines)):
             os.pwrite(fd, word.to_bytes(8, "little"), 8 * index)
         return cls(fd)

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from bridge.errors import TransferError
-from vllm_patching.channel import Channel, ChannelClosed
+from bridge import flight
+from bridge.errors import BridgeError, TransferError
+from vllm_patching import introductions
+from vllm_patching.channel import Channel, ChannelClosed, close_all
 
 logger = logging.getLogger(__name__)
 
@@ -95,12 +97,6 @@ class Crew:
         for limb in limbs:
             limb.start(self, on_gpu=on_gpu)
 
-    @property
-    def whole(self) -> bool:
-        """Whether there is an updater for every rank, as far as nodes go."""
-        remote = [rank for rank, limb in self._limbs.items() if not limb.lost]
-        return len(self.processes) + len(remote) == self.num_ranks
-
     def adopt(self, rank: int, channel: Channel) -> None:
         """An updater has introduced itself and been answered."""
         channel.sock.settimeout(None)
@@ -112,8 +108,14 @@ class Crew:
     def _read(self, rank: int, channel: Channel) -> None:
         while True:
             try:
-                message, _ = channel.receive()
-            except ChannelClosed:
+                message, fds = channel.receive()
+                close_all(fds)
+                introductions.check_report(message)
+            except BridgeError as err:
+                if not isinstance(err, ChannelClosed):
+                    logger.error(
+                        "what %s sends cannot be read, so it counts as dead: %s", self.describe(rank), err
+                    )
                 if not self._ending:
                     self._reports.put(Report(self, rank, None))
                 return
@@ -153,6 +155,7 @@ class Crew:
         Raises:
             TransferError: an updater is gone.
         """
+        flight.note("order", order=message["type"])
         for rank, channel in self._channels.items():
             try:
                 channel.send({**message, **(ranks or {}).get(rank, {})})

@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from bridge import telemetry
+from bridge import flight, telemetry
 from bridge.errors import BridgeError, RendezvousRefused, TransferError
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import CONFIG_NAME, Mapping, Rendezvous
@@ -30,15 +30,29 @@ from bridge.protocol.session import State
 from bridge.wire import rendezvous
 from vllm_patching import residue
 from vllm_patching.arguments import parse_args
+from vllm_patching.borrowing import Borrowing
 from vllm_patching.boundary import Boundary
 from vllm_patching.channel import listen, socket_path
 from vllm_patching.crew import Crew, Report
 from vllm_patching.epoch import Epoch, Limits
-from vllm_patching.events import ASKED, Broken, Heard, Lost, NodeFailed, Notified, Requested, Stop
+from vllm_patching.events import (
+    ASKED,
+    Asked,
+    Broken,
+    Heard,
+    Learned,
+    Lost,
+    NodeFailed,
+    Notified,
+    Requested,
+    Stop,
+)
 from vllm_patching.file_round import stage_file
 from vllm_patching.fixed_arena import COPY, IN_PLACE
 from vllm_patching.frontdesk import FrontDesk, start_thread
+from vllm_patching.lending import Lending
 from vllm_patching.link import End
+from vllm_patching.newest import Newest
 from vllm_patching.nodes import Nodes
 from vllm_patching.registry import Registry
 from vllm_patching.status import describe
@@ -61,6 +75,9 @@ class Daemon:
         # Simple: a signal handler puts into it, which must not meet a lock of the same thread.
         self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.registry = Registry(on_change=lambda: self.events.put(None), num_engines=args.num_engines)
+        self.newest = Newest(args.run_dir)
+        self.lending = Lending(self)
+        self.borrowing = Borrowing(self, args.peers)
         self.mapping: Mapping | None = None
         self.store: Any = None
         self.secret = secrets.token_hex(16)
@@ -78,6 +95,7 @@ class Daemon:
         self.given_up = ""
         self._final = False  # whether the server ends with the daemon
         self._closing = False
+        self.published = False  # whether the vLLM that was published is still there, all of it
         self.handled = threading.Condition()  # notified behind each event, for those who wait for a round
         self.filing = False  # whether a version is being staged from a file
         self.last_error: str | None = None
@@ -115,6 +133,7 @@ class Daemon:
                     self.handled.notify_all()
         except BridgeError as err:
             logger.error("%s", err)
+            flight.write(f"the daemon ended: {err}", self.args.logdir)
             self.last_error = str(err)
             return err.exit_code
         finally:
@@ -123,7 +142,7 @@ class Daemon:
     def _next_event(self) -> Any:
         """Wait for an event; None if the server was ended because torn weights were not repaired in time."""
         due = self.swap.repair_due if self.swap is not None else None
-        if due is None or self.in_round or self.given_up:
+        if due is None or self.in_round or self.given_up or not self.published:
             return self.events.get()
         try:
             return self.events.get(timeout=max(0.0, due - time.monotonic()))
@@ -133,6 +152,11 @@ class Daemon:
             self.given_up = self.last_error = f"no complete round came in time: {self.swap.torn}"
             self.boundary.end_engines(self.given_up)
             return None
+
+    @property
+    def _over(self) -> bool:
+        """Whether nothing can bring the server back: of several nodes, none is started again by itself."""
+        return self.nodes is not None and bool(self.given_up)
 
     @property
     def rounds_ended(self) -> int:
@@ -155,29 +179,27 @@ class Daemon:
             self._give_up(event.why)
         elif isinstance(event, Requested):
             self._admit(event.request)
+        elif isinstance(event, Asked):
+            self.lending.consider(event.loan)
+        elif isinstance(event, Learned):
+            self.newest.raise_to(event.version)
         elif isinstance(event, Notified):
             event.reply.put(stage_file(self, event))
         elif isinstance(event, Report):
             self._hear_updater(event)
         elif isinstance(event, Heard) and event.epoch is self.epoch:
             event.epoch.on_control(event.event)
-        if self.registry.complete:
-            self._completed()
         if self.epoch is not None:
             self._settle(self.epoch)
+        if self.registry.complete and not self.published and not self._over:
+            self._first_death = self.given_up = ""
+            self._publish()
 
     def _hear_updater(self, report: Report) -> None:
         if self.epoch is not None and report.crew is self.epoch.crew:
             self.epoch.on_report(report)
         elif report.crew is self.crew and report.message is None:
             self._replace_idle_crew(self.crew.describe(report.rank))
-
-    def _completed(self) -> None:
-        self._first_death = ""
-        if self.mapping is None:
-            self._publish()
-        elif self.epoch is None and self.crew is not None and not self.crew.whole:
-            self.new_crew()  # a node has come back
 
     def _settle(self, epoch: Epoch) -> None:
         """Do what the last event led to: a commit, the end of the epoch, or both."""
@@ -192,8 +214,8 @@ class Daemon:
                 receipt = epoch.receipt(flips)
                 self.last_round = msgspec.json.decode(receipt)
                 self.committed += 1
-                logger.info("epoch %d: version %d is live: %s", epoch.epoch, version, receipt)
                 epoch.on_committed(receipt, "")
+                logger.info("epoch %d: version %d is live: %s", epoch.epoch, version, receipt)
         if epoch.closed is not None:
             self._close_epoch(epoch)
 
@@ -208,6 +230,7 @@ class Daemon:
         self._closing = False
         if epoch.closed:
             logger.error("epoch %d ended: %s; %s", epoch.epoch, epoch.closed, self._served())
+            flight.write(f"epoch {epoch.epoch} ended: {epoch.closed}", self.args.logdir)
         else:
             logger.info("epoch %d ended in order at version %d", epoch.epoch, self.live_version)
         self.new_crew()
@@ -216,7 +239,8 @@ class Daemon:
         """What clients get now, for the log."""
         if self.swap is not None and self.swap.torn:
             return "nothing is served"
-        if self.nodes is not None and self.nodes.missing and not self.given_up:
+        here = self.registry.control is not None and not self.given_up
+        if here and self.nodes is not None and self.nodes.missing:
             return f"version {self.live_version} is served on; nodes {self.nodes.missing} are waited for"
         if not self.registry.complete:
             return "vLLM is not complete any more, and serves nothing or will end"
@@ -226,8 +250,25 @@ class Daemon:
 
     @property
     def version(self) -> int:
-        """The version every rank serves or is about to."""
-        return self.registry.control.requested if self.registry.control else 0
+        """The newest version: the one every rank serves or is about to, unless vLLM was started again."""
+        page = self.registry.control
+        return max(self.newest.version, page.requested if page else 0)
+
+    @property
+    def outdated(self) -> str:
+        """Why what is served is not the newest version, "" if it is, or if nothing ever was."""
+        page = self.registry.control
+        if self.mapping is None:
+            return ""
+        if self.published and page is not None and page.requested == self.version:
+            return "its peers are being asked for a newer version" if self.borrowing.asking else ""
+        wanted = f"the newest version is {self.version}" if self.version else "no version was broadcast yet"
+        if not self.published or page is None:
+            return f"{self._first_death or 'vLLM is gone'}, and vLLM is not complete again; {wanted}"
+        return (
+            f"vLLM was started again and serves version {page.requested or '0 (the checkpoint)'}, but "
+            f"{wanted}; it comes with the trainer's next broadcast of the whole model"
+        )
 
     @property
     def live_version(self) -> int:
@@ -236,9 +277,11 @@ class Daemon:
         return min((page.slot(rank).version for rank in range(page.num_ranks)), default=0) if page else 0
 
     def _publish(self) -> None:
+        """vLLM is complete: for the first time, or again after it was started again."""
         args = self.args
         mapping = self.registry.mapping()
-        self.store = rendezvous.serve_store(args.rendezvous_host, args.rendezvous_port)
+        if self.store is None:  # it outlives vLLM, and so do its address and the job's secret
+            self.store = rendezvous.serve_store(args.rendezvous_host, args.rendezvous_port)
         meeting = Rendezvous(host=args.rendezvous_host, port=self.store.port, secret=self.secret)
         data = mapping_file.encode(
             msgspec.structs.replace(mapping, rendezvous=meeting, run_dir=str(args.run_dir))
@@ -255,10 +298,16 @@ class Daemon:
             meeting.host,
             meeting.port,
         )
+        self.published = True
         if self.nodes is not None:
             self.nodes.publish()
         self.new_crew()
-        self._doorman_thread = start_thread("bridge-doorman", self._doorman)
+        self.lending.watch()
+        self.borrowing.begin()
+        if self.outdated:
+            logger.warning("%s", self.outdated)
+        if self._doorman_thread is None:
+            self._doorman_thread = start_thread("bridge-doorman", self._doorman)
         self._shm = residue.snapshot(self.vllm_pids)
 
     def _prepare_swap(self) -> None:
@@ -267,29 +316,43 @@ class Daemon:
             self.registry,
             timeout_s=limits.commit_timeout_s,
             first_death=lambda: self._first_death,
+            before_commit=self.newest.raise_to,
             watch=self.nodes.watch if self.nodes is not None else lambda _: None,
         )
         # What the workers have, whatever the launcher said: an earlier daemon may have published for them.
         kinds = {worker.hello["arena"] for worker in self.registry.workers.values()}
         if IN_PLACE in kinds:
-            self.swap = InPlaceStaging(self.boundary, repair_timeout_s=self.args.repair_timeout)
+            self.swap = InPlaceStaging(
+                self.boundary,
+                repair_timeout_s=self.args.repair_timeout,
+                outdated=lambda: self.outdated,
+                before_write=self.lending.before_write,
+            )
         else:
-            self.swap = DoubleStaging(self.boundary, copies=COPY in kinds)
+            self.swap = DoubleStaging(
+                self.boundary,
+                copies=COPY in kinds,
+                outdated=lambda: self.outdated,
+                before_write=self.lending.before_write,
+            )
 
     @property
     def _on_gpu(self) -> bool:
         return any(member.hello.get("gpu") for member in self.registry.members())
 
     def new_crew(self) -> None:
-        """Replace the updaters by fresh ones, which hold no half-finished transfer."""
+        """Replace the updaters by fresh ones, which hold no half-finished transfer; none without a vLLM."""
         if self.crew is not None:
             self.crew.end()
+        if not self.published:
+            self.crew = None  # the memory of a vLLM that is gone is free only without them
+            return
         assert self.mapping is not None
         num_ranks = self.mapping.num_inference_ranks
         if self.nodes is None:
             self.crew = Crew(num_ranks, self.args.run_dir, self.events, on_gpu=self._on_gpu)
             return
-        # While a node is missing no round can begin; when it is back, a whole crew is started.
+        # A node may be lost already, and the news on its way: no round can begin until it is back.
         complete = self.registry.complete
         self.crew = Crew(
             num_ranks,
@@ -311,17 +374,24 @@ class Daemon:
 
     def _vllm_lost(self, who: str) -> None:
         logger.error("%s is gone", who)
+        flight.note("lost", what=who)
         if not self._first_death:
             # One death ends all of vLLM: the first is the cause, the others follow from it.
             self._first_death = self.last_error = self.given_up or f"{who} is gone"
+        self.published = False
+        self.borrowing.close()
+        self.lending.reclaim("vLLM is gone, and its memory must be free")
         if self.epoch is not None:
-            self.epoch.fail(self._first_death)
+            self.epoch.fail(self._first_death)  # and its updaters end with it
+        elif self.crew is not None:
+            self.new_crew()
 
     def _give_up(self, why: str) -> None:
         """A part of vLLM on another node is gone: the rest cannot serve, and does not notice while idle."""
         logger.error("%s", why)
         if not self.given_up:
             self.given_up = self.last_error = self._first_death = why
+            self.published = False
             if self.boundary is not None:
                 self.boundary.end_engines(why)
         if self.epoch is not None:
@@ -362,7 +432,8 @@ class Daemon:
         refusal = self._refusal(request)
         unready = "" if refusal else self._unreadiness()
         if refusal or unready:
-            reason, try_again = refusal or unready, bool(unready) or not self.registry.complete
+            borrows = self.epoch is not None and bool(self.epoch.request.restores)
+            reason, try_again = refusal or unready, bool(unready) or not self.published or borrows
             logger.warning("refused a trainer (pid %d on %s): %s", request.pid, request.host, reason)
             self._answer(rendezvous.Answer(session=request.session, refusal=reason, try_again=try_again))
             return
@@ -373,10 +444,12 @@ class Daemon:
         assert self.mapping is not None
         assert self.swap is not None
         self.epochs += 1
+        # A peer brings the newest version itself; to a trainer that one is taken.
+        base = request.restores - 1 if request.restores else self.version
         epoch = Epoch(
             request,
             epoch=self.epochs,
-            version=self.version,
+            version=base,
             crew=self.crew,
             swap=self.swap,
             limits=self.limits,
@@ -385,7 +458,8 @@ class Daemon:
             rendezvous.Answer(
                 session=request.session,
                 epoch=self.epochs,
-                weight_version=self.version,
+                weight_version=base,
+                outdated=bool(self.outdated),
                 num_inference_ranks=self.mapping.num_inference_ranks,
                 daemon_pid=os.getpid(),
                 heartbeat_interval_s=self.limits.heartbeat_interval_s,
@@ -397,6 +471,8 @@ class Daemon:
             )
         )
         self.epoch = epoch
+        telemetry.stand(epoch=self.epochs, version=self.version)
+        flight.note("admitted", trainer=epoch.trainer, epoch=self.epochs, version=self.version)
         self.idle_deaths = 0
         address = (self.args.rendezvous_host, self.store.port)
         try:
@@ -410,7 +486,7 @@ class Daemon:
         except BridgeError as err:
             epoch.fail(f"epoch {self.epochs} could not be opened: {err}")
             return
-        logger.info("epoch %d: %s joined at version %d", self.epochs, epoch.trainer, self.version)
+        logger.info("epoch %d: %s joined at version %d", self.epochs, epoch.trainer, base)
 
     def _refusal(self, request: rendezvous.Request) -> str:
         assert self.mapping is not None
@@ -421,9 +497,13 @@ class Daemon:
                 f"its mapping has digest {request.mapping_digest[:16]}.., this server's has "
                 f"{self.mapping.digest[:16]}..; it must read {self.args.logdir / CONFIG_NAME} of this run"
             )
+        if request.restores and request.restores < self.version:
+            return f"it brings version {request.restores}, and the newest is {self.version}"
+        if request.restores and not self.outdated:
+            return f"version {self.version} is served, and no peer is needed to bring it"
         if self.epoch is not None:
             return f"another trainer is connected (epoch {self.epoch.epoch}): {self.epoch.trainer}"
-        if not self.registry.complete:
+        if not self.published or not self.registry.complete:
             return f"the server is not complete: {self.last_error}"
         return ""
 
@@ -445,6 +525,8 @@ class Daemon:
         self._stopping.set()
         if self._doorman_thread is not None:
             self._doorman_thread.join()  # it holds the store, which must not be used while it is torn down
+        self.borrowing.close()
+        self.lending.close()
         if self.epoch is not None:
             self.epoch.fail(f"the weight-updater daemon ends: {self.last_error}")
             self.epoch.close()

@@ -14,17 +14,20 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 
 from bridge.errors import RendezvousError
 from bridge.protocol import mapping as mapping_file
+from bridge.protocol.decoding import UNREADABLE
 from bridge.protocol.mapping import CONFIG_NAME
 from vllm_patching import metrics, spans
 from vllm_patching.channel import ask
 
 STATUS_TIMEOUT_S = 10.0
 UPDATE_TIMEOUT_S = 900.0
+MAX_BODY_BYTES = 1 << 16
 
 
 class WeightBridgeEndpoints:
@@ -74,17 +77,38 @@ class WeightBridgeEndpoints:
         return {"weight_versions": found}
 
     async def _notify_update(self, request: Request) -> JSONResponse:
-        body = await request.json()
-        path, version = body.get("path"), body.get("version")
-        if not isinstance(path, str) or not (version is None or isinstance(version, int)):
-            raise HTTPException(400, 'expected {"path": str, "version": int or absent}')
-        order = {"type": "notify_update", "path": path, "version": version}
+        announced = _read_announcement(await _body_of(request))
+        order = {"type": "notify_update", "path": announced.path, "version": announced.version}
         result = await asyncio.to_thread(_ask_daemon, order, UPDATE_TIMEOUT_S)
         if not result.get("ok"):
             # Not an HTTPException: vLLM makes every path in its text "<path>", and paths say what is wrong.
             why = result.get("error", "the daemon did not say why")
             return JSONResponse({"detail": why}, status_code=409)
         return JSONResponse(result)
+
+
+class Announcement(msgspec.Struct, frozen=True):
+    """The body of a POST to ``/bridge/notify_update``."""
+
+    path: str
+    version: int | None = None
+
+
+async def _body_of(request: Request) -> bytes:
+    """The request's body, as far as one may be long; vLLM itself sets no limit."""
+    body = b""
+    async for piece in request.stream():
+        body += piece
+        if len(body) > MAX_BODY_BYTES:
+            raise HTTPException(413, f"the body is longer than {MAX_BODY_BYTES} bytes")
+    return body
+
+
+def _read_announcement(body: bytes) -> Announcement:
+    try:
+        return msgspec.json.decode(body, type=Announcement)
+    except UNREADABLE as err:
+        raise HTTPException(400, f'expected {{"path": str, "version": int or absent}}: {err}') from err
 
 
 def _job_secret() -> str:

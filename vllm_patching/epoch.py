@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from bridge import flight, telemetry
 from bridge.errors import BridgeError, PeerLost
 from bridge.protocol.messages import ROLLBACK, Frame
 from bridge.protocol.session import Action, Close, Commit, InferenceSession, Send, Stage, State
@@ -63,16 +64,21 @@ class Epoch:
         self.limits = limits
         self.round = RoundRecord(version=version)
         self.closed: str | None = None
+        self.changed_at = time.monotonic()  # when the machine's state changed last
+        self.heard_at: dict[int, float] = {}  # by rank, its updater's last report
+        self.poised: set[int] = set()
+        self.joined: set[int] = set()
         self._swap = swap
-        self._poised: set[int] = set()
         self._control: ControlGroup | None = None
-        self._joined: set[int] = set()
         self.machine = InferenceSession(epoch=epoch, version=version, ranks=range(crew.num_ranks))
+        self._state = self.machine.state
 
     @property
     def trainer(self) -> str:
         """Who is at the other end."""
         request = self.request
+        if request.restores:
+            return f"a peer server's lender, pid {request.pid} on {request.host}"
         return f"trainer of {request.world_size} rank(s), rank 0 pid {request.pid} on {request.host}"
 
     def open(
@@ -112,7 +118,7 @@ class Epoch:
             size=trainers + 1,
             address=own,
             timeout_s=self.limits.deadline_s,
-            num_trainers=trainers,
+            named=rendezvous.members(trainers, "daemon"),
         )
         self._control = ControlGroup(
             group,
@@ -128,23 +134,29 @@ class Epoch:
     def on_control(self, event: Event) -> None:
         """A frame from trainer rank 0, or the loss of it."""
         if isinstance(event, Frame):
+            flight.note("received", frame=event.opcode.name, version=event.version, index=event.index,
+                        text=event.text)  # fmt: skip
             self._guarded(lambda: self.machine.on_frame(event))
         else:
+            flight.note("lost", what=str(event))
             self._perform(self.machine.on_peer_lost(str(event)))
 
     def on_report(self, report: Report) -> None:
         """An updater's answer, or its death."""
         message = report.message
+        flight.note("report", rank=report.rank, report="died" if message is None else message["type"])
+        self.heard_at[report.rank] = time.monotonic()
         if message is None:
             self.fail(f"{self.crew.describe(report.rank)} died")
         elif message["type"] == "failed":
             self.fail(f"updater of rank {report.rank}: {message['error']}")
         elif message["type"] == "joined":
+            self.joined.add(report.rank)
             links = ", ".join(message["links"])
             logger.info("epoch %d: rank %d receives by %s", self.epoch, report.rank, links)
         elif message["type"] == "poised":
-            self._poised.add(report.rank)
-            if len(self._poised) == self.crew.num_ranks and self.closed is None:
+            self.poised.add(report.rank)
+            if len(self.poised) == self.crew.num_ranks and self.closed is None:
                 self._guarded(self._hold)
         elif message["type"] == "held":
             if self.closed is None:
@@ -189,6 +201,10 @@ class Epoch:
     # --- actions ---------------------------------------------------------------------------------
 
     def _perform(self, actions: Sequence[Action]) -> None:
+        if self.machine.state is not self._state:
+            self._state, self.changed_at = self.machine.state, time.monotonic()
+            flight.note("state", state=self._state.value, version=self.machine.version)
+            telemetry.stand(epoch=self.epoch, version=self.machine.version)
         staged = 0 < len(self.round.reports) == self.crew.num_ranks and not self.round.committed
         for action in actions:
             if isinstance(action, Send):
@@ -207,6 +223,8 @@ class Epoch:
     pending_commit: int | None = None
 
     def _send(self, action: Send) -> None:
+        frame = action.frame
+        flight.note("sent", frame=frame.opcode.name, version=frame.version, text=frame.text)
         if self._control is None:
             return
         try:
@@ -217,7 +235,7 @@ class Epoch:
 
     def _stage(self, action: Stage) -> None:
         self.round = RoundRecord(version=action.version, started=time.monotonic(), joint=action.joint)
-        self._poised.clear()
+        self.poised.clear()
         kind, _, wanted = action.joint.partition(" ")
         if kind == ROLLBACK:
             self.round.restores = self._swap.restore(int(wanted) if wanted.isdecimal() else None)

@@ -38,6 +38,20 @@ class Notified:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """Another server's daemon asks for the version that is live here."""
+
+    loan: rendezvous.Loan
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A peer serves this version, so it is the newest of ours too."""
+
+    version: int
+
+
+@dataclass(frozen=True)
 class Lost:
     """A vLLM process is gone."""
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import queue
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bridge.errors import BridgeError, ConfigError, TransferError
+from bridge.protocol.messages import MAX_VERSION
+from vllm_patching import update_files
 from vllm_patching.crew import Crew, Report
 from vllm_patching.events import Notified
 
@@ -32,7 +33,9 @@ def stage_file(daemon: Daemon, event: Notified) -> dict[str, Any]:
         orders = daemon.swap.orders()
         daemon.filing = True
         try:
-            daemon.crew.order({"type": "stage_file", "path": event.path}, orders)
+            daemon.crew.order(
+                {"type": "stage_file", "path": event.path, "below": str(daemon.args.update_dir)}, orders
+            )
             reports = _await_reports(daemon, daemon.crew, version)
         except TransferError as err:
             daemon.new_crew()  # a late report, or a write under way, must never meet the next round
@@ -67,19 +70,17 @@ def stage_file(daemon: Daemon, event: Notified) -> dict[str, Any]:
 
 
 def _check_notification(daemon: Daemon, event: Notified) -> int:
-    if daemon.mapping is None or not daemon.registry.complete:
+    if not daemon.published or not daemon.registry.complete:
         raise ConfigError("the server is not complete yet")
     if daemon.epoch is not None:
         raise ConfigError(
             f"a trainer is connected by process group ({daemon.epoch.trainer}); it must use broadcast_weights"
         )
-    allowed = daemon.args.update_dir.resolve()
-    if not Path(event.path).resolve().is_relative_to(allowed):
-        raise ConfigError(f"{event.path} is not below {allowed}; see --update-dir")
+    update_files.find(event.path, daemon.args.update_dir)
     version = daemon.version + 1 if event.version is None else event.version
     if version <= daemon.version:
         raise ConfigError(f"version {version} offered, version {daemon.version} is served already")
-    if version >= 1 << 63:
+    if version > MAX_VERSION:
         raise ConfigError(f"version {version} does not fit a signed 64-bit word")
     return version
 

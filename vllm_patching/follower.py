@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bridge import telemetry
+import msgspec
+
+from bridge import flight, telemetry
 from bridge.errors import BridgeError, ConfigError, PeerLost, RendezvousError, RendezvousRefused
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import Mapping
@@ -52,6 +54,7 @@ class _Met:
 
     link: Link
     welcome: wire.Welcome
+    secret: str
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class Follower:
         self.failed = ""
         self.last_error: str | None = None
         self.vllm_pids: set[int] = set()
+        self._secret = ""
         self._crew_number = 0
         self._told: dict[int, int] = {}  # rank -> pid of the worker the head was told of
         self._watched = threading.Event()
@@ -125,6 +129,7 @@ class Follower:
                 self._handle(event)
         except BridgeError as err:
             logger.error("%s", err)
+            flight.write(f"the daemon ended: {err}", self.args.logdir / f"node{self.args.node_rank}")
             self.last_error = str(err)
             return err.exit_code
         finally:
@@ -161,7 +166,7 @@ class Follower:
         deadline, last = time.monotonic() + timeout_s, "it was not asked yet"
         while not self._stopping.is_set():
             try:
-                link, welcome = self._knock()
+                met = self._knock()
             except (ConfigError, RendezvousRefused) as err:
                 self.events.put(_Failed(err))
                 return
@@ -170,8 +175,8 @@ class Follower:
                     logger.info("waiting for node 0: %s", err)
                 last = str(err)
             else:
-                self.events.put(_Met(link, welcome))
-                self._hear(link)
+                self.events.put(met)
+                self._hear(met.link)
                 return
             if time.monotonic() > deadline:
                 where = self.args.logdir / FILE_NAME
@@ -180,7 +185,7 @@ class Follower:
                 return
             self._stopping.wait(RETRY_S)
 
-    def _knock(self) -> tuple[Link, wire.Welcome]:
+    def _knock(self) -> _Met:
         """One try.
 
         Raises:
@@ -214,7 +219,7 @@ class Follower:
             sock.close()
             raise
         if isinstance(answer, wire.Welcome):
-            return link, answer
+            return _Met(link, answer, meeting.secret)
         link.close()
         if isinstance(answer, wire.Refused) and not answer.try_again:
             raise RendezvousRefused(f"node 0 refused this node: {answer.reason}")
@@ -236,7 +241,7 @@ class Follower:
         met.link.beat(met.welcome.heartbeat_interval_s)
         self._launch_file.write_text(met.welcome.launch)
         self.address = met.link.address
-        self.link, self.welcome = met.link, met.welcome
+        self.link, self.welcome, self._secret = met.link, met.welcome, met.secret
         self._told.clear()
         logger.info("joined node 0 at %s, from %s", met.link.peer, self.address)
 
@@ -244,6 +249,7 @@ class Follower:
         """The head, its daemon or the network is gone: let nothing be written that it has not asked for."""
         assert self.link is not None
         assert self.welcome is not None
+        flight.note("lost", what="node 0", why=why)
         logger.error("lost node 0: %s; its next daemon is awaited for %g s", why, self.welcome.grace_s)
         self.last_error = f"lost node 0: {why}"
         self.link.close()
@@ -264,7 +270,7 @@ class Follower:
 
     def _obey(self, frame: wire.Frame) -> None:
         if isinstance(frame, wire.Published):
-            self.mapping = mapping_file.decode(frame.mapping, origin="the mapping of node 0")
+            self._take(mapping_file.decode(frame.mapping, origin="the mapping of node 0"))
         elif isinstance(frame, wire.StartCrew):
             self._start_crew(frame)
         elif isinstance(frame, wire.Order):
@@ -276,6 +282,12 @@ class Follower:
             self._tell(wire.CrewEnded(frame.crew))
         elif isinstance(frame, wire.Refused):
             raise ConfigError(f"node 0 refused a worker of this node: {frame.reason}")
+
+    def _take(self, mapping: Mapping) -> None:
+        """Of the head's present daemon: its updaters' words to trainers are signed with its secret."""
+        assert mapping.rendezvous is not None
+        meeting = msgspec.structs.replace(mapping.rendezvous, secret=self._secret)
+        self.mapping = msgspec.structs.replace(mapping, rendezvous=meeting)
 
     def _start_crew(self, frame: wire.StartCrew) -> None:
         if self.crew is not None:
@@ -306,15 +318,15 @@ class Follower:
 
     def _tell_members(self) -> None:
         """Tell the head of workers that have come or gone since it was told."""
-        page = self.registry.control
-        if self.link is None or page is None:
+        if self.link is None:
             return
         workers = {member.hello["rank"]: member for member in self.registry.members()}
         for rank in [rank for rank, pid in self._told.items() if self._pid(workers.get(rank)) != pid]:
             del self._told[rank]
             self._tell(wire.Gone(rank))
         for rank, member in workers.items():
-            if rank not in self._told:
+            page = self.registry.control
+            if rank not in self._told and page is not None:  # without one the last worker is gone again
                 self._told[rank] = member.hello["pid"]
                 self._tell(wire.Registered(hello=member.hello, slot=page.slot(rank).words))
 
@@ -372,6 +384,15 @@ class Follower:
             "last_error": self.last_error,
             "last_round": None,
             "given_up": "",
+            "complete": state == "ready",
+            "borrowing": False,
+            "waits": [
+                {
+                    "who": f"node {self.args.node_rank}'s daemon",
+                    "waits_for": "word of node 0" if joined else "node 0 to be found",
+                    "since_s": None,
+                }
+            ],
             "nodes": {
                 "count": self.args.nnodes,
                 "rank": self.args.node_rank,

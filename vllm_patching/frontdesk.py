@@ -12,10 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from bridge.errors import BridgeError, ConfigError
-from vllm_patching.channel import Channel, PeerRefused
+from bridge.errors import BridgeError, ConfigError, ProtocolError, TransferError
+from vllm_patching import introductions
+from vllm_patching.channel import Channel, PeerRefused, close_all
 from vllm_patching.events import ASKED, Lost, Notified, Stop
 from vllm_patching.file_round import STAGE_FILE_TIMEOUT_S
+from vllm_patching.introductions import (
+    EngineHello,
+    LenderHello,
+    RoundRequest,
+    ShutdownRequest,
+    StatusRequest,
+    UpdateRequest,
+    UpdaterHello,
+    WorkerHello,
+)
 
 if TYPE_CHECKING:
     from vllm_patching.daemon import Daemon
@@ -24,6 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HELLO_TIMEOUT_S = 30.0
+FOLLOWS = "this node follows another; ask the daemon of node 0"
 
 
 def start_thread(name: str, target: Callable[..., None], *args: Any) -> threading.Thread:
@@ -60,82 +72,126 @@ class FrontDesk:
         """Answer one connection's first message, and stay with it if it is a member's."""
         try:
             message, fds = channel.receive()
-            kind = message.get("type")
-            if kind in ("worker", "engine"):
+            try:
+                request = introductions.read(message)
+            except BridgeError as err:
+                close_all(fds)
+                self._refuse(channel, err)
+                return
+            if isinstance(request, WorkerHello | EngineHello):
                 self._keep(message, fds, channel)
                 return
-            if kind == "updater":
-                self._welcome_updater(message, channel)
+            close_all(fds)  # only members hand memory over
+            if isinstance(request, UpdaterHello):
+                self._welcome_updater(request, channel)
                 return
-            channel.send(self._reply(message))
+            if isinstance(request, LenderHello):
+                self._welcome_lender(request, channel)
+            else:
+                channel.send(self._reply(request))
         except (BridgeError, TimeoutError) as err:
             logger.warning("a connection of pid %d ended: %s", channel.pid, err)
         channel.close()
 
-    def _reply(self, message: dict[str, Any]) -> dict[str, Any]:
-        kind = message.get("type")
-        if kind == "status":
-            return self._daemon.describe()
-        if kind == "shutdown":
-            self._daemon.events.put(Stop(message.get("why") or ASKED, final=True))
-            return {"type": "ok"}
-        head = self._head
-        if head is None:
-            return {"type": "error", "error": "this node follows another; ask the daemon of node 0"}
-        if kind == "await_round":
-            return self._await_round(head, message)
-        if kind == "notify_update":
-            reply: queue.Queue[dict[str, Any]] = queue.Queue()
-            head.events.put(Notified(str(message["path"]), message.get("version"), reply))
-            return reply.get(timeout=STAGE_FILE_TIMEOUT_S + head.limits.commit_timeout_s)
-        return {"type": "error", "error": f"unknown request {kind!r}"}
+    def _refuse(self, channel: Channel, err: BridgeError) -> None:
+        logger.warning("pid %d was refused: %s", channel.pid, err)
+        try:
+            channel.send({"type": "error", "error": str(err)})
+        finally:
+            channel.close()
 
-    def _await_round(self, here: Daemon, order: dict[str, Any]) -> dict[str, Any]:
+    def _reply(
+        self, request: StatusRequest | ShutdownRequest | UpdateRequest | RoundRequest
+    ) -> dict[str, Any]:
+        if isinstance(request, StatusRequest):
+            return self._daemon.describe()
+        if isinstance(request, ShutdownRequest):
+            self._daemon.events.put(Stop(request.why or ASKED, final=True))
+            return {"type": "ok"}
+        if (head := self._head) is None:
+            return {"type": "error", "error": FOLLOWS}
+        if isinstance(request, RoundRequest):
+            return self._await_round(head, request)
+        reply: queue.Queue[dict[str, Any]] = queue.Queue()
+        head.events.put(Notified(request.path, request.version, reply))
+        patience_s = STAGE_FILE_TIMEOUT_S + head.limits.commit_timeout_s
+        try:
+            return reply.get(timeout=patience_s)
+        except queue.Empty:
+            raise TransferError(
+                f"no outcome of the update from {request.path} within {patience_s:g} s"
+            ) from None
+
+    def _await_round(self, here: Daemon, order: RoundRequest) -> dict[str, Any]:
         """The status, once what is waited for has come, or cannot come any more, or time is up.
 
         With a ``version`` that is its commit, or an abort more than ``aborted``; without, the end of more
         rounds than ``ended``. Another daemon than ``daemon`` has counted none of them.
         """
-        version = order["version"]
+        version = order.version
 
         def settled() -> bool:
-            if order["daemon"] != os.getpid():
+            if order.daemon != os.getpid():
                 return True
             if version is None:
-                return bool(here.rounds_ended > order["ended"])
-            return bool(here.live_version >= version or here.aborted > order["aborted"])
+                return bool(here.rounds_ended > order.ended)
+            return bool(here.live_version >= version or here.aborted > order.aborted)
 
         with here.handled:
-            here.handled.wait_for(settled, timeout=order["timeout_s"])
+            here.handled.wait_for(settled, timeout=order.timeout_s)
         return here.describe()
 
     def _keep(self, hello: dict[str, Any], fds: tuple[int, ...], channel: Channel) -> None:
         try:
             member = self._daemon.registry.admit(hello, channel, fds)
-        except ConfigError as err:
-            self._daemon.failed = self._daemon.last_error = str(err)
-            channel.send({"type": "error", "error": str(err)})
-            channel.close()
-            return
+        except BridgeError as err:
+            page = self._daemon.registry.control
+            close_all(fd for fd in fds if page is None or fd != page.fd)
+            if isinstance(err, ConfigError):
+                self._daemon.failed = self._daemon.last_error = str(err)
+                self._refuse(channel, err)
+                return
+            raise
         self._daemon.vllm_pids.add(hello["pid"])
         logger.info("%s registered", member.who)
         channel.sock.settimeout(None)
         try:
-            channel.receive()  # members only ever listen; the end of the stream is their death
+            _, more = channel.receive()  # members only ever listen; the end of the stream is their death
+            close_all(more)
         except BridgeError:
             pass  # reported below, with a name
         self._daemon.registry.forget(member)
         self._daemon.events.put(Lost(member.who))
 
-    def _welcome_updater(self, hello: dict[str, Any], channel: Channel) -> None:
-        rank, crew, mapping = hello["rank"], self._daemon.crew, self._daemon.mapping
-        if crew is None or crew.processes[rank].pid != hello["pid"] or mapping is None:
-            channel.send({"type": "error", "error": f"pid {hello['pid']} is not this daemon's updater"})
-            channel.close()
+    def _welcome_updater(self, hello: UpdaterHello, channel: Channel) -> None:
+        rank, crew, mapping = hello.rank, self._daemon.crew, self._daemon.mapping
+        process = crew.processes.get(rank) if crew is not None else None
+        if crew is None or process is None or process.pid != hello.pid or mapping is None:
+            self._refuse(channel, ProtocolError(f"pid {hello.pid} is not this daemon's updater"))
             return
         with self._daemon.registry.lock:
-            worker = self._daemon.registry.workers[rank]
+            worker = self._daemon.registry.workers.get(rank)
+            if worker is None:  # it has died, and its connection says so elsewhere
+                self._refuse(channel, ProtocolError(f"worker rank {rank} is not registered any more"))
+                return
             memory = {key: worker.hello[key] for key in ("gpu", "handles", "arena")}
             welcome = {"mapping": msgspec.to_builtins(mapping), **memory}
             channel.send({"type": "welcome", **welcome}, worker.fds)
         crew.adopt(rank, channel)
+
+    def _welcome_lender(self, hello: LenderHello, channel: Channel) -> None:
+        """Show the helper what is live: one message for each rank."""
+        if self._head is None:
+            channel.send({"type": "error", "error": FOLLOWS})
+            return
+        lending, mapping, registry = self._head.lending, self._head.mapping, self._head.registry
+        with registry.lock:
+            workers = [registry.workers.get(rank) for rank in range(len(lending.halves))]
+            if hello.pid != lending.pid or mapping is None or None in workers:
+                channel.send({"type": "error", "error": f"pid {hello.pid} is not this daemon's lender"})
+                return
+            channel.send({"type": "welcome", "mapping": msgspec.to_builtins(mapping)})
+            for worker, half in zip(workers, lending.halves, strict=True):
+                assert worker is not None
+                memory = {key: worker.hello[key] for key in ("gpu", "handles", "arena")}
+                channel.send({"type": "memory", "half": half, **memory}, worker.fds)

@@ -9,6 +9,8 @@ worker                    Worker.load_model              after it: moves weights
 worker                    Worker.execute_model           counts batches, notes the stamp
 worker                    Worker.execute_dummy_batch     counts it, as other engines' workers do theirs
 worker                    the forward (three places)     before it: flips if this batch's stamp is new
+worker                    _load_adapter                  notes which adapter has which id
+worker                    activate_adapter               after it: the slot gets what was sent last
 engine core               EngineCoreProc.run_busy_loop   stamps batches, labels outputs, salts prefix cache,
                                                          stands still on request
 engine core, mixture of   _process_engine_step           agrees with the other engines on the version
@@ -25,7 +27,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from vllm_patching import compat
+from vllm_patching import compat, lora_compat
 
 Wrapped = Callable[..., Any]
 
@@ -39,6 +41,8 @@ def install() -> None:
     compat.when_imported(compat.WORKER_MODULE, _hook_worker)
     for module, path in compat.FORWARD_POINTS:
         compat.when_imported(module, functools.partial(_hook_forward, path=path))
+    compat.when_imported(lora_compat.MANAGER_MODULE, _hook_slots)
+    compat.when_imported(lora_compat.LOADING_MODULE, _hook_adapters)
     compat.when_imported(compat.ENGINE_MODULE, _hook_engine)
     compat.when_imported(compat.OUTPUT_MODULE, _hook_outputs)
     compat.when_imported(compat.TRANSFER_MODULE, _register_backend)
@@ -113,6 +117,34 @@ def _hook_forward(module: ModuleType, *, path: tuple[str, ...]) -> None:
 
     owner = functools.reduce(getattr, path[:-1], module)
     compat.wrap(owner, path[-1], make)
+
+
+def _hook_slots(module: ModuleType) -> None:
+    from vllm_patching import worker
+
+    def make(original: Wrapped) -> Wrapped:
+        def activate_adapter(self: Any, lora_id: int, *args: Any, **kwargs: Any) -> Any:
+            filled = original(self, lora_id, *args, **kwargs)
+            if filled:
+                worker.adapter_activated(lora_id)
+            return filled
+
+        return activate_adapter
+
+    compat.wrap(module.LoRAModelManager, "activate_adapter", make)
+
+
+def _hook_adapters(module: ModuleType) -> None:
+    from vllm_patching import worker
+
+    def make(original: Wrapped) -> Wrapped:
+        def load_adapter(self: Any, lora_request: Any, *args: Any, **kwargs: Any) -> Any:
+            worker.loading_adapter(lora_request.lora_int_id, lora_request.lora_name)
+            return original(self, lora_request, *args, **kwargs)
+
+        return load_adapter
+
+    compat.wrap(module.WorkerLoRAManager, "_load_adapter", make)
 
 
 def _hook_engine(module: ModuleType) -> None:

@@ -107,7 +107,7 @@ class Intake:
             size=order.group_size,
             address=order.address,
             timeout_s=order.deadline_s,
-            num_trainers=order.num_trainers,
+            named=rendezvous.members(order.num_trainers, "the updater of inference rank"),
         )
         self._pairs = self._join_pairs(order, store)
         return self._links
@@ -187,6 +187,13 @@ class Intake:
             )
         return plan, description
 
+    def adapter(self, joint: str) -> str:
+        """The vocabulary of the adapter that the round carries; "" if it carries weights of the model."""
+        assert self._meeting is not None
+        _, layouts, _ = self._meeting.plan(joint)
+        name = layouts[0].vocabulary
+        return name if self._mapping.vocabulary(name).adapter else ""
+
     def follows(self, joint: str) -> bool:
         """Whether the round carries only what has changed since the round before."""
         return self._chains.follow(joint)
@@ -200,10 +207,10 @@ class Intake:
         """The transports in use."""
         return "+".join(sorted(set(self._links)))
 
-    def receive(self, plan: Plan, joint: str, landing: Landing) -> int:
+    def receive(self, plan: Plan, joint: str, landing: Landing, served: Landing | None) -> int:
         """Take all of this rank's lanes of ``plan``; returns the bytes that came. They are in place then.
 
-        If the round ``follows``, what is served must lie there before.
+        If the round ``follows``, what is served must lie there before, or else in ``served``.
 
         Raises:
             TransferError: a peer was lost, or a checksum does not match.
@@ -212,7 +219,8 @@ class Intake:
         follows = self.follows(joint)
         with self._chains.round(joint):
             sinks = [
-                self._sink(lane, len(lanes), joint, plan, checked=checked, follows=follows) for lane in lanes
+                self._sink(lane, len(lanes), joint, plan, checked=checked, follows=follows, served=served)
+                for lane in lanes
             ]
             for sink in sinks:
                 sink.open()
@@ -237,7 +245,17 @@ class Intake:
             lanes = lanes[start:] + lanes[:start]
         return lanes
 
-    def _sink(self, lane: Lane, lanes: int, joint: str, plan: Plan, *, checked: bool, follows: bool) -> Sink:
+    def _sink(
+        self,
+        lane: Lane,
+        lanes: int,
+        joint: str,
+        plan: Plan,
+        *,
+        checked: bool,
+        follows: bool,
+        served: Landing | None,
+    ) -> Sink:
         assert self._meeting is not None
         assert self._join is not None
         where = self._where[lane.trainer]
@@ -263,7 +281,8 @@ class Intake:
         if description.encoding == "dense":
             return GlooSink(link, lane, dtypes, self._buffers[lane.trainer])
         chain = self._chains.of(lane.trainer, lane)
-        return DeltaSink(link, lane, dtypes, self._buffers[lane.trainer], chain, follows=follows)
+        buffers = self._buffers[lane.trainer]
+        return DeltaSink(link, lane, dtypes, buffers, chain, follows=follows, served=served)
 
     def _lane_steps(self, plan: Plan, lane: Lane) -> LaneSteps:
         """The lane's copy jobs; those of other plans but the last few are forgotten."""

@@ -15,11 +15,12 @@ import secrets
 import socket
 import struct
 import threading
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from bridge.errors import PeerLost, ProtocolError, RendezvousRefused
+from vllm_patching.control_page import ControlPage
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,11 @@ MAX_FIRST_BYTES = 1 << 16  # of somebody who has proved nothing yet
 HEAD, FOLLOWER = b"head", b"follower"
 _HEADER = struct.Struct("!I")
 
-Slot = tuple[int, ...]
+_Word = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+Slot = Annotated[
+    tuple[_Word, ...],
+    msgspec.Meta(min_length=ControlPage.SLOT_WORDS, max_length=ControlPage.SLOT_WORDS),
+]
 
 
 class _Frame(msgspec.Struct, frozen=True, tag=True):
@@ -96,7 +101,7 @@ class Watch(_Frame, frozen=True):
 
 
 class Published(_Frame, frozen=True):
-    """The mapping of all ranks, as in its file, without the rendezvous."""
+    """The mapping of all ranks, as in its file, without the rendezvous' secret: the follower has it."""
 
     mapping: bytes
 

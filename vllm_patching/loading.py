@@ -27,7 +27,9 @@ from bridge.errors import BridgeError, ConfigError, MappingError
 from bridge.protocol.mapping import RankMap, Source, Target, Vocabulary, Write
 from vllm_patching import arena as arenas
 from vllm_patching import compat, coverage, sources, tracing, verification
+from vllm_patching.adapters import Shelving
 from vllm_patching.arena import SEGMENT_ALIGNMENT, Arena
+from vllm_patching.lora_compat import BASE_LAYER
 from vllm_patching.verification import digest
 
 logger = logging.getLogger(__name__)
@@ -79,10 +81,10 @@ def remembering(loader: Any) -> Iterator[None]:
 
 
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All parameters and buffers by name, aliases under each of their names."""
+    """All parameters and buffers by the names they had before LoRA wrapped layers; aliases under each."""
     found: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     found.update(model.named_buffers(remove_duplicate=False))
-    return found
+    return {name.replace(BASE_LAYER, "."): tensor for name, tensor in found.items()}
 
 
 def before_processing(model: nn.Module, model_config: Any) -> None:
@@ -165,8 +167,14 @@ def find_homes(loaded: Loaded) -> list[Home]:
             faults.append(home)
     kept = {_storage_key(home.live) for home in homes}
     traced = {_storage_key(place.tensor) for place in loaded.places.values()}
-    for name, tensor in loaded.model.named_parameters():
-        if tensor.numel() > 1 and _storage_key(tensor) not in kept | traced and name not in loaded.names:
+    parameters = {id(parameter) for parameter in loaded.model.parameters()}
+    for name, tensor in tensors.items():
+        if (
+            id(tensor) in parameters
+            and tensor.numel() > 1
+            and _storage_key(tensor) not in kept | traced
+            and name not in loaded.names
+        ):
             faults.append(f"{name} {tuple(tensor.shape)} was derived from weights after loading")
     merged: dict[int, Home] = {}
     for home in homes:
@@ -205,18 +213,27 @@ def _find_home(
     return f"{name} {tuple(old.shape)} {old.dtype} was repacked to {tuple(now.shape)} {now.dtype}"
 
 
-def rehome(loaded: Loaded, *, rank: int) -> tuple[Arena, dict[str, Any]]:
+def rehome(
+    loaded: Loaded, *, rank: int, shelving: Shelving | None = None
+) -> tuple[Arena, dict[str, Any], list[list[Target]]]:
     """Move the model's storages into a new arena, verify the mapping, and describe both.
 
+    Args:
+        loaded: the model between its load and its publication.
+        rank: of this worker among all engines'.
+        shelving: of the adapters that may be sent, if there are any.
+
     Returns:
-        The arena, and the ``rank_map``, ``vocabularies`` and ``omitted_vocabularies`` as plain data.
+        The arena; the ``rank_map``, ``vocabularies`` and ``omitted_vocabularies`` as plain data; and the
+        targets of each adapter.
 
     Raises:
         MappingError: see ``find_homes``; or the checkpoint applied through the mapping differs from
             what vLLM loaded.
     """
     homes = find_homes(loaded)
-    offsets, nbytes = _lay_out(homes)
+    offsets, end = _lay_out(homes)
+    shelves, nbytes = shelving.lay_out(end) if shelving else ([], end)
     arena = arenas.allocate(
         nbytes,
         _device_of(homes),
@@ -236,17 +253,30 @@ def rehome(loaded: Loaded, *, rank: int) -> tuple[Arena, dict[str, Any]]:
     homes.clear()  # the last holders of what moved
     arena.open_second_half()
     verification.verify(loaded, rank_map, arena)
+    if shelving:
+        arena.live(end, nbytes - end).zero_()  # nothing was sent yet
+        rank_map = _with_shelves(rank_map, shelving, shelves)
     seconds = arena.warm()
     logger.info("rank %d: memory (%s) warm in %.1f s", rank, arena.kind, seconds)
     vocabularies = [
         Vocabulary(name=n, sources=tuple(s), unused=tuple(loaded.traces[n].unused))
         for n, s in loaded.vocabularies.items()
     ]
-    return arena, {
+    vocabularies += shelving.vocabularies() if shelving else []
+    description = {
         "rank_map": msgspec.to_builtins(rank_map),
         "vocabularies": msgspec.to_builtins(vocabularies),
         "omitted_vocabularies": loaded.omitted,
     }
+    return arena, description, shelves
+
+
+def _with_shelves(rank_map: RankMap, shelving: Shelving, shelves: list[list[Target]]) -> RankMap:
+    targets, writes = [*rank_map.targets], dict(rank_map.writes)
+    for vocabulary, shelf in zip(shelving.vocabularies(), shelves, strict=True):
+        writes[vocabulary.name] = shelving.writes_from(len(targets))
+        targets += shelf
+    return msgspec.structs.replace(rank_map, targets=tuple(targets), writes=writes)
 
 
 def _device_of(homes: list[Home]) -> torch.device:

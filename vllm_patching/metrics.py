@@ -31,7 +31,7 @@ class StatusCollector(Collector):
         )
         yield _gauge(
             "bridge_ready",
-            "1 when every rank has published its memory.",
+            "1 when every rank has published its memory, and serves the newest version.",
             int(status["state"] in ("ready", "round")),
         )
         rounds = CounterMetricFamily("bridge_rounds", "Rounds by outcome.", labels=["outcome"])

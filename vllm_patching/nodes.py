@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import socket
 import threading
 from dataclasses import dataclass, field
@@ -19,12 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from bridge.errors import BridgeError, ConfigError, PeerLost, RendezvousError
+from bridge import flight
+from bridge.errors import BridgeError, ConfigError, PeerLost, ProtocolError, RendezvousError
 from bridge.protocol.mapping import write_atomically
 from bridge.protocol.messages import PROTOCOL_VERSION
+from vllm_patching import introductions
 from vllm_patching import link as wire
 from vllm_patching.crew import Crew, Report
 from vllm_patching.events import Lost, NodeFailed
+from vllm_patching.introductions import WorkerHello
 from vllm_patching.link import Link
 from vllm_patching.registry import Member
 
@@ -39,7 +41,10 @@ END_CREW_TIMEOUT_S = 30.0
 
 
 class Meeting(msgspec.Struct, frozen=True, kw_only=True):
-    """``nodes.json`` in the log directory, readable by its owner: where followers find the head's daemon."""
+    """``nodes.json`` in the log directory, readable by its owner: where followers find the head's daemon.
+
+    ``secret`` is the one that admits trainers: what updaters say to them is signed with it on every node.
+    """
 
     host: str
     port: int
@@ -180,7 +185,6 @@ class Nodes:
         self.host: str = args.master_addr
         self.master_port: int = args.master_port
         self.here: dict[int, Node] = {}
-        self._secret = secrets.token_hex(32)
         self._lock = threading.Lock()
         self._timers: dict[int, threading.Timer] = {}
         self._ending = False
@@ -204,7 +208,7 @@ class Nodes:
             with socket.create_server((self.host, 0)) as probe:
                 self.master_port = probe.getsockname()[1]
         port = listener.getsockname()[1]
-        meeting = Meeting(host=self.host, port=port, secret=self._secret, pid=os.getpid())
+        meeting = Meeting(host=self.host, port=port, secret=self._daemon.secret, pid=os.getpid())
         write_atomically(self._daemon.args.logdir / FILE_NAME, msgspec.json.encode(meeting))
         threading.Thread(target=self._accept, args=(listener,), name="bridge-nodes", daemon=True).start()
         logger.info("awaiting %d other node(s) at %s:%d", self.nnodes - 1, self.host, port)
@@ -240,7 +244,7 @@ class Nodes:
         """Let a follower in, and hear it until its end."""
         node: Node | None = None
         try:
-            link = Link(sock, self._secret, role=wire.HEAD, deadline_s=HANDSHAKE_TIMEOUT_S)
+            link = Link(sock, self._daemon.secret, role=wire.HEAD, deadline_s=HANDSHAKE_TIMEOUT_S)
             node = self._welcome(link)
             while node is not None:
                 self._hear(node, link.receive())
@@ -276,6 +280,7 @@ class Nodes:
             if (timer := self._timers.pop(join.node_rank, None)) is not None:
                 timer.cancel()
         logger.info("%s joined from %s", node.who, link.peer)
+        flight.note("joined", peer=node.who)
         link.set_deadline(args.deadline)
         link.beat(args.heartbeat_interval)
         if self._daemon.mapping is not None:
@@ -334,6 +339,7 @@ class Nodes:
         if isinstance(frame, wire.Slots):
             self._copy(frame.slots)
         elif isinstance(frame, wire.Registered):
+            _check_worker(frame.hello)
             node.waiting.append(frame)
             daemon.events.put(None)  # see admit_waiting
         elif isinstance(frame, wire.Gone):
@@ -341,6 +347,8 @@ class Nodes:
                 daemon.registry.forget(member)
                 daemon.events.put(NodeFailed(f"{member.who} is gone"))
         elif isinstance(frame, wire.Ready | wire.Reported | wire.CrewEnded):
+            if isinstance(frame, wire.Reported) and frame.message is not None:
+                introductions.check_report(frame.message)
             if (report := node.crew_news(frame)) is not None:
                 daemon.events.put(report)
         elif isinstance(frame, wire.Leave):
@@ -351,7 +359,8 @@ class Nodes:
         if page is None:
             return  # they come again with the registration
         for rank, words in slots.items():
-            page.slot(rank).copy(words)
+            if rank < page.num_ranks:  # else its registration is refused
+                page.slot(rank).copy(words)
 
     def admit_waiting(self) -> None:
         """Admit the workers that followers have announced, once node 0 has the control page.
@@ -372,6 +381,8 @@ class Nodes:
                     self._daemon.failed = self._daemon.last_error = str(err)
                     node.tell(wire.Refused(reason=str(err), try_again=False))
                     continue
+                if member is None:  # node 0's own vLLM has died meanwhile, and the rest dies with it
+                    return
                 node.members[rank] = member
                 if node.lost:
                     registry.forget(member)
@@ -388,7 +399,10 @@ class Nodes:
     def _publish(self, node: Node) -> None:
         mapping = self._daemon.mapping
         assert mapping is not None
-        public = msgspec.structs.replace(mapping, rendezvous=None, run_dir="")
+        assert mapping.rendezvous is not None
+        public = msgspec.structs.replace(  # the secret is the link's too, and never sent
+            mapping, rendezvous=msgspec.structs.replace(mapping.rendezvous, secret=""), run_dir=""
+        )
         node.tell(wire.Published(msgspec.json.encode(public)))
 
     def watch(self, on: bool) -> None:
@@ -411,3 +425,14 @@ class Nodes:
             node.link.close()
         if farewell is not None and self._listener is not None:
             (self._daemon.args.logdir / FILE_NAME).unlink(missing_ok=True)
+
+
+def _check_worker(hello: dict[str, Any]) -> None:
+    """Whether what a follower passes on is a worker's introduction; its own front desk has let it in.
+
+    Raises:
+        ProtocolError: it is another's.
+        BridgeError: it cannot be worked with.
+    """
+    if not isinstance(introductions.read(hello), WorkerHello):
+        raise ProtocolError(f"a {hello.get('type')!r} cannot register from another node")

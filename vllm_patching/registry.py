@@ -13,7 +13,7 @@ import msgspec
 from bridge.errors import ConfigError, MappingError
 from bridge.protocol.legacy_fields import param_mappings
 from bridge.protocol.mapping import Mapping, RankMap, Vocabulary
-from vllm_patching.channel import Channel
+from vllm_patching.channel import Channel, ChannelClosed
 from vllm_patching.control_page import ControlPage
 
 
@@ -59,7 +59,10 @@ class Registry:
         """Register a worker or an engine core, and answer it with the control page.
 
         Raises:
+            ChannelClosed: it is gone already.
             ConfigError: its hooks are not in place, or it contradicts who is registered already.
+
+        The descriptors of one that was not registered stay the caller's, but for one that ``control`` has.
         """
         missing = [name for name, there in hello["hooks"].items() if not there]
         if missing:
@@ -72,8 +75,6 @@ class Registry:
                     if control_fd >= 0
                     else ControlPage.create(hello["world_size"] * self.num_engines, self.num_engines)
                 )
-            elif control_fd >= 0:
-                os.close(control_fd)
             member = Member(hello, channel, own)
             if hello["type"] == "engine":
                 self._check_place(member, self.engines, hello["index"], self.num_engines)
@@ -82,19 +83,29 @@ class Registry:
                 self._check_place(member, self.workers, hello["rank"], self.control.num_ranks)
                 self._check_worker(hello)
                 self.workers[hello["rank"]] = member
+            if control_fd not in (-1, self.control.fd):
+                os.close(control_fd)
             answer_fds = () if hello["has_control"] else (self.control.fd,)
-            channel.send({"type": "welcome"}, answer_fds)
+            try:
+                channel.send({"type": "welcome"}, answer_fds)
+            except ChannelClosed:
+                self._remove(member)  # it died meanwhile: nobody watches its connection yet
+                raise
         self.on_change()
         return member
 
-    def admit_remote(self, hello: dict[str, Any], channel: Wire, *, node: int) -> Member:
+    def admit_remote(self, hello: dict[str, Any], channel: Wire, *, node: int) -> Member | None:
         """Register a worker that another node's daemon has answered and keeps the descriptors of.
+
+        Returns:
+            None if nobody is here any more who has the control page.
 
         Raises:
             ConfigError: it contradicts who is registered already.
         """
         with self.lock:
-            assert self.control is not None, "the control page is the head's own"
+            if self.control is None:
+                return None
             member = Member(hello, channel, node=node)
             self._check_place(member, self.workers, hello["rank"], self.control.num_ranks)
             self._check_worker(hello)
@@ -135,12 +146,19 @@ class Registry:
                         f"{other.who} has {other.hello[key]!r}"
                     )
 
+    def _remove(self, member: Member) -> None:
+        for place in (self.engines, self.workers):
+            for index in [index for index, other in place.items() if other is member]:
+                del place[index]
+
     def forget(self, member: Member) -> None:
         """A member's connection ended."""
         with self.lock:
-            for place in (self.engines, self.workers):
-                for index in [index for index, other in place.items() if other is member]:
-                    del place[index]
+            self._remove(member)
+            if self.control is not None and not self.workers and not self.engines:
+                # Nobody is left who maps the page: the next vLLM begins with one of its own.
+                os.close(self.control.fd)
+                self.control = None
         for fd in member.fds:
             os.close(fd)
         member.channel.close()

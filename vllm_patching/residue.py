@@ -17,6 +17,8 @@ from pathlib import Path
 
 import psutil
 
+from vllm_patching import newest
+
 logger = logging.getLogger(__name__)
 
 SHM_DIR = Path("/dev/shm")
@@ -162,8 +164,9 @@ def _session(pid: int) -> int | None:
 
 
 def remove_run_dir(run_dir: Path) -> None:
-    """Remove the sockets in a run directory, and the directory if nothing else is in it."""
+    """Remove the sockets in a run directory, and the directory if nothing else of others is in it."""
     try:
+        newest.forget(run_dir)
         for path in run_dir.iterdir():
             if stat.S_ISSOCK(path.lstat().st_mode):
                 path.unlink(missing_ok=True)

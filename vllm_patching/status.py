@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from vllm_patching import waiting
+
 if TYPE_CHECKING:
     from vllm_patching.daemon import Daemon
 
@@ -13,24 +15,19 @@ def describe(daemon: Daemon) -> dict[str, Any]:
     """What ``status`` shows; read from whatever is there at the moment."""
     mapping, epoch, page = daemon.mapping, daemon.epoch, daemon.registry.control
     world_size = daemon.registry.world_size
-    if daemon.failed:
-        state = "failed"
-    elif mapping is None:
-        state = "waiting"
-    elif daemon.in_round:
-        state = "round"
-    else:
-        state = "torn" if daemon.swap and daemon.swap.torn else "ready"
     here = len(daemon.registry.workers)
     engines = f"{len(daemon.registry.engines)} of {daemon.registry.num_engines} engine(s)"
-    detail = f"{here} of {world_size or '?'} worker(s) and {engines}"
+    members = f"{here} of {world_size or '?'} worker(s) and {engines}"
+    state, detail = _state(daemon, members)
     ranks = range(mapping.num_inference_ranks) if mapping and page else range(0)
     if daemon.nodes is not None and daemon.nodes.missing:
         detail += f"; nodes {daemon.nodes.missing} of {daemon.nodes.nnodes} are missing"
     return {
         "type": "status",
         "state": state,
-        "detail": daemon.failed or (daemon.swap.torn if state == "torn" and daemon.swap else detail),
+        "detail": detail,
+        "complete": daemon.published,
+        "borrowing": daemon.borrowing.asking,
         "weight_version": min((page.slot(r).version for r in ranks), default=0) if page else 0,
         "requested_version": daemon.version,
         "writing": page.writing if page else 0,
@@ -50,6 +47,7 @@ def describe(daemon: Daemon) -> dict[str, Any]:
         "last_round": daemon.last_round,
         "given_up": daemon.given_up,
         "nodes": daemon.nodes.describe() if daemon.nodes else None,
+        "waits": waiting.describe(daemon),
         "ranks": [
             {
                 "rank": r,
@@ -61,3 +59,19 @@ def describe(daemon: Daemon) -> dict[str, Any]:
             if page
         ],
     }
+
+
+def _state(daemon: Daemon, members: str) -> tuple[str, str]:
+    """One word, and what is to be known of it."""
+    if daemon.failed:
+        return "failed", daemon.failed
+    if daemon.mapping is None:
+        return "waiting", members
+    torn = "" if daemon.in_round or daemon.swap is None else daemon.swap.torn
+    if torn and daemon.published:
+        return "torn", torn
+    if outdated := daemon.outdated:  # never ready, whatever round is under way to mend it
+        return "recovering", f"{members}: {outdated}"
+    if daemon.in_round:
+        return "round", members
+    return "ready", members

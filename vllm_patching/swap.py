@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from bridge.errors import TransferError
@@ -82,9 +83,22 @@ class DoubleStaging:
     repair_due: float | None = None
     keeps_what_is_staged = False
 
-    def __init__(self, boundary: Boundary, *, copies: bool) -> None:
-        """``copies``: a flip copies one half over the other, so that none keeps the version before."""
+    def __init__(
+        self,
+        boundary: Boundary,
+        *,
+        copies: bool,
+        outdated: Callable[[], str] = lambda: "",
+        before_write: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``copies``: a flip copies one half over the other, so that none keeps the version before.
+
+        ``outdated`` says why what is served is not the newest version, "" if it is. ``before_write`` is
+        called before any rank may be written.
+        """
+        self._before_write = before_write
         self._boundary = boundary
+        self._outdated = outdated
         self._page = boundary.page
         self._copies = copies
 
@@ -92,8 +106,12 @@ class DoubleStaging:
         ranks = range(self._boundary.num_ranks)
         if late := behind(self._page, ranks):
             raise TransferError(late)
+        self._before_write()
         self._page.restorable = None  # before the first byte is written over it
-        return {rank: {"half": 1 - self._page.slot(rank).active} for rank in ranks}
+        return {
+            rank: {"half": 1 - self._page.slot(rank).active, "refuse_parts": self._outdated()}
+            for rank in ranks
+        }
 
     def restore(self, wanted: int | None) -> int:
         if late := behind(self._page, range(self._boundary.num_ranks)):
@@ -119,9 +137,11 @@ class DoubleStaging:
         raise AssertionError(f"version {version}: no leave is needed to write a half that nobody reads")
 
     def commit(self, version: int) -> list[int]:
+        # Before a version that an outdated server gets there is none: the checkpoint is no earlier version.
+        keeps = not self._copies and not self._outdated()
         before, self._page.restorable = self._page.requested, None  # a rank may flip after we gave up waiting
         flips = self._boundary.commit(version, if_late="it becomes live with their next batch")
-        self._page.restorable = None if self._copies else before
+        self._page.restorable = before if keeps else None
         return flips
 
     def abandon(self, why: str) -> None:
@@ -136,22 +156,33 @@ class InPlaceStaging:
 
     keeps_what_is_staged = True
 
-    def __init__(self, boundary: Boundary, *, repair_timeout_s: float) -> None:
-        """Take over what an earlier daemon has left, if one has."""
+    def __init__(
+        self,
+        boundary: Boundary,
+        *,
+        repair_timeout_s: float,
+        outdated: Callable[[], str] = lambda: "",
+        before_write: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Take over what an earlier daemon has left, if one has; the callbacks are as for two halves."""
+        self._before_write = before_write
         self._boundary = boundary
+        self._outdated = outdated
         self._page = boundary.page
         self._repair_timeout_s = repair_timeout_s
         self._why = ""
         logger.warning(
             "--staging in-place: there is no second half, so generation stands still for the length of every "
             "transfer, and after a round that fails midway nothing is served until a complete one has come "
-            "(within --repair-timeout %g s, or the server ends)",
+            "(within --repair-timeout %g s, or vLLM is ended)",
             repair_timeout_s,
         )
         self.abandon("the daemon that wrote it ended")
 
     def orders(self) -> Orders:
-        order = {"half": 0, "leave_s": self._boundary.timeout_s + LEAVE_MARGIN_S, "torn": self.torn}
+        self._before_write()
+        leave_s = self._boundary.timeout_s + LEAVE_MARGIN_S
+        order = {"half": 0, "leave_s": leave_s, "refuse_parts": self.torn or self._outdated()}
         return {rank: dict(order) for rank in range(self._boundary.num_ranks)}
 
     def restore(self, wanted: int | None) -> int:  # noqa: ARG002 - none is kept, whichever is wanted
@@ -220,7 +251,7 @@ class InPlaceStaging:
         return (
             f"the weights are torn: version {self._page.writing} was written over them in part{cause}. The "
             "engine stands still and keeps its requests. Broadcast the whole model again (broadcast_weights "
-            f"or notify_update); after --repair-timeout {self._repair_timeout_s:g} s without the server ends"
+            f"or notify_update); after --repair-timeout {self._repair_timeout_s:g} s without vLLM is ended"
         )
 
     @property

@@ -2,22 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from bridge.errors import MappingError
+from bridge.errors import ConfigError, MappingError
 from bridge.protocol.holders import CASTS
 from bridge.protocol.mapping import Mapping, RankMap
 from vllm_patching.sources import SAFETENSORS_DTYPES
 
 
-def _names(file: Path) -> list[str]:
+def find(path: str, below: Path) -> list[Path]:
+    """The safetensors files that ``path`` names, a file or a folder of them, links followed.
+
+    Raises:
+        ConfigError: one of them, or ``path`` itself, does not lie below ``below``, or is no regular file: a
+            pipe would never end.
+        MappingError: there is none.
+    """
+    try:
+        allowed, root = below.resolve(), Path(path).resolve()
+        found = [root] if not root.is_dir() else sorted(f.resolve() for f in root.glob("*.safetensors"))
+    except (OSError, ValueError, RuntimeError) as err:  # a NUL, links in a circle
+        raise ConfigError(f"{path!r} is no path: {err}") from err
+    for file in (root, *found):
+        if not file.is_relative_to(allowed):
+            where = path if file == root else f"{path} leads to {file}, which"
+            raise ConfigError(f"{where} is not below {allowed}; see --update-dir")
+    if not found:
+        raise MappingError(f"no *.safetensors in {path}")
+    for file in found:
+        if file.exists() and not file.is_file():
+            raise ConfigError(f"{file} is no regular file")
+    return found
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[Any]:
+    """An open safetensors file.
+
+    Raises:
+        MappingError: it is damaged, or was changed since it was looked at.
+    """
     try:
         with safe_open(file, framework="pt") as opened:
-            return list(opened.keys())
-    except Exception as err:  # safetensors raises its own type from Rust, and OSError
+            yield opened
+    except (SafetensorError, OSError, ValueError) as err:
         raise MappingError(f"{file} is not a whole safetensors file: {err}") from err
+
+
+def _names(file: Path) -> list[str]:
+    with reading(file) as opened:
+        return list(opened.keys())
 
 
 def index(files: list[Path]) -> dict[str, Path]:
@@ -45,7 +84,7 @@ def match_vocabulary(mapping: Mapping, rank_map: RankMap, found: dict[str, Path]
     Raises:
         MappingError: lists every tensor missing, extra, or of another shape or dtype.
     """
-    best = max(mapping.vocabularies, key=lambda v: len({s.name for s in v.sources} & found.keys()))
+    best = max(mapping.of_the_model, key=lambda v: len({s.name for s in v.sources} & found.keys()))
     known = {source.name: source for source in best.sources}
     unused = set(best.unused)
     faults = [f"{name}: missing" for name in known.keys() - found.keys() - unused]
@@ -54,7 +93,7 @@ def match_vocabulary(mapping: Mapping, rank_map: RankMap, found: dict[str, Path]
         best.sources[w.source].name: rank_map.targets[w.target].dtype for w in rank_map.writes[best.name]
     }
     for name in sorted(known.keys() & found.keys()):
-        with safe_open(found[name], framework="pt") as file:
+        with reading(found[name]) as file:
             tensor = file.get_slice(name)
             shape, dtype = tuple(tensor.get_shape()), SAFETENSORS_DTYPES.get(tensor.get_dtype(), "unknown")
         if shape != known[name].shape:

@@ -22,9 +22,8 @@ from typing import Any, NoReturn
 
 import msgspec
 import torch
-from safetensors import safe_open
 
-from bridge import telemetry
+from bridge import flight, telemetry
 from bridge.errors import BridgeError, ProtocolError, TransferError
 from bridge.protocol.mapping import Mapping, RankMap
 from bridge.wire import rendezvous
@@ -50,10 +49,12 @@ class Updater:
         self._channel = channel
         self._copies = arena == COPY
         self._in_step = False  # whether the half to be filled holds what is served
+        self._model_in_step = False  # whether it does but for the adapters
         self.mapping = mapping
         self.rank_map: RankMap = mapping.ranks[rank]
         self.halves = halves
         self.intake = Intake(rank, mapping, halves.device)
+        self._shelves = {name: _span(self.rank_map, name) for name in _adapters(mapping)}
 
     def prepare(self) -> None:
         """Pay now what the first round would else wait for: importing vLLM's packing, compiling a kernel."""
@@ -63,10 +64,11 @@ class Updater:
 
     def join(self, order: Join) -> dict[str, Any]:
         """Meet the trainers of a new epoch."""
+        telemetry.stand(epoch=order.epoch, version=None)
         return {"type": "joined", "links": self.intake.join(order)}
 
     def stage(
-        self, *, joint: str, plan_digest: str, half: int, leave_s: float = 0.0, torn: str = ""
+        self, *, joint: str, plan_digest: str, half: int, leave_s: float = 0.0, refuse_parts: str = ""
     ) -> dict[str, Any]:
         """Receive one whole version into half ``half``.
 
@@ -75,21 +77,26 @@ class Updater:
             plan_digest: trainer rank 0's, in hex.
             half: where to.
             leave_s: above 0 if the half is live: how long to wait for leave to write it.
-            torn: why the live half holds no whole version, if so; a part would not repair it.
+            refuse_parts: why a part of the weights may not be laid over the live half, if so: it is torn, or
+                not the newest version.
 
         Raises:
             TransferError: plan digests differ, a peer was lost, or a checksum does not match.
         """
         plan, description = self.intake.plan(joint, plan_digest)
-        partial = description.partial or self.intake.follows(joint)
-        if torn and partial:
-            raise TransferError(f"a part of the parameters cannot repair the weights: {torn}")
+        adapter, follows = self.intake.adapter(joint), self.intake.follows(joint)
+        if refuse_parts and (description.partial or follows):
+            raise TransferError(f"a part of the parameters cannot repair the weights: {refuse_parts}")
         self._ask_leave(leave_s)
         start = time.perf_counter()
-        staging = self._staging(half, partial=partial)
-        nbytes = self.intake.receive(plan, joint, staging)
+        staging, served = self._staging(half, partial=description.partial, follows=follows)
+        if adapter and not follows:  # what of it is not sent is zero: a lower rank, fewer layers
+            self.halves.halves[half][self._shelves[adapter]].zero_()
+            self.halves.synchronize()
+        nbytes = self.intake.receive(plan, joint, staging, served)
         staging.finish()
         self.halves.synchronize()
+        self._model_in_step = bool(adapter)  # by the time of the next order, this half is the live one
         self._in_step = self._copies  # by the time of the next order, the flip has made both halves equal
         seconds = time.perf_counter() - start
         return {"bytes": nbytes, "seconds": seconds, "transport": self.intake.transport}
@@ -119,13 +126,26 @@ class Updater:
                 f"updater {self.rank} waits for leave to write and was told {message['type']!r}"
             )
 
-    def _staging(self, half: int, *, partial: bool) -> Staging:
+    def _staging(self, half: int, *, partial: bool, follows: bool = False) -> tuple[Staging, Staging | None]:
+        """Where a round lands; and what is served, if the round itself brings the half up to date with it.
+
+        The inactive half is a version old. Before a part of it changes, it is made equal to the live one;
+        where a round carries changes of the whole model, its sinks do that bucket by bucket. A round of the
+        whole model is a part too where there are adapters.
+        """
         in_step, self._in_step = self._in_step, False  # until this round has ended well
-        if partial and len(self.halves.halves) == 2 and not in_step:
-            # The inactive half is a version old: bring it up to date before changing a part of it.
-            self.halves.halves[half].copy_(self.halves.halves[1 - half])
+        model_in_step, self._model_in_step = self._model_in_step, False
+        staging = Staging(self.halves.halves[half], self.rank_map.targets)
+        if len(self.halves.halves) != 2 or in_step:
+            return staging, None
+        inactive, live = self.halves.halves[half], self.halves.halves[1 - half]
+        spans = [slice(None)] if partial and not model_in_step else [*self._shelves.values()]
+        for span in spans:
+            inactive[span].copy_(live[span])
+        if spans:
             self.halves.synchronize()  # or it might overtake what arrives on other streams
-        return Staging(self.halves.halves[half], self.rank_map.targets)
+        by_sinks = follows and not partial and not model_in_step
+        return staging, Staging(live, self.rank_map.targets) if by_sinks else None
 
     def restore(self) -> dict[str, Any]:
         """The inactive half holds the wanted version as it is; the next round follows none."""
@@ -133,26 +153,34 @@ class Updater:
         self._in_step = False
         return {"bytes": 0, "seconds": 0.0, "transport": self.intake.transport}
 
-    def stage_file(self, *, path: str, half: int, leave_s: float = 0.0, torn: str = "") -> dict[str, Any]:  # noqa: ARG002 - files hold all, and repair
+    def stage_file(
+        self,
+        *,
+        path: str,
+        below: str,
+        half: int,
+        leave_s: float = 0.0,
+        refuse_parts: str = "",  # noqa: ARG002 - files hold all
+    ) -> dict[str, Any]:
         """Stage a whole version from safetensors files (a file, or a folder of them); see ``stage``.
 
         Raises:
+            ConfigError: a file does not lie below ``below``.
             MappingError: lists every tensor missing, extra, or of another shape.
         """
         start = time.perf_counter()
-        files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [Path(path)]
-        found = update_files.index(files)
+        found = update_files.index(update_files.find(path, Path(below)))
         name = update_files.match_vocabulary(self.mapping, self.rank_map, found)
         listed = self.mapping.vocabulary(name).sources
         grouped = writes_by_source(self.rank_map.writes[name])
         self._ask_leave(leave_s)
-        staging = self._staging(half, partial=False)
+        staging, _ = self._staging(half, partial=False)
         nbytes = 0
         with torch.no_grad():
             for index, source in enumerate(listed):
                 if index not in grouped:
                     continue
-                with safe_open(found[source.name], framework="pt") as file:
+                with update_files.reading(found[source.name]) as file:
                     tensor = file.get_tensor(source.name)
                 staging.apply(grouped[index], tensor)
                 nbytes += tensor.numel() * tensor.element_size()
@@ -162,10 +190,23 @@ class Updater:
         return {"bytes": nbytes, "seconds": time.perf_counter() - start, "transport": "file"}
 
 
+def _adapters(mapping: Mapping) -> list[str]:
+    return [vocabulary.name for vocabulary in mapping.adapters.values()]
+
+
+def _span(rank_map: RankMap, vocabulary: str) -> slice:
+    """The bytes of an adapter's shelf, which has them for itself."""
+    targets = [rank_map.targets[write.target] for write in rank_map.writes[vocabulary]]
+    return slice(min(t.offset for t in targets), max(t.offset + t.nbytes for t in targets))
+
+
 def _serve(channel: Channel, updater: Updater) -> NoReturn:
     while True:
         message, _ = channel.receive()
         kind = message.pop("type")
+        flight.note(
+            "order", order=kind, **{k: message[k] for k in ("epoch", "joint", "path") if k in message}
+        )
         try:
             if kind == "join":
                 answer = updater.join(msgspec.convert(message, Join))
@@ -179,6 +220,7 @@ def _serve(channel: Channel, updater: Updater) -> NoReturn:
                 raise ProtocolError(f"updater {updater.rank} does not know the order {kind!r}")
         except BridgeError as err:
             logger.error("rank %d: %s failed: %s", updater.rank, kind, err)
+            flight.write(f"{kind} failed: {err}")
             answer = {"type": "failed", "error": str(err)}
         except (
             RuntimeError,
@@ -186,12 +228,14 @@ def _serve(channel: Channel, updater: Updater) -> NoReturn:
         ) as err:  # torch's: out of memory, a lost device; this is the end
             logger.exception("rank %d: %s failed", updater.rank, kind)
             reason = f"{type(err).__name__}: {rendezvous.first_line(err)}"
+            flight.write(f"{kind} failed: {reason}")
             channel.send({"type": "failed", "error": f"updater {updater.rank} ended: {reason}"})
             raise SystemExit(1) from err
+        flight.note("report", report=answer["type"])
         channel.send(answer)
 
 
-def _die_with(daemon_pid: int) -> None:
+def die_with(daemon_pid: int) -> None:
     """Ask Linux to kill this process when its daemon dies, wherever it stands.
 
     A transfer that outlived its daemon would go on writing a half that the next daemon may make live.
@@ -208,7 +252,7 @@ def main() -> int:
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--daemon-pid", type=int, required=True)
     args = parser.parse_args()
-    _die_with(args.daemon_pid)
+    die_with(args.daemon_pid)
     telemetry.configure(role="updater", rank=args.rank)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the daemon decides when updaters end
     torch.set_num_threads(1)  # the cores belong to the decode

@@ -19,7 +19,8 @@ from typing import Any, TextIO
 
 from bridge.errors import BridgeError
 from bridge.wire import cuda
-from vllm_patching import compat, loading
+from vllm_patching import adapters, compat, loading, lora_compat
+from vllm_patching.adapters import Shelves
 from vllm_patching.arena import Arena
 from vllm_patching.control_page import RankSlot
 from vllm_patching.registration import Registration
@@ -34,10 +35,19 @@ class WorkerBridge:
     same forward have then flipped before the same batch.
     """
 
-    def __init__(self, *, rank: int, arena: Arena, log_path: Path, at_entry: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        rank: int,
+        arena: Arena,
+        log_path: Path,
+        at_entry: bool = False,
+        shelves: Shelves | None = None,
+    ) -> None:
         """``at_entry`` says that something reads weights before the forward, so nothing may be put off."""
         self.rank = rank
         self.arena = arena
+        self.shelves = shelves
         self.batch = 0
         self.version = 0
         self._at_entry = at_entry
@@ -98,6 +108,8 @@ class WorkerBridge:
             self.arena.quiesce()
             start = time.perf_counter_ns()
             self.arena.flip(1 - self.arena.active)
+            if self.shelves is not None:
+                self.shelves.flipped()
         except (OSError, RuntimeError, BridgeError):  # RuntimeError: torch's, of a lost device
             logger.exception("rank %d: version %d could not be flipped in", self.rank, version)
             self.slot.fail()
@@ -118,6 +130,16 @@ class WorkerBridge:
             self.slot.fail()
             return False
         return True
+
+    def loading_adapter(self, lora_id: int, name: str) -> None:
+        """Called before vLLM reads an adapter's files."""
+        if self.shelves is not None:
+            self.shelves.loading(lora_id, name)
+
+    def adapter_activated(self, lora_id: int) -> None:
+        """Called once vLLM has filled a slot from an adapter's files."""
+        if self.shelves is not None:
+            self.shelves.activated(lora_id)
 
     def close(self) -> None:
         """Release the memory and the log; nothing may use the weights any more."""
@@ -154,6 +176,12 @@ class Unpublished:
     def after_batch(self) -> None:
         """Nothing: there is no arena yet."""
 
+    def loading_adapter(self, lora_id: int, name: str) -> None:
+        """Nothing: there is no shelf yet."""
+
+    def adapter_activated(self, lora_id: int) -> None:
+        """Nothing: there is no shelf yet."""
+
 
 _here: WorkerBridge | Unpublished = Unpublished()
 
@@ -161,6 +189,16 @@ _here: WorkerBridge | Unpublished = Unpublished()
 def before_forward() -> None:
     """The model of this process's worker is about to run."""
     _here.before_forward()
+
+
+def loading_adapter(lora_id: int, name: str) -> None:
+    """This process's worker is about to read an adapter's files."""
+    _here.loading_adapter(lora_id, name)
+
+
+def adapter_activated(lora_id: int) -> None:
+    """This process's worker has filled a slot from an adapter's files."""
+    _here.adapter_activated(lora_id)
 
 
 def commit_while_idle(self: Any, version: int) -> int:
@@ -191,7 +229,9 @@ def publish(worker: Any) -> None:
     loaded = loading.finish(model)
     parallel = worker.vllm_config.parallel_config
     rank = parallel.data_parallel_index * parallel.world_size + worker.rank  # among all engines' workers
-    arena, description = loading.rehome(loaded, rank=rank)
+    names, manager = adapters.wanted(), lora_compat.manager_of(worker)
+    shelving = adapters.shelving(manager, names, loaded.vocabularies) if names else None
+    arena, description, shelved = loading.rehome(loaded, rank=rank, shelving=shelving)
     compat.forget_weights_memory(worker)
     logdir = Path(os.environ["BRIDGE_LOGDIR"])
     global _here  # a process has one worker
@@ -200,6 +240,7 @@ def publish(worker: Any) -> None:
         arena=arena,
         log_path=logdir / f"flips-rank{rank}.jsonl",
         at_entry=compat.reads_weights_before_forward(worker.vllm_config),
+        shelves=Shelves(manager, shelving, shelved, arena) if shelving else None,
     )
     fds = arena.export()
     hello = {
@@ -218,6 +259,7 @@ def publish(worker: Any) -> None:
             "load_model": compat.is_wrapped(type(worker).load_model),
             "execute_model": compat.is_wrapped(type(worker).execute_model),
             "execute_dummy_batch": compat.is_wrapped(type(worker).execute_dummy_batch),
+            **(lora_compat.hooks(worker) if shelving else {}),
         },
         **description,
     }

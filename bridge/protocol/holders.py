@@ -197,6 +197,19 @@ def check_patches(layouts: Sequence[Layout], faults: Faults) -> frozenset[int]:
     return frozenset(patched)
 
 
+def check_leading(layouts: Sequence[Layout], faults: Faults) -> dict[int, tuple[int, ...]]:
+    """The shapes of sources of which only the leading part is sent; ranks must have the same adapter."""
+    first = {lead.source: lead.shape for lead in layouts[0].leading}
+    for layout in layouts[1:]:
+        theirs = {lead.source: lead.shape for lead in layout.leading}
+        for source in first.keys() | theirs.keys():
+            if theirs.get(source) != first.get(source):
+                here, there = (found.get(source, "absent") for found in (theirs, first))
+                text = f"is {here} in this rank's adapter, {there} in that of rank {layouts[0].rank}"
+                faults.add(source, text, [layout.rank])
+    return first
+
+
 def _handed(order: Sequence[int], index: int, sources: Sequence[Source]) -> str:
     if index >= len(order):
         return f"no more than {len(order)}"

@@ -20,9 +20,12 @@ import blake3
 import msgspec
 
 from bridge.errors import MappingError
+from bridge.protocol.decoding import UNREADABLE
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "vllm_bridge_config.json"
+ADAPTER = "adapter:"  # begins the name of a vocabulary that is one served LoRA adapter's
+ADAPTER_FLAG = "sent"  # the source in it whose one element is 1 once an adapter has been sent
 
 ITEMSIZE = {
     "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2,
@@ -85,13 +88,19 @@ class Vocabulary(msgspec.Struct, frozen=True, kw_only=True):
     """One set of names a trainer may use, and what vLLM's loader does with it.
 
     ``checkpoint`` holds the names in the checkpoint's files; ``transformers`` those of the model in
-    memory, which differ where transformers fuses tensors (experts, since version 5).
+    memory, which differ where transformers fuses tensors (experts, since version 5). ``adapter:NAME`` holds
+    the matrices of the LoRA adapter that is served as NAME, at the highest rank that the server takes.
     ``unused`` are names vLLM's loader accepts and drops.
     """
 
     name: str
     sources: tuple[Source, ...]
     unused: tuple[str, ...] = ()
+
+    @property
+    def adapter(self) -> str:
+        """The served adapter whose matrices these are; "" for names of the model itself."""
+        return self.name.removeprefix(ADAPTER) if self.name.startswith(ADAPTER) else ""
 
 
 class RankMap(msgspec.Struct, frozen=True, kw_only=True):
@@ -140,6 +149,16 @@ class Mapping(msgspec.Struct, frozen=True, kw_only=True):
     rendezvous: Rendezvous | None = None
     run_dir: str = ""
 
+    @property
+    def of_the_model(self) -> tuple[Vocabulary, ...]:
+        """The vocabularies that a model's own weights may be sent by."""
+        return tuple(vocabulary for vocabulary in self.vocabularies if not vocabulary.adapter)
+
+    @property
+    def adapters(self) -> dict[str, Vocabulary]:
+        """By the served name, the adapters that may be sent."""
+        return {vocabulary.adapter: vocabulary for vocabulary in self.vocabularies if vocabulary.adapter}
+
     def vocabulary(self, name: str) -> Vocabulary:
         for vocabulary in self.vocabularies:
             if vocabulary.name == name:
@@ -159,7 +178,7 @@ def find_faults(mapping: Mapping) -> list[str]:
     faults: list[str] = []
     if mapping.format_version != FORMAT_VERSION:
         faults.append(f"format_version is {mapping.format_version}, this bridge reads {FORMAT_VERSION}")
-    if not mapping.vocabularies:
+    if not mapping.of_the_model:
         faults.append("there is no vocabulary, so no parameter could ever be sent")
     if sorted(r.rank for r in mapping.ranks) != list(range(mapping.num_inference_ranks)):
         faults.append(
@@ -167,19 +186,28 @@ def find_faults(mapping: Mapping) -> list[str]:
             f"{sorted(r.rank for r in mapping.ranks)}"
         )
     sources = {v.name: v.sources for v in mapping.vocabularies}
+    for vocabulary in mapping.vocabularies:
+        faults += [
+            f"{vocabulary.name}: source {source.name} has shape {source.shape} and dtype {source.dtype!r}"
+            for source in vocabulary.sources
+            if min(source.shape, default=0) < 0 or source.dtype not in ITEMSIZE
+        ]
     for rank in mapping.ranks:
-        faults += _rank_faults(rank, sources)
+        faults += rank_faults(rank, sources)
     if mapping.digest and mapping.digest != (actual := compute_digest(mapping)):
         faults.append(f"digest is {mapping.digest[:16]}.., but the content hashes to {actual[:16]}..")
     return faults
 
 
-def _rank_faults(rank: RankMap, sources: dict[str, tuple[Source, ...]]) -> list[str]:
+def rank_faults(rank: RankMap, sources: dict[str, tuple[Source, ...]]) -> list[str]:
+    """Contradictions of one rank's part, each as a sentence; ``sources`` by vocabulary."""
     faults: list[str] = []
     where = f"rank {rank.rank}"
     for target in rank.targets:
         if target.dtype not in ITEMSIZE:
             faults.append(f"{where}: {target.name} has unknown dtype {target.dtype!r}")
+        if min(*target.shape, *target.stride, target.nbytes, 0) < 0:
+            faults.append(f"{where}: {target.name} has a negative size or stride")
         if target.offset < 0 or target.offset + target.nbytes > rank.arena_bytes:
             faults.append(f"{where}: {target.name} ends beyond the arena of {rank.arena_bytes} bytes")
     for vocabulary, writes in rank.writes.items():
@@ -187,23 +215,37 @@ def _rank_faults(rank: RankMap, sources: dict[str, tuple[Source, ...]]) -> list[
             faults.append(f"{where}: has writes for the unknown vocabulary {vocabulary!r}")
             continue
         for write in writes:
-            faults += _write_faults(f"{where}, {vocabulary}", write, sources[vocabulary], rank.targets)
+            faults += _write_faults(f"{where}, {vocabulary}", write, sources[vocabulary], rank)
     return faults
 
 
-def _write_faults(
-    where: str, write: Write, sources: tuple[Source, ...], targets: tuple[Target, ...]
-) -> list[str]:
+def _write_faults(where: str, write: Write, sources: tuple[Source, ...], rank: RankMap) -> list[str]:
+    targets = rank.targets
     if not 0 <= write.source < len(sources):
         return [f"{where}: a write names source {write.source} of {len(sources)}"]
     if not 0 <= write.target < len(targets):
         return [f"{where}: a write names target {write.target} of {len(targets)}"]
     if not len(write.size) == len(write.src_stride) == len(write.dst_stride):
         return [f"{where}: a write to {targets[write.target].name} has strides of another rank than its size"]
+    if min(*write.size, *write.src_stride, *write.dst_stride, 0) < 0:
+        return [f"{where}: a write to {targets[write.target].name} has a negative size or stride"]
     last = write.src_offset + sum((n - 1) * s for n, s in zip(write.size, write.src_stride, strict=True))
     source = sources[write.source]
     if write.numel and not 0 <= write.src_offset <= last < source.numel:
         return [f"{where}: a write reads element {last} of {source.name}, which has {source.numel}"]
+    return _landing_faults(where, write, targets[write.target], rank.arena_bytes)
+
+
+def _landing_faults(where: str, write: Write, target: Target, arena_bytes: int) -> list[str]:
+    """Targets may be views of one storage, so the arena's end is the only bound; scratch has its own."""
+    if not write.numel or target.dtype not in ITEMSIZE:
+        return []
+    room = (arena_bytes - target.offset) // ITEMSIZE[target.dtype]
+    if target.transform:
+        room = math.prod(target.shape)
+    last = write.dst_offset + sum((n - 1) * s for n, s in zip(write.size, write.dst_stride, strict=True))
+    if not 0 <= write.dst_offset <= last < room or write.numel > room:
+        return [f"{where}: a write of {write.numel} elements to {target.name} ends at {last} of {room}"]
     return []
 
 
@@ -224,7 +266,7 @@ def decode(data: bytes, *, origin: str) -> Mapping:
     """
     try:
         mapping = msgspec.json.decode(data, type=Mapping)
-    except msgspec.DecodeError as err:
+    except UNREADABLE as err:
         raise MappingError(
             f"{origin} is not a bridge mapping: {err} ({len(data)} bytes); it may be truncated or from "
             'another version; restart the server, or run "python -m bridge.launch export-mapping"'

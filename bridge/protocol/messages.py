@@ -14,12 +14,14 @@ import msgspec
 
 from bridge.errors import ProtocolError
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 FRAME_BYTES = 1024
 DIGEST_BYTES = 16
 _HEAD = struct.Struct("<4sHhQQqH16s")
 _MAGIC = b"VWB1"
 MAX_TEXT_BYTES = FRAME_BYTES - _HEAD.size
+COMMIT_WHEN_STAGED = 1  # BEGIN's index: nobody else has a say, so the daemon need not wait for COMMIT
+MAX_VERSION = (1 << 63) - 1
 # Instead of an encoding in READY, and of a joint layout's key in BEGIN; may be followed by a space and the
 # version that is to be served again.
 ROLLBACK = "rollback"
@@ -32,7 +34,8 @@ class Opcode(enum.IntEnum):
     HEARTBEAT = -1  # [anyone]
     SHUTDOWN = -2  # [0 to all] the trainer is done; the server goes on
     READY = -3  # [trainer to 0] my weights are stable; digest is my layout's, text the encoding or ROLLBACK
-    BEGIN = -4  # [0 to all] the round starts; digest is the plan's, text the joint layout's key or ROLLBACK
+    BEGIN = -4  # [0 to all] the round starts; digest is the plan's, text the joint layout's key or ROLLBACK,
+    # index COMMIT_WHEN_STAGED or -1
     STAGED = -5  # [daemon to 0] all local ranks hold the whole version
     RELEASE = -6  # [0 to trainers] every byte has been read; weights may change
     COMMIT = -7  # [0 to daemons] all ranks have staged: make it live
@@ -76,7 +79,8 @@ def decode(data: bytes) -> Frame:
     """Parse ``FRAME_BYTES`` bytes.
 
     Raises:
-        ProtocolError: not a frame, of another protocol version, or with an unknown opcode.
+        ProtocolError: not a frame, of another protocol version, with an unknown opcode, or with a text that
+            it cannot hold.
     """
     if len(data) != FRAME_BYTES:
         raise ProtocolError(f"a control frame has {FRAME_BYTES} bytes, received {len(data)}")
@@ -89,5 +93,9 @@ def decode(data: bytes) -> Frame:
         code = Opcode(opcode)
     except ValueError as err:
         raise ProtocolError(f"unknown opcode {opcode} in a control frame") from err
+    if length > MAX_TEXT_BYTES:
+        raise ProtocolError(
+            f"a {code.name} frame says its text has {length} bytes, it holds {MAX_TEXT_BYTES}"
+        )
     text = data[_HEAD.size : _HEAD.size + length].decode(errors="replace")
     return Frame(opcode=code, epoch=epoch, version=weight_version, index=index, digest=digest, text=text)

@@ -13,7 +13,16 @@ import blake3
 import msgspec
 
 from bridge.errors import ConfigError, MappingError, TopologyError
-from bridge.protocol.holders import CASTS, Faults, Held, check_order, check_patches, find_held, name_ranks
+from bridge.protocol.holders import (
+    CASTS,
+    Faults,
+    Held,
+    check_leading,
+    check_order,
+    check_patches,
+    find_held,
+    name_ranks,
+)
 from bridge.protocol.mapping import ITEMSIZE, Mapping, Source, Target, Write, compute_digest
 from bridge.protocol.messages import DIGEST_BYTES
 from bridge.protocol.region import Piece, box_write, intersect, row_major
@@ -43,11 +52,19 @@ class Patch(msgspec.Struct, frozen=True, kw_only=True):
     digest: bytes
 
 
+class Leading(msgspec.Struct, frozen=True, kw_only=True):
+    """A source of which the leading ``shape`` is sent, and the rest is zero: a matrix of lower rank."""
+
+    source: int
+    shape: tuple[int, ...]
+
+
 class Layout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """All that one trainer rank holds, under one vocabulary.
 
     ``order`` are the sources in the order in which they were handed over one by one; empty for a model.
-    ``patches`` are those of them whose shards are no more than what is to be written over.
+    ``patches`` are those of them whose shards are no more than what is to be written over. ``leading`` are
+    all that a round of an adapter sends, equal on all ranks, whoever holds them.
     """
 
     rank: int
@@ -55,6 +72,12 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     shards: tuple[Shard, ...]
     order: tuple[int, ...] = ()
     patches: tuple[Patch, ...] = ()
+    leading: tuple[Leading, ...] = ()
+
+    @property
+    def named(self) -> frozenset[int]:
+        """The sources that the round is to carry, where it does not carry all."""
+        return frozenset([s.source for s in self.shards] + [lead.source for lead in self.leading])
 
 
 class Copy(msgspec.Struct, frozen=True, kw_only=True):
@@ -183,9 +206,11 @@ class _Builder:
         bucket_bytes: int,
         trainers: Sequence[int],
         patched: frozenset[int],
+        leading: dict[int, tuple[int, ...]],
     ) -> None:
         self._sources, self._held, self._faults = sources, held, faults
         self._patched = patched
+        self._leading = leading
         self._bucket_bytes = bucket_bytes
         self._load = dict.fromkeys(trainers, 0)
         self._fillings: dict[tuple[int, int], _Filling] = {}
@@ -214,7 +239,7 @@ class _Builder:
         except MappingError as err:
             self._faults.add(source, f"cannot serve inference rank {inference}: {err}", self._load)
             return
-        if source not in self._patched and sum(numel for _, _, numel in routes) != write.numel:
+        if source not in self._patched and sum(numel for _, _, numel in routes) != self._due(write, target):
             self._gaps.setdefault(source, set()).add(inference)
             return
         itemsize = ITEMSIZE[dtype]
@@ -226,6 +251,13 @@ class _Builder:
                 filling = self._fillings[inference, trainer] = _Filling(self._bucket_bytes)
             for piece in pieces:
                 filling.add(piece, shard, write.target, itemsize, ITEMSIZE[target.dtype])
+
+    def _due(self, write: Write, target: Target) -> int:
+        """How many elements of a write must be held by somebody."""
+        if (shape := self._leading.get(write.source)) is None:
+            return write.numel
+        boxed = box_write(write, self._sources[write.source], target=target.name)
+        return sum(piece.numel for piece in intersect(boxed, (0,) * len(shape), shape))
 
     def _least_loaded(self, held: Held) -> tuple[int, int]:
         if len(held.holders) == 1:
@@ -311,8 +343,9 @@ def build_plan(
     check_order(ordered, sources)
     faults = Faults(sources)
     held = find_held(ordered, sources, only, faults)
-    patched = check_patches(ordered, faults)
-    builder = _Builder(sources, held, faults, bucket_bytes, [layout.rank for layout in ordered], patched)
+    patched, leading = check_patches(ordered, faults), check_leading(ordered, faults)
+    trainers = [layout.rank for layout in ordered]
+    builder = _Builder(sources, held, faults, bucket_bytes, trainers, patched, leading)
     for rank_map in sorted(mapping.ranks, key=lambda r: r.rank):
         if vocabulary.name not in rank_map.writes:
             raise MappingError(

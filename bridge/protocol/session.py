@@ -9,12 +9,13 @@ Coordinator (trainer rank 0)::
     IDLE --begin--> GATHERING --all ready--> MOVING --all staged--> STAGED --commit--> COMMITTING
     COMMITTING --all committed--> IDLE
 
-Whether to commit is decided outside: at once where there is one server, by a ``Ballot`` where there are
-several, each of which has a coordinator and an epoch of its own.
+Whether to commit is decided outside, by a ``Ballot``, where there are several servers, each of which has a
+coordinator and an epoch of its own. For one daemon alone BEGIN says that nobody else has a say; both sides
+then pass through STAGED without waiting for COMMIT, which would cost two messages under load.
 
 Any failure ends the epoch: the inference side drops what it staged and keeps serving the old version, and the
-two sides meet again under a new epoch. There is one exception to dropping: once COMMIT has been received,
-every rank is known to hold the whole version, so the daemon finishes the commit even if the trainer dies.
+two sides meet again under a new epoch. There is one exception to dropping: once a commit has been
+decided, every rank is known to hold the whole version, so the daemon finishes it even if the trainer dies.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from collections.abc import Iterable
 import msgspec
 
 from bridge.errors import ProtocolError
-from bridge.protocol.messages import Frame, Opcode
+from bridge.protocol.messages import COMMIT_WHEN_STAGED, MAX_VERSION, Frame, Opcode
 
 
 class State(enum.Enum):
@@ -126,6 +127,7 @@ class InferenceSession(_Machine):
         self._ranks = frozenset(ranks)
         self._staged: set[int] = set()
         self._coordinator = (coordinator,)
+        self._asks = True
         self.progress = -1
 
     def on_frame(self, frame: Frame) -> list[Action]:
@@ -154,7 +156,10 @@ class InferenceSession(_Machine):
         if frame.version <= self.version:
             reason = f"version {frame.version} offered, version {self.version} is served already"
             return self._fail(reason)
+        if frame.version > MAX_VERSION:
+            return self._fail(f"version {frame.version} does not fit a signed 64-bit word")
         self.version = frame.version
+        self._asks = frame.index != COMMIT_WHEN_STAGED
         self.state = State.STAGING
         self._staged.clear()
         self.progress = -1
@@ -168,8 +173,9 @@ class InferenceSession(_Machine):
         self._staged.add(rank)
         if self._staged != self._ranks:
             return []
-        self.state = State.STAGED
-        return [Send(self._coordinator, self._frame(Opcode.STAGED))]
+        self.state = State.STAGED if self._asks else State.COMMITTING
+        staged = Send(self._coordinator, self._frame(Opcode.STAGED))
+        return [staged] if self._asks else [staged, Commit(self.version)]
 
     def on_committed(self, measurements: str) -> list[Action]:
         """Every rank has flipped; ``measurements`` is JSON for the receipt."""
@@ -211,6 +217,7 @@ class Coordinator(_Machine):
         self._waiting: set[int] = set()
         self._call = 0
         self._encoding = ""
+        self._asks = True
         self.layouts: dict[int, bytes] = {}
         self.measurements: list[str] = []
 
@@ -237,9 +244,11 @@ class Coordinator(_Machine):
         self._waiting = set(self._daemons)
         return [Move(self.version)]
 
-    def announce(self, plan_digest: bytes, joint: str) -> list[Action]:
-        """The plan is known: BEGIN to everyone."""
-        frame = self._frame(Opcode.BEGIN, digest=plan_digest, text=joint)
+    def announce(self, plan_digest: bytes, joint: str, *, vote: bool) -> list[Action]:
+        """The plan is known: BEGIN to everyone. ``vote``: whether others have a say in the commit."""
+        self._asks = vote or len(self._daemons) > 1
+        index = -1 if self._asks else COMMIT_WHEN_STAGED
+        frame = self._frame(Opcode.BEGIN, digest=plan_digest, text=joint, index=index)
         return [Send(self._others + self._daemons, frame)]
 
     def on_frame(self, peer: int, frame: Frame) -> list[Action]:
@@ -282,9 +291,15 @@ class Coordinator(_Machine):
         self._waiting.discard(peer)
         if self._waiting:
             return []
-        self.state = State.STAGED
-        release = Send(self._others, self._frame(Opcode.RELEASE))
-        return [release, Released(self.version), Staged(self.version)]
+        release: list[Action] = [
+            Send(self._others, self._frame(Opcode.RELEASE)),
+            Released(self.version),
+        ]
+        if self._asks:
+            self.state = State.STAGED
+            return [*release, Staged(self.version)]
+        self.state, self._waiting = State.COMMITTING, set(self._daemons)
+        return release
 
     def commit(self) -> list[Action]:
         """Every server that is to have the version holds it: make it live."""

@@ -7,7 +7,6 @@ heartbeat came, so the peer is lost. A broken connection is noticed at once. Wha
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import threading
 import time
@@ -39,7 +38,7 @@ class ControlGroup:
         deadline_s: float,
         deliver: Callable[[int, Event], None],
     ) -> None:
-        self._group = group
+        self._group: Group | None = group
         self._peers = dict(peers)
         self._epoch = epoch
         self._interval_s = heartbeat_interval_s
@@ -69,13 +68,19 @@ class ControlGroup:
             except PeerLost as err:
                 lost = lost or err
         if lost:
-            raise lost
+            try:
+                raise lost
+            finally:
+                del lost  # or it and this frame, by its traceback, keep each other, and the group with them
 
     def _send_one(self, peer: int, data: bytes) -> None:
         buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         try:
             with self._send_lock:
-                self._group.send([buffer], peer, CONTROL_TAG).wait(self._deadline)
+                group = self._group
+                if group is None:
+                    raise PeerLost(f"the control group of epoch {self._epoch} is closed")
+                group.send([buffer], peer, CONTROL_TAG).wait(self._deadline)
         except RuntimeError as err:
             raise self._lost(peer, err) from err
 
@@ -87,9 +92,11 @@ class ControlGroup:
 
     def _receive(self, peer: int) -> None:
         buffer = torch.empty(FRAME_BYTES, dtype=torch.uint8)
+        group = self._group
+        assert group is not None, "closing waits for this thread"
         while True:
             try:
-                self._group.recv([buffer], peer, CONTROL_TAG).wait(self._deadline)
+                group.recv([buffer], peer, CONTROL_TAG).wait(self._deadline)
                 frame = decode(buffer.numpy().tobytes())
             except RuntimeError as err:
                 if not self._closing.is_set():
@@ -126,8 +133,7 @@ class ControlGroup:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, deadline - time.monotonic()))
-        ended = not any(thread.is_alive() for thread in self._threads)
-        if not ended:
-            # Torn down under a waiting thread, the group would take the whole process with it.
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._group))
-        return ended
+        # Its sockets are closed now, or when the last thread that still waits on it ends: torn down under
+        # that thread, the group would take the whole process with it, so each has a reference of its own.
+        self._group = None
+        return not any(thread.is_alive() for thread in self._threads)

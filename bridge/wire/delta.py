@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Sequence
-from concurrent.futures import Executor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, wait
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,15 +32,16 @@ from bridge.wire.checksum import as_bytes
 
 _WORD = 8
 _CHUNK_BYTES = 2 << 20  # compared at once: positions take many times the memory of what they point to
-_CHUNK_CHANGES = 1 << 20  # placed at once
-_MOST_WORDS = 0.6  # changed words beyond this are not looked into; 20% of bfloat16 units, spread evenly
+_DEVICE_CHUNK_BYTES = 16 << 20  # the same on a GPU, where each chunk is a wait for the device
+_MOST = 0.6  # changed words beyond this are not looked into; 20% of bfloat16 units, spread evenly
 _BLOCK = 1 << 16  # units whose places fit in two bytes
+_BLOCKS_AT_ONCE = 64  # put in place at once: what takes part then fits in a core's cache
+_DEVICE_BLOCKS_AT_ONCE = 1 << 14  # the same on a GPU, where each part is a kernel that a forward waits for
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _DTYPES = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
 
 
 _Bytes = NDArray[Any]
-_Places = NDArray[np.int64]
 Piece = tuple[torch.Tensor, torch.Tensor]  # uint8 [n] as it is now, and as it is remembered
 
 
@@ -53,10 +54,32 @@ class Form(enum.IntEnum):
 
 
 class Changes(NamedTuple):
-    """``positions`` int64 [k], ascending, in units; ``values`` int [k], the bits that are there now."""
+    """What changed in a bucket, nearly as it travels; on the device that it was found on.
+
+    ``counts`` int32 [blocks] of 65,536 units each; ``places`` int16 [k], the lowest 16 bits of each changed
+    unit's position, ascending within a block; ``values`` int [k], the bits that are there now.
+    """
+
+    counts: torch.Tensor
+    places: torch.Tensor
+    values: torch.Tensor
+
+
+class Part(NamedTuple):
+    """``positions`` int64 [k], ascending, in units from the bucket's first; ``values`` int [k]."""
 
     positions: torch.Tensor
     values: torch.Tensor
+
+
+class _Found(NamedTuple):
+    """``Changes`` of one chunk, ``counts`` from block ``first`` on; ``nbytes`` had to be looked into."""
+
+    first: int
+    counts: torch.Tensor
+    places: torch.Tensor
+    values: torch.Tensor
+    nbytes: int
 
 
 def unit_of(itemsizes: Sequence[int]) -> int:
@@ -69,49 +92,96 @@ def units(data: torch.Tensor, unit: int) -> torch.Tensor:
     return data.view(_INTEGERS[unit])
 
 
-def take_changes(pieces: Sequence[Piece], unit: int, workers: Executor) -> Changes | None:
+class Search:
     """Where two states of a bucket differ; the remembered one is brought up to the other.
 
-    None if so much changed that it is not worth saying where: then it is left in between.
-
-    Args:
-        pieces: the bucket, in order.
-        unit: bytes; divides the length of every piece.
-        workers: look at several chunks at a time.
+    In host memory it begins at once, in ``workers``; on a GPU, when the result is asked for. Nobody may write
+    either state before ``result`` or ``drop`` has returned.
     """
-    limit = _MOST_WORDS * sum(now.numel() for now, _ in pieces) / _WORD
-    at, pending = 0, []
-    for now, before in pieces:
-        for start in range(0, now.numel(), _CHUNK_BYTES):
-            chunk = slice(start, start + _CHUNK_BYTES)
-            pending.append(
-                workers.submit(_differences, at + start, now[chunk].numpy(), before[chunk].numpy(), unit)
-            )
-        at += now.numel()
-    found, num_words = [], 0
-    try:
-        for task in pending:
-            positions, values, in_words = task.result()
-            num_words += in_words
-            if num_words > limit:
-                return None
-            found.append((positions, values))
-    finally:
-        for task in pending:
+
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        unit: int,
+        workers: Executor,
+        *,
+        ready: Callable[[], None] | None = None,
+    ) -> None:
+        """``pieces`` are the bucket, in order, on one device; their lengths are multiples of ``unit`` bytes.
+
+        ``workers`` look at several chunks at a time, once ``ready`` has returned.
+        """
+        self._nbytes = sum(now.numel() for now, _ in pieces)
+        self._unit = unit
+        self._device = pieces[0][0].device
+        self._pending: list[Future[_Found]] = []
+        self._waiting: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        if self._device.type != "cpu":
+            self._waiting = list(_chunks(pieces, _DEVICE_CHUNK_BYTES))
+            return
+        for chunk in _chunks(pieces, _CHUNK_BYTES):
+            self._pending.append(workers.submit(_when, ready, *chunk, unit))
+
+    def result(self) -> Changes | None:
+        """Wait; None if too much changed to say where: then the remembered state is left in between."""
+        blocks = -(-self._nbytes // (self._unit * _BLOCK))
+        counts = torch.zeros(blocks, dtype=torch.int32, device=self._device)
+        places, values, looked_into = [], [], 0
+        try:
+            for found in self._each():
+                looked_into += found.nbytes
+                if looked_into > _MOST * self._nbytes:
+                    return None
+                counts[found.first : found.first + len(found.counts)] += found.counts
+                places.append(found.places)
+                values.append(found.values)
+        finally:
+            self.drop()
+        return Changes(counts, torch.cat(places), torch.cat(values))
+
+    def _each(self) -> Iterator[_Found]:
+        for task in self._pending:
+            yield task.result()
+        for chunk in self._waiting:
+            yield _by_torch(*chunk, self._unit)
+
+    def drop(self) -> None:
+        """Look no further; on return nobody reads the weights or writes the remembered state any more."""
+        for task in self._pending:
             task.cancel()
-        wait(pending)  # nobody may read the weights, or write the remembered state, any more
-    return Changes(*(torch.from_numpy(np.concatenate(parts)) for parts in zip(*found, strict=True)))
+        wait(self._pending)
+        self._pending, self._waiting = [], []
 
 
-def _differences(first: int, now: _Bytes, before: _Bytes, unit: int) -> tuple[_Places, _Bytes, int]:
-    """Positions and values of the units that differ, and how many words those lie in; ``before`` follows.
+def _chunks(pieces: Sequence[Piece], nbytes: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """The pieces cut where multiples of ``nbytes`` lie in the bucket, each with its first byte's place."""
+    at = 0
+    for now, before in pieces:
+        start, end = 0, now.numel()
+        while start < end:
+            stop = min(end, start + nbytes - (at + start) % nbytes)
+            yield at + start, now[start:stop], before[start:stop]
+            start = stop
+        at += end
+
+
+def _when(
+    ready: Callable[[], None] | None, first: int, now: torch.Tensor, before: torch.Tensor, unit: int
+) -> _Found:
+    if ready is not None:
+        ready()
+    return _in_host_memory(first, now, before, unit)
+
+
+def _in_host_memory(first: int, now: torch.Tensor, before: torch.Tensor, unit: int) -> _Found:
+    """The changes of one chunk, which begins at byte ``first`` of the bucket; ``before`` follows.
 
     Words first: four times fewer comparisons than by bfloat16 elements, and few words differ. numpy works in
     one thread, lets others run, and is fastest to find what is set. Shifts are faster than divisions.
-    ``first`` is the byte at which the states begin.
     """
-    whole = len(now) - len(now) % _WORD
-    current, previous = (state[:whole].view(np.int64) for state in (now, before))
+    states = (now.numpy(), before.numpy())
+    whole = now.numel() - now.numel() % _WORD
+    current, previous = (state[:whole].view(np.int64) for state in states)
     words = np.flatnonzero(current != previous)
     there = current.take(words)
     differ = (there ^ previous.take(words)).view(_DTYPES[unit]) != 0
@@ -121,13 +191,35 @@ def _differences(first: int, now: _Bytes, before: _Bytes, unit: int) -> tuple[_P
     bits = per_word.bit_length() - 1
     positions = (words.take(nth >> bits) << bits) | (nth & (per_word - 1))
     values = there.view(_DTYPES[unit]).take(nth)
-    if whole < len(now):
-        current, previous = (state[whole:].view(_DTYPES[unit]) for state in (now, before))
+    if whole < now.numel():
+        current, previous = (state[whole:].view(_DTYPES[unit]) for state in states)
         tail = np.flatnonzero(current != previous)
         positions = np.concatenate((positions, tail + whole // unit))
         values = np.concatenate((values, current[tail]))
         previous[tail] = current[tail]
-    return positions + first // unit, values, len(words)
+    positions += first // unit
+    low, high = _blocks_of(first, now.numel(), unit)
+    counts = np.diff(np.searchsorted(positions, np.arange(low, high + 1) * _BLOCK)).astype(np.int32)
+    places = positions.astype(np.int16)  # which keeps the lowest 16 bits: the place in the block
+    counted, placed, valued = (torch.from_numpy(array) for array in (counts, places, values))
+    return _Found(low, counted, placed, valued, len(words) * _WORD)
+
+
+def _by_torch(first: int, now: torch.Tensor, before: torch.Tensor, unit: int) -> _Found:
+    """The same on any device."""
+    current, previous = units(now, unit), units(before, unit)
+    where = (current != previous).nonzero().flatten()
+    values = current[where]
+    previous[where] = values
+    positions = where + first // unit
+    low, high = _blocks_of(first, now.numel(), unit)
+    ends = torch.arange(low, high + 1, device=now.device) * _BLOCK
+    counts = torch.searchsorted(positions, ends).diff().to(torch.int32)
+    return _Found(low, counts, positions.to(torch.int16), values, nbytes=where.numel() * unit)
+
+
+def _blocks_of(first: int, nbytes: int, unit: int) -> tuple[int, int]:
+    return first // unit // _BLOCK, -(-(first + nbytes) // unit // _BLOCK)
 
 
 def encode(changes: Changes, nbytes: int, unit: int) -> tuple[Form, torch.Tensor]:
@@ -135,21 +227,32 @@ def encode(changes: Changes, nbytes: int, unit: int) -> tuple[Form, torch.Tensor
 
     The payload of the dense form is the bucket itself, and not returned; no change at all has none.
     """
-    count, total = changes.positions.numel(), nbytes // unit
+    count = changes.places.numel()
     sizes = {form: payload_bytes(form, count, nbytes, unit) for form in Form}
     form = min(sizes, key=lambda f: sizes[f])
     if form is Form.DENSE or not count:
         return form, torch.empty(0, dtype=torch.uint8)
     if form is Form.INDEX:
-        ends = torch.arange(-(-total // _BLOCK) + 1) * _BLOCK
-        counts = torch.searchsorted(changes.positions, ends).diff()
-        places = changes.positions.to(torch.int16)  # which keeps the lowest 16 bits: the place in the block
-        where = torch.cat((as_bytes(counts.to(torch.int32)), as_bytes(places)))
+        where = torch.cat((as_bytes(changes.counts), as_bytes(changes.places)))
     else:
-        mask = np.zeros(total, dtype=np.bool_)
-        mask[changes.positions.numpy()] = True
-        where = torch.from_numpy(np.packbits(mask, bitorder="little"))
-    return form, torch.cat((as_bytes(changes.values), where))
+        where = _bits(changes, nbytes // unit)
+    return form, torch.cat((as_bytes(changes.values), where)).cpu()
+
+
+def _bits(changes: Changes, total: int) -> torch.Tensor:
+    """One bit for each unit, uint8 [ceil(total / 8)], on the changes' device; the lowest bit comes first."""
+    blocks = torch.arange(len(changes.counts), device=changes.counts.device) * _BLOCK
+    positions = torch.repeat_interleave(blocks, changes.counts.long())
+    positions += changes.places.long() & (_BLOCK - 1)
+    mask = torch.zeros(-(-total // 8) * 8, dtype=torch.bool, device=positions.device)
+    mask[positions] = True
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.packbits(mask.numpy(), bitorder="little"))
+    eights = mask.view(torch.uint8).view(-1, 8)
+    bits = eights[:, 0].clone()
+    for place in range(1, 8):
+        bits |= eights[:, place] << place
+    return bits
 
 
 def payload_bytes(form: Form, count: int, nbytes: int, unit: int) -> int:
@@ -162,33 +265,61 @@ def payload_bytes(form: Form, count: int, nbytes: int, unit: int) -> int:
     return count * unit + -(-total // 8)
 
 
-def decode(form: Form, payload: torch.Tensor, count: int, nbytes: int, unit: int) -> Changes:
+def decode(
+    form: Form, payload: torch.Tensor, count: int, nbytes: int, unit: int, *, onto_gpu: bool = False
+) -> Iterator[Part]:
     """Read a payload of ``count`` changes, at least one, in the index or bitmap form; it comes from outside.
 
+    In parts that are best for where they are put then.
+
     Raises:
-        ProtocolError: its places do not rise, lie outside the bucket, or are not ``count``.
+        ProtocolError: its places do not rise, lie outside the bucket, or are not ``count``. Parts before the
+            fault have been yielded by then.
     """
     total, split = nbytes // unit, count * unit
-    # Slices lie at any offset; a copy of theirs is aligned.
-    values, where = units(payload[:split].clone(), unit), payload[split:].clone()
-    if form is Form.INDEX:
-        blocks = -(-total // _BLOCK)
-        counts = where[: 4 * blocks].clone().view(torch.int32).long()
-        places = where[4 * blocks :].clone().view(torch.int16).long() & (_BLOCK - 1)
-        if bool((counts < 0).any()) or int(counts.sum()) != count:
-            raise ProtocolError(f"a bucket's index counts {int(counts.sum())} changes, its header {count}")
-        positions = torch.repeat_interleave(torch.arange(blocks) * _BLOCK, counts) + places
-    else:
-        mask = np.unpackbits(where.numpy(), bitorder="little").view(np.bool_)
-        positions = torch.from_numpy(np.flatnonzero(mask))
-        if positions.numel() != count:
-            raise ProtocolError(f"a bucket's bitmap has {positions.numel()} changes, its header {count}")
-    if int(positions[-1]) >= total or bool((positions[1:] <= positions[:-1]).any()):
-        raise ProtocolError(f"the places of {count} changes do not rise within a bucket of {total} units")
-    return Changes(positions, values)
+    data = payload.numpy()
+    values, where = data[:split].view(_DTYPES[unit]), data[split:]
+    read = _read_index if form is Form.INDEX else _read_bitmap
+    at = 0
+    for positions in read(where, total, count, _DEVICE_BLOCKS_AT_ONCE if onto_gpu else _BLOCKS_AT_ONCE):
+        if not len(positions):
+            continue
+        end = at + len(positions)
+        if end > count:
+            raise ProtocolError(f"a bucket names {end} changes or more, its header {count}")
+        if positions[-1] >= total or (positions[1:] <= positions[:-1]).any():
+            raise ProtocolError(f"the places of {count} changes do not rise within a bucket of {total} units")
+        yield Part(torch.from_numpy(positions), torch.from_numpy(values[at:end]))
+        at = end
+    if at != count:
+        raise ProtocolError(f"a bucket names {at} changes, its header {count}")
 
 
-def scatter(place: torch.Tensor, changes: Changes, unit: int) -> None:
+def _read_index(where: _Bytes, total: int, count: int, at_once: int) -> Iterator[NDArray[np.int64]]:
+    blocks = -(-total // _BLOCK)
+    counts = where[: 4 * blocks].view(np.int32)
+    places = where[4 * blocks :].view(np.uint16)
+    if (counts < 0).any() or counts.sum(dtype=np.int64) != count:
+        raise ProtocolError(
+            f"a bucket's index counts {counts.sum(dtype=np.int64)} changes, its header {count}"
+        )
+    ends = np.concatenate(([0], counts.cumsum(dtype=np.int64)))
+    firsts = np.arange(blocks, dtype=np.int64) * _BLOCK
+    for low in range(0, blocks, at_once):
+        high = min(low + at_once, blocks)
+        positions = np.repeat(firsts[low:high], counts[low:high])
+        positions += places[ends[low] : ends[high]]
+        yield positions
+
+
+def _read_bitmap(where: _Bytes, _total: int, _count: int, at_once: int) -> Iterator[NDArray[np.int64]]:
+    step = at_once * _BLOCK // 8
+    for low in range(0, len(where), step):
+        mask = np.unpackbits(where[low : low + step], bitorder="little").view(np.bool_)
+        yield np.flatnonzero(mask) + 8 * low
+
+
+def scatter(place: torch.Tensor, changes: Part, unit: int) -> None:
     """Write changes of one copy to where it lies; positions count from its first unit, in row-major order.
 
     Args:
@@ -196,12 +327,9 @@ def scatter(place: torch.Tensor, changes: Changes, unit: int) -> None:
         changes: its own, and no others'.
         unit: bytes; divides the element size of ``place``.
     """
-    for start in range(0, changes.positions.numel(), _CHUNK_CHANGES):
-        part = slice(start, start + _CHUNK_CHANGES)
-        _scatter(place, Changes(changes.positions[part], changes.values[part]), unit)
-
-
-def _scatter(place: torch.Tensor, changes: Changes, unit: int) -> None:
+    if place.is_contiguous() and place.device.type == "cpu":  # numpy takes two thirds of torch's time
+        units(as_bytes(place), unit).numpy()[changes.positions.numpy()] = changes.values.numpy()
+        return
     ratio = place.element_size() // unit
     positions = changes.positions.to(place.device)
     if place.is_contiguous():

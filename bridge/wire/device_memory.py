@@ -14,10 +14,14 @@ from collections.abc import Sequence
 import msgspec
 import torch
 
-from bridge.errors import DeviceError
+from bridge.errors import DeviceError, ProtocolError
+from bridge.protocol.decoding import UNREADABLE
+from bridge.protocol.mapping import ITEMSIZE
 from bridge.wire import cuda
 
 _NONCE_BYTES = 32
+MAX_EXHIBIT_BYTES = 64 << 20  # a shard takes some twenty bytes of it
+_HANDLE_BYTES = 64
 
 
 class Allocation(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,10 +138,11 @@ class PeerAllocations:
         """Address in this process and dtype of each shard, of an encoded ``Exhibit``.
 
         Raises:
+            ProtocolError: that is no exhibit, or a place in it lies outside of what it shows.
             DeviceError: CUDA refused to map an allocation.
         """
         if message != self._message:  # the same message names the same allocations, which are still mapped
-            shown = msgspec.msgpack.decode(message, type=Exhibit)
+            shown = read_exhibit(message)
             self._message = b""  # until all of it is mapped
             self._places = self.refresh(shown), [getattr(torch, place.dtype) for place in shown.shards]
             self._message = message
@@ -162,6 +167,31 @@ class PeerAllocations:
         self._message = b""
         while self._mapped:
             _unmap(self._mapped.popitem()[1])
+
+
+def read_exhibit(message: bytes) -> Exhibit:
+    """Decode what a trainer rank says of its shards.
+
+    Raises:
+        ProtocolError: that is no exhibit, or a place in it lies outside of what it shows.
+    """
+    try:
+        shown = msgspec.msgpack.decode(message, type=Exhibit)
+    except UNREADABLE as err:
+        raise ProtocolError(f"{len(message)} bytes that should say where shards are do not: {err}") from err
+    for index, found in enumerate(shown.allocations):
+        if len(found.handle) != _HANDLE_BYTES or found.nbytes < 0:
+            raise ProtocolError(
+                f"allocation {index} of {found.nbytes} bytes has an IPC handle of {len(found.handle)} bytes"
+            )
+    for index, place in enumerate(shown.shards):
+        known = 0 <= place.allocation < len(shown.allocations) and place.dtype in ITEMSIZE
+        if not known or not 0 <= place.offset <= shown.allocations[place.allocation].nbytes:
+            raise ProtocolError(
+                f"shard {index} is said to be {place.dtype!r} at byte {place.offset} of allocation "
+                f"{place.allocation}; there are {len(shown.allocations)}"
+            )
+    return shown
 
 
 def open_handle(handle: bytes) -> int:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
+from bridge.errors import ProtocolError
 from bridge.protocol.plan import Bucket, Copy, Lane
 from bridge.wire import cuda, device_memory
 from bridge.wire.copy_jobs import LaneSteps, Step
@@ -226,6 +227,7 @@ class DevicePullSink:
         self._streams = streams
         self._turns = itertools.cycle(streams)
         self._sums = DeviceChecksums(len(lane.buckets), engines.device, engines.sums) if checked else None
+        self._most_shards = max((1 + copy.shard for b in lane.buckets for copy in b.copies), default=0)
         self._addresses: list[int] = []
         self._dtypes: list[torch.dtype] = []
         self._unsummed: list[tuple[int, torch.Tensor]] = []
@@ -233,9 +235,16 @@ class DevicePullSink:
 
     def open(self) -> None:
         size = self._link.receive(torch.empty(1, dtype=torch.int64), SIZE_TAG, "the shards' places")
+        if not 0 <= int(size) <= device_memory.MAX_EXHIBIT_BYTES:
+            raise ProtocolError(
+                f"{self._link.who} says that its shards' places take {int(size)} bytes, "
+                f"{device_memory.MAX_EXHIBIT_BYTES} at most are taken"
+            )
         data = torch.empty(int(size), dtype=torch.uint8)
         message = self._link.receive(data, ADDRESS_TAG, "the shards' places").numpy().tobytes()
         self._addresses, self._dtypes = self._peer.read(message)
+        if (missing := self._most_shards - len(self._addresses)) > 0:
+            raise ProtocolError(f"{self._link.who} did not say where the last {missing} shards of its are")
         self._steps.use(self._dtypes)
 
     def move(self, bucket: Bucket, landing: Landing) -> None:

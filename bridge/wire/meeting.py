@@ -2,23 +2,28 @@
 
 Keys live below ``e<epoch>/``. A layout is stored once per digest, so a round of the same model costs no
 more than naming the joint layout it uses.
+
+Whoever reaches the daemon's port can write to its store, so every value is signed with the job's secret and
+with its key: nobody without the secret can say where memory is to be read, and no value counts elsewhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import blake3
 import msgspec
 import torch.distributed as dist
 
-from bridge.errors import PeerLost, RendezvousError, TransferError
+from bridge.errors import PeerLost, RendezvousError, RendezvousRefused, TransferError
 from bridge.protocol.mapping import Mapping
 from bridge.protocol.messages import DIGEST_BYTES
 from bridge.protocol.plan import Layout, Plan, build_plan
 from bridge.wire.peer_memory import Whereabouts
-from bridge.wire.rendezvous import Store, fetch
+from bridge.wire.rendezvous import Store, fetch, seal, unseal
 
+T = TypeVar("T")
 KEPT_PLANS = 4  # a training run has one, or two; but each patch has one of its own
 KEPT_PATCHES = 2  # by the second round behind a patch's, every rank has read its layout
 
@@ -40,6 +45,7 @@ class Meeting:
         self._mapping = mapping
         self._epoch = epoch
         self._timeout_s = timeout_s
+        self._secret = mapping.rendezvous.secret if mapping.rendezvous is not None else ""
         self._plans: dict[str, tuple[Plan, tuple[Layout, ...], Round]] = {}
         self._published: set[bytes] = set()
         self._patches: list[bytes] = []
@@ -48,9 +54,10 @@ class Meeting:
     def _key(self, *parts: object) -> str:
         return "/".join([f"e{self._epoch}", *map(str, parts)])
 
-    def _set(self, key: str, value: bytes) -> None:
+    def _set(self, key: str, value: msgspec.Struct | list[str]) -> None:
+        sealed = seal(value, f"{self._secret}/{key}")
         try:
-            self._store.set(key, value)  # type: ignore[arg-type]  # bytes too, the stub says str
+            self._store.set(key, sealed)  # type: ignore[arg-type]  # bytes too, the stub says str
         except (RuntimeError, dist.DistError) as err:
             raise PeerLost(f"the daemon's store is gone (setting {key}): {err}") from err
 
@@ -60,9 +67,12 @@ class Meeting:
         except (RuntimeError, dist.DistError) as err:
             raise PeerLost(f"the daemon's store is gone (deleting {key}): {err}") from err
 
-    def _get(self, key: str, what: str) -> bytes:
+    def _get(self, key: str, what: str, kind: type[T]) -> T:
         try:
-            return fetch(self._store, key, timeout_s=self._timeout_s, what=what)
+            sealed = fetch(self._store, key, timeout_s=self._timeout_s, what=what)
+            return unseal(sealed, f"{self._secret}/{key}", kind)
+        except RendezvousRefused as err:
+            raise TransferError(f"waiting for {what}, found something else at {key}: {err}") from err
         except RendezvousError as err:
             raise TransferError(str(err)) from err
 
@@ -73,7 +83,7 @@ class Meeting:
         data = msgspec.msgpack.encode(layout)
         digest = blake3.blake3(data).digest(DIGEST_BYTES)
         if digest not in self._published:
-            self._set(self._key("layout", digest.hex()), data)
+            self._set(self._key("layout", digest.hex()), layout)
             self._published.add(digest)
         if layout.patches:
             self._forget_patches(digest)
@@ -92,27 +102,23 @@ class Meeting:
         self, layouts: Sequence[bytes], *, partial: bool, encoding: str, bucket_bytes: int
     ) -> str:
         """Store the joint layout (trainer rank 0); returns the key that BEGIN carries."""
-        data = msgspec.msgpack.encode(
-            Round(layouts=tuple(layouts), partial=partial, encoding=encoding, bucket_bytes=bucket_bytes)
+        description = Round(
+            layouts=tuple(layouts), partial=partial, encoding=encoding, bucket_bytes=bucket_bytes
         )
-        joint = blake3.blake3(data).hexdigest(DIGEST_BYTES)
+        joint = blake3.blake3(msgspec.msgpack.encode(description)).hexdigest(DIGEST_BYTES)
         if joint not in self._plans:
-            self._set(self._key("round", joint), data)
+            self._set(self._key("round", joint), description)
         return joint
 
     def plan(self, joint: str) -> tuple[Plan, tuple[Layout, ...], Round]:
         """The plan of a joint layout, computed here and kept for a while; every rank gets the same."""
         if joint not in self._plans:
-            data = self._get(self._key("round", joint), "trainer rank 0's joint layout")
-            description = msgspec.msgpack.decode(data, type=Round)
+            description = self._get(self._key("round", joint), "trainer rank 0's joint layout", Round)
             layouts = tuple(
-                msgspec.msgpack.decode(
-                    self._get(self._key("layout", digest.hex()), f"trainer rank {rank}'s layout"),
-                    type=Layout,
-                )
+                self._get(self._key("layout", digest.hex()), f"trainer rank {rank}'s layout", Layout)
                 for rank, digest in enumerate(description.layouts)
             )
-            only = frozenset(s.source for lay in layouts for s in lay.shards) if description.partial else None
+            only = frozenset().union(*(lay.named for lay in layouts)) if description.partial else None
             plan = build_plan(self._mapping, layouts, bucket_bytes=description.bucket_bytes, only=only)
             while len(self._plans) >= KEPT_PLANS:
                 del self._plans[next(iter(self._plans))]
@@ -124,18 +130,18 @@ class Meeting:
 
     def publish_whereabouts(self, trainer: int, whereabouts: Whereabouts) -> None:
         """A trainer rank says where its memory is."""
-        self._set(self._key("where", trainer), msgspec.msgpack.encode(whereabouts))
+        self._set(self._key("where", trainer), whereabouts)
 
     def whereabouts(self, trainer: int) -> Whereabouts:
         """Wait for a trainer rank's whereabouts."""
-        data = self._get(self._key("where", trainer), f"trainer rank {trainer} to say where it is")
-        return msgspec.msgpack.decode(data, type=Whereabouts)
+        what = f"trainer rank {trainer} to say where it is"
+        return self._get(self._key("where", trainer), what, Whereabouts)
 
     def publish_links(self, inference: int, links: Sequence[str]) -> None:
         """An updater says by which transport it takes each trainer rank's buckets."""
-        self._set(self._key("links", inference), msgspec.msgpack.encode(list(links)))
+        self._set(self._key("links", inference), list(links))
 
     def links(self, inference: int) -> list[str]:
         """Wait for an updater's choice of transports, by trainer rank."""
-        data = self._get(self._key("links", inference), f"updater {inference} to choose transports")
-        return msgspec.msgpack.decode(data, type=list[str])
+        what = f"updater {inference} to choose transports"
+        return self._get(self._key("links", inference), what, list[str])

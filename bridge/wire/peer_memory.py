@@ -13,6 +13,7 @@ import os
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -53,9 +54,9 @@ class Whereabouts(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     boot_id: str
-    pid: int
+    pid: Annotated[int, msgspec.Meta(gt=0, lt=1 << 31)]
     host: str
-    nonce_address: int
+    nonce_address: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
     nonce: str
     on_gpu: bool = False
     gpu: DeviceWhereabouts | None = None

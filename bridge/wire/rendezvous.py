@@ -11,9 +11,10 @@ import hashlib
 import hmac
 import os
 import socket
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 import msgspec
 import torch
@@ -25,45 +26,85 @@ from torch.distributed import Store as Store  # type: ignore[attr-defined]
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from bridge.errors import RendezvousError, RendezvousRefused
+from bridge.protocol.decoding import UNREADABLE
+
+MAX_REQUEST_BYTES = 1 << 16  # some hundred, in fact; whoever reaches the port can write any number of them
+MAX_RANKS = 1 << 16
+_Ranks = Annotated[int, msgspec.Meta(ge=0, le=MAX_RANKS)]
+_Pid = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+_Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+_Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+
+TICKETS, LOANS = "ticket", "loan"  # who stands in which line, counted from 1
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """What trainer rank 0 says of itself."""
+    """What trainer rank 0 says of itself.
+
+    ``restores``: it is no trainer, but a peer server's helper, and brings this version, which is live there.
+    """
 
     session: str
     protocol_version: int
-    world_size: int
+    world_size: Annotated[int, msgspec.Meta(ge=1, le=MAX_RANKS)]
     mapping_digest: str
     host: str
-    pid: int
+    pid: _Pid
     torch_version: str
+    restores: _Number = 0
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """What the daemon replies. ``refusal`` is empty when the trainer is admitted.
 
     ``in_place``: before it takes a byte, every round waits for the engine to stand still.
+    ``outdated``: ``weight_version`` is the newest, but vLLM was started again and serves an older one, over
+    which no part of the weights may be laid.
     """
 
     session: str
     refusal: str = ""
     try_again: bool = False
-    epoch: int = 0
-    weight_version: int = 0
-    num_daemons: int = 1
-    num_inference_ranks: int = 0
-    daemon_pid: int = 0
-    heartbeat_interval_s: float = 2.0
-    deadline_s: float = 15.0
-    commit_timeout_s: float = 120.0
+    epoch: _Number = 0
+    weight_version: _Number = 0
+    num_daemons: _Ranks = 1
+    num_inference_ranks: _Ranks = 0
+    daemon_pid: _Pid = 0
+    heartbeat_interval_s: _Seconds = 2.0
+    deadline_s: _Seconds = 15.0
+    commit_timeout_s: _Seconds = 120.0
     checksum: str = "first"
-    bucket_bytes: int = 0
+    bucket_bytes: _Number = 0
     in_place: bool = False
+    outdated: bool = False
 
     @property
     def first_byte_s(self) -> float:
         """How long a transfer may take to begin."""
         return self.deadline_s + (self.commit_timeout_s if self.in_place else 0.0)
+
+
+class Loan(msgspec.Struct, frozen=True, kw_only=True):
+    """A server's daemon asks a peer's for the version that is live there.
+
+    ``borrower`` is its log directory; without ``start`` it only asks what could be had.
+    """
+
+    session: str
+    borrower: str
+    start: bool
+
+
+class Offer(msgspec.Struct, frozen=True, kw_only=True):
+    """The peer's reply: ``version`` is the newest it knows; ``refusal`` says why it cannot be had, if so.
+
+    ``borrower`` is whom it is being sent to.
+    """
+
+    session: str
+    version: _Number = 0
+    refusal: str = ""
+    borrower: str = ""
 
 
 class _Signed(msgspec.Struct, frozen=True):
@@ -82,7 +123,7 @@ class Group(Protocol):
     def recv(self, tensors: list[torch.Tensor], peer: int, tag: int, /) -> dist.Work: ...
 
 
-def seal(message: msgspec.Struct, secret: str) -> bytes:
+def seal(message: msgspec.Struct | list[str], secret: str) -> bytes:
     """Encode and sign with the job's secret (HMAC-SHA256)."""
     body = msgspec.msgpack.encode(message)
     return msgspec.msgpack.encode(_Signed(body, hmac.digest(secret.encode(), body, hashlib.sha256)))
@@ -96,7 +137,7 @@ def unseal(data: bytes, secret: str, kind: type[T]) -> T:
     """
     try:
         signed = msgspec.msgpack.decode(data, type=_Signed)
-    except msgspec.DecodeError as err:
+    except UNREADABLE as err:
         raise RendezvousRefused(f"a rendezvous message of {len(data)} bytes is not ours: {err}") from err
     if not hmac.compare_digest(signed.mac, hmac.digest(secret.encode(), signed.body, hashlib.sha256)):
         raise RendezvousRefused(
@@ -105,7 +146,7 @@ def unseal(data: bytes, secret: str, kind: type[T]) -> T:
         )
     try:
         return msgspec.msgpack.decode(signed.body, type=kind)
-    except msgspec.DecodeError as err:
+    except UNREADABLE as err:
         raise RendezvousRefused(
             f"the other side's {kind.__name__} is of another release of the bridge: {err}"
         ) from err
@@ -150,8 +191,8 @@ def first_line(err: BaseException) -> str:
     return str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
 
 
-def ask(store: Store, request: Request, secret: str, *, timeout_s: float) -> None:
-    """Leave a request for the daemon (trainer rank 0).
+def ask(store: Store, request: Request | Loan, secret: str, *, timeout_s: float, line: str = TICKETS) -> None:
+    """Leave a request for the daemon (trainer rank 0, or another server's daemon), in one of its lines.
 
     Raises:
         RendezvousError: the daemon died since its store was reached.
@@ -159,8 +200,8 @@ def ask(store: Store, request: Request, secret: str, *, timeout_s: float) -> Non
     sealed = seal(request, secret)
     try:
         store.set_timeout(timedelta(seconds=timeout_s))
-        ticket = store.add("ticket", 1)
-        store.set(f"ticket/{ticket}", sealed)  # type: ignore[arg-type]  # bytes too, the stub says str
+        ticket = store.add(line, 1)
+        store.set(f"{line}/{ticket}", sealed)  # type: ignore[arg-type]  # bytes too, the stub says str
     except (RuntimeError, dist.DistError) as err:
         raise RendezvousError(f"the daemon's store is gone: {first_line(err)}") from err
 
@@ -207,15 +248,40 @@ def is_withdrawn(store: Store, request: Request) -> bool:
     return bool(store.check([f"withdrawn/{request.session}"]))
 
 
+def await_offer(store: Store, session: str, secret: str, *, timeout_s: float) -> Offer:
+    """Wait for a peer's answer to a ``Loan``.
+
+    Raises:
+        RendezvousError: no answer in time.
+        RendezvousRefused: it was signed with another secret.
+    """
+    data = fetch(store, f"offer/{session}", timeout_s=timeout_s, what="the peer's offer")
+    return unseal(data, secret, Offer)
+
+
+def next_loan(store: Store, ticket: int, *, secret: str) -> Loan | None:
+    """As ``next_request``, of the other line."""
+    return _next(store, LOANS, ticket, secret, Loan)
+
+
 def next_request(store: Store, ticket: int, *, secret: str) -> Request | None:
     """The request with this ticket, or None if nobody came yet; does not wait.
 
     Raises:
         RendezvousRefused: the request was not signed with our secret.
     """
-    if not store.check([f"ticket/{ticket}"]):
+    return _next(store, TICKETS, ticket, secret, Request)
+
+
+def _next(store: Store, line: str, ticket: int, secret: str, kind: type[T]) -> T | None:
+    if not store.check([f"{line}/{ticket}"]):
         return None
-    return unseal(bytes(store.get(f"ticket/{ticket}")), secret, Request)
+    data = bytes(store.get(f"{line}/{ticket}"))
+    if len(data) > MAX_REQUEST_BYTES:
+        raise RendezvousRefused(
+            f"a request of {len(data)} bytes is none; one has {MAX_REQUEST_BYTES} at most"
+        )
+    return unseal(data, secret, kind)
 
 
 def local_address(host: str, port: int) -> str:
@@ -223,6 +289,11 @@ def local_address(host: str, port: int) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, port or 9))
         return str(probe.getsockname()[0])
+
+
+def members(trainers: int, other: str) -> Callable[[int], str]:
+    """Names the ranks of a group in which ``trainers`` come first, for messages."""
+    return lambda rank: f"trainer rank {rank}" if rank < trainers else f"{other} {rank - trainers}"
 
 
 def make_group(
@@ -233,48 +304,34 @@ def make_group(
     size: int,
     address: str,
     timeout_s: float,
-    num_trainers: int | None = None,
+    named: Callable[[int], str] = "rank {}".format,
 ) -> Group:
     """Build a Gloo group of our own beside whatever default group the process has.
 
-    Args:
-        num_trainers: how many of the ranks are trainers', the first ones; for the error only.
-
     Raises:
-        RendezvousError: not all ``size`` ranks came within ``timeout_s`` seconds; names those that did not.
+        RendezvousError: not all ``size`` ranks came within ``timeout_s`` seconds; says which, as ``named``.
     """
-    here = [f"{prefix}/here/{one}" for one in range(size)]
     gloo: Any = dist.ProcessGroupGloo  # its stub lacks _Options
     options = gloo._Options()
     options._devices = [gloo.create_device(hostname=address)]
     options._timeout = timedelta(seconds=timeout_s)
     try:
-        store.set(here[rank], describe_process())
+        store.set(f"{prefix}/came/{rank}", "")
         group: Group = gloo(PrefixStore(prefix, store), rank, size, options)
-    except (RuntimeError, dist.DistError) as err:
+    except RuntimeError as err:
         raise RendezvousError(
-            f"group {prefix!r} of {size} ranks did not form within {timeout_s:g} s (rank {rank} on "
-            f"{socket.gethostname()}): {_absent(store, here, num_trainers)}: {first_line(err)}"
+            f"group {prefix!r} of {size} ranks did not form within {timeout_s:g} s ({named(rank)} on "
+            f"{socket.gethostname()}): {_missing(store, prefix, size, named)}{first_line(err)}"
         ) from err
     return group
 
 
-def _absent(store: Store, here: list[str], num_trainers: int | None) -> str:
-    """Who of a group never came, as a sentence."""
-
-    def name(rank: int) -> str:
-        if num_trainers is None:
-            return f"rank {rank}"
-        inference = f"inference rank {rank - num_trainers}"
-        return f"trainer rank {rank}" if rank < num_trainers else f"the server's side of {inference}"
-
+def _missing(store: Store, prefix: str, size: int, named: Callable[[int], str]) -> str:
     try:
-        absent = [name(rank) for rank, key in enumerate(here) if not store.check([key])]
-    except (RuntimeError, dist.DistError):
-        return "the daemon's store is gone"
-    if absent:
-        return f"{', '.join(absent)} never came"
-    return "all came, but two of them could not connect; do their addresses lead to each other?"
+        absent = [named(rank) for rank in range(size) if not store.check([f"{prefix}/came/{rank}"])]
+    except RuntimeError:
+        return ""  # the store is gone, as the error below says
+    return f"{', '.join(absent)} did not come; " if absent else "all came, but could not connect; "
 
 
 def boot_id() -> str:

@@ -218,8 +218,13 @@ def pack(
     tensors: Sequence[torch.Tensor],
     wire_dtypes: Sequence[torch.dtype],
     buffer: torch.Tensor,
+    *,
+    non_blocking: bool = False,
 ) -> None:
-    """Put a bucket's elements one behind the other into ``buffer``, uint8 [packed_bytes]."""
+    """Put a bucket's elements one behind the other into ``buffer``, uint8 [packed_bytes].
+
+    With ``non_blocking``, copies from a GPU into pinned memory are only enqueued.
+    """
     offset = 0
     for copy in bucket.copies:
         picked = pick(tensors[copy.shard], copy)
@@ -228,9 +233,9 @@ def pack(
         place = buffer[offset : offset + nbytes]
         if place.storage_offset() % dtype.itemsize == 0:
             # Casts and gathers in place: a copy in between would be a third bucket's worth of memory.
-            place.view(dtype).view(picked.shape).copy_(picked)
+            place.view(dtype).view(picked.shape).copy_(picked, non_blocking=non_blocking)
         else:  # behind elements of another size; a byte view of the cast has no alignment
-            place.copy_(as_bytes(picked.to(dtype).contiguous()))
+            place.copy_(as_bytes(picked.to(dtype).contiguous()), non_blocking=non_blocking)
         offset += nbytes
 
 

@@ -32,6 +32,7 @@ FLAGS = [
     "--heartbeat-interval=0.5",
     f"--repair-timeout={REPAIR_S:g}",
     "--http",
+    "--max-server-restarts=0",
 ]
 NORM = "model.norm.weight"
 

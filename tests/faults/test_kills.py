@@ -17,7 +17,16 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.support.serving import UNBOUND, Server, Trainers, alive, serving, training, wait_until
+from tests.support.serving import (
+    START_TIMEOUT_S,
+    UNBOUND,
+    Server,
+    Trainers,
+    alive,
+    serving,
+    training,
+    wait_until,
+)
 from vllm_patching import residue
 
 pytestmark = [pytest.mark.faults, pytest.mark.serving, pytest.mark.timeout(600, method="signal")]
@@ -211,7 +220,7 @@ def test_a_second_trainer_is_refused(node):
             second.must("close")
 
 
-# --- whose death is the server's end -----------------------------------------------------------------------
+# --- vLLM comes back, and the launcher's death is the end ---------------------------------------------------
 
 
 def api_server(server: Server, status: dict[str, Any]) -> int:
@@ -226,46 +235,63 @@ VICTIMS: dict[str, Callable[[Server, dict[str, Any]], int]] = {
     "worker": lambda _, status: int(status["pids"]["workers"][0]),
     "engine": lambda _, status: int(status["pids"]["engines"][0]),
     "api_server": api_server,
-    "launcher": lambda server, _: server.process.pid,
 }
-# What the launcher's console (or for its own death the daemon's log) must say; {pid} is the victim's.
+# What the launcher's console must say; {pid} is the victim's.
 SAID = {
-    "worker": ["vllm (pid", "vLLM worker rank 0 (pid {pid}"],
-    "engine": ["vllm (pid", "vLLM engine core 0 (pid {pid}"],
-    "api_server": ["vllm (pid {pid}) was killed by SIGKILL"],
-    "launcher": [],
+    "worker": "vLLM worker rank 0 (pid {pid}",
+    "engine": "vLLM engine core 0 (pid {pid}",
+    "api_server": "vllm (pid {pid}) was killed by SIGKILL",
 }
 
 
-@pytest.mark.parametrize("victim", list(VICTIMS))
-def test_the_server_ends_with(victim, sets, tmp_path, runtime_dir):
+def assert_comes_back(server: Server, trainers: Trainers, victim: str, *, nth: int) -> None:
+    """Whoever of vLLM dies in a round: it is started again, and the next round makes it whole."""
+    held = Held(server, trainers)
+    newest, daemon = held.before["weight_version"], held.before["pids"]["daemon"]
+    vllm = [pid for pid in server.pids() if pid not in (daemon, *held.before["pids"]["updaters"])]
+    pid = VICTIMS[victim](server, held.before)
+    os.kill(pid, signal.SIGKILL)  # and the updater stays where it is: the daemon has to end it
+    (error,) = held.errors()
+    # The engine core ends itself without its API server, and the trainer may hear of that first.
+    named = [pid, *held.before["pids"]["engines"]] if victim == "api_server" else [pid]
+    assert any(f"(pid {number}" in error for number in named), error
+    wait_until("status to say so", lambda: server.status()["state"] == "recovering", timeout_s=30)
+    wait_until("vLLM", lambda: server.text().count("vLLM is back") == nth, timeout_s=START_TIMEOUT_S)
+    status = server.status()
+    versions = status["weight_version"], status["requested_version"]
+    assert (status["state"], versions) == ("recovering", (0, newest)), status
+    assert status["pids"]["daemon"] == daemon
+    assert not any(map(alive, vllm)), "nothing of the dead vLLM is left running"
+    assert SAID[victim].format(pid=pid) in server.text()
+    (receipt,) = trainers.must("broadcast")
+    assert receipt["version"] == newest + 1
+    assert server.status()["state"] == "ready"
+
+
+def test_vllm_comes_back_and_the_launchers_death_is_the_end(sets, tmp_path, runtime_dir):
     shm_before, runs_before = set(residue.SHM_DIR.iterdir()), set(runtime_dir.iterdir())
     logdir = tmp_path / "logs"
-    # The last broadcast below meets nobody; it need not wait for a restarted daemon as long as the default.
-    env = {"BRIDGE_CONNECT_TIMEOUT_S": "10"}
     with (
         start(sets[0], logdir) as server,
-        training("plain", sets[0], logdir=logdir, dtype="float32", env=env) as trainers,
+        training("plain", sets[0], logdir=logdir, dtype="float32") as trainers,
     ):
-        served = begin(SimpleNamespace(server=server, sets=sets), trainers)
+        begin(SimpleNamespace(server=server, sets=sets), trainers)
+        for nth, victim in enumerate(VICTIMS, start=1):
+            assert_comes_back(server, trainers, victim, nth=nth)
+        served = greedy(server)
         tree = server.pids()
         held = Held(server, trainers)
         assert greedy(server) == served  # in the middle of the round
-        pid = VICTIMS[victim](server, held.before)
-        os.kill(pid, signal.SIGKILL)  # and the updater stays where it is: the daemon has to end it
-        (error,) = held.errors()
-        # The engine core ends itself without its API server, and the trainer may hear of that first.
-        named = [pid, *held.before["pids"]["engines"]] if victim == "api_server" else [pid]
-        assert any(f"(pid {number}" in error for number in named), error
-        code = server.process.wait(90)
-        assert code == -signal.SIGKILL if victim == "launcher" else code not in (0, -signal.SIGKILL)
+        os.kill(server.process.pid, signal.SIGKILL)
+        held.errors()
+        assert server.process.wait(90) == -signal.SIGKILL
         wait_until(
             f"the end of {[p for p in tree if alive(p)]}", lambda: not any(map(alive, tree)), timeout_s=60
         )
-        for words in SAID[victim]:
-            assert words.format(pid=pid) in server.text()
         wait_until("its run directory to go", lambda: set(runtime_dir.iterdir()) <= runs_before, timeout_s=10)
         left = {path for path in set(residue.SHM_DIR.iterdir()) - shm_before if path.exists()}
         assert not left - residue.snapshot(psutil.pids()), "shared memory left behind"
+        trainers.must("close")
+        trainers.must("environ", BRIDGE_CONNECT_TIMEOUT_S="10")  # this one meets nobody
         (answer,) = trainers.command("broadcast", timeout_s=PATIENCE_S + 60)
         assert answer["type"] in ("RendezvousError", "MappingError"), answer

@@ -91,23 +91,31 @@ def source(chain: Chain, tensors: list[torch.Tensor], buffers: SendBuffers) -> D
     return DeltaSource(link(1), tensors, DTYPES, buffers, chain, whole={WHOLE}, workers=workers)
 
 
-def sink(chain: Chain, *, follows: bool) -> DeltaSink:
-    return DeltaSink(link(0), lane(), DTYPES, [], chain, follows=follows)
+def sink(chain: Chain, *, follows: bool, served: Home | None = None) -> DeltaSink:
+    return DeltaSink(link(0), lane(), DTYPES, [], chain, follows=follows, served=served)
 
 
 def random_rounds(_: Path) -> None:
+    """Into one half again and again, or into two in turn, each of which lacks a round when it is written."""
+    for num_halves in (1, 2):
+        random_rounds_into(num_halves)
+
+
+def random_rounds_into(num_halves: int) -> None:
     torch.manual_seed(7)
+    delta_transport.AGAIN_SHARE = 0.005  # so that some rounds are written again and others are copied
     delta_transport.SMALL_BYTES = 3000  # so that there are pieces of both kinds
     delta_transport.POSTED_BYTES = 500
     tensors = [torch.randn(shape).to(dtype) for shape, dtype in zip(SHARDS, MASTERS, strict=True)]
-    chain, buffers, home = Chain(lane()), SendBuffers(), Home()
+    chain, buffers, homes = Chain(lane()), SendBuffers(), [Home() for _ in range(num_halves)]
     sent = []
     for round_ in range(25):
+        home, served = homes[round_ % num_halves], homes[1 - round_ % num_halves] if num_halves > 1 else None
         if dist.get_rank() == 0:
             change(tensors, round_)
             move_all(source(chain, tensors, buffers))
         else:
-            end = sink(chain, follows=round_ > 0)
+            end = sink(chain, follows=round_ > 0, served=served)
             move_all(end, home)
             sent.append(end.received_bytes)
         held = [tensors if dist.get_rank() == 0 else None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
+import bridge
 from bridge.config import BridgeConfig
 from bridge.environment import Ranks
 from bridge.errors import RendezvousError, RoundAborted
@@ -35,7 +37,9 @@ class Met:
         self.opened.append(config.logdir)
         if config.logdir in self.unreachable:
             raise RendezvousError("no route")
-        return SimpleNamespace(closed="", device=None, in_place=False, version=0, close=lambda: None)
+        return SimpleNamespace(
+            closed="", device=None, in_place=False, outdated=False, version=0, close=lambda: None
+        )
 
     def ready(self) -> list[str]:
         return [server.name for server in self.fleet.ready(None)]
@@ -76,9 +80,17 @@ def one_rank_cannot_take_part(_: Path) -> None:
     assert met.ready() == ["a", "b"]
 
 
+def one_rank_has_seen_that_it_is_to_stop(_: Path) -> None:
+    os.environ["BRIDGE_STOP_FILE"] = __file__ if dist.get_rank() == 1 else "no such file"
+    assert bridge.should_stop(), "on every rank"
+    os.environ["BRIDGE_STOP_FILE"] = ""
+    assert not bridge.should_stop()
+
+
 @pytest.mark.parametrize(
     "scenario",
     [
+        one_rank_has_seen_that_it_is_to_stop,
         one_rank_cannot_join_a_server,
         one_rank_cannot_join_and_all_are_needed,
         one_rank_has_heard_that_an_epoch_is_over,

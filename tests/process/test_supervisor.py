@@ -141,6 +141,49 @@ def test_sigkill_of_vllm_ends_the_rest_and_names_it(launch):
     assert f"removed {launched.shm_file}" in launched.text
 
 
+def test_vllm_is_restarted_until_it_dies_too_often(launch):
+    launched = launch("--server-restarts", "2", "--trainer", "import signal; signal.pause()")
+    first = launched.wait_ready()
+    argv = first["vllm"].cmdline()
+    first["vllm"].kill()  # its engine is an orphan, and maps a file in /dev/shm
+    poll_until("vLLM is back", lambda: launched.text.count("vLLM is back") == 1)
+    second = launched.see_tree()
+    assert f"vllm (pid {first['vllm'].pid}) was killed by SIGKILL; starting it again in 1 s (1 of 2)" in (
+        launched.text
+    )
+    assert second["vllm"].pid != first["vllm"].pid
+    assert second["vllm"].cmdline() == argv
+    assert not _lives(first["engine"])
+    assert f"removed {launched.shm_file}, left behind by vLLM" in launched.text
+    assert launched.shm_file.exists(), "the new engine has one of its own"
+    assert second["daemon"].pid == first["daemon"].pid
+    second["engine"].kill()  # vLLM's API server ends by itself then, and so does the stand-in
+    poll_until("vLLM is back again", lambda: launched.text.count("vLLM is back") == 2)
+    third = launched.see_tree()
+    assert "starting it again in 2 s (2 of 2)" in launched.text
+    third["vllm"].kill()
+    assert launched.wait_end() == 75, launched.text
+    assert f"vllm (pid {third['vllm'].pid}) was killed by SIGKILL, after 2 restart(s)" in launched.text
+
+
+def test_a_restarted_vllm_that_does_not_come_up_is_another_death(launch):
+    launched = launch("--server-restarts", "1", "--vllm-mode", "once")
+    roles = launched.wait_ready()
+    roles["vllm"].kill()
+    assert launched.wait_end() == 75, launched.text
+    assert "ended with exit code 9, after 1 restart(s), as many as --max-server-restarts" in launched.text
+
+
+def test_sigterm_while_vllm_comes_back_ends_everything(launch):
+    launched = launch("--server-restarts", "1")
+    roles = launched.wait_ready()
+    roles["vllm"].kill()
+    poll_until("the launcher to know", lambda: "starting it again in" in launched.text)
+    launched.process.send_signal(signal.SIGTERM)
+    assert launched.wait_end() == 0, launched.text
+    assert "vLLM is back" not in launched.text
+
+
 def test_daemon_is_restarted_until_it_dies_too_often(launch):
     launched = launch()
     first = launched.wait_ready()["daemon"]

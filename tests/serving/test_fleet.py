@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from tests.support.checks import own_answers
 from tests.support.serving import (
     UNBOUND,
     Server,
+    Trainers,
     alive,
-    prompts,
     serving,
     serving_together,
     training,
@@ -30,21 +32,6 @@ TIMES = ["--deadline=5", "--heartbeat-interval=0.5"]
 TOKENS = 16
 STAGE_TIMEOUT_S = 2.0
 SOON_S = 15.0  # "within seconds", on a busy machine; every timeout of the configuration is far above
-
-
-def own_answers(checkpoint: Path) -> list[list[int]]:
-    """Greedy tokens of the trainer's model, by its own forward."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    answers = []
-    with torch.no_grad():
-        for prompt in prompts(4):
-            tokens = list(prompt)
-            for _ in range(TOKENS):
-                tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-            answers.append(tokens[len(prompt) :])
-    return answers
 
 
 def answers(server: Server) -> list[list[int]]:
@@ -62,6 +49,31 @@ def stop_an_updater(server: Server) -> int:
     return pid
 
 
+def kill_an_engine_in_a_round(trainers: Trainers, weights: Path, victim: Server, *, survivor: Server) -> None:
+    """The survivor commits the round; the victim is started again, and gets its version from the survivor."""
+    trainers.must("environ", BRIDGE_STAGE_TIMEOUT_S="60")  # not by this
+    trainers.must("close")
+    made = trainers.must("broadcast")[0]["version"] + 1
+    assert version(survivor) == version(victim) == made - 1
+    trainers.must("load", path=str(weights))
+    before = victim.status()
+    stop_an_updater(victim)
+    trainers.send("broadcast")
+    wait_until("a round in the middle", lambda: victim.status()["state"] == "round", timeout_s=30)
+    start = time.monotonic()
+    os.kill(before["pids"]["engines"][0], signal.SIGKILL)
+    for receipt in trainers.answers(timeout_s=60):
+        assert (receipt["version"], receipt["servers"]) == (made, [str(survivor.logdir)]), receipt
+    assert time.monotonic() - start < SOON_S
+    assert version(survivor) == made
+    wait_until("the engine's death to be seen", lambda: victim.status()["state"] != "round", timeout_s=30)
+    victim.wait_ready()  # and until then it says that it is not
+    after = victim.status()
+    assert (after["weight_version"], after["pids"]["daemon"]) == (made, before["pids"]["daemon"])
+    assert after["rendezvous"] == before["rendezvous"]
+    assert "starting it again in 1 s (1 of 3)" in victim.text()
+
+
 def kill(server: Server) -> None:
     """End a server without a word, and wait until all of it is gone."""
     pids = server.pids()
@@ -72,11 +84,13 @@ def kill(server: Server) -> None:
 
 def test_two_servers_of_different_layout(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     sets = [checkpoint("qwen3", "float32", seed) for seed in (0, 1)]
-    expected = [own_answers(path) for path in sets]
+    models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in sets]
+    expected = [own_answers(model, num_prompts=4, tokens=TOKENS) for model in models]
     assert expected[0] != expected[1]
-    one: dict[str, Any] = {"flags": [F32], "bridge_flags": TIMES, "env": UNBOUND}
-    two = {**one, "flags": [F32, "--tensor-parallel-size=2"]}
     places = [str(tmp_path / "one"), str(tmp_path / "two")]
+    flags = [*TIMES, f"--peers={os.pathsep.join(places)}"]  # a version, where one starts late, or again
+    one: dict[str, Any] = {"flags": [F32], "bridge_flags": flags, "env": UNBOUND}
+    two = {**one, "flags": [F32, "--tensor-parallel-size=2"]}
     env = {"BRIDGE_LOGDIRS": os.pathsep.join(places), "BRIDGE_CONNECT_TIMEOUT_S": "8"}
     with (
         serving_together((sets[0], Path(places[0]), one), (sets[0], Path(places[1]), two)) as servers,
@@ -128,10 +142,12 @@ def test_two_servers_of_different_layout(checkpoint: Callable[..., Path], tmp_pa
 
         with serving(sets[0], Path(places[0]), **one) as first:
             trainers.must("load", path=str(sets[1]))
+            assert version(first) == 7, "from its peer; the trainer has sent nothing"
+            assert answers(first) == expected[0]
             name = "model.norm.weight"
             for receipt in trainers.must("single", name=name, value=0.5):
                 assert (receipt["version"], receipt["servers"]) == (8, [places[1]])
-                assert "serves version 0" in receipt["absent"][places[0]]
+                assert "serves version 7" in receipt["absent"][places[0]]
             trainers.must("load", path=str(sets[1]))
             for receipt in trainers.must("broadcast"):
                 assert (receipt["version"], receipt["servers"]) == (9, places)
@@ -155,4 +171,6 @@ def test_two_servers_of_different_layout(checkpoint: Callable[..., Path], tmp_pa
                 assert time.monotonic() < deadline, receipt["absent"]
             assert version(first) == version(second) == receipt["version"]
             assert answers(first) == answers(second) == expected[0]
+            kill_an_engine_in_a_round(trainers, sets[1], second, survivor=first)
+            assert answers(first) == answers(second) == expected[1]
             trainers.must("close")

@@ -10,7 +10,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from tests.support.serving import Api, Server
+from tests.support.serving import Api, Server, prompts
 
 SINGLE = "model.layers.1.mlp.down_proj.weight"
 
@@ -20,6 +20,20 @@ DOCUMENT = [1] + [3 + (i * i * 7 + i) % 90 for i in range(300)]  # more than two
 def answers(api: Api) -> dict[str, Any]:
     """What is compared: the eight prompts of 64 tokens, and one prompt long enough to be cached."""
     return {"greedy": api.greedy(), "document": ask_document(api)}
+
+
+def own_answers(model: Any, *, num_prompts: int = 4, tokens: int = 16) -> list[list[int]]:
+    """Greedy tokens of a transformers model by its own forward, for the first of the fixed prompts."""
+    import torch
+
+    found = []
+    with torch.no_grad():
+        for prompt in prompts(num_prompts):
+            said = list(prompt)
+            for _ in range(tokens):
+                said.append(int(model(torch.tensor([said])).logits[0, -1].argmax()))
+            found.append(said[len(prompt) :])
+    return found
 
 
 def ask_document(api: Api) -> list[int]:

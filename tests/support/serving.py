@@ -239,11 +239,13 @@ def serving_together(*wanted: tuple[Path, Path, dict[str, Any]]) -> Iterator[lis
 
 
 @contextmanager
-def serving(model: Path, logdir: Path, *, bridge: bool = True, **options: Any) -> Iterator[Server]:
+def serving(
+    model: Path, logdir: Path, *, bridge: bool = True, timeout_s: float = START_TIMEOUT_S, **options: Any
+) -> Iterator[Server]:
     """A server that is ready, and ended afterwards."""
     server = Server(model, logdir, bridge=bridge, **options)
     try:
-        server.wait_ready(bridge=bridge)
+        server.wait_ready(bridge=bridge, timeout_s=timeout_s)
         yield server
     finally:
         server.stop()

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -22,7 +23,7 @@ SHM_BYTES = 1 << 20
 def vllm(args: argparse.Namespace) -> int:
     """Answers /health; keeps an engine process, and a socket that only its killer's heirs remove."""
     print(f"stand-in vLLM pid {os.getpid()}", flush=True)
-    if args.mode == "die":
+    if args.mode == "die" or (args.mode == "once" and Path(args.pids).exists()):
         return 9
     if args.mode == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -30,7 +31,7 @@ def vllm(args: argparse.Namespace) -> int:
     with subprocess.Popen(engine, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         child.stdout.readline()  # it has mapped its memory
-        socket.socket(socket.AF_UNIX).bind(f"{os.environ['BRIDGE_RUN_DIR']}/{'u' * 36}")
+        socket.socket(socket.AF_UNIX).bind(f"{os.environ['BRIDGE_RUN_DIR']}/{os.getpid():u>36}")
         Path(args.pids).write_text(f"{os.getpid()} {child.pid}")
 
         class Health(BaseHTTPRequestHandler):
@@ -41,7 +42,9 @@ def vllm(args: argparse.Namespace) -> int:
             def log_message(self, *_):
                 pass
 
-        ThreadingHTTPServer(("127.0.0.1", args.port), Health).serve_forever()
+        server = ThreadingHTTPServer(("127.0.0.1", args.port), Health)
+        threading.Thread(target=lambda: (child.wait(), server.shutdown()), daemon=True).start()
+        server.serve_forever()
     return 0
 
 
@@ -74,6 +77,10 @@ def daemon(args: argparse.Namespace) -> int:
         path = Path(args.pids)
         return [int(word) for word in path.read_text().split()] if path.exists() else []
 
+    def lives(pid: int) -> bool:
+        stat = Path(f"/proc/{pid}/stat")
+        return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
     def end(*_: object) -> None:
         if os.getppid() != args.launcher_pid:
             residue.end_processes(pids(), timeout_s=5)
@@ -86,7 +93,7 @@ def daemon(args: argparse.Namespace) -> int:
         sock, _ = listener.accept()
         channel = Channel(sock)
         request, _ = channel.receive()
-        here = pids() if args.mode == "ready" else []
+        here = [pid for pid in pids() if lives(pid)] if args.mode == "ready" else []
         shm |= residue.snapshot(here)
         channel.send(
             {
@@ -97,6 +104,8 @@ def daemon(args: argparse.Namespace) -> int:
                 "world_size": 1,
                 "pids": {"daemon": os.getpid(), "engines": [], "workers": here},
                 "rendezvous": "127.0.0.1:1",
+                "complete": bool(here),
+                "weight_version": 0,
                 "last_error": None,
             }
         )
@@ -127,12 +136,14 @@ def launch(args: argparse.Namespace) -> int:
             daemon=Command(name="daemon", argv=(*daemon_argv, "--mode", args.daemon_mode), env=env),
             trainer=trainer,
             server=ServerView(bind_host="127.0.0.1", connect_host="127.0.0.1", port=args.port),
+            public_url=f"http://127.0.0.1:{args.port}",
             run_dir=run_dir,
             logdir=logdir,
             limits=Limits(
                 start_timeout_s=args.start_timeout,
                 shutdown_timeout_s=args.shutdown_timeout,
                 max_daemon_restarts=1,
+                max_server_restarts=args.server_restarts,
                 publish_grace_s=1.0,
             ),
         )
@@ -148,6 +159,7 @@ def main() -> int:
         parser.add_argument(name, type=int, default=0)
     for name in ("--mode", "--vllm-mode", "--daemon-mode"):
         parser.add_argument(name, default="ready")
+    parser.add_argument("--server-restarts", type=int, default=0)
     parser.add_argument("--start-timeout", type=float, default=20.0)
     parser.add_argument("--shutdown-timeout", type=float, default=10.0)
     args = parser.parse_args()

@@ -98,6 +98,21 @@ def adapted(model: nn.Module) -> nn.Module:
     return model
 
 
+def with_adapter(checkpoint: Path, dtype: torch.dtype, *, seed: int, **config: Any) -> Any:
+    """A model with one LoRA adapter, seeded, its B not zero; ``config`` is peft's LoraConfig's."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+    torch.manual_seed(seed)
+    model = get_peft_model(model, LoraConfig(**config))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape) * 0.2)
+    return model
+
+
 def partitioned(model: nn.Module) -> nn.Module:
     """The model under DeepSpeed's ZeRO-3, small parameters whole on every rank."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -165,6 +180,19 @@ class Trainer:
                 parameter.data = megatron_part(name, parameter.data, self.layout)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0)
         self.pending: Any = None
+        self.adapted: Any = None
+
+    def adapt(self, path: str, seed: int, **config: Any) -> dict[str, Any]:
+        """From here on adapters sent alone are of this checkpoint with a seeded one; several ranks: FSDP2."""
+        from torch.distributed.fsdp import fully_shard
+
+        self.adapted = with_adapter(Path(path), self.dtype, seed=seed, **config)
+        if dist.is_initialized():
+            for module in self.adapted.modules():
+                if type(module).__name__.endswith("DecoderLayer"):
+                    fully_shard(module)
+            fully_shard(self.adapted)
+        return {}
 
     def load(self, path: str) -> dict[str, Any]:
         """Take over another checkpoint's weights, in place."""
@@ -220,7 +248,8 @@ class Trainer:
 
         start = time.perf_counter()
         options = {"layout": self.layout, **options}
-        result = bridge.broadcast_weights(self.model, blocking=blocking, **options)
+        model = self.adapted if options.get("adapters_only") else self.model
+        result = bridge.broadcast_weights(model, blocking=blocking, **options)
         seconds = time.perf_counter() - start
         if not blocking:
             self.pending = result

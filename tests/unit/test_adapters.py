@@ -186,5 +186,5 @@ def test_adapters_need_a_model_that_has_some() -> None:
     with Bridge(BridgeConfig(logdir="unused")) as trainer:
         with pytest.raises(ConfigError, match="this one has none"):
             trainer.broadcast_weights(Base(), adapters="merge")
-        with pytest.raises(ConfigError, match="adapters is 'only'; it must be 'merge'"):
-            trainer.broadcast_weights(Base(), adapters="only")  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="adapters is 'both'; it must be 'merge' or 'only'"):
+            trainer.broadcast_weights(Base(), adapters="both")  # type: ignore[arg-type]

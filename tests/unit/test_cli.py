@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import resource
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from bridge.errors import ConfigError, MappingError
 from bridge.protocol import mapping
 from launch import arguments, cli, commands
-from launch.options import ServeOptions, node_faults, read_server_args, split_faults
+from launch.options import ServeOptions, loaded_adapters, node_faults, read_server_args, split_faults
 
 ROOT = Path(__file__).parents[2]
 HELP_BUDGET_S = 0.5
@@ -89,6 +90,7 @@ def test_every_default_of_serve_is_shown(capsys):
         "heartbeat_interval_s",
         "bucket_bytes",
         "max_daemon_restarts",
+        "max_server_restarts",
         "start_timeout_s",
         "transport",
     ):
@@ -109,6 +111,33 @@ def test_each_word_goes_to_its_owner():
         *("-m", "vllm.entrypoints.openai.api_server", "--model", "some/model"),
         *("--port", "1", "--logdir", "vllm's own"),
     )
+
+
+@pytest.mark.parametrize(
+    ("own", "flags", "names"),
+    [
+        ((), (), []),
+        ((), ("--enable-lora", "--lora-modules", "a=/x", "b=/y=z", "--port", "1"), ["a", "b"]),
+        ((), ("--lora-modules=a=/x", "--lora_modules", '{"name": "c", "path": "/x"}'), ["c"]),
+        (("--adapters", "later,a"), ("--enable-lora", "--lora-modules", "a=/x"), ["later", "a"]),
+        (("--adapters", ""), ("--enable-lora", "--lora-modules", "a=/x"), []),
+        (("--staging", "in-place"), ("--enable-lora", "--lora-modules", "a=/x"), []),
+    ],
+)
+def test_workers_are_told_which_adapters_may_be_sent(own, flags, names):
+    command = commands.vllm_command(parse("serve", *own, "--", "m", *flags), Path("/run/dir"), environ={})
+    assert json.loads(command.env["BRIDGE_ADAPTERS"]) == names
+
+
+def test_adapters_that_cannot_be_sent():
+    (fault,) = parse("serve", "--adapters", "a", "--", "m").faults()
+    assert fault == "--adapters a needs --enable-lora among vLLM's flags"
+    options = parse("serve", "--adapters", "a", "--staging", "in-place", "--", "m", "--enable-lora")
+    assert "cannot be sent with --staging in-place" in options.faults()[0]
+    with pytest.raises(ConfigError, match="'a' among vLLM's flags is not NAME=PATH"):
+        loaded_adapters(["--lora-modules", "a"])
+    with pytest.raises(ConfigError, match="has no name"):
+        loaded_adapters(["--lora-modules", '{"path": "/x"}'])
 
 
 @pytest.mark.parametrize(("flags", "engines"), [((), "1"), (("-dp", "2", "--data-parallel-size=3"), "3")])
@@ -185,6 +214,7 @@ def test_what_this_version_cannot_do_is_refused(args, environ, said):
 def test_a_node_that_follows_has_workers_only():
     options = parse("serve", "--nnodes=2", "--node-rank=1", "--master-addr=127.0.0.1", "--", "m", "-tp", "4")
     assert (options.rendezvous_host, options.logs) == ("127.0.0.1", options.logdir / "node1")
+    assert (options.server_restarts, parse("serve", "--", "m").server_restarts) == (0, 3)
     vllm = commands.placed(
         commands.vllm_command(options, Path("/run"), environ={}),
         {"address": "127.0.0.1", "master_port": 77},
@@ -216,6 +246,8 @@ def test_what_cannot_be_spread_over_nodes_is_refused():
     assert "start one server for each engine" in fault
     (fault,) = parse(*several, "--staging=in-place", "--", "m").faults()
     assert "--staging in-place with several nodes" in fault
+    (fault,) = parse(*several, "--peers=x", "--", "m").faults()
+    assert "--peers with several nodes" in fault
     (fault,) = parse("serve", "--nnodes=2", "--node-rank=2", "--master-addr=a", "--", "m").faults()
     assert "of 2 nodes the last is 1" in fault
 

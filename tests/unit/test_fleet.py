@@ -109,6 +109,7 @@ class FakeSession:
         self.mapping = msgspec.structs.replace(mapping, run_dir=f"/run/{place}")
         self.place, self.rank, self.device = place, 0, device
         self.version, self.closed, self.stale, self.in_place = version, "", False, False
+        self.outdated = False
         self.job: Job | None = None
         self.committed = False
         self.beats = 0
@@ -230,6 +231,21 @@ def test_a_version_goes_to_all_and_its_number_is_one_above_the_newest(
     assert made.broadcast_weights(MODEL).version == 9
     assert made.broadcast_weights(MODEL, version=20).version == 20
     assert len(servers.patience) == 3, "epochs last"
+
+
+def test_numbers_go_on_after_servers_were_started_again(servers: Servers) -> None:
+    made = bridge.Bridge(BridgeConfig(logdirs=("a", "b", "c"), versions_after=5))
+    assert made.broadcast_weights(MODEL).version == 6
+    assert made.broadcast_weights(MODEL).version == 7
+    servers.served.update(a=9)
+    newer = bridge.Bridge(BridgeConfig(logdirs=("a", "b", "c"), versions_after=5))
+    assert newer.broadcast_weights(MODEL).version == 10
+    servers.served.update(a=0)
+    _answers["a"] = FakeSession.commit
+    alone = bridge.Bridge(BridgeConfig(logdir="a", versions_after=5))
+    assert alone.broadcast_weights(MODEL).version == 6
+    with pytest.raises(ConfigError, match="versions_after is -1; it must be a version"):
+        BridgeConfig(logdir="a", versions_after=-1)
 
 
 def test_a_number_is_not_given_twice_when_the_newest_server_is_gone(servers: Servers) -> None:

@@ -1,249 +1,112 @@
-"""The line between daemons: who may speak on it, and what late, lost and strange messages do."""
+"""Node lists, the job as its variables tell it, ports, addresses; tests/slurm asks a real SLURM the same."""
 
 from __future__ import annotations
 
-import argparse
-import random
 import socket
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import SimpleNamespace
-from typing import Any
+from pathlib import Path
 
 import pytest
 
-from bridge.errors import BridgeError, ConfigError, PeerLost, RendezvousError, RendezvousRefused
-from bridge.wire import rendezvous
-from launch.topology import find_place
-from vllm_patching import link as wire
-from vllm_patching.link import Link
-from vllm_patching.nodes import Node
+from bridge import nodes
+from bridge.errors import ConfigError, RendezvousError
+from bridge.nodes import Component, Shape, expand_nodelist
 
-Carry = Callable[[socket.socket, socket.socket], None]
-JOIN = wire.Join(node_rank=1, nnodes=2, master_addr="a", protocol_version=1, launch="", host="there", pid=7)
-
-
-def whole(source: socket.socket, target: socket.socket) -> None:
-    while data := source.recv(1 << 16):
-        target.sendall(data)
+BATCH = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_JOB_NODELIST": "gpu[01-03]",
+    "SLURM_JOB_CPUS_PER_NODE": "16(x2),8",
+    "PATH": "",  # no scontrol
+}
 
 
-def in_pieces(source: socket.socket, target: socket.socket) -> None:
-    """Late, and cut anywhere."""
-    chance, pause = random.Random(1), threading.Event()
-    while data := source.recv(chance.randint(1, 40)):
-        pause.wait(chance.random() / 500)
-        target.sendall(data)
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        ("", []),
+        ("login", ["login"]),
+        ("gpu[01-03,7],login", ["gpu01", "gpu02", "gpu03", "gpu7", "login"]),
+        ("r[1-2]n[09-10]-x", ["r1n09-x", "r1n10-x", "r2n09-x", "r2n10-x"]),
+    ],
+)
+def test_nodelists(text: str, hosts: list[str]) -> None:
+    assert expand_nodelist(text) == hosts
 
 
-def twice(source: socket.socket, target: socket.socket) -> None:
-    """Every message behind the nonce is repeated."""
-    target.sendall(source.recv(wire.NONCE_BYTES, socket.MSG_WAITALL))
-    while data := source.recv(1 << 16):
-        target.sendall(data + data)
+@pytest.mark.parametrize("text", ["gpu[1-2", "gpu[a-b]", "gpu[1-2]]"])
+def test_nodelists_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError, match="node list"):
+        expand_nodelist(text)
 
 
-def with_an_error(source: socket.socket, target: socket.socket) -> None:
-    """The last bit of each piece is turned over."""
-    target.sendall(source.recv(wire.NONCE_BYTES, socket.MSG_WAITALL))
-    while data := source.recv(1 << 16):
-        target.sendall(data[:-1] + bytes([data[-1] ^ 1]))
+def shape(**variables: str) -> Shape:
+    return nodes.shape({**BATCH, **variables})
 
 
-def not_at_all(source: socket.socket, target: socket.socket) -> None:
-    """Nothing behind the nonce arrives."""
-    target.sendall(source.recv(wire.NONCE_BYTES, socket.MSG_WAITALL))
-    while source.recv(1 << 16):
-        continue
+def test_a_job_by_its_variables() -> None:
+    hosts, cpus = ("gpu01", "gpu02", "gpu03"), (16, 16, 8)
+    bare = shape()
+    assert bare == Shape(
+        job_id=7, restarts=0, components=(Component(hosts=hosts, cpus=cpus, gpus=(0, 0, 0)),)
+    )
+    assert shape(SLURM_RESTART_COUNT="2").restarts == 2
+    assert shape(SLURM_GPUS_PER_NODE="a100:2,h100:1").components[0].gpus == (3, 3, 3)
+    assert shape(SLURM_GPUS_ON_NODE="4").components[0].gpus == (4, 4, 4)
+    assert shape(SLURM_GPUS_ON_NODE="4", SLURM_GPUS="9").components[0].gpus is None
 
 
-@contextmanager
-def linked(
-    carry: Carry = whole, *, secrets: tuple[str, str] = ("s", "s"), deadline_s: float = 5.0
-) -> Iterator[tuple[Link, Link]]:
-    """The head's and the follower's end; what the follower sends is carried by ``carry``."""
-    server = socket.create_server(("127.0.0.1", 0))
-    near = socket.create_connection(server.getsockname())
-    far, _ = server.accept()
-    follower = socket.create_connection(server.getsockname())
-    entrance, _ = server.accept()
-    links: dict[str, Link] = {}
-
-    def run(step: Carry, source: socket.socket, target: socket.socket) -> None:
-        try:
-            step(source, target)
-            target.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass  # the test has ended
-
-    threads = [
-        threading.Thread(target=run, args=(carry, entrance, near)),
-        threading.Thread(target=run, args=(whole, near, entrance)),
-        threading.Thread(
-            target=lambda: links.update(
-                follower=Link(follower, secrets[1], role=wire.FOLLOWER, deadline_s=deadline_s)
-            )
-        ),
-    ]
-    for thread in threads:
-        thread.start()
-    links["head"] = Link(far, secrets[0], role=wire.HEAD, deadline_s=deadline_s)
-    threads[2].join()
-    try:
-        yield links["head"], links["follower"]
-    finally:
-        for end in links.values():
-            end.close()
-        for sock in (near, entrance, server):
-            sock.close()
-        for thread in threads:
-            thread.join(5)
+def test_a_heterogeneous_job_by_its_variables() -> None:
+    found = shape(
+        SLURM_HET_SIZE="2",
+        SLURM_JOB_NODELIST_HET_GROUP_0="a[1-2]",
+        SLURM_JOB_CPUS_PER_NODE_HET_GROUP_0="4(x2)",
+        SLURM_GPUS_PER_NODE_HET_GROUP_0="2",
+        SLURM_JOB_NODELIST_HET_GROUP_1="b7",
+        SLURM_JOB_CPUS_PER_NODE_HET_GROUP_1="64",
+    )
+    assert found.components == (
+        Component(hosts=("a1", "a2"), cpus=(4, 4), gpus=(2, 2)),
+        Component(hosts=("b7",), cpus=(64,), gpus=None),
+    )
 
 
-FRAMES: list[wire.Frame] = [
-    JOIN,
-    wire.Beat(),
-    wire.Slots({1: (1 << 62, 2, 3, 4, 5, 6, 7, 8)}),
-    wire.Order(3, {"type": "stage", "joint": "ab", "half": 1}, {1: {"group_rank": 4}}),
-    wire.Reported(3, 1, None, "updater of rank 1"),
-    wire.Published(b"x" * 300_000),
-]
+def test_no_job() -> None:
+    with pytest.raises(ConfigError, match="SLURM_JOB_ID is '': not in a job"):
+        nodes.shape({})
+    with pytest.raises(ConfigError, match=r"pyslurm .*; scontrol: .*; SLURM_JOB_CPUS_PER_NODE not set"):
+        shape(SLURM_JOB_CPUS_PER_NODE="")
 
 
-@pytest.mark.parametrize("carry", [whole, in_pieces])
-def test_frames_arrive_as_they_were_sent(carry: Carry) -> None:
-    frames = FRAMES if carry is whole else FRAMES[:5]
-    with linked(carry) as (head, follower):
-        for frame in frames:
-            follower.send(frame)
-        assert [head.receive() for _ in frames] == frames
-        head.send(wire.End(""))
-        assert follower.receive() == wire.End("")
+def test_a_pyslurm_that_does_not_fit_ends_only_the_process_that_asks(tmp_path: Path) -> None:
+    (tmp_path / "pyslurm.py").write_text("import os\nos._exit(1)\n")
+    found = shape(PYTHONPATH=str(tmp_path))
+    assert found.components[0].hosts == ("gpu01", "gpu02", "gpu03")
 
 
-@pytest.mark.parametrize("carry", [twice, with_an_error])
-def test_what_was_put_in_or_changed_is_refused(carry: Carry) -> None:
-    with linked(carry) as (head, follower):
-        follower.send(JOIN)
-        if carry is twice:
-            assert head.receive() == JOIN
-        with pytest.raises(RendezvousRefused, match="another launch's secret"):
-            head.receive()
+def test_jobs_and_servers_on_a_node_get_ports_of_their_own() -> None:
+    ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    found = [nodes.free_port(job, offset) for job in (1, 2, 5000) for offset in range(3)]
+    assert len(set(found)) == len(found)
+    assert all(1024 <= port < ephemeral for port in found)
+    with socket.create_server(("127.0.0.1", found[0])):
+        assert nodes.free_port(1) != found[0]
 
 
-def test_another_secret_is_refused_by_either_end() -> None:
-    with linked(secrets=("s", "t")) as (head, follower):
-        follower.send(JOIN)
-        head.send(wire.Beat())
-        for end in (head, follower):
-            with pytest.raises(RendezvousRefused, match="another launch's secret"):
-                end.receive()
+def test_the_own_address_is_the_one_on_the_way_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURMD_NODENAME", raising=False)
+    loopback = ("127.0.0.1", "lo")
+    assert nodes.own_address(["127.0.0.1"]) == loopback
+    assert nodes.own_address([]) == loopback
+    with pytest.raises(RendezvousError, match=r"finds no way to no\.such\.host\.invalid"):
+        nodes.own_address(["no.such.host.invalid"])
 
 
-def test_silence_ends_a_link_and_beats_keep_it() -> None:
-    with linked(not_at_all, deadline_s=0.3) as (head, follower):
-        follower.beat(0.05)
-        with pytest.raises(PeerLost, match=r"was silent for 0\.3 s"):
-            head.receive()
-    with linked(deadline_s=0.5) as (head, follower):
-        follower.beat(0.1)
-        assert [head.receive() for _ in range(10)] == [wire.Beat()] * 10
-
-
-def test_the_end_of_the_other_side_is_noticed() -> None:
-    with linked() as (head, follower):
-        follower.close()
-        with pytest.raises(PeerLost, match="closed the link"):
-            head.receive()
-
-
-def test_nobody_unknown_makes_us_reserve_memory() -> None:
-    with linked() as (head, follower):
-        follower.send(wire.Published(b"x" * wire.MAX_FIRST_BYTES))
-        with pytest.raises(RendezvousRefused, match="announced a frame of"):
-            head.receive()
-
-
-class Crew:
-    """What a ``Node`` needs of one."""
-
-    def __init__(self) -> None:
-        self.ready: list[int] = []
-
-    def mark_ready(self, rank: int) -> None:
-        self.ready.append(rank)
-
-
-def test_reports_of_an_ended_crew_are_dropped() -> None:
-    told: list[wire.Frame] = []
-    node = Node(JOIN, SimpleNamespace(send=told.append))  # type: ignore[arg-type]
-    first: Any = Crew()
-    second: Any = Crew()
-    node.start(first, on_gpu=False)
-    waiter = threading.Thread(target=node.end)
-    waiter.start()
-    assert node.crew_news(wire.CrewEnded(1)) is None
-    waiter.join(5)
-    assert not waiter.is_alive()
-    node.start(second, on_gpu=False)
-    assert node.crew_news(wire.Ready(1, 1, 50)) is None  # late, of the first
-    assert node.crew_news(wire.Reported(1, 1, {"type": "staged"}, "x")) is None
-    node.crew_news(wire.Ready(2, 1, 51))
-    assert (first.ready, second.ready, node.pids()) == ([], [1], {1: 51})
-    report = node.crew_news(wire.Reported(2, 1, None, "updater of rank 1 (pid 51, ended with -9)"))
-    assert report is not None
-    assert (report.crew, report.rank, report.message) == (second, 1, None)
-    assert node.describe(1) == "updater of rank 1 (pid 51, ended with -9)"
-    assert told == [wire.StartCrew(1, False), wire.EndCrew(1), wire.StartCrew(2, False)]
-
-
-def test_the_end_of_a_crew_is_not_waited_for_on_a_lost_node() -> None:
-    node = Node(JOIN, SimpleNamespace(send=lambda _: None))  # type: ignore[arg-type]
-    crew: Any = Crew()
-    node.start(crew, on_gpu=False)
-    waiter = threading.Thread(target=node.end)
-    waiter.start()
-    node.end_of_link("it burnt")
-    waiter.join(5)
-    assert not waiter.is_alive()
-
-
-# --- which node this is ------------------------------------------------------------------------------
-
-STEP = {"SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1", "SLURM_STEP_NODELIST": "gpu[07-08]"}
-BATCH = {"SLURM_NNODES": "2", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "gpu[07-08]"}
-
-
-def place(environ: dict[str, str], **flags: Any) -> tuple[int, int, str, str]:
-    given = {"nnodes": None, "node_rank": None, "master_addr": None, "master_port": 0, **flags}
-    found = find_place(argparse.Namespace(**given), environ)
-    return found.nnodes, found.node_rank, found.master_addr, found.origin
-
-
-def test_the_place_is_read_from_flags_or_the_step() -> None:
-    assert place({}) == (1, 0, "", "alone")
-    assert place(BATCH) == (1, 0, "", "alone")
-    assert place(STEP) == (2, 1, "gpu07", "the SLURM step")
-    assert place(STEP, nnodes=1) == (1, 0, "", "alone")
-    assert place(STEP, master_addr="10.0.0.1") == (2, 1, "10.0.0.1", "the SLURM step")
-    assert place({}, nnodes=4, node_rank=3, master_addr="a") == (4, 3, "a", "flags")
-
-
-def test_a_place_that_is_not_known_is_refused() -> None:
-    for flags in ({"nnodes": 2}, {"nnodes": 2, "node_rank": 1}, {"nnodes": 2, "master_addr": "a"}):
-        with pytest.raises(ConfigError, match="give each node its --node-rank"):
-            place({}, **flags)
-    with pytest.raises(BridgeError, match="--nnodes is 4"):
-        place(STEP, nnodes=4)
-
-
-# --- a group that does not form ------------------------------------------------------------------------
-
-
-def test_a_group_names_who_never_came() -> None:
-    store = rendezvous.serve_store("127.0.0.1", 0)
-    with pytest.raises(RendezvousError, match=r"'g' of 4 ranks .* within 1 s .*: trainer rank 1, ") as error:
-        rendezvous.make_group(store, "g", rank=0, size=4, address="127.0.0.1", timeout_s=1.0, num_trainers=2)
-    absent = "trainer rank 1, the server's side of inference rank 0, the server's side of inference rank 1"
-    assert f"{absent} never came" in str(error.value)
+def test_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in BATCH.items():
+        monkeypatch.setenv(name, value)
+    assert nodes.main(["hosts"]) == 0
+    assert nodes.main(["hosts", "n[1-2]"]) == 0
+    assert nodes.main(["port"]) == 0
+    assert capsys.readouterr().out.split()[:5] == ["gpu01", "gpu02", "gpu03", "n1", "n2"]
+    assert nodes.main(["hosts", "n[1-"]) == ConfigError.exit_code
+    assert "its brackets do not match" in capsys.readouterr().err
+    assert nodes.main([]) == ConfigError.exit_code

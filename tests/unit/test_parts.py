@@ -170,7 +170,7 @@ class Recorder:
     def __init__(self) -> None:
         self.mapping = identity_mapping(("checkpoint", SHAPES), dtype="float32")
         self.rank, self.world_size, self.version = 0, 1, 4
-        self.device, self.closed, self.stale = None, "", False
+        self.device, self.closed, self.stale, self.outdated = None, "", False, False
         self.sent: list[tuple[int, dict[int, torch.Tensor], bool]] = []
 
     def submit(self, shards: Any, *, call: int, version: int | None, encoding: Encoding) -> Job:

@@ -26,7 +26,7 @@ NAMES = [
     "TopologyError", "TransferError", "UnsupportedVersion",
     "VLLMWeightBridge", "__version__", "broadcast_single_param", "broadcast_weights", "close", "connect",
     "create_bridge_from_training_config", "export_param_mappings", "load_param_mappings", "notify_update",
-    "rollback", "round", "send_heartbeat", "update_weight",
+    "rollback", "round", "send_heartbeat", "should_stop", "update_weight",
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -78,9 +79,9 @@ def server() -> Iterator[Server]:
 # --- two halves: which version the inactive one holds ------------------------------------------------------
 
 
-def double(server: Server, *, copies: bool = False) -> DoubleStaging:
+def double(server: Server, *, copies: bool = False, **callbacks: Any) -> DoubleStaging:
     boundary = Boundary(server, timeout_s=0.3, first_death=lambda: "")  # type: ignore[arg-type]
-    return DoubleStaging(boundary, copies=copies)
+    return DoubleStaging(boundary, copies=copies, **callbacks)
 
 
 def publish(swap: DoubleStaging, version: int) -> None:
@@ -116,6 +117,27 @@ def test_orders_to_write_end_it_and_so_does_a_commit_that_is_late(server: Server
         swap.commit(2)
     with pytest.raises(TransferError, match="still serves version 1 while version 2 waits"):
         swap.restore(None)
+
+
+def test_what_a_restarted_vllm_serves_is_no_version_before(server: Server) -> None:
+    reasons = ["vLLM was started again"]
+    swap = double(server, outdated=lambda: reasons[0])
+    orders = swap.orders()
+    assert {order["refuse_parts"] for order in orders.values()} == {"vLLM was started again"}
+    swap.commit(7)
+    with pytest.raises(TransferError, match=r"version 7 is served.*there was none"):
+        swap.restore(None)
+    reasons[0] = ""
+    publish(swap, 8)
+    assert swap.restore(None) == 7
+
+
+def test_a_reader_is_told_before_anything_is_written(server: Server) -> None:
+    told: list[int | None] = []
+    swap = double(server, before_write=lambda: told.append(server.page.restorable))
+    publish(swap, 1)
+    swap.orders()
+    assert told == [None, 0], "while the half is what it was"
 
 
 def test_only_the_wanted_version_comes_back(server: Server) -> None:

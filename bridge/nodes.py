@@ -1,0 +1,371 @@
+"""The job that SLURM gave us: its hosts, what it has of each, and what is free on this one.
+
+::
+
+    python -m bridge.nodes hosts [NODELIST]     one host a line; default the job's, in the order of its ranks
+    python -m bridge.nodes shape                the job as JSON
+    python -m bridge.nodes port [OFFSET]        a port that is free on this host; jobs differ, and OFFSETs do
+    python -m bridge.nodes address [PEER ...]   this host's address that PEERs reach, and its interface
+
+A shape is read from pyslurm where it works (extra ``slurm``), else from ``scontrol``, else from the variables
+of the batch script. All three say the same, but that the variables cannot tell how many GPUs lie on each of
+several nodes unless they were asked for by node.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from bridge.errors import BridgeError, ConfigError, RendezvousError
+
+ASK_TIMEOUT_S = 20.0  # the controller of a large cluster may take its time
+PORTS_PER_JOB = 16
+_EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_SIOCGIFADDR = 0x8915
+# Importing pyslurm where it does not fit the cluster ends the process, so a child does it.
+_PYSLURM = """
+import json, sys, pyslurm
+leader = pyslurm.Job.load(int(sys.argv[1]))
+parts = [job for job in pyslurm.Jobs.load().values() if job.heterogeneous_id == leader.id] or [leader]
+parts.sort(key=lambda job: job.heterogeneous_offset or 0)
+layouts = [job.get_resource_layout_per_node() for job in parts]
+print(json.dumps({"job_id": leader.id, "restarts": leader.requeue_count or 0, "nodes": [
+    {host: [on["cpu_ids"], {name: gres["count"] if isinstance(gres, dict) else gres
+                            for name, gres in on["gres"].items()}] for host, on in layout.items()}
+    for layout in layouts]}))
+"""
+
+
+class Component(msgspec.Struct, frozen=True, kw_only=True):
+    """A job's nodes; of a heterogeneous job those of one component. Tuples go by host."""
+
+    hosts: tuple[str, ...]
+    cpus: tuple[int, ...]
+    gpus: tuple[int, ...] | None  # None: not known here
+
+
+class Shape(msgspec.Struct, frozen=True, kw_only=True):
+    """What SLURM gave a job. ``restarts`` counts its requeues."""
+
+    job_id: int
+    restarts: int
+    components: tuple[Component, ...]
+
+
+# --- node lists --------------------------------------------------------------------------------------------
+
+
+def expand_nodelist(nodelist: str) -> list[str]:
+    """``gpu[01-03,7],login`` as host names, in order, as ``scontrol show hostnames`` prints them.
+
+    Raises:
+        ConfigError: brackets do not match, or a range is not one.
+    """
+    if nodelist.count("[") != nodelist.count("]"):
+        raise ConfigError(f"the node list is {nodelist!r}; its brackets do not match")
+    parts = re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", nodelist)
+    return [host for part in parts for host in _expand(part.strip())]
+
+
+def _expand(part: str) -> Iterator[str]:
+    match = re.search(r"\[([^\]]*)\]", part)
+    if match is None:
+        yield part
+        return
+    head, tail = part[: match.start()], part[match.end() :]
+    for first, last in _ranges(match[1], where=part):
+        for number in range(int(first), int(last) + 1):
+            for rest in _expand(tail):
+                yield f"{head}{number:0{len(first)}d}{rest}"
+
+
+def _ranges(text: str, *, where: str) -> Iterator[tuple[str, str]]:
+    for item in text.split(","):
+        bounds = re.fullmatch(r"(\d+)(?:-(\d+))?", item.strip())
+        if bounds is None:
+            raise ConfigError(f"the node list has the range {item!r} in {where!r}; it must be like 01-04")
+        yield bounds[1], bounds[2] or bounds[1]
+
+
+# --- the job's shape ---------------------------------------------------------------------------------------
+
+
+def shape(environ: Mapping[str, str] = os.environ) -> Shape:
+    """The job that this process is in, from the first source that answers.
+
+    Raises:
+        ConfigError: this is no job, or no source can be read; says why of each.
+    """
+    reasons = []
+    for source in (from_pyslurm, from_scontrol, from_variables):
+        try:
+            return source(environ)
+        except BridgeError as err:
+            reasons.append(str(err))
+    raise ConfigError("the job's shape cannot be read: " + "; ".join(reasons))
+
+
+def from_pyslurm(environ: Mapping[str, str] = os.environ) -> Shape:
+    """The shape as pyslurm tells it.
+
+    Raises:
+        ConfigError: there is no job, no pyslurm, or one that does not fit this cluster.
+    """
+    said = _ask([sys.executable, "-c", _PYSLURM, str(_job_id(environ))], environ)
+    try:
+        told = json.loads(said)
+    except ValueError:
+        raise ConfigError(f"pyslurm answered {said[:200]!r}") from None
+    components = tuple(
+        Component(
+            hosts=tuple(nodes),
+            cpus=tuple(_count(str(cpus)) for cpus, _ in nodes.values()),
+            gpus=tuple(
+                sum(int(count) for name, count in gres.items() if name.split(":")[0] == "gpu")
+                for _, gres in nodes.values()
+            ),
+        )
+        for nodes in told["nodes"]
+    )
+    return Shape(job_id=told["job_id"], restarts=told["restarts"], components=components)
+
+
+def from_scontrol(environ: Mapping[str, str] = os.environ) -> Shape:
+    """The shape as ``scontrol show job --details`` tells it.
+
+    Raises:
+        ConfigError: there is no job, or no scontrol that knows it.
+    """
+    job_id = _job_id(environ)
+    text = _ask(["scontrol", "--details", "--oneliner", "show", "job", str(job_id)], environ)
+    lines = sorted(
+        (line for line in text.splitlines() if line.strip()),
+        key=lambda line: int(_field(line, "HetJobOffset", default="0")),
+    )
+    if not lines:
+        raise ConfigError(f"scontrol says nothing of job {job_id}")
+    return Shape(
+        job_id=job_id,
+        restarts=int(_field(lines[0], "Restarts")),
+        components=tuple(_component(line) for line in lines),
+    )
+
+
+def _component(line: str) -> Component:
+    cpus: dict[str, int] = {}
+    gpus: dict[str, int] = {}
+    for nodes, ids, gres in re.findall(r"\sNodes=(\S+) CPU_IDs=(\S+) Mem=\S+ GRES=(\S*)", line):
+        for host in expand_nodelist(nodes):
+            cpus[host] = _count(ids)
+            # gpu:2(IDX:0-1), gpu:a100:2(IDX:0-1), several of them after commas
+            gpus[host] = sum(int(n) for n in re.findall(r"(?:^|,)gpu(?::[^:,(]+)?:(\d+)", gres))
+    hosts = tuple(expand_nodelist(_field(line, "NodeList")))
+    if missing := [host for host in hosts if host not in cpus]:
+        raise ConfigError(f"scontrol does not say what the job has of {', '.join(missing)}")
+    return Component(
+        hosts=hosts, cpus=tuple(cpus[host] for host in hosts), gpus=tuple(gpus[host] for host in hosts)
+    )
+
+
+def _field(line: str, name: str, *, default: str | None = None) -> str:
+    match = re.search(rf"(?:^|\s){name}=(\S*)", line)
+    if match is None and default is None:
+        raise ConfigError(f"scontrol's answer has no {name}: {line[:200]}")
+    return match[1] if match is not None else str(default)
+
+
+def _count(ids: str) -> int:
+    """How many numbers ``0-3,8`` stands for."""
+    return sum(int(last) - int(first) + 1 for first, last in _ranges(ids, where=ids))
+
+
+def from_variables(environ: Mapping[str, str] = os.environ) -> Shape:
+    """The shape as the variables of the batch script tell it.
+
+    Raises:
+        ConfigError: a variable is missing or cannot be read.
+    """
+    job_id = _job_id(environ)
+    size = int(environ.get("SLURM_HET_SIZE") or 0)
+    suffixes = [f"_HET_GROUP_{group}" for group in range(size)] or [""]
+    return Shape(
+        job_id=job_id,
+        restarts=int(environ.get("SLURM_RESTART_COUNT") or 0),
+        components=tuple(_told(environ, suffix) for suffix in suffixes),
+    )
+
+
+def _told(environ: Mapping[str, str], suffix: str) -> Component:
+    nodes, cpus = f"SLURM_JOB_NODELIST{suffix}", f"SLURM_JOB_CPUS_PER_NODE{suffix}"
+    if missing := [name for name in (nodes, cpus) if not environ.get(name)]:
+        raise ConfigError(f"{' and '.join(missing)} not set")
+    hosts = tuple(expand_nodelist(environ[nodes]))
+    return Component(hosts=hosts, cpus=_per_node(environ[cpus]), gpus=_told_gpus(environ, suffix, len(hosts)))
+
+
+def _told_gpus(environ: Mapping[str, str], suffix: str, hosts: int) -> tuple[int, ...] | None:
+    if per_node := environ.get(f"SLURM_GPUS_PER_NODE{suffix}"):
+        # "2", "a100:2", "a100:2,h100:1"
+        return (sum(int(kind.rpartition(":")[2]) for kind in per_node.split(",")),) * hosts
+    if suffix:  # the variables of this node are those of the first component
+        return None
+    here = int(environ.get("SLURM_GPUS_ON_NODE") or 0)
+    if hosts > 1 and environ.get("SLURM_GPUS"):
+        return None
+    return (here,) * hosts
+
+
+def _per_node(text: str) -> tuple[int, ...]:
+    """``16(x2),8`` by node."""
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return tuple(int(number) for number, times in found for _ in range(int(times or 1)))
+
+
+def _job_id(environ: Mapping[str, str]) -> int:
+    text = environ.get("SLURM_JOB_ID", "")
+    if not text.isdecimal():
+        raise ConfigError(f"SLURM_JOB_ID is {text!r}: not in a job of SLURM")
+    return int(text)
+
+
+def _ask(command: Sequence[str], environ: Mapping[str, str]) -> str:
+    what = "pyslurm" if command[0] == sys.executable else command[0]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=ASK_TIMEOUT_S, env=dict(environ), check=False
+        )
+    except OSError as err:
+        raise ConfigError(f"{what}: {err.strerror}") from err
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"{what} did not answer within {ASK_TIMEOUT_S:g} s") from None
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or [""])[-1]
+        raise ConfigError(f"{what} ended with {done.returncode}: {last}")
+    return done.stdout
+
+
+# --- this host ---------------------------------------------------------------------------------------------
+
+
+def free_port(job_id: int, offset: int = 0) -> int:
+    """A TCP port that is free on this host, below those that the kernel gives to connections.
+
+    Jobs that share a node begin to look at different places, so that two of them do not find the same one
+    before either has taken it; so do different offsets, up to ``PORTS_PER_JOB`` of them.
+
+    Raises:
+        RendezvousError: all are taken.
+    """
+    top = int(_EPHEMERAL.read_text().split()[0])
+    bottom = max(1024, top // 2)
+    for step in range(top - bottom):
+        port = bottom + (job_id * PORTS_PER_JOB + offset + step * PORTS_PER_JOB) % (top - bottom)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise RendezvousError(f"no port from {bottom} to {top} is free on {socket.gethostname()}")
+
+
+def own_address(peers: Sequence[str]) -> tuple[str, str]:
+    """This host's IPv4 address on the way to the first of ``peers`` that is another host, and its interface.
+
+    Without one: the address that SLURM reaches this node by, and at last the loopback's. The interface is ""
+    where no one has the address as its first.
+
+    Raises:
+        RendezvousError: a peer's name cannot be resolved.
+    """
+    for peer in [*peers, *_node_address()]:
+        try:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+                probe.connect((peer, 9))  # nothing is sent
+                address = str(probe.getsockname()[0])
+        except OSError as err:
+            raise RendezvousError(f"{socket.gethostname()} finds no way to {peer}: {err}") from err
+        if not address.startswith("127."):
+            return address, _interface(address)
+    return "127.0.0.1", _interface("127.0.0.1")
+
+
+def _node_address() -> list[str]:
+    name = os.environ.get("SLURMD_NODENAME")
+    if not name:
+        return []
+    try:
+        text = _ask(["scontrol", "--oneliner", "show", "node", name], os.environ)
+        return [_field(text, "NodeAddr")]
+    except ConfigError:  # no scontrol on this node: its own name has to do
+        return [socket.gethostname()]
+
+
+def _interface(address: str) -> str:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+            except OSError:
+                continue  # has no address
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return ""
+
+
+# --- the command line --------------------------------------------------------------------------------------
+
+
+def _hosts(words: Sequence[str]) -> str:
+    if words:
+        return "\n".join(expand_nodelist(",".join(words)))
+    return "\n".join(host for part in shape().components for host in part.hosts)
+
+
+def _shape(_: Sequence[str]) -> str:
+    return msgspec.json.encode(shape()).decode()
+
+
+def _port(words: Sequence[str]) -> str:
+    return str(free_port(_job_id(os.environ), int(words[0]) if words else 0))
+
+
+def _address(words: Sequence[str]) -> str:
+    return " ".join(own_address(words))
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str]], str]] = {
+    "hosts": _hosts,
+    "shape": _shape,
+    "port": _port,
+    "address": _address,
+}
+
+
+def main(words: Sequence[str]) -> int:
+    """Run one command; returns the exit code."""
+    if not words or words[0] not in _COMMANDS:
+        sys.stderr.write(f"usage: python -m bridge.nodes {{{','.join(_COMMANDS)}}} [words]\n")
+        return ConfigError.exit_code
+    try:
+        print(_COMMANDS[words[0]](words[1:]))  # noqa: T201 - its answer
+    except BridgeError as err:
+        sys.stderr.write(f"error: {err}\n")
+        return err.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

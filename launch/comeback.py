@@ -1,0 +1,101 @@
+"""A vLLM that died is started again: how often, after which pause, and not before the dead one has let go."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from launch.process import Child
+
+logger = logging.getLogger(__name__)
+
+ASK_AGAIN_S = 5.0  # between SIGTERM and SIGKILL for what a dead vLLM has left running
+LONGEST_PAUSE_S = 60.0
+FORGIVEN_AFTER_S = 3600.0  # a server that was ready for so long begins to count anew
+
+
+class Restarts:
+    """How many there were, and whether there may be another."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.count = 0
+        self._ready_since = time.monotonic()
+
+    @property
+    def used_up(self) -> bool:
+        """Whether the next death is the end."""
+        return self.count >= self.limit
+
+    def take(self) -> float:
+        """One more; returns how long to pause before it, in seconds."""
+        self.count += 1
+        return float(min(LONGEST_PAUSE_S, 2.0 ** (self.count - 1)))
+
+    def ready(self) -> None:
+        """The server is ready again."""
+        self._ready_since = time.monotonic()
+
+    def forgive(self) -> None:
+        """Called while the server is ready: after a long time of that, earlier deaths do not count."""
+        if self.count and time.monotonic() - self._ready_since > FORGIVEN_AFTER_S:
+            logger.info("vLLM has been ready for %g s; its restarts are counted anew", FORGIVEN_AFTER_S)
+            self.count = 0
+
+
+class Comeback:
+    """One restart on its way: first the dead vLLM is cleared away, then the new one is waited for."""
+
+    def __init__(self, dead: Child, *, pause_s: float, timeout_s: float) -> None:
+        """``timeout_s`` bounds the clearing, and then the start."""
+        self.began = time.monotonic()
+        self.started = False
+        self._session = dead.pid  # every child leads one
+        self._not_before = self.began + pause_s
+        self._timeout_s = timeout_s
+        self._due = self.began + timeout_s
+        self._asked = False
+
+    @property
+    def overdue(self) -> bool:
+        """Whether what is waited for has not come in time."""
+        return time.monotonic() > self._due
+
+    def left_of_the_dead(self, tree: Iterable[int]) -> list[int]:
+        """Which processes of ``tree`` the dead vLLM has left running; they are told to end, then made to."""
+        left = [pid for pid in tree if session_of(pid) == self._session]
+        number = signal.SIGTERM
+        if time.monotonic() - self.began > ASK_AGAIN_S:
+            number = signal.SIGKILL
+        elif self._asked:
+            return left
+        self._asked = True
+        for pid in left:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue  # it was faster
+        return left
+
+    def may_start(self, status: dict[str, Any] | None) -> bool:
+        """Whether the pause is over, and the daemon has let go of the dead vLLM and of its memory."""
+        if time.monotonic() < self._not_before or status is None:
+            return False
+        return not any(status["pids"].get(kind) for kind in ("engines", "workers", "updaters"))
+
+    def start(self) -> None:
+        """The new vLLM has been started."""
+        self.started = True
+        self._due = time.monotonic() + self._timeout_s
+
+
+def session_of(pid: int) -> int | None:
+    """The session that a process belongs to; None when it is gone."""
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None

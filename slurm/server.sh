@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# One server on this node: launcher, daemon and vLLM. Started by srun from the batch scripts, with their settings.
+#
+#   server.sh INDEX LOGDIR PEERS MODEL [vllm serve flag ...] [-- TRAINER ...]
+#
+# INDEX counts the job's servers, PEERS are hosts whose trainers must reach this one ("" if nobody knows yet).
+set -euo pipefail
+index=$1 logdir=$2 peers=$3
+shift 3
+
+# shellcheck disable=SC2086 # a word for each host
+address=$("$PYTHON" -m bridge.nodes address $peers)
+# Offset 0 is torchrun's.
+port=$("$PYTHON" -m bridge.nodes port $((index + 1)))
+read -ra own_flags <<<"$SERVE_FLAGS"
+unset BRIDGE_LOGDIRS # of all servers; the launcher tells its own trainer which one it has
+
+# A --port among the flags comes later, and wins.
+exec "$PYTHON" -m bridge.launch serve --logdir "$logdir" --rendezvous-host "${RENDEZVOUS_HOST:-${address% *}}" \
+    --start-timeout "$START_TIMEOUT" --shutdown-timeout "$SHUTDOWN_TIMEOUT" "${own_flags[@]}" \
+    -- "$1" --port "$port" "${@:2}"

@@ -1,0 +1,173 @@
+"""Faults drawn at random, one round after the other, on whole servers without vLLM (``tests.support.node``).
+
+    python -m tests.faults.campaign --cases 200 --seed 1 --out faults.json
+    python -m tests.faults.campaign --links 50 --cases 0       the network between trainer and server
+    python -m tests.faults.campaign --seed 1 --case 17         that one case again
+
+Case ``k`` of a seed is the same in every run. A case that fails is reported with its traceback, its logs
+stay, and the next one begins on a fresh server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from tests.support.faults import FRAMES, LINKS, POINTS, Fault
+from tests.support.link import HERE, Link
+from tests.support.node import Node, suffer
+
+WHO = ("trainer", "updater", "daemon", "engine", "worker")
+TRANSPORTS = ("gloo", "pull")
+LINK = "gloo over a link"
+FIRST_LINK = 1_000_000  # cases from here on are the link's
+NODE_DEATH_SHARE = 0.3  # of kills of the engine and its workers: each needs a fresh server
+
+
+def draw(seed: int, case: int) -> tuple[Fault, str]:
+    """The fault of one case, and the transport it meets."""
+    chance = random.Random(f"{seed}/{case}")
+    if case >= FIRST_LINK:
+        return Fault(chance.choice(list(LINKS)), at="before_begin"), LINK
+    transport = chance.choice(TRANSPORTS)
+    at, bucket = chance.choice(list(POINTS)), chance.randrange(4)
+    if chance.random() < 0.6:
+        what, who = chance.choice(["kill", "kill", "stop"]), chance.choice(WHO)
+        if what == "kill" and who in ("engine", "worker") and chance.random() > NODE_DEATH_SHARE:
+            who = "updater"
+        if chance.random() < 0.1 and what == "kill" and who in ("updater", "daemon"):
+            at = "idle"
+        return Fault(what, who, at, bucket), transport
+    if transport == "gloo" and chance.random() < 0.2:
+        return Fault("corrupt_bucket", at="mid_bucket", bucket=bucket), transport
+    sent = [name for name, (_, way, _) in POINTS.items() if way == "send"]
+    return Fault(chance.choice(FRAMES), at=chance.choice(sent), bucket=bucket), transport
+
+
+class Campaign:
+    """Servers that are kept from case to case, one for each transport."""
+
+    def __init__(self, directory: Path, deadline_s: float) -> None:
+        self._directory, self._deadline_s = directory, deadline_s
+        self._nodes: dict[str, Node] = {}
+        self._link: Link | None = None
+        self.made = 0
+
+    def node(self, transport: str) -> Node:
+        if transport not in self._nodes:
+            for other in list(self._nodes):  # one at a time: a second one would only share the cores
+                self._nodes.pop(other).stop()
+            self.made += 1
+            flags = ["--transport=pull" if transport == "pull" else "--transport=gloo"]
+            if transport == LINK:
+                self._link = self._link or Link(self._directory)
+                flags.append(f"--rendezvous-host={HERE}")
+            self._nodes[transport] = Node(
+                self._directory / f"node{self.made}", deadline_s=self._deadline_s, flags=flags,
+                link=self._link if transport == LINK else None,
+            )  # fmt: skip
+        return self._nodes[transport]
+
+    def run(self, seed: int, case: int) -> dict[str, Any]:
+        """One case, and what it led to."""
+        fault, transport = draw(seed, case)
+        row: dict[str, Any] = {"case": case, "fault": str(fault), "transport": transport}
+        started = time.monotonic()
+        try:
+            outcome = suffer(self.node(transport), fault, seed=1000 + 10 * case)
+            row |= {
+                "answer": outcome.answer,
+                "noticed_s": round(outcome.noticed_s, 3),
+                "recovered_s": round(outcome.recovered_s, 3),
+                "descriptors": outcome.descriptors,
+            }
+        except Exception:  # noqa: BLE001 - the campaign goes on, and counts it
+            row["failure"] = traceback.format_exc()
+            if (broken := self._nodes.pop(transport, None)) is not None:
+                broken.stop()
+        row["took_s"] = round(time.monotonic() - started, 1)
+        return row
+
+    def end(self) -> None:
+        while self._nodes:
+            code = self._nodes.popitem()[1].stop()
+            assert code == 0, f"a launcher ended with {code}"
+        if self._link is not None:
+            self._link.__exit__()
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Counts, and times to notice and to recover, in seconds."""
+    good = [row for row in rows if "failure" not in row]
+    times = {
+        key: {
+            "median": round(statistics.median(row[key] for row in good), 3),
+            "worst": max(row[key] for row in good),
+        }
+        for key in ("noticed_s", "recovered_s")
+        if good
+    }
+    answers: dict[str, int] = {}
+    for row in good:
+        answers[row["answer"]] = answers.get(row["answer"], 0) + 1
+    return {"cases": len(rows), "failures": len(rows) - len(good), "answers": answers, **times}
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    document = {
+        "command": f"python -m tests.faults.campaign {' '.join(sys.argv[1:])}",
+        "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
+        "load_average": round(os.getloadavg()[0], 1),
+        "summary": summary(rows),
+        "cases": rows,
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="tests.faults.campaign")
+    parser.add_argument("--cases", type=int, default=20)
+    parser.add_argument("--links", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--case", type=int, help="only this one")
+    parser.add_argument("--deadline", type=float, default=4.0)
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no further case after so many")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    began, rows = time.monotonic(), []
+    directory = Path(tempfile.mkdtemp(prefix="campaign-"))
+    os.environ.setdefault("XDG_RUNTIME_DIR", str(directory))
+    campaign = Campaign(directory, args.deadline)
+    wanted = [*range(args.cases), *range(FIRST_LINK, FIRST_LINK + args.links)]
+    if args.case is not None:
+        wanted = [args.case]
+    # By transport, as each change of it costs a fresh server; a case is the same in any order.
+    try:
+        for case in sorted(wanted, key=lambda case: (draw(args.seed, case)[1], case)):
+            if time.monotonic() - began > 60 * args.minutes:
+                break
+            row = campaign.run(args.seed, case)
+            rows.append(row)
+            print(json.dumps({k: v for k, v in row.items() if k != "failure"}), flush=True)
+            if "failure" in row:
+                print(row["failure"], flush=True)
+            if args.out:
+                _write(args.out, rows)
+    finally:
+        campaign.end()
+    print(json.dumps(summary(rows), indent=1), f"logs in {directory}")
+    return int(any("failure" in row for row in rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,67 @@
+"""The failure table of the design, row by row, on a whole server without vLLM."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.faults import Fault
+from tests.support.link import HERE, Link
+from tests.support.node import Node, node, suffer
+
+pytestmark = [pytest.mark.processes, pytest.mark.faults, pytest.mark.timeout(300, method="signal")]
+
+FAULTS = [
+    Fault("kill", "trainer", "mid_bucket"),
+    Fault("kill", "trainer", "committing"),
+    Fault("kill", "updater", "mid_bucket"),
+    Fault("kill", "daemon", "staged"),
+    Fault("stop", "trainer", "mid_bucket"),
+    Fault("stop", "updater", "mid_bucket"),
+    Fault("stop", "engine", "before_commit"),
+    Fault("drop", at="before_begin"),
+    Fault("duplicate", at="before_begin"),
+    Fault("duplicate", at="before_commit"),
+    Fault("reorder", at="mid_bucket"),
+    Fault("stale", at="before_commit"),
+    Fault("corrupt", at="mid_bucket"),
+    Fault("corrupt_bucket", at="mid_bucket"),
+    Fault("delay", at="staged"),
+    Fault("kill", "worker", "mid_bucket"),
+]
+LINK_FAULTS = [Fault(what, at="before_begin") for what in ("cut", "slow link", "lossy link")]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    with node(tmp_path_factory.mktemp("node"), deadline_s=3.0, flags=["--transport=gloo"]) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def far(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """A server whose trainer lives behind a link, and whose /dev/shm is full."""
+    if os.geteuid() != 0 or not Path("/dev/net/tun").exists():
+        pytest.skip("a network namespace with a link of our own needs root and /dev/net/tun")
+    directory = tmp_path_factory.mktemp("far")
+    flags = ["--transport=gloo", f"--rendezvous-host={HERE}"]
+    with (
+        Link(directory) as link,
+        node(directory, deadline_s=3.0, flags=flags, link=link, full_shm=True) as made,
+    ):
+        yield made
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_nothing_is_lost_by(server: Node, fault: Fault) -> None:
+    suffer(server, fault, seed=100 * (1 + FAULTS.index(fault)))
+
+
+@pytest.mark.parametrize("fault", LINK_FAULTS, ids=str)
+def test_nothing_is_lost_by_the_network(far: Node, fault: Fault) -> None:
+    outcome = suffer(far, fault, seed=100 * (1 + LINK_FAULTS.index(fault)))
+    if fault.what == "slow link":
+        assert outcome.answer == "receipt", outcome

@@ -1,0 +1,203 @@
+"""Servers die, come back, come late; a trainer dies: who serves what, and where a lost version comes from.
+
+Launchers, daemons, updaters, lenders and the trainer's side are the real ones; only vLLM is a small process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import blake3
+import pytest
+import torch
+
+from bridge.config import BridgeConfig
+from bridge.environment import Ranks
+from bridge.errors import ConfigError, RendezvousError
+from bridge.trainer import Bridge
+from bridge.wire import rendezvous
+from tests.support.mappings import SOURCES, half_of, parallel_mapping
+from tests.support.serving import alive, free_port, wait_until
+from tests.support.small_server import Small
+
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
+
+START_S = 150.0  # imports of torch in several processes, on a busy machine
+SOON_S = 5.0
+
+Weights = dict[str, torch.Tensor]
+
+
+def weights(seed: int) -> Weights:
+    """A trainer's, of the dtypes it trains in."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(shape, generator=generator).to(dtype)
+        for name, (shape, dtype, *_) in SOURCES.items()
+    }
+
+
+def digests(tp: int, state: Weights) -> list[str]:
+    """Of each rank's half, as it must be."""
+    halves = [half_of(rank_map, state) for rank_map in parallel_mapping(tp).ranks]
+    return [blake3.blake3(half.numpy().tobytes()).hexdigest() for half in halves]
+
+
+def assert_serves(server: Small, version: int, state: Weights) -> None:
+    served = server.served()
+    assert (served["version"], served["digests"]) == (version, digests(server.tp, state))
+
+
+def in_state(server: Small, *states: str) -> Callable[[], bool]:
+    return lambda: server.status()["state"] in states
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Small]]:
+    started: list[Small] = []
+
+    def begin(name: str, *, tp: int, **flags: str) -> Small:
+        run_dir = Path(f"/tmp/bridge-test-{uuid.uuid4().hex[:8]}")
+        started.append(Small(tmp_path / name, run_dir, free_port(), tp=tp, **flags))
+        return started[-1]
+
+    yield begin
+    for server in started:
+        server.stop()
+
+
+def trainer(*servers: Small, **options: Any) -> Bridge:
+    paths = tuple(str(server.logdir) for server in servers)
+    place: dict[str, Any] = {"logdirs": paths} if len(paths) > 1 else {"logdir": paths[0]}
+    return Bridge.connect(BridgeConfig(**place, **options), ranks=Ranks())
+
+
+def test_a_server_that_dies_comes_back_with_the_newest_version_from_its_peer(
+    start: Callable[..., Small], tmp_path: Path
+) -> None:
+    peers = os.pathsep.join(str(tmp_path / name) for name in ("one", "two"))
+    # Of different layout; and what one sends the other goes by the network's transport, as between hosts.
+    one, two = start("one", tp=2, peers=peers), start("two", tp=1, peers=peers, transport="gloo")
+    for server in (one, two):
+        wait_until(f"{server.logdir}", in_state(server, "ready"), timeout_s=START_S)
+    with trainer(one, two, commit="available") as bridge:
+        first, second = weights(1), weights(2)
+        assert bridge.broadcast_weights(first).servers == (str(one.logdir), str(two.logdir))
+        assert_serves(one, 1, first)
+        assert_serves(two, 1, first)
+
+        # Killed in the middle of a round, which stands because an updater does.
+        before = two.status()
+        os.kill(before["pids"]["updaters"][0], signal.SIGSTOP)
+        pending = bridge.broadcast_weights(second, blocking=False)
+        wait_until("a round in the middle", in_state(two, "round"), timeout_s=20)
+        began = time.monotonic()
+        os.kill(two.served()["pid"], signal.SIGKILL)
+        receipt = pending.wait()
+        assert time.monotonic() - began < SOON_S
+        assert (receipt.version, receipt.servers) == (2, (str(one.logdir),))
+        assert_serves(one, 2, second)
+        assert two.status()["state"] == "recovering"
+
+        wait_until("the newest version on the server that died", in_state(two, "ready"), timeout_s=START_S)
+        assert_serves(two, 2, second)
+        after = two.status()
+        assert (after["weight_version"], after["pids"]["daemon"]) == (2, before["pids"]["daemon"])
+        assert after["rendezvous"] == before["rendezvous"]
+        assert "starting it again in 1 s (1 of 3)" in two.text
+        assert "version 2 is lent to" in one.text
+
+    third = {**second, "norm": torch.ones_like(second["norm"])}
+    with trainer(one, two, connect_timeout_s=START_S) as bridge:  # another one, which goes on from there
+        receipt = bridge.broadcast_single_param("norm", third["norm"])  # a part, over what the peer sent
+        assert (receipt.version, receipt.absent) == (3, {})
+        assert_serves(one, 3, third)
+        assert_serves(two, 3, third)
+
+
+def test_without_peers_a_restarted_server_waits_for_the_trainer(start: Callable[..., Small]) -> None:
+    server = start("one", tp=2)
+    wait_until("the server", in_state(server, "ready"), timeout_s=START_S)
+    first, second = weights(1), weights(2)
+    with trainer(server, connect_timeout_s=START_S) as bridge:
+        for number in (1, 2, 3):
+            assert bridge.broadcast_weights(first).version == number
+        died = server.served()["pid"]
+        updaters = server.status()["pids"]["updaters"]
+        os.kill(died, signal.SIGKILL)
+        wait_until("its memory to be let go", lambda: not any(map(alive, updaters)), timeout_s=20)
+        wait_until("a vLLM again", lambda: server.status().get("complete", False), timeout_s=START_S)
+        status = server.status()
+        assert (status["state"], status["weight_version"], status["requested_version"]) == (
+            "recovering",
+            0,
+            3,
+        )
+        assert "the newest version is 3" in status["detail"]
+        assert server.served()["version"] == 0
+        with pytest.raises(ConfigError, match="was started again, and serves an older version than 3"):
+            bridge.broadcast_single_param("norm", second["norm"])
+        assert server.status()["state"] == "recovering"
+        # The daemon dies as well: the number outlives both.
+        os.kill(status["pids"]["daemon"], signal.SIGKILL)
+        wait_until("another daemon", in_state(server, "recovering"), timeout_s=START_S)
+        assert server.status()["requested_version"] == 3
+        assert bridge.broadcast_weights(second).version == 4
+    assert server.status()["state"] == "ready"
+    assert_serves(server, 4, second)
+
+
+def test_a_late_server_gets_the_version_from_a_peer_whose_rounds_go_on(
+    start: Callable[..., Small], tmp_path: Path
+) -> None:
+    one = start("one", tp=1)
+    wait_until("the first server", in_state(one, "ready"), timeout_s=START_S)
+    states = [weights(seed) for seed in range(4)]
+    with trainer(one) as bridge:
+        bridge.broadcast_weights(states[0])
+        late = start("late", tp=2, peers=str(tmp_path / "one"))
+        wait_until("a loan", lambda: "is lent to" in one.text, timeout_s=START_S)
+        lender = int(one.text.rpartition("(lender pid ")[2].partition(")")[0])
+        os.kill(lender, signal.SIGSTOP)  # it reads the half that is live, for ever
+        assert late.status()["state"] == "recovering"
+        bridge.broadcast_weights(states[1])  # writes the other half
+        assert alive(lender)
+        bridge.broadcast_weights(states[2])  # would write what it reads
+        assert not alive(lender)
+    reason = "a round begins to write what is lent"
+    wait_until("its daemon to say so", lambda: reason in one.text, timeout_s=20)
+    wait_until("the late server to have asked again", in_state(late, "ready"), timeout_s=2 * START_S)
+    for server in (one, late):
+        assert_serves(server, 3, states[2])
+    with trainer(one, late, connect_timeout_s=START_S) as bridge:
+        assert bridge.weight_version == 3
+        assert bridge.broadcast_weights(states[3]).version == 4
+    for server in (one, late):
+        assert_serves(server, 4, states[3])
+
+
+def test_a_group_names_the_ranks_it_misses() -> None:
+    store = rendezvous.serve_store("127.0.0.1", 0)
+    named = rendezvous.members(2, "the updater of inference rank")
+
+    def come(rank: int) -> str:
+        with pytest.raises(RendezvousError) as caught:
+            rendezvous.make_group(
+                store, "e1/data", rank=rank, size=4, address="127.0.0.1", timeout_s=3.0, named=named
+            )
+        return str(caught.value)
+
+    with ThreadPoolExecutor(2) as threads:
+        first, third = threads.map(come, (0, 2))
+    absent = "trainer rank 1, the updater of inference rank 1 did not come"
+    assert "within 3 s (trainer rank 0 on " in first
+    assert "within 3 s (the updater of inference rank 0 on " in third
+    assert absent in first
+    assert absent in third

@@ -1,0 +1,25 @@
+"""One cluster for all modules."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster, why_not
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Four nodes."""
+    if reason := why_not():
+        pytest.skip(f"no SLURM here: {reason}")
+    root = Path(tempfile.mkdtemp(prefix="vbs-"))  # short, as sockets will be below
+    made = Cluster(root)
+    made.start()
+    yield made
+    made.stop()
+    shutil.rmtree(root)

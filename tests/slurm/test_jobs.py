@@ -1,0 +1,235 @@
+"""The batch scripts on a real SLURM: trainers of two nodes feed real servers on two others.
+
+With BRIDGE_TEST_SLURM=full each script brings ten versions to two servers; without, the later two bring less.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster
+from tests.support.checks import own_answers
+from tests.support.serving import REPO, UNBOUND, Api, wait_until
+
+FULL = os.environ.get("BRIDGE_TEST_SLURM") == "full"
+TRAINER = str(REPO / "tests" / "slurm" / "paced_trainer.py")
+VLLM_FLAGS = (
+    "--dtype=float32 --max-model-len=512 --enforce-eager --disable-uvicorn-access-log --max-num-seqs=32"
+)
+JOB_TIMEOUT_S = 900.0
+END_TIMEOUT_S = 180.0
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400, method="signal")]
+
+
+class Job:
+    """A batch job of one of the scripts, in a directory of its own."""
+
+    def __init__(self, cluster: Cluster, directory: Path, script: str, options: Sequence[str],
+                 words: Sequence[str], **env: str) -> None:  # fmt: skip
+        directory.mkdir()
+        self.cluster, self.directory = cluster, directory
+        self.output = directory / "output"
+        settings = {
+            "REPO": str(REPO), "PYTHON": sys.executable, "LOGROOT": str(directory), "VLLM_FLAGS": VLLM_FLAGS,
+            "START_TIMEOUT": f"{JOB_TIMEOUT_S:g}", "STOP_TIMEOUT": "100", "TRAINERS_PER_NODE": "2",
+            "PACE_DIR": str(directory), "PYTHONPATH": f"{REPO}:{REPO / 'tests'}", "HF_HUB_OFFLINE": "1",
+            # What is left behind on a node is found there.
+            "XDG_RUNTIME_DIR": str(cluster.local), "TMPDIR": str(cluster.local),
+            "VLLM_CPU_KVCACHE_SPACE": "1", **UNBOUND,
+        }  # fmt: skip
+        command = ["sbatch", "--parsable", "--cpus-per-task=2", f"--output={self.output}", *options]
+        command += [str(REPO / "slurm" / script), *words]
+        self.id = cluster.call(*command, cwd=directory, **{**settings, **env}).strip()
+
+    def text(self) -> str:
+        return self.output.read_text(errors="replace") if self.output.exists() else ""
+
+    def told(self, name: str) -> str:
+        return self.cluster.call(
+            "squeue", "--noheader", "--states=all", f"--jobs={self.id}", f"--Format={name}:40"
+        ).split()[0]
+
+    @property
+    def exit_code(self) -> str:
+        """Exit code and signal of the batch script."""
+        text = self.cluster.call("scontrol", "show", "job", self.id)
+        found = re.search(r"\bExitCode=(\S+)", text)
+        assert found is not None, text
+        return found[1]
+
+    def wait(self, what: str, check: Callable[[], object], *, timeout_s: float = JOB_TIMEOUT_S) -> None:
+        def done() -> bool:
+            if check():
+                return True
+            assert self.told("State") in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), self.text()[
+                -6000:
+            ]
+            return False
+
+        wait_until(f"job {self.id}: {what} (output {self.output})", done, timeout_s=timeout_s, interval_s=0.5)
+
+    def wait_end(self, state: str) -> None:
+        self.wait(f"to be {state}", lambda: self.told("State") == state, timeout_s=END_TIMEOUT_S)
+
+    def wait_file(self, name: str) -> None:
+        self.wait(f"the file {name}", (self.directory / name).exists)
+
+    def logdirs(self, attempt: int = 0) -> list[Path]:
+        return sorted(self.directory.glob(f"*/attempt-{attempt}/server-*"))
+
+    def apis(self, model: Path, attempt: int = 0) -> list[Api]:
+        made = []
+        for logdir in self.logdirs(attempt):
+            api = Api(0, str(model))
+            api.url = (logdir / "server.url").read_text().strip()
+            made.append(api)
+        return made
+
+    def wait_versions(self, expected: list[tuple[int, int]]) -> None:
+        """What it printed may come later than a file that it made after that."""
+        self.wait(f"{len(expected)} versions", lambda: len(self.versions()) >= len(expected))
+        assert self.versions() == expected
+
+    def versions(self) -> list[tuple[int, int]]:
+        """(step, version) as the trainer told them, each of which was live on all servers."""
+        return [
+            (int(a), int(b))
+            for a, b in re.findall(r"^step (\d+): version (\d+) live after", self.text(), re.M)
+        ]
+
+    def release(self) -> None:
+        (self.directory / "release").touch()
+
+    def cancel(self) -> None:
+        self.cluster.call("scancel", self.id)
+
+
+def trained_answers(model: Path, state: Path) -> list[list[int]]:
+    """Tokens of the trainer's last weights, loaded from what it saved, by a forward of their own."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from transformers import AutoModelForCausalLM
+
+    fresh = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    weights = fresh.state_dict()
+    dcp.load({"model": weights}, checkpoint_id=state / (state / "latest").read_text(), no_dist=True)
+    fresh.load_state_dict(weights)
+    return own_answers(fresh)
+
+
+def assert_served(job: Job, model: Path, state: Path, *, servers: int, attempt: int = 0) -> None:
+    """Every server gives the tokens of the trainer's last weights, which are not those that it loaded."""
+    expected = trained_answers(model, state)
+    served = [[answer["tokens"] for answer in api.greedy(4, 16)] for api in job.apis(model, attempt)]
+    assert served == [expected] * servers
+    assert expected != untrained(model)
+
+
+def untrained(model: Path) -> list[list[int]]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return own_answers(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32))
+
+
+def assert_nothing_left(cluster: Cluster) -> None:
+    wait_until("the nodes to be clean", lambda: not cluster.residue(), timeout_s=END_TIMEOUT_S)
+
+
+@pytest.fixture
+def submit(cluster: Cluster, tmp_path: Path) -> Iterator[Callable[..., Job]]:
+    """``submit(name, script, options, words, **env)``; what still runs at the end is cancelled."""
+    jobs: list[Job] = []
+
+    def make(name: str, script: str, options: Sequence[str], words: Sequence[str], **env: str) -> Job:
+        jobs.append(Job(cluster, tmp_path / name, script, options, words, **env))
+        return jobs[-1]
+
+    yield make
+    for job in jobs:
+        cluster.call("scancel", job.id, check=False)
+
+
+def test_a_requeued_job_goes_on_from_what_was_served(
+    cluster: Cluster, submit: Callable[..., Job], checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    model, state = checkpoint("qwen3", "float32", 0), tmp_path / "state"
+    job = submit(
+        "job",
+        "train_and_serve.sbatch",
+        ["--nodes=4"],
+        [TRAINER, str(model), str(state), "10"],
+        MODEL=str(model),
+        SERVE_NODES="2",
+        MAX_REQUEUES="1",
+        PAUSE_AT="4",
+    )
+    job.wait_file("paused")
+    before = [(step, step) for step in range(1, 5)]
+    job.wait_versions(before)
+    ports = {api.url.rpartition(":")[2] for api in job.apis(model)}
+    assert len(ports) == 2
+    cluster.call("scancel", "--batch", "--signal=USR2", job.id)
+    job.wait("to be requeued", lambda: "requeue 1 of 1" in job.text(), timeout_s=END_TIMEOUT_S)
+    assert "exit 75" in job.text()
+    job.wait_file("done")
+    # The restored weights first, under the next number; then the steps that were missing.
+    job.wait_versions([*before, (4, 5), *((step, step + 1) for step in range(5, 11))])
+    assert job.told("RestartCnt") == "1"
+    assert_served(job, model, state, servers=2, attempt=1)
+    job.release()
+    job.wait_end("COMPLETED")
+    assert job.exit_code == "0:0"
+    assert_nothing_left(cluster)
+
+
+def test_two_jobs_on_the_same_nodes_and_what_scancel_leaves(
+    cluster: Cluster, submit: Callable[..., Job], checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A heterogeneous job, and servers whose trainers are another job, at the same time on the same nodes."""
+    models = [checkpoint("qwen3", "float32", seed) for seed in (0, 1)]
+    states = [tmp_path / "state0", tmp_path / "state1"]
+    versions, servers, where = (10, 2, "node[3-4]") if FULL else (3, 1, "node3")
+    nodes = ["--nodelist=node[1-2]", "--nodes=2"]
+    het = submit(
+        "het",
+        "train_and_serve_het.sbatch",
+        [*nodes, "--cpus-per-task=2", ":", f"--nodes={servers}", f"--nodelist={where}", "--cpus-per-task=2"],
+        [TRAINER, str(models[0]), str(states[0]), str(versions)],
+        MODEL=str(models[0]),
+    )
+    serve = submit(
+        "serve", "serve.sbatch", [f"--nodes={servers}", f"--nodelist={where}"], [], MODEL=str(models[1])
+    )
+    serve.wait("to serve", lambda: "serving at" in serve.text())
+    train = submit(
+        "train",
+        "train_and_serve.sbatch",
+        nodes,
+        [TRAINER, str(models[1]), str(states[1]), str(versions + 1)],
+        SERVE_NODES="0",
+        BRIDGE_LOGDIRS=":".join(map(str, serve.logdirs())),
+        PAUSE_AT=str(versions),
+    )
+    for job, at in ((het, "done"), (train, "paused")):
+        job.wait_file(at)
+        job.wait_versions([(step, step) for step in range(1, versions + 1)])
+    assert_served(het, models[0], states[0], servers=servers)
+    assert_served(serve, models[1], states[1], servers=servers)
+    assert trained_answers(models[0], states[0]) != trained_answers(models[1], states[1])
+
+    for job in (train, serve):  # in the middle of their work
+        job.cancel()
+    for job in (train, serve):
+        job.wait_end("CANCELLED")
+    het.release()
+    het.wait_end("COMPLETED")
+    assert het.exit_code == "0:0"
+    assert_nothing_left(cluster)

@@ -1,0 +1,232 @@
+"""Faults at named points of a round, and the proof that they happened.
+
+A test arms one ``Fault`` in a node's log directory. Trainer and daemon run with their control group and data
+link wrapped (``install``): when the named frame passes, the fault is done right there, in the process that
+sends or has received it, and said in ``fired.json``. The product knows nothing of it.
+
+==============  =============================================
+point           when
+==============  =============================================
+idle            no round is under way
+before_begin    trainer rank 0 is about to send BEGIN
+mid_bucket      it is about to send BUCKET ``bucket``
+staged          the daemon is about to send STAGED
+before_commit   trainer rank 0 is about to send COMMIT
+committing      the daemon has received COMMIT
+committed       the daemon is about to send COMMITTED
+==============  =============================================
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from bridge.protocol.messages import encode
+
+if TYPE_CHECKING:
+    from tests.support.link import Link
+
+POINTS = {
+    "before_begin": ("trainer", "send", "BEGIN"),
+    "mid_bucket": ("trainer", "send", "BUCKET"),
+    "staged": ("daemon", "send", "STAGED"),
+    "before_commit": ("trainer", "send", "COMMIT"),
+    "committing": ("daemon", "deliver", "COMMIT"),
+    "committed": ("daemon", "send", "COMMITTED"),
+}
+SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
+FRAMES = ("drop", "duplicate", "reorder", "corrupt", "stale", "delay")
+BUCKETS = ("corrupt_bucket",)
+LINKS: dict[str, dict[str, Any]] = {
+    "cut": {"cut_after": 12},  # packets: in the middle of the round that has just begun
+    "slow link": {"delay_s": 0.1},
+    "lossy link": {"loss": 0.01},
+    "very lossy link": {"loss": 0.2},
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """``what`` happens to ``who`` (of kill and stop) at point ``at``; frames and buckets are nobody's."""
+
+    what: str
+    who: str = ""
+    at: str = "mid_bucket"
+    bucket: int = 1
+    seconds: float = 1.0
+
+    def __str__(self) -> str:
+        where = f"{self.at} {self.bucket}" if self.at == "mid_bucket" else self.at
+        return f"{self.what} {self.who} at {where}".replace("  ", " ")
+
+
+class Armed:
+    """A fault that waits in ``directory``. A context manager: it must have fired by the end."""
+
+    def __init__(self, fault: Fault, directory: Path, *, pid: int = 0, link: Link | None = None) -> None:
+        """``pid`` is whom a signal goes to; ``link`` is what packets go through."""
+        self.fault = fault
+        self._link = link if fault.what in LINKS else None
+        self._order, self._fired = directory / "fault.json", directory / "fired.json"
+        self._fired.unlink(missing_ok=True)
+        if fault.what in LINKS:
+            assert link is not None
+            link.set(**LINKS[fault.what])
+            return
+        if fault.at == "idle":
+            self._fired.write_text(json.dumps({"at": time.monotonic()}))
+            os.kill(pid, SIGNALS[fault.what])
+            return
+        partial = self._order.with_suffix(".new")
+        partial.write_text(json.dumps({**asdict(fault), "pid": pid}))
+        partial.replace(self._order)
+
+    def __enter__(self) -> Armed:
+        return self
+
+    @property
+    def fired(self) -> bool:
+        if self._link is not None:
+            packets = self._link.packets()
+            return packets["late"] + packets["lost"] > 0
+        return self._fired.exists()
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        self._order.unlink(missing_ok=True)
+        if kind is None:
+            assert self.fired, f"the fault never happened: {self.fault}"
+
+
+# --- within the trainer and the daemon ------------------------------------------------------------------
+
+
+class _Injector:
+    """One process's frames and buckets on their way."""
+
+    def __init__(self, side: str, directory: Path) -> None:
+        self._side = side
+        self._order, self._fired = directory / "fault.json", directory / "fired.json"
+        self._lock = threading.Lock()
+        self._kept: list[tuple[Any, Any, Any]] = []
+
+    def take(self, way: str, opcode: str, index: int) -> dict[str, Any] | None:
+        """The armed fault, if this is its point; it is spent then, and known to have fired."""
+        with self._lock:
+            try:
+                order: dict[str, Any] = json.loads(self._order.read_text())
+            except (OSError, ValueError):
+                return None
+            side, wanted_way, wanted = POINTS[order["at"]]
+            if (side, wanted_way, wanted) != (self._side, way, opcode):
+                return None
+            if order["at"] == "mid_bucket" and index != order["bucket"]:
+                return None
+            self._order.unlink()
+            partial = self._fired.with_suffix(".new")
+            partial.write_text(json.dumps({"at": time.monotonic(), "pid": os.getpid()}))
+            partial.replace(self._fired)
+            return order
+
+    def install(self) -> None:
+        from bridge.wire.control import ControlGroup
+        from bridge.wire.transport import BUCKET_TAG, DataLink
+
+        send, start, post = ControlGroup.send, ControlGroup.__init__, DataLink.post_send
+
+        def faulty_send(group: Any, peers: Any, frame: Any) -> None:
+            self._send(group, tuple(peers), frame, send)
+
+        def faulty_init(group: Any, *args: Any, deliver: Any, **kwargs: Any) -> None:
+            def faulty_deliver(peer: int, event: Any) -> None:
+                opcode = getattr(event, "opcode", None)
+                order = self.take("deliver", opcode.name, event.index) if opcode is not None else None
+                if order and order["what"] in SIGNALS:
+                    os.kill(order["pid"], SIGNALS[order["what"]])
+                deliver(peer, event)
+
+            start(group, *args, deliver=faulty_deliver, **kwargs)
+
+        def faulty_post(link: Any, tensor: Any, tag: int) -> Any:
+            if tag >= BUCKET_TAG and self._buckets_broken(tag - BUCKET_TAG):
+                tensor = tensor.clone()
+                tensor[tensor.numel() // 2] ^= 1
+            return post(link, tensor, tag)
+
+        ControlGroup.send = faulty_send  # type: ignore[method-assign]
+        ControlGroup.__init__ = faulty_init  # type: ignore[method-assign, assignment]
+        DataLink.post_send = faulty_post  # type: ignore[method-assign]
+
+    def _send(self, group: Any, peers: tuple[int, ...], frame: Any, send: Any) -> None:
+        order = self.take("send", frame.opcode.name, frame.index)
+        what = order["what"] if order else ""
+        if order and what in SIGNALS:
+            os.kill(order["pid"], SIGNALS[what])
+        elif order and what == "delay":
+            time.sleep(order["seconds"])
+        elif what == "drop":
+            return
+        elif what == "reorder":
+            self._kept.append((group, peers, frame))
+            return
+        elif what == "stale":
+            frame = msgspec.structs.replace(frame, epoch=frame.epoch - 1)
+        elif order and what == "corrupt":
+            data = bytearray(encode(frame))
+            data[order["bucket"] % 8] ^= 0x40  # magic, version or opcode
+            for peer in peers:
+                group._send_one(peer, bytes(data))
+            return
+        send(group, peers, frame)
+        if what == "duplicate":
+            send(group, peers, frame)
+        if frame.opcode.name != "HEARTBEAT" and self._kept:
+            late, self._kept = self._kept, []
+            for kept_group, kept_peers, kept in late:
+                if kept_group is group:
+                    send(kept_group, kept_peers, kept)
+
+    def _buckets_broken(self, index: int) -> bool:
+        try:
+            order = json.loads(self._order.read_text())
+        except (OSError, ValueError):
+            return False
+        if order["what"] not in BUCKETS or index != order["bucket"]:
+            return False
+        self._order.unlink()
+        self._fired.write_text(json.dumps({"at": time.monotonic(), "pid": os.getpid()}))
+        return True
+
+
+def install(side: str) -> None:
+    """Let faults that are armed in BRIDGE_TEST_FAULTS happen in this process."""
+    if directory := os.environ.get("BRIDGE_TEST_FAULTS"):
+        _Injector(side, Path(directory)).install()
+
+
+def _watch_pickles(directory: Path) -> None:
+    """Say so if this process unpickles anything from here on."""
+
+    def audit(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "pickle.find_class":
+            with (directory / "unpickled.txt").open("a") as file:
+                file.write(f"{arguments}\n")
+
+    sys.addaudithook(audit)
+
+
+if __name__ == "__main__":
+    install("daemon")
+    _watch_pickles(Path(os.environ["BRIDGE_TEST_FAULTS"]))
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

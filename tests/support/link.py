@@ -1,0 +1,142 @@
+"""A network link with faults between this namespace and one of its own, for a trainer to live in.
+
+Two TUN devices, joined by a process that carries packets from one to the other: late, some of them, or none.
+It needs root, ``ip`` and /dev/net/tun, and no module of the kernel's (netem is not everywhere).
+
+``python -m tests.support.link NAMESPACE DIRECTORY`` is that process: it does what ``link.json`` says and
+counts in ``packets.json``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import heapq
+import json
+import os
+import random
+import select
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.support.serving import environment, wait_until
+
+HERE, THERE = "10.87.65.1", "10.87.65.2"
+_TUNSETIFF, _IFF_TUN, _IFF_NO_PI, _CLONE_NEWNET = 0x400454CA, 0x0001, 0x1000, 0x40000000
+REPO = Path(__file__).parents[2]
+
+
+class Link:
+    """The link, whole until told otherwise; a context manager. One at a time."""
+
+    def __init__(self, directory: Path) -> None:
+        self.namespace = f"bridge-{os.getpid()}"
+        self._order, self._count = directory / "link.json", directory / "packets.json"
+        self._order.write_text("{}")
+        self._number = 0
+        _ip("netns", "add", self.namespace)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.link", self.namespace, str(directory)],
+            env=environment(), cwd=REPO,
+        )  # fmt: skip
+        wait_until("the link", self._count.exists, timeout_s=60)
+
+    def set(self, *, delay_s: float = 0.0, loss: float = 0.0, cut_after: int = -1) -> None:
+        """From now on packets come ``delay_s`` late, a share ``loss`` never, after so many none at all."""
+        self._number += 1
+        order = {"number": self._number, "delay_s": delay_s, "loss": loss, "cut_after": cut_after}
+        partial = self._order.with_suffix(".new")
+        partial.write_text(json.dumps(order))
+        partial.replace(self._order)
+        wait_until("the link to change", lambda: self.packets()["number"] == self._number, timeout_s=30)
+
+    def packets(self) -> dict[str, int]:
+        """Since the last change: carried, late and lost."""
+        return dict(json.loads(self._count.read_text()))
+
+    def __enter__(self) -> Link:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        _ip("netns", "delete", self.namespace)
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, timeout=30)
+
+
+def _tun(name: str) -> int:
+    fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), _IFF_TUN | _IFF_NO_PI))
+    return fd
+
+
+def enter(namespace: str) -> None:
+    """Move this thread, and all that it starts, to the other end."""
+    with Path("/run/netns", namespace).open("rb") as file:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.setns(file.fileno(), _CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), f"entering {namespace}")
+
+
+def _open(namespace: str) -> tuple[int, int]:
+    """Both ends, up and with addresses."""
+    here = f"vbt{os.getpid()}"[:15]
+    ours = _tun(here)
+    _ip("addr", "add", HERE, "peer", THERE, "dev", here)
+    _ip("link", "set", here, "up")
+    enter(namespace)
+    theirs = _tun("bridge0")
+    _ip("link", "set", "lo", "up")
+    _ip("addr", "add", THERE, "peer", HERE, "dev", "bridge0")
+    _ip("link", "set", "bridge0", "up")
+    return ours, theirs
+
+
+def carry(namespace: str, directory: Path) -> None:
+    """Carry packets for ever."""
+    ours, theirs = _open(namespace)
+    other = {ours: theirs, theirs: ours}
+    order: dict[str, Any] = {"number": 0}
+    count = {"number": 0, "carried": 0, "late": 0, "lost": 0}
+    waiting: list[tuple[float, int, int, bytes]] = []
+    looked_at, serial = 0.0, 0
+    while True:
+        now = time.monotonic()
+        if now - looked_at > 0.02:
+            looked_at = now
+            found = json.loads((directory / "link.json").read_text())
+            if found and found["number"] != order["number"]:
+                order = found
+                count = {"number": order["number"], "carried": 0, "late": 0, "lost": 0}
+            partial = directory / "packets.new"
+            partial.write_text(json.dumps(count))
+            partial.replace(directory / "packets.json")
+        pause = max(0.0, min(0.02, waiting[0][0] - now)) if waiting else 0.02
+        for fd in select.select([ours, theirs], [], [], pause)[0]:
+            packet = os.read(fd, 1 << 16)
+            cut = 0 <= order.get("cut_after", -1) <= count["carried"]
+            if cut or random.random() < order.get("loss", 0.0):
+                count["lost"] += 1
+                continue
+            delay_s = order.get("delay_s", 0.0)
+            count["carried"] += 1
+            count["late"] += delay_s > 0
+            serial += 1
+            heapq.heappush(waiting, (time.monotonic() + delay_s, serial, other[fd], packet))
+        while waiting and waiting[0][0] <= time.monotonic():
+            _, _, to, packet = heapq.heappop(waiting)
+            try:
+                os.write(to, packet)
+            except BlockingIOError:
+                count["lost"] += 1  # as a full queue would
+
+
+if __name__ == "__main__":
+    carry(sys.argv[1], Path(sys.argv[2]))

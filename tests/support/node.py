@@ -1,0 +1,569 @@
+"""A whole server without vLLM: the real launcher's supervisor, daemon, updaters and arenas.
+
+``python -m tests.support.node launch|vllm ...``. In vLLM's place an engine stamps batches as the real
+one does, and its workers, which flip real arenas, answer each with the digest of all that they hold. What was
+served stands in ``served.jsonl``, a line whenever it changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import mmap
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import blake3
+import msgspec
+import psutil
+import torch
+
+from bridge.errors import BridgeError
+from tests.support import faults, link
+from tests.support.faults import Armed, Fault
+from tests.support.link import Link
+from tests.support.mappings import SOURCES, half_of, parallel_mapping
+from tests.support.serving import environment, free_port, wait_until
+
+BATCH_S = 0.01
+BUCKET_BYTES = 4096
+SLACK = 2  # descriptors: a connection that is being answered
+REPO = Path(__file__).parents[2]
+
+FULL_SHM = (
+    "unshare", "--mount", "sh", "-c",
+    'mount -t tmpfs -o size=64k tmpfs /dev/shm && ! cat /dev/zero 2> /dev/null > /dev/shm/full && exec "$@"',
+    "sh",
+)  # fmt: skip
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["bridge.rounds", "tests.support.node"])
+
+
+def state_of(seed: int) -> dict[str, torch.Tensor]:
+    """The trainer's weights number ``seed``."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(shape, generator=generator).to(dtype)
+        for name, (shape, dtype, *_) in SOURCES.items()
+    }
+
+
+def digest_of(half: torch.Tensor) -> str:
+    return blake3.blake3(half.numpy()).hexdigest(8)
+
+
+def digests_of(seed: int, ranks: int) -> list[str]:
+    """What each rank answers while it serves weights number ``seed``."""
+    return [digest_of(half_of(rank_map, state_of(seed))) for rank_map in parallel_mapping(ranks).ranks]
+
+
+# --- in vLLM's place ----------------------------------------------------------------------------------------
+
+
+def worker(rank: int, ranks: int, pipes: Sequence[tuple[Any, Any]]) -> None:
+    """A worker: its weights in an arena, flipped as a stamp says."""
+    batches = pipes[rank][1]
+    for end in {end for pipe in pipes for end in pipe} - {batches}:
+        end.close()  # or nobody's death would be seen
+    from vllm_patching.cpu_arena import CpuArena
+    from vllm_patching.registration import Registration
+    from vllm_patching.worker import WorkerBridge
+
+    document = parallel_mapping(ranks)
+    rank_map = document.ranks[rank]
+    arena = CpuArena(rank_map.arena_bytes)
+    arena.live(0, rank_map.arena_bytes).copy_(half_of(rank_map, state_of(0)))
+    arena.warm()
+    hello = {
+        "type": "worker", "rank": rank, "world_size": ranks, "tp_degree": ranks, "model": "tests/tiny",
+        "dtype": "bfloat16", "vllm_version": "0.32.0", "gpu": "", "arena": arena.kind, "handles": [],
+        "descriptors": 2, "hooks": {"execute_model": True},
+        "rank_map": msgspec.to_builtins(rank_map),
+        "vocabularies": msgspec.to_builtins(document.vocabularies), "omitted_vocabularies": {},
+    }  # fmt: skip
+    bridge = WorkerBridge(
+        rank=rank, arena=arena, log_path=Path(os.environ["BRIDGE_LOGDIR"], f"flips-rank{rank}.jsonl")
+    )
+    registration = Registration(hello, fds=arena.export(), who=f"vLLM worker rank {rank}")
+    bridge.slot = registration.connect().slot(rank)
+    registration.watch()
+    while True:
+        try:
+            stamp = batches.recv()
+            bridge.before_batch(stamp, 1)
+            digest = digest_of(arena.live(0, rank_map.arena_bytes))
+            bridge.after_batch()
+            batches.send((bridge.version, digest))
+        except (EOFError, OSError):
+            return  # the engine has ended
+
+
+def vllm(args: argparse.Namespace) -> int:
+    """The engine, its workers, and /health."""
+    from vllm_patching.channel import socket_path
+    from vllm_patching.engine import EngineBridge
+    from vllm_patching.registration import Registration
+
+    torch.set_num_threads(1)
+    listening = socket_path(Path(os.environ["BRIDGE_RUN_DIR"]))  # vLLM takes longer to load than this to come
+    wait_until("the daemon to listen", listening.exists, timeout_s=120)
+    context = multiprocessing.get_context("fork")
+    pipes = [context.Pipe() for _ in range(args.ranks)]
+    for rank in range(args.ranks):
+        context.Process(target=worker, args=(rank, args.ranks, pipes), daemon=True).start()
+    for _, theirs in pipes:
+        theirs.close()
+    hello = {"type": "engine", "index": 0, "world_size": args.ranks, "hooks": {"schedule": True}}
+    registration = Registration({**hello}, who="vLLM engine core 0")
+    engine = EngineBridge(SimpleNamespace(), salted=False)
+    engine.connect(registration.connect())
+    registration.exit_with_parent = True
+    registration.watch()
+
+    class Health(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", args.port), Health)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    serve(engine, [ours for ours, _ in pipes], Path(os.environ["BRIDGE_LOGDIR"]))
+    return 1
+
+
+def serve(engine: Any, workers: Sequence[Any], logdir: Path) -> None:
+    """Batch after batch, until a worker has died."""
+    progress = logdir / "batches"
+    progress.write_bytes(bytes(8))
+    with progress.open("r+b") as file:
+        count = memoryview(mmap.mmap(file.fileno(), 8)).cast("Q")
+    before: Any = None
+    with (logdir / "served.jsonl").open("a", buffering=1) as log:
+        while True:
+            output = SimpleNamespace()
+            engine.before_schedule()
+            engine.stamp(output)
+            try:
+                for pipe in workers:
+                    pipe.send(output.bridge_commit)
+                answers = [pipe.recv() for pipe in workers]
+            except (EOFError, OSError):
+                return
+            count[0] += 1
+            if answers != before:
+                before = answers
+                log.write(json.dumps({"at": time.monotonic(), "ranks": answers}) + "\n")
+            time.sleep(BATCH_S)
+
+
+def launch(args: argparse.Namespace) -> int:
+    """The real supervisor, over the real daemon and the engine above."""
+    from bridge import telemetry
+    from launch.commands import Command
+    from launch.options import ServerView
+    from launch.supervisor import Launch, Limits, Supervisor
+
+    telemetry.configure(role="launcher")
+    run_dir, logdir = Path(args.run_dir), Path(args.logdir)
+    run_dir.mkdir(mode=0o700)
+    env = {
+        "BRIDGE_RUN_DIR": str(run_dir), "BRIDGE_LOGDIR": str(logdir), "PYTHONUNBUFFERED": "1",
+        "BRIDGE_TEST_FAULTS": str(logdir),
+    }  # fmt: skip
+    daemon = [
+        sys.executable, "-m", "tests.support.faults", "vllm_patching.daemon", "--run-dir", str(run_dir),
+        "--logdir", str(logdir), "--launcher-pid", str(os.getpid()), "--bucket-bytes", str(BUCKET_BYTES),
+        *args.daemon_flags.split(),
+    ]  # fmt: skip
+    engine = [
+        sys.executable,
+        "-m",
+        "tests.support.node",
+        "vllm",
+        f"--ranks={args.ranks}",
+        f"--port={args.port}",
+    ]
+    return Supervisor(
+        Launch(
+            vllm=Command(name="vllm", argv=tuple(engine), env=env),
+            daemon=Command(name="daemon", argv=tuple(daemon), env=env),
+            trainer=None,
+            server=ServerView(bind_host="127.0.0.1", connect_host="127.0.0.1", port=args.port),
+            run_dir=run_dir,
+            logdir=logdir,
+            limits=Limits(
+                start_timeout_s=180, shutdown_timeout_s=20, max_daemon_restarts=10**6, publish_grace_s=120
+            ),
+        )
+    ).run()
+
+
+class Trainer:
+    """The commands of a trainer rank; see ``support.trainer``."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, torch.Tensor] = {}
+
+    def broadcast(self, seed: int, **options: Any) -> dict[str, Any]:
+        """Send weights number ``seed``."""
+        import bridge
+
+        self.state = state_of(seed)
+        receipt = bridge.broadcast_weights(self.state, **options)
+        return dict(msgspec.to_builtins(receipt))
+
+    def close(self) -> dict[str, Any]:
+        import bridge
+
+        bridge.close()
+        return {}
+
+
+def train(orders: Connection, logdir: Path, namespace: str) -> None:
+    """A trainer of one rank, in a process and perhaps a network namespace of its own."""
+    from bridge import telemetry
+
+    if namespace:
+        link.enter(namespace)
+    with (logdir / "trainer.log").open("ab") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    os.environ.update(BRIDGE_LOGDIR=str(logdir), BRIDGE_TEST_FAULTS=str(logdir))
+    torch.set_num_threads(1)
+    telemetry.configure(role="trainer", rank=0)
+    faults.install("trainer")
+    made = Trainer()
+    while True:
+        try:
+            name, arguments = orders.recv()
+        except EOFError:
+            return
+        try:
+            answer = getattr(made, name)(**arguments)
+        except Exception as err:  # noqa: BLE001 - the test decides what an error means
+            answer = {"error": str(err), "type": type(err).__name__, "typed": isinstance(err, BridgeError)}
+        orders.send(answer)
+
+
+class TrainerProcess:
+    """What a test has of it; forked from a process that has imported torch, which is most of a start."""
+
+    def __init__(self, logdir: Path, namespace: str = "") -> None:
+        self._orders, theirs = _context.Pipe()
+        self._process = _context.Process(target=train, args=(theirs, logdir, namespace), daemon=True)
+        self._process.start()
+        theirs.close()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def send(self, name: str, **arguments: Any) -> None:
+        self._orders.send((name, arguments))
+
+    def answer(self, timeout_s: float) -> dict[str, Any]:
+        """{"died": exit code} of one that is dead."""
+        if not self._orders.poll(timeout_s):
+            raise TimeoutError(f"the trainer did not answer within {timeout_s:g} s")
+        try:
+            return dict(self._orders.recv())
+        except (EOFError, ConnectionResetError):
+            self._process.join(10)
+            return {"died": self._process.exitcode}
+
+    def command(self, name: str, **arguments: Any) -> dict[str, Any]:
+        self.send(name, **arguments)
+        return self.answer(180)
+
+    def stop(self) -> None:
+        """End it: in order if it lives."""
+        if self._process.is_alive():
+            with contextlib.suppress(OSError, TimeoutError):
+                self.send("close")
+                self.answer(30)
+        self._orders.close()
+        self._process.join(20)
+        self._process.kill()
+        self._process.join()
+
+
+# --- the test's side ----------------------------------------------------------------------------------------
+
+
+class Node:
+    """A running server of the above, what it serves, and one trainer."""
+
+    def __init__(
+        self,
+        logdir: Path,
+        *,
+        ranks: int = 2,
+        deadline_s: float,
+        flags: Sequence[str] = (),
+        link: Link | None = None,
+        full_shm: bool = False,
+    ) -> None:
+        """``link`` is what trainers live behind; ``full_shm``: nothing fits into the server's /dev/shm."""
+        self.logdir, self.ranks, self.deadline_s = logdir, ranks, deadline_s
+        self.run_dir = Path(
+            os.environ.get("XDG_RUNTIME_DIR", logdir), f"node-{os.getpid()}-{time.monotonic_ns()}"
+        )
+        logdir.mkdir(parents=True, exist_ok=True)
+        self._prefix = FULL_SHM if full_shm else ()
+        self._flags = [
+            f"--deadline={deadline_s:g}", f"--heartbeat-interval={deadline_s / 8:g}",
+            f"--commit-timeout={2 * deadline_s:g}", *flags,
+        ]  # fmt: skip
+        self.seed = 0  # of the weights that are served
+        self.version = 0
+        self.link = link
+        self._trainer: TrainerProcess | None = None
+        self._expected: dict[int, list[str]] = {0: digests_of(0, ranks)}
+        self._read = 0
+        self.start()
+
+    def start(self) -> None:
+        command = [
+            *self._prefix, sys.executable, "-m", "tests.support.node", "launch", f"--run-dir={self.run_dir}",
+            f"--logdir={self.logdir}", f"--ranks={self.ranks}", f"--port={free_port()}",
+            f"--daemon-flags={' '.join(self._flags)}",
+        ]  # fmt: skip
+        (self.logdir / "served.jsonl").unlink(missing_ok=True)
+        (self.logdir / "vllm_bridge_config.json").unlink(missing_ok=True)
+        self._read = self.seed = self.version = 0
+        with (self.logdir / "launcher.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=environment(), cwd=REPO
+            )
+
+        def ready() -> bool:
+            assert self.process.poll() is None, (self.logdir / "launcher.log").read_text()[-3000:]
+            return bool(self.status()["state"] == "ready")
+
+        try:
+            wait_until("the node to be ready", ready, timeout_s=150)
+        except BaseException:
+            self.stop()
+            raise
+
+    def status(self) -> dict[str, Any]:
+        """The daemon's, or {"state": "absent"}."""
+        from vllm_patching.channel import ask
+
+        try:
+            return ask(self.run_dir, {"type": "status"}, timeout_s=5)
+        except BridgeError:
+            if self.process.poll() is not None:
+                return {"state": f"ended with {self.process.returncode}", "pids": {}}
+            return {"state": "absent", "pids": {}}
+
+    def train(self) -> TrainerProcess:
+        """The trainer; a fresh one if there is none."""
+        if self._trainer is None:
+            self._trainer = TrainerProcess(self.logdir, self.link.namespace if self.link else "")
+        return self._trainer
+
+    def dismiss(self) -> None:
+        """End the trainer."""
+        if self._trainer is not None:
+            self._trainer.stop()
+            self._trainer = None
+
+    def pid_of(self, who: str) -> int:
+        """A process by what it is called in faults: trainer, daemon, updater, worker or engine."""
+        if who == "trainer":
+            return self.train().pid
+        pids = self.status()["pids"]
+        return int(pids["daemon"] if who == "daemon" else pids[f"{who}s"][-1])
+
+    def begin(self, seed: int) -> None:
+        """See to it that a round has been made, in an epoch that lives."""
+        answer = self.train().command("broadcast", seed=seed)
+        assert "version" in answer, answer
+        self.seed, self.version = seed, answer["version"]
+        self.served()
+
+    def served(self) -> list[list[tuple[int, str]]]:
+        """Version and digest of each rank, at every change since this was last asked."""
+        lines = (self.logdir / "served.jsonl").read_text().splitlines()
+        new, self._read = lines[self._read :], len(lines)
+        return [[tuple(rank) for rank in json.loads(line)["ranks"]] for line in new]
+
+    def batches(self) -> int:
+        return int.from_bytes((self.logdir / "batches").read_bytes(), "little")
+
+    def serves(self, seed: int) -> list[str]:
+        if seed not in self._expected:
+            self._expected[seed] = digests_of(seed, self.ranks)
+        return self._expected[seed]
+
+    def descriptors(self) -> dict[str, int]:
+        """How many each lasting process has open."""
+        pids = self.status()["pids"]
+        lasting = {"daemon": pids["daemon"], "engine": pids["engines"][0], "launcher": self.process.pid}
+        return {who: psutil.Process(pid).num_fds() for who, pid in lasting.items()}
+
+    def tree(self) -> list[str]:
+        """What runs below the launcher."""
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                found.append(" ".join(process.cmdline()[2:5]))
+            except psutil.NoSuchProcess:
+                continue
+        return sorted(found)
+
+    def stop(self) -> int:
+        self.dismiss()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+
+@contextmanager
+def node(logdir: Path, **options: Any) -> Iterator[Node]:
+    made = Node(logdir, **options)
+    try:
+        yield made
+    finally:
+        made.stop()
+
+
+# --- the oracle ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one fault led to. Seconds: until the trainer knew, and until the next version was live."""
+
+    fault: str
+    answer: str
+    noticed_s: float
+    recovered_s: float
+    descriptors: dict[str, int]
+
+
+def suffer(made: Node, fault: Fault, *, seed: int) -> Outcome:
+    """Let ``fault`` happen in a round behind one of weights ``seed``, and see that nothing is lost by it.
+
+    What is served is the version before or the new one, whole, on all ranks alike, and batches go on; the
+    trainer gets a receipt or an error in time; the next round is made; nothing is left of what was before.
+    """
+    made.begin(seed)
+    descriptors, tree = made.descriptors(), made.tree()
+    old, before, new = made.seed, made.version, seed + 1
+    pid = made.pid_of(fault.who) if fault.who else 0
+    patience_s = 5 * made.deadline_s + 30  # commit timeout, deadlines, the search for a cause; a busy machine
+    with Armed(fault, made.logdir, pid=pid, link=made.link) as armed:
+        made.train().send("broadcast", seed=new)
+        wait_until(f"{fault} to happen", lambda: armed.fired, timeout_s=60, interval_s=0.01)
+        began = time.monotonic()
+        _let_go_on(made, fault, pid, patience_s)
+        answer = made.train().answer(patience_s)
+    noticed_s = time.monotonic() - began
+    if fault.what == "stop" and fault.who == "daemon":
+        os.kill(pid, signal.SIGCONT)
+    if made.link is not None:
+        made.link.set()
+    assert "version" in answer or "error" in answer or fault.who == "trainer", f"{fault}: silence, {answer}"
+    assert answer.get("typed", True), f"{fault}: {answer}"
+    assert "error" not in answer or list(made.logdir.glob("flight-*.jsonl")), f"{fault}: no flight record"
+    assert not (unpickled := made.logdir / "unpickled.txt").exists(), unpickled.read_text()
+    if "died" in answer:
+        made.dismiss()
+    if fault.what == "kill" and fault.who in ("worker", "engine"):
+        code = made.process.wait(60)
+        assert code == 75, f"{fault}: the launcher ended with {code}"
+        _assert_whole(made, fault, (old, before), (new, before + 1))
+        assert not made.run_dir.exists(), f"{fault}: {made.run_dir} is left"
+        made.dismiss()
+        made.start()
+        _recover(made, new + 1, patience_s)
+        return Outcome(str(fault), _name(answer), noticed_s, time.monotonic() - began, made.descriptors())
+    receipt = _recover(made, new + 1, patience_s)
+    recovered_s = time.monotonic() - began
+    seen = _assert_whole(made, fault, (old, before), (new, before + 1), (new + 1, receipt["version"]))
+    if "version" in answer:
+        assert (new, before + 1) in seen, f"{fault}: a receipt for what was never served"
+    wait_until("the processes to be as before", lambda: made.tree() == tree, timeout_s=30)
+    if fault.who == "daemon" and fault.what == "kill":
+        descriptors["daemon"] = made.descriptors()["daemon"]
+    now = made.descriptors()
+    grown = {who: n - descriptors[who] for who, n in now.items() if n > descriptors[who] + SLACK}
+    assert not grown, f"{fault}: descriptors are left, {grown}"
+    return Outcome(str(fault), _name(answer), noticed_s, recovered_s, now)
+
+
+def _let_go_on(made: Node, fault: Fault, pid: int, patience_s: float) -> None:
+    """Whoever was stopped goes on once the others have had the time to notice."""
+    if fault.what != "stop" or fault.who in ("updater", "daemon"):
+        return  # the daemon ends its updaters; whoever waits for a daemon learns of it before that goes on
+    if fault.who == "trainer":
+        wait_until("the daemon to notice", lambda: not made.status().get("trainer"), timeout_s=patience_s)
+    else:
+        threading.Event().wait(made.deadline_s)
+    os.kill(pid, signal.SIGCONT)
+
+
+def _name(answer: dict[str, Any]) -> str:
+    return "receipt" if "version" in answer else str(answer.get("type", "died"))
+
+
+def _recover(made: Node, seed: int, patience_s: float) -> dict[str, Any]:
+    """The next round; a trainer that meets a server in the middle of its own recovery tries again."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        answer = made.train().command("broadcast", seed=seed)
+        if "version" in answer:
+            break
+        assert time.monotonic() < deadline, f"no round is made any more: {answer}"
+    made.seed, made.version = seed, answer["version"]
+    batches = made.batches()
+    wait_until("batches", lambda: made.batches() > batches, timeout_s=10)
+    return answer
+
+
+def _assert_whole(made: Node, fault: Fault, *allowed: tuple[int, int]) -> set[tuple[int, int]]:
+    """Every batch ran under one of these (weights, version), whole, on all ranks alike; which of them."""
+    seen = set()
+    for ranks in made.served():
+        found = [
+            (seed, version)
+            for seed, version in allowed
+            if [(version, digest) for digest in made.serves(seed)] == ranks
+        ]
+        assert found, f"{fault}: {ranks} was served, which is none of (weights, version) {allowed}"
+        seen.add(found[0])
+    return seen
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("role", choices=("vllm", "launch"))
+    for name in ("--run-dir", "--logdir", "--daemon-flags"):
+        parser.add_argument(name, default="")
+    for name in ("--port", "--ranks"):
+        parser.add_argument(name, type=int, default=0)
+    args = parser.parse_args()
+    return {"vllm": vllm, "launch": launch}[args.role](args)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

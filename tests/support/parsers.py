@@ -1,0 +1,347 @@
+"""Every place where bytes that another process wrote become values, by name; each with whole examples.
+
+A parser takes bytes and returns a value or raises a typed error; ``TYPED`` lists what counts as one. Whoever
+writes another parser adds it here: ``tests/unit/test_outside_bytes.py`` feeds them all, and
+``python -m tests.support.parsers all SECONDS`` does so for longer. Not guided by coverage: nearly all of
+the branches are in msgspec, which is C.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import os
+import random
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+import torch.distributed as dist
+from fastapi import HTTPException
+from safetensors.torch import save_file
+
+from bridge import fallback, param_mappings
+from bridge.errors import BridgeError
+from bridge.job import Receipt
+from bridge.protocol import mapping as mapping_file
+from bridge.protocol import messages
+from bridge.protocol.decoding import UNREADABLE
+from bridge.protocol.mapping import Mapping, Rendezvous
+from bridge.protocol.messages import Frame, Opcode
+from bridge.protocol.plan import Layout, Shard
+from bridge.wire import rendezvous
+from bridge.wire.device_memory import Allocation, Exhibit, Place, read_exhibit
+from bridge.wire.meeting import Meeting, Round
+from bridge.wire.peer_memory import Nonce, can_pull
+from bridge.wire.rendezvous import Answer, Request
+from launch import footprint
+from tests.support.mappings import SOURCES, dtype_name, parallel_mapping
+from vllm_patching import endpoints, introductions, update_files
+from vllm_patching.channel import Channel
+from vllm_patching.control_page import ControlPage
+
+TYPED = (BridgeError, HTTPException, TimeoutError)
+SECRET = "s" * 32
+DOCUMENT: Mapping = msgspec.structs.replace(
+    parallel_mapping(2), rendezvous=Rendezvous(host="127.0.0.1", port=1, secret=SECRET)
+)
+
+
+class Parser(NamedTuple):
+    """``read`` takes bytes; ``examples`` are some that it must take without an error."""
+
+    read: Callable[[bytes], Any]
+    examples: tuple[bytes, ...]
+
+
+# --- between trainer and server ---------------------------------------------------------------------------
+
+REQUEST = Request(
+    session="ab" * 16,
+    protocol_version=4,
+    world_size=2,
+    mapping_digest="d",
+    host="h",
+    pid=7,
+    torch_version="2",
+)
+LAYOUT = Layout(
+    rank=0,
+    vocabulary="checkpoint",
+    shards=tuple(
+        Shard(source=i, offset=(0,) * len(shape), shape=shape, dtype=dtype_name(dtype))
+        for i, (shape, dtype, *_) in enumerate(SOURCES.values())
+    ),
+)
+
+
+def _signed(body: bytes, secret: str) -> bytes:
+    return msgspec.msgpack.encode({"body": body, "mac": hmac.digest(secret.encode(), body, hashlib.sha256)})
+
+
+def _ticket(data: bytes) -> Any:
+    store = dist.HashStore()
+    store.set("ticket/1", data)  # type: ignore[arg-type]
+    return rendezvous.next_request(store, 1, secret=SECRET)
+
+
+def _meeting(key: str, body: bytes) -> Meeting:
+    """A meeting in which ``body`` lies under ``key``, signed as it must be."""
+    store = dist.HashStore()
+    store.set(f"e1/{key}", _signed(body, f"{SECRET}/e1/{key}"))  # type: ignore[arg-type]
+    return Meeting(store, DOCUMENT, epoch=1, timeout_s=0.01)
+
+
+def _layout(data: bytes) -> Any:
+    made = _meeting("layout/00", data)
+    made._set("e1/round/r", Round(layouts=(b"\0",), partial=False, encoding="dense", bucket_bytes=1 << 14))
+    return made.plan("r")
+
+
+def _exhibit() -> bytes:
+    shown = Allocation(buffer_id=1, nbytes=64, handle=bytes(64))
+    return msgspec.msgpack.encode(
+        Exhibit(allocations=(shown,), shards=(Place(allocation=0, offset=8, dtype="bfloat16"),))
+    )
+
+
+RECEIPT = Receipt(version=1, bytes=2, transfer_s=0.1, stage_s=0.1, flip_s=0.1, transport="gloo")
+
+# --- on one host --------------------------------------------------------------------------------------------
+
+
+def _channel(data: bytes) -> Any:
+    ours, theirs = socket.socketpair(socket.AF_UNIX)
+    ours.settimeout(5)
+    channel = Channel(ours)
+    try:
+        theirs.setblocking(False)  # a message here fits the socket's buffer
+        theirs.send(data)
+        theirs.close()
+        return channel.receive()
+    finally:
+        channel.close()
+        theirs.close()
+
+
+def _json(data: bytes) -> dict[str, Any]:
+    """A message as the channel hands it on; of what is none, an empty one."""
+    try:
+        return msgspec.json.decode(data, type=dict[str, Any])
+    except UNREADABLE:
+        return {}
+
+
+def hello(kind: str) -> dict[str, Any]:
+    """What a worker or an engine core says of itself."""
+    common = {
+        "type": kind,
+        "pid": 7,
+        "host": "h",
+        "hooks": {"x": True},
+        "has_control": False,
+        "world_size": 2,
+    }
+    if kind == "engine":
+        return {**common, "index": 0}
+    return {
+        **common, "rank": 0, "model": "m", "dtype": "bfloat16", "vllm_version": "0.32", "tp_degree": 2,
+        "gpu": "", "arena": "remap", "handles": [], "descriptors": 2, "omitted_vocabularies": {},
+        "rank_map": msgspec.to_builtins(DOCUMENT.ranks[0]),
+        "vocabularies": msgspec.to_builtins(DOCUMENT.vocabularies),
+    }  # fmt: skip
+
+
+def _page(data: bytes) -> Any:
+    fd = os.memfd_create("page", os.MFD_CLOEXEC)
+    try:
+        os.write(fd, data)
+        page = ControlPage(fd)
+        return [page.slot(rank).version for rank in range(page.num_ranks)], [e.held for e in page.engines()]
+    finally:
+        os.close(fd)
+
+
+def _page_bytes() -> bytes:
+    page = ControlPage.create(2, 1)
+    try:
+        return os.pread(page.fd, 1 << 12, 0)
+    finally:
+        os.close(page.fd)
+
+
+@contextlib.contextmanager
+def _file(data: bytes, name: str) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="vbt-bytes-") as folder:
+        path = Path(folder, name)
+        path.write_bytes(data)
+        yield path
+
+
+def _update(data: bytes) -> Any:
+    with _file(data, "model.safetensors") as path:
+        found = update_files.index(update_files.find(str(path.parent), path.parent))
+        name = update_files.match_vocabulary(DOCUMENT, DOCUMENT.ranks[0], found)
+        for source in DOCUMENT.vocabulary(name).sources:
+            with update_files.reading(found[source.name]) as file:
+                file.get_tensor(source.name)
+        return name
+
+
+def _safetensors() -> bytes:
+    with _file(b"", "model.safetensors") as path:
+        save_file(
+            {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype, *_) in SOURCES.items()}, path
+        )
+        return path.read_bytes()
+
+
+def _update_path(data: bytes) -> Any:
+    path = data.decode("utf-8", "surrogateescape")
+    with tempfile.TemporaryDirectory(prefix="vbt-bytes-") as folder:
+        root = Path(folder)
+        (root / "model.safetensors").touch()
+        (root / "loop").symlink_to(root / "loop")
+        for found in update_files.find(path.replace("ROOT", folder), root):
+            assert found.is_relative_to(root.resolve()), found
+    return path
+
+
+def _weights_file(data: bytes) -> Any:
+    with _file(data, "model.safetensors") as path:
+        return footprint._tensor_bytes(path, 2)
+
+
+def _layout_file(data: bytes) -> Any:
+    with _file(data, "layout.json") as path:
+        found = param_mappings.load_param_mappings(path)
+    return found.declared()
+
+
+# --- over HTTP ----------------------------------------------------------------------------------------------
+
+
+def _body(data: bytes) -> Any:
+    from starlette.requests import Request as HttpRequest
+
+    pieces = [data[: len(data) // 2], data[len(data) // 2 :]]
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
+
+    request = HttpRequest({"type": "http", "method": "POST", "headers": []}, receive)
+    return endpoints._read_announcement(asyncio.run(endpoints._body_of(request)))
+
+
+PARSERS: dict[str, Parser] = {
+    "control frame": Parser(
+        messages.decode,
+        tuple(messages.encode(Frame(opcode=code, epoch=3, text="why")) for code in Opcode),
+    ),
+    "mapping file": Parser(
+        lambda data: mapping_file.decode(data, origin="a file"), (mapping_file.encode(DOCUMENT),)
+    ),
+    "exported layout": Parser(
+        _layout_file,
+        (msgspec.json.encode(param_mappings.TrainerLayout(model="m", param_mappings={})),),
+    ),
+    "admission request": Parser(_ticket, (rendezvous.seal(REQUEST, SECRET),)),
+    "signed request": Parser(lambda data: _ticket(_signed(data, SECRET)), (msgspec.msgpack.encode(REQUEST),)),
+    "signed answer": Parser(
+        lambda data: rendezvous.unseal(_signed(data, SECRET), SECRET, Answer),
+        (msgspec.msgpack.encode(Answer(session="ab")),),
+    ),
+    "whereabouts": Parser(
+        lambda data: can_pull(_meeting("where/0", data).whereabouts(0)),
+        (msgspec.msgpack.encode(Nonce().whereabouts("h", on_gpu=False, gpu=None)),),
+    ),
+    "links": Parser(
+        lambda data: _meeting("links/0", data).links(0), (msgspec.msgpack.encode(["gloo", "pull"]),)
+    ),
+    "layout": Parser(_layout, (msgspec.msgpack.encode(LAYOUT),)),
+    "round": Parser(
+        lambda data: _meeting("round/r", data).plan("r"), ()
+    ),  # its layouts are others, so none of these is whole
+    "exhibit": Parser(read_exhibit, (_exhibit(),)),
+    "receipt over HTTP": Parser(
+        lambda data: fallback._read_answer("http://x", data), (msgspec.json.encode({"round": RECEIPT}),)
+    ),
+    "socket message": Parser(_channel, (b"\0\0\0\x11" + b'{"type":"status"}',)),
+    "socket request": Parser(
+        lambda data: introductions.read(_json(data)),
+        tuple(
+            msgspec.json.encode(message)
+            for message in (
+                hello("worker"),
+                hello("engine"),
+                {"type": "updater", "rank": 0, "pid": 3, "host": "h"},
+                {"type": "notify_update", "path": "/x", "version": 3},
+                {"type": "shutdown", "why": None},
+                {
+                    "type": "await_round",
+                    "daemon": 1,
+                    "ended": 0,
+                    "aborted": 0,
+                    "version": None,
+                    "timeout_s": 1.5,
+                },
+            )
+        ),
+    ),
+    "updater's report": Parser(
+        lambda data: introductions.check_report(_json(data)),
+        (
+            b'{"type":"staged","bytes":3,"seconds":0.5,"transport":"gloo"}',
+            b'{"type":"joined","links":["pull"]}',
+        ),
+    ),
+    "control page": Parser(_page, (_page_bytes(),)),
+    "update file": Parser(_update, (_safetensors(),)),
+    "update path": Parser(_update_path, (b"ROOT", b"ROOT/model.safetensors")),
+    "weights file": Parser(_weights_file, (_safetensors(),)),
+    "HTTP body": Parser(_body, (b'{"path": "/x"}', b'{"path": "/x", "version": 4}')),
+}
+
+
+def feed(parser: Parser, data: bytes) -> bool:
+    """Whether it was taken; what is neither a value nor a typed error that says something is raised."""
+    try:
+        parser.read(data)
+    except TYPED as err:
+        said = str(getattr(err, "detail", err))
+        if len(said) <= 10:
+            raise AssertionError(f"an error that says nothing: {err!r}") from err
+        return False
+    return True
+
+
+def main() -> int:
+    """Feed one parser, or all, for some seconds each; the first input that breaks one ends it."""
+    names, seconds = sys.argv[1].split(","), float(sys.argv[2])
+    for name in PARSERS if names == ["all"] else names:
+        parser, draw, count = PARSERS[name], random.Random(0), 0
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            data = bytearray(draw.choice(parser.examples or (b"\x80",)))
+            for _ in range(draw.choice((1, 1, 2, 8))):
+                at = draw.randrange(len(data) + 1)
+                piece = draw.choice(
+                    (b"", draw.randbytes(draw.choice((1, 8))), bytes(8), b"\xff" * 8, b"[" * 3000)
+                )
+                data[at : at + draw.choice((0, len(piece), 1, 64))] = piece
+            feed(parser, bytes(data))
+            count += 1
+        print(f"{name}: {count} inputs, none broke it", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

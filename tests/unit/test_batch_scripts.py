@@ -1,0 +1,119 @@
+"""The functions of slurm/common.sh, in a bash of their own; tests/slurm runs the scripts on a real SLURM."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from shlex import quote
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# What they call of SLURM: steps are plain processes here, listed in "steps", and scancel signals those.
+COMMANDS = {
+    "scancel": 'echo "scancel $1" >>calls; xargs -r kill "-${1#--signal=}" <steps 2>/dev/null; true',
+    "scontrol": 'echo "scontrol $*" >>calls',
+}
+
+
+# start COMMAND: sets "pid"; returns once it has ended, or can be asked to.
+START = """
+start() {
+    bash -c "$1" &
+    pid=$!
+    until grep -qx "$pid" steps || ! kill -0 "$pid" 2>/dev/null; do sleep 0.05; done
+}
+"""
+
+
+def run(tmp_path: Path, script: str, **env: str) -> tuple[int, list[str], str]:
+    """Exit code, the calls of SLURM's commands, and what was printed."""
+    for name, body in COMMANDS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "calls").touch()
+    (tmp_path / "steps").touch()
+    done = subprocess.run(
+        ["bash", "-c", f"set -euo pipefail\nsource {ROOT}/slurm/common.sh\n{START}{script}"],
+        capture_output=True, text=True, cwd=tmp_path, timeout=50, check=False,
+        env={
+            "PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NAME": "job", "SHUTDOWN_TIMEOUT": "10", **env,
+        },
+    )  # fmt: skip
+    return done.returncode, (tmp_path / "calls").read_text().splitlines(), done.stdout + done.stderr
+
+
+TERM = "scancel --signal=TERM"
+REQUEUE = "scontrol requeue 7"
+STAYS = "echo $$ >>steps; while :; do sleep 0.1; done"
+SERVES = f"trap 'exit 0' TERM; {STAYS}"  # and ends in order
+LOST = f"trap 'exit 75' TERM; {STAYS}"  # on its way out when it is asked to end
+STUBBORN = f"trap '' TERM; {STAYS}"
+
+
+@pytest.mark.parametrize(
+    ("server", "trainer", "code"),
+    [
+        (SERVES, "exit 0", 0),
+        (SERVES, "exit 1", 1),
+        (LOST, "exit 1", 75),  # the trainer failed since the server did
+        (LOST, "exit 0", 0),
+        ("exit 75", SERVES, 75),
+        ("exit 2", SERVES, 2),
+        ("exit 0", SERVES, 75),  # somebody ended it
+    ],
+)
+def test_the_jobs_exit_code(tmp_path: Path, server: str, trainer: str, code: int) -> None:
+    script = f"start {quote(server)}; servers+=($pid); start {quote(trainer)}; trainer=$pid; work"
+    found, calls, output = run(tmp_path, script)
+    assert (found, calls) == (code, [TERM]), output
+
+
+@pytest.mark.parametrize(("epoch", "requeued"), [("", True), ("1", True), ("2", False)])
+def test_a_warned_job_is_requeued_so_often(tmp_path: Path, epoch: str, requeued: bool) -> None:
+    """The trainer sees the file, and ends with torchrun's 1."""
+    trainer = "until [[ -e $BRIDGE_STOP_FILE ]]; do sleep 0.1; done; exit 1"
+    script = f"bash -c '{trainer}' & trainer=$!\nkill -USR2 $$\nwork"
+    found, calls, output = run(tmp_path, script, MAX_REQUEUES="2", SLURM_RESTART_COUNT=epoch)
+    assert (found, calls) == (75, [REQUEUE] * requeued), output
+    assert (tmp_path / f"logs/job-7/attempt-{epoch or 0}/stop").exists()
+
+
+def test_a_warned_job_that_has_finished_is_done(tmp_path: Path) -> None:
+    script = "bash -c 'sleep 0.3' & trainer=$!\nkill -USR2 $$\nwork"
+    assert run(tmp_path, script, MAX_REQUEUES="2")[:2] == (0, [])
+
+
+def test_who_does_not_look_at_the_file_is_ended_later(tmp_path: Path) -> None:
+    script = f'start {quote(SERVES)}; servers+=($pid); kill -USR2 $$; wait_for $pid; end_steps "$EX_TEMPFAIL"'
+    found, calls, output = run(tmp_path, script, STOP_TIMEOUT="1")
+    assert (found, calls) == (75, [TERM]), output
+
+
+def test_who_does_not_end_is_killed(tmp_path: Path) -> None:
+    script = f"start {quote(STUBBORN)}; servers+=($pid); end_steps 1"
+    found, calls, output = run(tmp_path, script, SHUTDOWN_TIMEOUT="1")
+    assert (found, calls) == (1, [TERM, "scancel --signal=KILL"]), output
+
+
+def test_numbers_go_on_above_what_any_attempt_has_served(tmp_path: Path) -> None:
+    script = 'set_versions; echo "after=$BRIDGE_VERSIONS_AFTER"'
+    assert "after=0\n" in run(tmp_path, script)[2]
+    for attempt, server, rank, versions in ((0, 0, 0, [1, 2, 11]), (0, 1, 1, [12]), (1, 0, 0, [3])):
+        logdir = tmp_path / f"logs/job-7/attempt-{attempt}/server-{server}"
+        logdir.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({"rank": rank, "version": v, "flip_ns": 99, "batch": 40}) for v in versions]
+        (logdir / f"flips-rank{rank}.jsonl").write_text("\n".join(lines) + "\n")
+    assert "after=12\n" in run(tmp_path, script, SLURM_RESTART_COUNT="2")[2]
+
+
+@pytest.mark.parametrize(
+    ("env", "why"),
+    [({}, "MODEL is not set"), ({"MODEL": "m", "NODES_PER_SERVER": "2"}, "NODES_PER_SERVER is 2")],
+)
+def test_what_cannot_work_is_refused(tmp_path: Path, env: dict[str, str], why: str) -> None:
+    code, _, output = run(tmp_path, 'start_servers 0 1 ""', **env)
+    assert code == 2
+    assert why in output

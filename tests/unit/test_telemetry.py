@@ -1,0 +1,197 @@
+"""Log lines say who and about what; flight records say what came before, and no more than they may."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from bridge import flight, telemetry
+from bridge.errors import ConfigError
+from bridge.protocol.messages import Frame, Opcode
+from bridge.protocol.session import InferenceSession
+from launch.display import show_status
+from vllm_patching import waiting
+from vllm_patching.control_page import ControlPage
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    hooks, who = (sys.excepthook, threading.excepthook), flight._who
+    loggers = {name: logging.getLogger(name) for name in telemetry.ROOTS}
+    before = {name: (x.handlers[:], x.level, x.propagate) for name, x in loggers.items()}
+    flight._events.clear()
+    yield
+    sys.excepthook, threading.excepthook = hooks
+    flight._who = who
+    telemetry.stand(epoch=None, version=None)
+    for name, (handlers, level, propagate) in before.items():
+        loggers[name].handlers[:], loggers[name].propagate = handlers, propagate
+        loggers[name].setLevel(level)
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().err
+
+
+def test_a_line_says_who_and_about_what(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("BRIDGE_LOG_FORMAT", raising=False)
+    telemetry.configure(role="updater", rank=1)
+    logging.getLogger("bridge.x").info("%d bytes", 3)
+    assert f"[bridge updater rank 1 pid {os.getpid()}] 3 bytes" in said(capsys)
+    telemetry.stand(epoch=3, version=7)
+    logging.getLogger("bridge.x").info("more")
+    assert f"[bridge updater rank 1 pid {os.getpid()} epoch 3 version 7] more" in said(capsys)
+
+
+def test_a_line_is_about_what_its_own_thread_does(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BRIDGE_LOG_FORMAT", "json")
+    telemetry.configure(role="trainer", rank=0)
+    telemetry.stand(epoch=1, version=1)
+
+    def other() -> None:
+        telemetry.stand(epoch=2, version=5)
+        logging.getLogger("bridge.x").info("theirs")
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    try:
+        raise ValueError("this")
+    except ValueError:
+        logging.getLogger("bridge.x").exception("ours\n")
+    theirs, ours = map(json.loads, said(capsys).splitlines())
+    assert (theirs["epoch"], theirs["version"], theirs["message"]) == (2, 5, "theirs")
+    assert (ours["epoch"], ours["version"], ours["message"]) == (1, 1, "ours\n")
+    assert (ours["role"], ours["rank"], ours["pid"], ours["level"]) == ("trainer", 0, os.getpid(), "ERROR")
+    assert "ValueError: this" in ours["exception"]
+    assert "exception" not in theirs
+
+
+def test_another_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BRIDGE_LOG_FORMAT", "xml")
+    with pytest.raises(ConfigError, match="BRIDGE_LOG_FORMAT is 'xml'; it is one of text, json"):
+        telemetry.configure(role="daemon")
+
+
+def test_the_last_events_are_kept_in_order_and_short(tmp_path: Path) -> None:
+    flight.name_process("updater", 3)
+    for index in range(flight.KEPT + 9):
+        flight.note("bucket", index=index)
+    flight.note("received", frame="FAILED", text="x" * 5000, digest=b"\1\2")
+    path = flight.write("it broke", tmp_path)
+    assert path == tmp_path / f"flight-updater-3-{os.getpid()}.jsonl"
+    assert path.stat().st_mode & 0o777 == 0o600
+    head, *events = map(json.loads, path.read_text().splitlines())
+    assert (head["role"], head["rank"], head["why"]) == ("updater", 3, "it broke")
+    assert len(events) == flight.KEPT
+    assert [e["index"] for e in events[:-1]] == list(range(10, flight.KEPT + 9))
+    assert len(events[-1]["text"]) < 210
+    assert events[-1]["digest"] == "0102"
+    assert [e["monotonic_s"] for e in events] == sorted(e["monotonic_s"] for e in events)
+    assert flight.write("again", tmp_path) == path
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_record_that_cannot_be_written_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("BRIDGE_LOGDIR", "LOGDIR"):
+        monkeypatch.delenv(name, raising=False)
+    assert flight.write("nowhere to go") is None
+    assert flight.write("it broke", tmp_path / "absent") is None
+    assert "the flight record could not be written" in caplog.text
+
+
+@pytest.mark.parametrize("place", ["main", "thread"])
+def test_an_exception_that_ends_a_process_leaves_its_record(tmp_path: Path, place: str) -> None:
+    script = f"""
+import threading
+from bridge import flight, telemetry
+telemetry.configure(role="daemon")
+flight.note("order", order="stage")
+def end():
+    raise ArithmeticError("no such bucket")
+if {place!r} == "main":
+    end()
+thread = threading.Thread(target=end, name="bridge-doorman")
+thread.start()
+thread.join()
+"""
+    env = {**os.environ, "BRIDGE_LOGDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert "ArithmeticError: no such bucket" in done.stderr, "told as always"
+    (path,) = tmp_path.glob("flight-daemon-*.jsonl")
+    head, order, last = map(json.loads, path.read_text().splitlines())
+    assert "ended by ArithmeticError: no such bucket" in head["why"]
+    assert order["event"] == "order"
+    assert "ArithmeticError" in last["error"]
+
+
+# --- who waits for what -------------------------------------------------------------------------------------
+
+
+def waits(daemon: Any) -> dict[str, str]:
+    return {entry["who"]: entry["waits_for"] for entry in waiting.describe(daemon)}
+
+
+def test_status_says_what_everybody_waits_for(capsys: pytest.CaptureFixture[str]) -> None:
+    page = ControlPage.create(2)
+    registry = SimpleNamespace(world_size=None, num_engines=1, workers={}, engines={}, control=page)
+    daemon: Any = SimpleNamespace(mapping=None, epoch=None, filing=False, registry=registry)
+    assert waits(daemon) == {"daemon": "vLLM to publish its memory"}
+    registry.world_size, registry.workers = 2, {0: "a worker"}
+    assert waits(daemon) == {"daemon": "worker ranks [1] and engine cores [0] to register"}
+    daemon.mapping = "a mapping"
+    assert waits(daemon) == {"daemon": "a trainer"}
+
+    machine = InferenceSession(epoch=1, version=0, ranks=range(2))
+    epoch = daemon.epoch = SimpleNamespace(
+        machine=machine, round=SimpleNamespace(version=1, reports={}), crew=SimpleNamespace(num_ranks=2),
+        request=SimpleNamespace(pid=7, host="h"), changed_at=0.0, heard_at={}, poised=set(), joined={0},
+    )  # fmt: skip
+    assert waits(daemon)["rank 1"] == "the trainer's ranks to join"
+    machine.on_frame(Frame(opcode=Opcode.BEGIN, epoch=1, version=1))
+    machine.on_frame(Frame(opcode=Opcode.BUCKET, epoch=1, version=1, index=4))
+    assert waits(daemon) == {
+        "daemon": "ranks [0, 1] to hold version 1",
+        "trainer (pid 7 on h)": "bucket 4 to be taken",
+        "rank 0": "the bytes of version 1",
+        "rank 1": "the bytes of version 1",
+    }
+    machine.on_staged(0)
+    epoch.round.reports[0] = {}
+    assert waits(daemon)["daemon"] == "ranks [1] to hold version 1"
+    assert waits(daemon)["rank 0"] == "the commit of version 1"
+    machine.on_staged(1)
+    assert waits(daemon)["daemon"] == "the trainer's word to commit"
+    machine.on_frame(Frame(opcode=Opcode.COMMIT, epoch=1, version=1))
+    page.requested = 1
+    page.slot(0).record(version=1, batch=9, flip_ns=1, active=1)
+    assert waits(daemon)["rank 1"] == "its next batch, to flip to version 1"
+    assert "rank 0" not in waits(daemon)
+    status = {
+        "state": "round", "detail": "", "model": "m", "world_size": 2, "weight_version": 0, "epoch": 1,
+        "trainer": "t", "rounds": {"committed": 0, "aborted": 0}, "rendezvous": "r", "last_round": None,
+        "pids": {"daemon": 1}, "last_error": None, "ranks": [], "waits": waiting.describe(daemon),
+    }  # fmt: skip
+    show_status(status, as_json=False)
+    assert "waits: daemon for every rank to flip to version 1, since " in capsys.readouterr().out
+    os.close(page.fd)

@@ -1,0 +1,154 @@
+"""A server that lacks the newest version gets it from a peer: who has it, who is asked, and when we give up.
+
+Runs in a thread of its own; what it learns goes into the daemon's queue. The peer's helper then comes to our
+rendezvous like a trainer. Whatever goes wrong, the trainer's next broadcast of the whole model brings it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bridge.errors import BridgeError, MappingError
+from bridge.protocol import mapping as mapping_file
+from bridge.protocol.mapping import CONFIG_NAME
+from bridge.wire import rendezvous
+from vllm_patching.events import Learned
+
+if TYPE_CHECKING:
+    from vllm_patching.daemon import Daemon
+
+logger = logging.getLogger(__name__)
+
+ASK_TIMEOUT_S = 5.0
+ATTEMPTS = 3  # after which the server is what it is, and asks now and then
+PAUSE_S = 2.0
+LONG_PAUSE_S = 30.0
+KNOCK_TIMEOUT_S = 90.0  # a helper that was just started imports torch
+LOOK_S = 2.0  # between questions whether the helper is still on its way
+POLL_S = 0.2
+
+
+class Borrowing:
+    """Asks the peers after each publication."""
+
+    def __init__(self, daemon: Daemon, peers: Sequence[Path]) -> None:
+        """``peers`` are the log directories of servers that the same trainer feeds; our own is skipped."""
+        self._daemon = daemon
+        self._own = os.fspath(daemon.args.logdir.absolute())
+        self._peers = [peer for peer in peers if os.fspath(peer.absolute()) != self._own]
+        self._stopping = threading.Event()  # of the vLLM that is there; each has one of its own
+        self.asking = False
+
+    def begin(self) -> None:
+        """vLLM has published: see whether a peer has a newer version, and get it."""
+        self._stopping.set()
+        if not self._peers:
+            return
+        self._stopping = threading.Event()
+        self.asking = True
+        thread = threading.Thread(
+            target=self._run, args=(self._stopping,), name="bridge-borrowing", daemon=True
+        )
+        thread.start()
+
+    def close(self) -> None:
+        """The daemon ends, or its vLLM has."""
+        self._stopping.set()
+
+    def _run(self, stopping: threading.Event) -> None:
+        attempt = 0
+        try:
+            while not self._borrow(stopping):
+                attempt += 1
+                if attempt == ATTEMPTS:
+                    self._stop_asking(stopping)
+                    if self._has_newest:
+                        logger.info("no peer tells of a version newer than %d", self._served)
+                        return
+                    logger.warning("no peer sends the newest version now; they are asked again now and then")
+                if stopping.wait(PAUSE_S if attempt < ATTEMPTS else LONG_PAUSE_S):
+                    return
+        except Exception:  # the thread's edge: without it the server is as good as without peers
+            logger.exception("the peers could not be asked")
+        finally:
+            self._stop_asking(stopping)
+
+    def _stop_asking(self, stopping: threading.Event) -> None:
+        if self._stopping is stopping:
+            self.asking = False
+            self._daemon.events.put(None)
+
+    def _borrow(self, stopping: threading.Event) -> bool:
+        """Whether there is nothing more to do."""
+        if stopping.is_set() or (not self.asking and self._has_newest):
+            return True
+        offers = [(self._ask(peer, start=False), peer) for peer in self._peers]
+        newest = max([self._daemon.version, *(offer.version for offer, _ in offers if offer is not None)])
+        if newest <= self._served:
+            return all(offer is not None for offer, _ in offers)
+        self._daemon.events.put(Learned(newest))
+        held = {peer: offer.version for offer, peer in offers if offer is not None and not offer.refusal}
+        if newest not in held.values():
+            return False
+        aborted = self._daemon.aborted
+        peer = next(peer for peer, version in held.items() if version == newest)
+        offer = self._ask(peer, start=True)
+        if offer is None or offer.refusal:
+            return False
+        logger.info("the peer at %s sends version %d", peer, offer.version)
+        return self._await(offer.version, peer, aborted, stopping)
+
+    @property
+    def _served(self) -> int:
+        page = self._daemon.registry.control
+        return page.requested if page is not None else 0
+
+    @property
+    def _has_newest(self) -> bool:
+        return self._served == self._daemon.version
+
+    def _await(self, version: int, peer: Path, aborted: int, stopping: threading.Event) -> bool:
+        """Whether the version has become live; a round that was given up, or never begun, is a no."""
+        due = time.monotonic() + KNOCK_TIMEOUT_S
+        look = time.monotonic() + LOOK_S
+        while not stopping.wait(POLL_S):
+            if self._daemon.live_version >= version:
+                return True
+            if self._daemon.aborted > aborted:
+                return False
+            if self._daemon.epoch is not None:  # which has deadlines of its own
+                due = time.monotonic() + KNOCK_TIMEOUT_S
+            elif time.monotonic() > due:
+                logger.warning("nobody came to bring version %d within %g s", version, KNOCK_TIMEOUT_S)
+                return False
+            elif time.monotonic() > look:
+                offer = self._ask(peer, start=False)
+                if offer is None or offer.borrower != self._own:
+                    return self._daemon.live_version >= version
+                look = time.monotonic() + LOOK_S
+        return True
+
+    def _ask(self, peer: Path, *, start: bool) -> rendezvous.Offer | None:
+        """What a peer offers; None, and the reason in the log, if it does not answer."""
+        session = secrets.token_hex(16)
+        try:
+            place = mapping_file.load(peer / CONFIG_NAME).rendezvous
+            if place is None:
+                raise MappingError(f"{peer / CONFIG_NAME} names no rendezvous: it is an exported copy")
+            store = rendezvous.reach_store(place.host, place.port, timeout_s=ASK_TIMEOUT_S)
+            loan = rendezvous.Loan(session=session, borrower=self._own, start=start)
+            rendezvous.ask(store, loan, place.secret, timeout_s=ASK_TIMEOUT_S, line=rendezvous.LOANS)
+            offer = rendezvous.await_offer(store, session, place.secret, timeout_s=ASK_TIMEOUT_S)
+        except BridgeError as err:
+            logger.info("the peer at %s does not say what it serves: %s", peer, err)
+            return None
+        if offer.refusal:
+            logger.info("the peer at %s has nothing to send: %s", peer, offer.refusal)
+        return offer

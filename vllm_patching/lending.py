@@ -1,0 +1,158 @@
+"""A daemon lends what its server serves to a server that lacks it: who asks, who may, and until when.
+
+The half that is lent stays as it is as long as it is live, and until the next round after that: before a
+round writes it, the helper that reads it is ended. The other server drops what it got and asks again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from bridge.errors import RendezvousRefused
+from bridge.protocol.mapping import Mapping
+from bridge.wire import rendezvous
+from vllm_patching.arena import REMAP
+from vllm_patching.events import Asked
+
+if TYPE_CHECKING:
+    from vllm_patching.daemon import Daemon
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.2
+TICKET_GRACE_S = 2.0
+END_TIMEOUT_S = 30.0
+
+
+def unreadable(mapping: Mapping) -> str:
+    """Why no other server can be sent what ``mapping``'s server serves, "" if it can."""
+    for rank_map in mapping.ranks:
+        for target in rank_map.targets:
+            if target.transform:
+                return f"vLLM keeps {target.name} in a layout of its own ({target.transform})"
+    return ""
+
+
+class Lending:
+    """At most one loan at a time. All but ``_look`` belongs to the daemon's thread."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        self._process: subprocess.Popen[bytes] | None = None
+        self._borrower = ""
+        self.halves: tuple[int, ...] = ()  # what is lent, by rank
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The helper's, while it runs."""
+        process = self._process
+        return process.pid if process is not None and process.poll() is None else None
+
+    # --- who asks ------------------------------------------------------------------------------------
+
+    def watch(self) -> None:
+        """Look for those who ask, in a thread of its own, from now on."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._look, name="bridge-lending", daemon=True)
+            self._thread.start()
+
+    def _look(self) -> None:
+        ticket, drawn_at = 1, 0.0
+        store, secret = self._daemon.store, self._daemon.secret
+        while not self._stopping.wait(POLL_S):
+            try:
+                loan = rendezvous.next_loan(store, ticket, secret=secret)
+            except RendezvousRefused as err:
+                logger.warning("ignored a stranger who wanted the weights: %s", err)
+                ticket, drawn_at = ticket + 1, 0.0
+                continue
+            except RuntimeError:
+                logger.exception("no more loans: the rendezvous broke")  # the doorman says so too
+                return
+            if loan is not None:
+                self._daemon.events.put(Asked(loan))
+            elif store.add(rendezvous.LOANS, 0) < ticket:
+                continue
+            elif not drawn_at or time.monotonic() - drawn_at < TICKET_GRACE_S:
+                drawn_at = drawn_at or time.monotonic()
+                continue  # its owner may still be writing
+            ticket, drawn_at = ticket + 1, 0.0
+
+    def consider(self, loan: rendezvous.Loan) -> None:
+        """Answer one who asks, and send a helper if one is wanted and may go."""
+        refusal = self._refusal(loan)
+        version = self._daemon.version  # the one that is live, unless it is refused
+        if loan.start and not refusal:
+            self._start(loan.borrower, version)
+        borrower = self._borrower if self.pid is not None else ""
+        offer = rendezvous.Offer(session=loan.session, version=version, refusal=refusal, borrower=borrower)
+        if refusal:
+            logger.info("version %d is not lent to %s: %s", version, loan.borrower, refusal)
+        self._daemon.store.set(f"offer/{loan.session}", rendezvous.seal(offer, self._daemon.secret))
+
+    def _refusal(self, loan: rendezvous.Loan) -> str:
+        here = self._daemon
+        if here.nodes is not None:
+            return "it runs on several nodes, and one lender sees the memory of one node"
+        if not here.published or here.mapping is None or here.swap is None:
+            return "vLLM is not complete there"
+        if here.swap.torn:
+            return "the weights are torn there"
+        if not here.version:
+            return "it serves the checkpoint, and no version"
+        if here.live_version != here.version:
+            return f"it serves version {here.live_version} itself, and version {here.version} is the newest"
+        if here.mapping.adapters:
+            return "it serves adapters that trainers send, which are not lent"
+        if self.pid is not None and loan.start:
+            return f"it is sending its weights to {self._borrower} already"
+        if here.epoch is not None and here.epoch.request.restores:
+            return "it is being sent weights itself"
+        return unreadable(here.mapping)
+
+    # --- the helper ----------------------------------------------------------------------------------
+
+    def _start(self, borrower: str, version: int) -> None:
+        here = self._daemon
+        page = here.registry.control
+        assert page is not None
+        self.halves = tuple(page.slot(rank).active for rank in range(page.num_ranks))
+        self._borrower = borrower
+        argv = [sys.executable, "-m", "vllm_patching.lender", "--run-dir", str(here.args.run_dir)]
+        argv += ["--to", borrower, "--version", str(version), "--daemon-pid", str(os.getpid())]
+        self._process = subprocess.Popen(argv)
+        logger.info("version %d is lent to %s (lender pid %d)", version, borrower, self._process.pid)
+
+    def before_write(self) -> None:
+        """A round is about to write each rank's inactive half, or whatever takes its place."""
+        page = self._daemon.registry.control
+        if self.pid is None or page is None:
+            return
+        kinds = {worker.hello["arena"] for worker in self._daemon.registry.workers.values()}
+        active = tuple(page.slot(rank).active for rank in range(page.num_ranks))
+        if kinds != {REMAP} or active != self.halves:
+            self.reclaim("a round begins to write what is lent")
+
+    def reclaim(self, why: str) -> None:
+        """End the helper, if there is one; nobody reads the weights any more."""
+        process, self._process = self._process, None
+        if process is None or process.poll() is not None:
+            return
+        logger.warning("the loan to %s ends (lender pid %d): %s", self._borrower, process.pid, why)
+        process.kill()
+        process.wait(END_TIMEOUT_S)
+
+    def close(self) -> None:
+        """The daemon ends; the rendezvous is not touched after this."""
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join()
+        self.reclaim("the daemon ends")

@@ -1,0 +1,44 @@
+"""The highest version number ever asked for in a run directory: it outlives vLLM and the daemon.
+
+A vLLM that was started again serves the checkpoint, which is version 0, and knows nothing of what was served
+before it. No number may stand for two versions, so the daemon counts on from this one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bridge.errors import ConfigError
+from bridge.protocol.mapping import write_atomically
+
+FILE_NAME = "newest-version"
+
+
+class Newest:
+    """The number, kept in a file of the run directory; that of a launch, which removes an earlier one's."""
+
+    def __init__(self, run_dir: Path) -> None:
+        """Read what an earlier daemon of the same launch has left.
+
+        Raises:
+            ConfigError: the file is damaged.
+        """
+        self._path = run_dir / FILE_NAME
+        try:
+            text = self._path.read_text()
+        except FileNotFoundError:
+            text = "0"
+        if not text.isdecimal():
+            raise ConfigError(f"{self._path} holds {text[:32]!r}, which is no version; end the launcher")
+        self.version = int(text)
+
+    def raise_to(self, version: int) -> None:
+        """``version`` is about to be asked for."""
+        if version > self.version:
+            self.version = version
+            write_atomically(self._path, str(version).encode())
+
+
+def forget(run_dir: Path) -> None:
+    """A launch begins or ends: the number is of no use to another."""
+    (run_dir / FILE_NAME).unlink(missing_ok=True)
