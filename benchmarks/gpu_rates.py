@@ -1,8 +1,8 @@
 """Rates of one H200 and its links, taken from some committed results, and what they predict of the others.
 
 Nothing here is fitted to what it is compared with: bare mechanisms come from ``copy-paths.json``,
-``nccl-paths.json`` and the floors of ``swap-1x1.json``; the time of a round without bytes and of beginning a
-copy from ``swap-1x1-32b.json``. The other rounds are predicted with these.
+``nccl-paths.json`` and the floors of ``swap-1x1-asked.json``; the time of a round without bytes, and of
+beginning a copy, from ``swap-1x1-32b.json``. The other rounds are predicted with these.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def measured() -> Rates:
     nccl = (sizes[1] - sizes[0]) / (large - small)
     rates = Rates(
         copy_engine=ways["pull contiguous, 1 stream(s)"]["alone_gb_per_s"] * 1e9,
-        local_copy=read("swap-1x1.json")["floors_gb_per_s"]["device_copy"] * 1e9,
+        local_copy=read("swap-1x1-asked.json")["floors_gb_per_s"]["device_copy"] * 1e9,
         local_rows=ways["local rows of 12 KiB by copy engine"]["alone_gb_per_s"] * 1e9,
         nccl=nccl,
         nccl_bucket_s=large - sizes[1] / nccl,

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from bridge import zero3
 from bridge.errors import ConfigError, MappingError
-from bridge.names import canonical_names, has_adapters, is_kind_of
+from bridge.names import canonical_names, has_adapters, is_kind_of, own_kind
 
 # What peft puts into names, as of 0.17 to 0.21.
 _PREFIX = re.compile(r"^base_model\.model\.")
@@ -91,7 +91,7 @@ def merge(model: nn.Module) -> Merged:
 
 def _fault(layer: Any) -> str:
     """Why a layer of peft's cannot be merged, or ""."""
-    kind = type(layer).__name__
+    kind = own_kind(layer)
     if layer.disable_adapters:
         return "its adapters are disabled; enable them, or broadcast the base model"
     if is_kind_of(layer, "ModulesToSaveWrapper"):

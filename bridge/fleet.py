@@ -218,13 +218,14 @@ class Fleet:
         """Those of ``servers`` over whose version a part of the weights may be laid.
 
         That is the one this trainer made live last, and on all of them the same. ``whole_adapter`` says that
-        the part is all that an adapter is: as long as this trainer has sent no weights of the model, whatever
-        it is laid over is what the adapter belongs to.
+        the part is all that an adapter is: as long as this trainer has sent no weights of the model, and all
+        serve the same, whatever it is laid over is what the adapter belongs to.
 
         Raises:
             ConfigError: one of them serves another, and the policy is "all", or none of them may.
         """
-        if whole_adapter and not any(server.sent_model for server in self.servers):
+        one = len({server.session.version for server in servers}) == 1
+        if whole_adapter and one and not any(server.sent_model for server in self.servers):
             return list(servers)
         made = self._made
         wanted = max(made or [server.session.version for server in servers])

@@ -79,7 +79,9 @@ def write(why: str, directory: str | os.PathLike[str] | None = None) -> Path | N
     if not where:
         return None
     role, rank = _who
-    name = "-".join(["flight", role, *([] if rank is None else [str(rank)]), str(os.getpid())])
+    # Updaters come anew in each epoch: of each rank's the newest record is kept.
+    parts = [str(part) for part in (rank, None if role == "updater" else os.getpid()) if part is not None]
+    name = "-".join(["flight", role, *parts])
     path = Path(where, f"{name}.jsonl")
     head = {
         "role": role,

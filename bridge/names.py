@@ -22,6 +22,15 @@ def is_kind_of(module: nn.Module, *names: str) -> bool:
     return any(base.__name__ in names for base in type(module).__mro__)
 
 
+def own_kind(module: nn.Module) -> str:
+    """The name of its class as it was made: FSDP2 puts one of its own over that of a module it shards."""
+    return next(
+        base.__name__
+        for base in type(module).__mro__
+        if not any(parent.__name__ == "FSDPModule" for parent in base.__mro__)
+    )
+
+
 def has_adapters(module: nn.Module) -> bool:
     """Whether this very module is one that peft put around one of the base model's."""
     return is_kind_of(module, "BaseTunerLayer", "AuxiliaryTrainingWrapper", "ModulesToSaveWrapper")

@@ -17,7 +17,7 @@ from torch import nn
 
 from bridge import zero3
 from bridge.errors import ConfigError, MappingError
-from bridge.names import canonical_names, has_adapters, is_kind_of
+from bridge.names import canonical_names, has_adapters, is_kind_of, own_kind
 from bridge.protocol.holders import CASTS
 from bridge.protocol.mapping import ADAPTER_FLAG, Source, Vocabulary
 from bridge.protocol.mapping import Mapping as MappingDocument
@@ -132,7 +132,7 @@ def _config_faults(model: nn.Module, name: str) -> Iterator[str]:
 
 def _fault(layer: Any, name: str) -> str:
     """Why a layer's part of an adapter cannot be sent, or ""."""
-    kind = type(layer).__name__
+    kind = own_kind(layer)
     if is_kind_of(layer, "ModulesToSaveWrapper"):
         return "is trained whole (modules_to_save), which an adapter alone does not carry"
     if is_kind_of(layer, "LoraLayer") and kind == "Embedding":

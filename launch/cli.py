@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unknown: {shlex.join(strange)}; the model and vLLM's own flags come after a --")
     from bridge import telemetry
 
-    telemetry.configure(role="launcher", level=getattr(args, "log_level", None))
     try:
+        telemetry.configure(role="launcher", level=getattr(args, "log_level", None))
         return _COMMANDS[args.command](args, served, trainer)
     except BridgeError as err:
         sys.stderr.write(f"error: {err}\n")

@@ -221,7 +221,7 @@ class Supervisor:
             self._bring_back(self._comeback)
         if not self.children["daemon"].alive:
             self._daemon_died(self.children["daemon"])
-        if self._daemon_due is not None:
+        if self._daemon_due is not None and self._comeback is None:
             self._welcome_back(self._daemon_due)
 
     def _follower_ended(self, child: Child) -> None:
@@ -260,6 +260,7 @@ class Supervisor:
             restarts.limit,
             log,
         )
+        (self.launch.logdir / URL_NAME).unlink(missing_ok=True)
         self._observe(every_s=0.0)  # what its orphans map is theirs to leave behind
         self._comeback = Comeback(child, pause_s=pause_s, timeout_s=self.limits.start_timeout_s)
 
@@ -280,6 +281,9 @@ class Supervisor:
         if status is not None and status["complete"] and probe.is_healthy(self.launch.server):
             self._comeback, self._behind = None, status["state"] == "recovering"
             self._server_restarts.ready()
+            self._write_url()
+            if self._daemon_due is not None:  # it was restarted meanwhile, and waited for this vLLM
+                self._daemon_due = time.monotonic() + self.limits.start_timeout_s
             took_s = time.monotonic() - comeback.began
             logger.info("vLLM is back %.1f s after it died, %s", took_s, _say(status))
         elif comeback.overdue:
@@ -420,8 +424,7 @@ class Supervisor:
             logger.info("ready after %.1f s: this node has rank(s) %s of %s of %s", took_s, ranks,
                         status["world_size"], status["model"])  # fmt: skip
             return
-        url = self.launch.logdir / URL_NAME
-        mapping.write_atomically(url, f"{self.launch.public_url}\n".encode(), mode=0o644)
+        self._write_url()
         logger.info(
             "ready after %.1f s: %s serves %s on %s rank(s); mapping %s, rendezvous %s",
             took_s,
@@ -431,6 +434,10 @@ class Supervisor:
             self.launch.logdir / CONFIG_NAME,
             status["rendezvous"],
         )
+
+    def _write_url(self) -> None:
+        path = self.launch.logdir / URL_NAME
+        mapping.write_atomically(path, f"{self.launch.public_url}\n".encode(), mode=0o644)
 
     # --- the end ---------------------------------------------------------------------------------------
 

@@ -32,14 +32,19 @@ if (($# > 0)); then
     climb "$@" || exit 1
 else
     climb unit process gpu || exit 1
+    set -m # each lane a process group of its own, to be ended as one
     # A function in a condition ignores "set -e"; climb returns by itself at the first that breaks.
     (climb faults slurm) >"$beside" 2>&1 &
     others=$!
-    served=0 faulty=0
-    climb serving || served=$?
-    wait "$others" || faulty=$?
+    (climb serving) &
+    served=$!
+    # Asked to end: by SIGINT, for which pytest takes its fixtures down.
+    trap 'kill -INT -- -"$others" -"$served" 2>/dev/null; wait; cat "$beside"; exit 143' TERM INT HUP
+    broke=0
+    wait "$served" || broke=$?
+    wait "$others" || broke=$?
     cat "$beside"
-    ((served == 0 && faulty == 0)) || exit 1
+    ((broke == 0)) || exit 1
 fi
 printf '\nladder:\n'
 cat "$summary"

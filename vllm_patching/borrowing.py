@@ -49,7 +49,17 @@ class Borrowing:
     def begin(self) -> None:
         """vLLM has published: see whether a peer has a newer version, and get it."""
         self._stopping.set()
+        here = self._daemon
         if not self._peers:
+            return
+        if (here.swap is not None and here.swap.keeps_what_is_staged) or (
+            here.mapping is not None and here.mapping.adapters
+        ):
+            logger.warning(
+                "peers are not asked: weights that are written in place would be torn by a loan that ends, "
+                "and adapters that trainers send are not lent; the newest version comes with the next "
+                "broadcast"
+            )
             return
         self._stopping = threading.Event()
         self.asking = True
@@ -57,6 +67,10 @@ class Borrowing:
             target=self._run, args=(self._stopping,), name="bridge-borrowing", daemon=True
         )
         thread.start()
+
+    def satisfied(self) -> None:
+        """A version has become live, and a newer one would be known: nothing need wait for the peers."""
+        self.asking = False
 
     def close(self) -> None:
         """The daemon ends, or its vLLM has."""
@@ -69,10 +83,11 @@ class Borrowing:
                 attempt += 1
                 if attempt == ATTEMPTS:
                     self._stop_asking(stopping)
-                    if self._has_newest:
-                        logger.info("no peer tells of a version newer than %d", self._served)
-                        return
-                    logger.warning("no peer sends the newest version now; they are asked again now and then")
+                    logger.warning(
+                        "no peer sends a version newer than %d now, and not every one answers; they are "
+                        "asked again now and then",
+                        self._served,
+                    )
                 if stopping.wait(PAUSE_S if attempt < ATTEMPTS else LONG_PAUSE_S):
                     return
         except Exception:  # the thread's edge: without it the server is as good as without peers
@@ -87,7 +102,7 @@ class Borrowing:
 
     def _borrow(self, stopping: threading.Event) -> bool:
         """Whether there is nothing more to do."""
-        if stopping.is_set() or (not self.asking and self._has_newest):
+        if stopping.is_set() or (not self.asking and self._has_newest and self._served):
             return True
         offers = [(self._ask(peer, start=False), peer) for peer in self._peers]
         newest = max([self._daemon.version, *(offer.version for offer, _ in offers if offer is not None)])
@@ -123,7 +138,8 @@ class Borrowing:
                 return True
             if self._daemon.aborted > aborted:
                 return False
-            if self._daemon.epoch is not None:  # which has deadlines of its own
+            epoch = self._daemon.epoch
+            if epoch is not None and epoch.request.restores:  # which has deadlines of its own
                 due = time.monotonic() + KNOCK_TIMEOUT_S
             elif time.monotonic() > due:
                 logger.warning("nobody came to bring version %d within %g s", version, KNOCK_TIMEOUT_S)

@@ -144,6 +144,7 @@ class Crew:
                     raise TransferError(f"the updaters of ranks {absent} went with their node: {lost[0]}")
                 processes = {rank: self.processes[rank] for rank in absent if rank in self.processes}
                 if dead := [rank for rank, process in processes.items() if process.poll() is not None]:
+                    self._reports.put(Report(self, dead[0], None))  # it had no connection whose end tells
                     raise TransferError(f"{self.describe(dead[0])} died before it was ready; see daemon.log")
                 if time.monotonic() > deadline:
                     raise TransferError(f"updaters of ranks {absent} were not ready within {timeout_s:g} s")

@@ -182,7 +182,7 @@ class Daemon:
         elif isinstance(event, Asked):
             self.lending.consider(event.loan)
         elif isinstance(event, Learned):
-            self.newest.raise_to(event.version)
+            self._learn(event.version)
         elif isinstance(event, Notified):
             event.reply.put(stage_file(self, event))
         elif isinstance(event, Report):
@@ -201,6 +201,13 @@ class Daemon:
         elif report.crew is self.crew and report.message is None:
             self._replace_idle_crew(self.crew.describe(report.rank))
 
+    def _learn(self, version: int) -> None:
+        """A peer serves ``version``."""
+        try:
+            self.newest.raise_to(version)
+        except TransferError:
+            logger.exception("a peer serves version %d", version)
+
     def _settle(self, epoch: Epoch) -> None:
         """Do what the last event led to: a commit, the end of the epoch, or both."""
         if epoch.pending_commit is not None:
@@ -214,6 +221,7 @@ class Daemon:
                 receipt = epoch.receipt(flips)
                 self.last_round = msgspec.json.decode(receipt)
                 self.committed += 1
+                self.borrowing.satisfied()
                 epoch.on_committed(receipt, "")
                 logger.info("epoch %d: version %d is live: %s", epoch.epoch, version, receipt)
         if epoch.closed is not None:
@@ -433,6 +441,9 @@ class Daemon:
         unready = "" if refusal else self._unreadiness()
         if refusal or unready:
             borrows = self.epoch is not None and bool(self.epoch.request.restores)
+            if borrows and not request.restores:
+                assert self.epoch is not None
+                self.epoch.fail("a trainer came, and does not wait for a peer's loan")
             reason, try_again = refusal or unready, bool(unready) or not self.published or borrows
             logger.warning("refused a trainer (pid %d on %s): %s", request.pid, request.host, reason)
             self._answer(rendezvous.Answer(session=request.session, refusal=reason, try_again=try_again))

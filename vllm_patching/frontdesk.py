@@ -161,6 +161,7 @@ class FrontDesk:
         except BridgeError:
             pass  # reported below, with a name
         self._daemon.registry.forget(member)
+        self._daemon.vllm_pids.discard(hello["pid"])  # by the time it is looked at, it may be a stranger's
         self._daemon.events.put(Lost(member.who))
 
     def _welcome_updater(self, hello: UpdaterHello, channel: Channel) -> None:

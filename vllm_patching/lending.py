@@ -14,7 +14,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from bridge.errors import RendezvousRefused
+from bridge.errors import RendezvousRefused, TransferError
 from bridge.protocol.mapping import Mapping
 from bridge.wire import rendezvous
 from vllm_patching.arena import REMAP
@@ -91,7 +91,10 @@ class Lending:
         refusal = self._refusal(loan)
         version = self._daemon.version  # the one that is live, unless it is refused
         if loan.start and not refusal:
-            self._start(loan.borrower, version)
+            try:
+                self._start(loan.borrower, version)
+            except OSError as err:
+                refusal = f"no lender could be started: {err}"
         borrower = self._borrower if self.pid is not None else ""
         offer = rendezvous.Offer(session=loan.session, version=version, refusal=refusal, borrower=borrower)
         if refusal:
@@ -110,6 +113,8 @@ class Lending:
             return "it serves the checkpoint, and no version"
         if here.live_version != here.version:
             return f"it serves version {here.live_version} itself, and version {here.version} is the newest"
+        if {worker.hello["arena"] for worker in here.registry.workers.values()} != {REMAP}:
+            return "its weights are served from memory that rounds write, so a loan could be torn"
         if here.mapping.adapters:
             return "it serves adapters that trainers send, which are not lent"
         if self.pid is not None and loan.start:
@@ -132,13 +137,12 @@ class Lending:
         logger.info("version %d is lent to %s (lender pid %d)", version, borrower, self._process.pid)
 
     def before_write(self) -> None:
-        """A round is about to write each rank's inactive half, or whatever takes its place."""
+        """A round is about to write each rank's inactive half."""
         page = self._daemon.registry.control
         if self.pid is None or page is None:
             return
-        kinds = {worker.hello["arena"] for worker in self._daemon.registry.workers.values()}
         active = tuple(page.slot(rank).active for rank in range(page.num_ranks))
-        if kinds != {REMAP} or active != self.halves:
+        if active != self.halves:
             self.reclaim("a round begins to write what is lent")
 
     def reclaim(self, why: str) -> None:
@@ -148,7 +152,13 @@ class Lending:
             return
         logger.warning("the loan to %s ends (lender pid %d): %s", self._borrower, process.pid, why)
         process.kill()
-        process.wait(END_TIMEOUT_S)
+        try:
+            process.wait(END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise TransferError(
+                f"lender (pid {process.pid}) does not end {END_TIMEOUT_S:g} s after SIGKILL, and what it "
+                "reads must not be written; see its kernel stack"
+            ) from None
 
     def close(self) -> None:
         """The daemon ends; the rendezvous is not touched after this."""

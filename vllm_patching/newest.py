@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, TransferError
 from bridge.protocol.mapping import write_atomically
 
 FILE_NAME = "newest-version"
@@ -33,10 +33,17 @@ class Newest:
         self.version = int(text)
 
     def raise_to(self, version: int) -> None:
-        """``version`` is about to be asked for."""
+        """``version`` is about to be asked for.
+
+        Raises:
+            TransferError: it could not be written down.
+        """
         if version > self.version:
+            try:
+                write_atomically(self._path, str(version).encode())
+            except OSError as err:
+                raise TransferError(f"version {version} could not be noted in {self._path}: {err}") from err
             self.version = version
-            write_atomically(self._path, str(version).encode())
 
 
 def forget(run_dir: Path) -> None:

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 import msgspec
 
-from bridge.errors import ConfigError, MappingError
+from bridge.errors import BridgeError, ConfigError, MappingError
 from bridge.protocol.legacy_fields import param_mappings
 from bridge.protocol.mapping import Mapping, RankMap, Vocabulary
-from vllm_patching.channel import Channel, ChannelClosed
+from vllm_patching.channel import Channel
 from vllm_patching.control_page import ControlPage
 
 
@@ -69,28 +69,15 @@ class Registry:
             raise ConfigError(f"{hello['type']} pid {hello['pid']}: not hooked: {', '.join(missing)}")
         with self.lock:
             own, control_fd = self._split(hello, fds)
-            if self.control is None:
-                self.control = (
-                    ControlPage(control_fd)
-                    if control_fd >= 0
-                    else ControlPage.create(hello["world_size"] * self.num_engines, self.num_engines)
-                )
             member = Member(hello, channel, own)
-            if hello["type"] == "engine":
-                self._check_place(member, self.engines, hello["index"], self.num_engines)
-                self.engines[hello["index"]] = member
-            else:
-                self._check_place(member, self.workers, hello["rank"], self.control.num_ranks)
-                self._check_worker(hello)
-                self.workers[hello["rank"]] = member
+            try:
+                self._register(member, control_fd)
+            except BridgeError:
+                self._remove(member, keep_fd=control_fd)
+                raise
+            assert self.control is not None
             if control_fd not in (-1, self.control.fd):
                 os.close(control_fd)
-            answer_fds = () if hello["has_control"] else (self.control.fd,)
-            try:
-                channel.send({"type": "welcome"}, answer_fds)
-            except ChannelClosed:
-                self._remove(member)  # it died meanwhile: nobody watches its connection yet
-                raise
         self.on_change()
         return member
 
@@ -117,6 +104,29 @@ class Registry:
         """The inference ranks of one node that are registered now."""
         with self.lock:
             return sorted(rank for rank, worker in self.workers.items() if worker.node == node)
+
+    def _register(self, member: Member, control_fd: int) -> None:
+        hello = member.hello
+        if self.control is None:
+            self.control = (
+                ControlPage(control_fd)
+                if control_fd >= 0
+                else ControlPage.create(hello["world_size"] * self.num_engines, self.num_engines)
+            )
+        elif control_fd >= 0 and not os.path.sameopenfile(control_fd, self.control.fd):
+            raise ConfigError(
+                f"{member.who} follows another control page than those who came before it, so it would hear "
+                "of no commit: a daemon died while vLLM started. The server must be started again"
+            )
+        if hello["type"] == "engine":
+            self._check_place(member, self.engines, hello["index"], self.num_engines)
+            self.engines[hello["index"]] = member
+        else:
+            self._check_place(member, self.workers, hello["rank"], self.control.num_ranks)
+            self._check_worker(hello)
+            self.workers[hello["rank"]] = member
+        # It may have died meanwhile, and nobody watches its connection yet.
+        member.channel.send({"type": "welcome"}, () if hello["has_control"] else (self.control.fd,))
 
     def _split(self, hello: dict[str, Any], fds: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
         expected = (hello["descriptors"] if hello["type"] == "worker" else 0) + bool(hello["has_control"])
@@ -146,19 +156,22 @@ class Registry:
                         f"{other.who} has {other.hello[key]!r}"
                     )
 
-    def _remove(self, member: Member) -> None:
+    def _remove(self, member: Member, *, keep_fd: int = -1) -> None:
+        """Take a member out; ``keep_fd`` is not ours to close."""
         for place in (self.engines, self.workers):
             for index in [index for index, other in place.items() if other is member]:
                 del place[index]
+        if self.control is not None and not self.workers and not self.engines:
+            # Nobody is left who maps the page: the next vLLM begins with one of its own. The versions on the
+            # old one are not those of its weights.
+            if self.control.fd != keep_fd:
+                os.close(self.control.fd)
+            self.control = None
 
     def forget(self, member: Member) -> None:
         """A member's connection ended."""
         with self.lock:
             self._remove(member)
-            if self.control is not None and not self.workers and not self.engines:
-                # Nobody is left who maps the page: the next vLLM begins with one of its own.
-                os.close(self.control.fd)
-                self.control = None
         for fd in member.fds:
             os.close(fd)
         member.channel.close()
@@ -182,10 +195,11 @@ class Registry:
 
     def pids(self) -> dict[str, Any]:
         """Process ids for status and messages."""
-        return {
-            "engines": [self.engines[i].hello["pid"] for i in sorted(self.engines)],
-            "workers": [self.workers[r].hello["pid"] for r in sorted(self.workers)],
-        }
+        with self.lock:
+            return {
+                "engines": [self.engines[i].hello["pid"] for i in sorted(self.engines)],
+                "workers": [self.workers[r].hello["pid"] for r in sorted(self.workers)],
+            }
 
     def mapping(self) -> Mapping:
         """The mapping document of all workers, without rendezvous.
@@ -193,7 +207,8 @@ class Registry:
         Raises:
             MappingError: ranks do not agree on the names a trainer may use.
         """
-        hellos = [self.workers[rank].hello for rank in sorted(self.workers)]
+        with self.lock:
+            hellos = [self.workers[rank].hello for rank in sorted(self.workers)]
         first = hellos[0]
         for hello in hellos[1:]:
             names = [[s["name"] for s in v["sources"]] for v in hello["vocabularies"]]

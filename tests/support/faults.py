@@ -10,11 +10,11 @@ point           when
 idle            no round is under way
 before_begin    trainer rank 0 is about to send BEGIN
 mid_bucket      it is about to send BUCKET ``bucket``
-staged          the daemon is about to send STAGED
-before_commit   trainer rank 0 is about to send COMMIT
-committing      the daemon has received COMMIT
+staged          the daemon is about to send STAGED, and commits behind it
 committed       the daemon is about to send COMMITTED
 ==============  =============================================
+
+These are the points of one server alone, whose daemon awaits no COMMIT.
 """
 
 from __future__ import annotations
@@ -41,8 +41,6 @@ POINTS = {
     "before_begin": ("trainer", "send", "BEGIN"),
     "mid_bucket": ("trainer", "send", "BUCKET"),
     "staged": ("daemon", "send", "STAGED"),
-    "before_commit": ("trainer", "send", "COMMIT"),
-    "committing": ("daemon", "deliver", "COMMIT"),
     "committed": ("daemon", "send", "COMMITTED"),
 }
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}

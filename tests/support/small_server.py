@@ -123,6 +123,7 @@ def launch(args: argparse.Namespace) -> int:
             daemon=daemon_command(options, run_dir, launcher_pid=os.getpid()),
             trainer=None,
             server=ServerView(bind_host=HOST, connect_host=HOST, port=args.port),
+            public_url=f"http://{HOST}:{args.port}",
             run_dir=run_dir,
             logdir=args.logdir,
             limits=Limits(
