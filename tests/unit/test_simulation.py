@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from benchmarks import gpu_rates, strategies
@@ -111,6 +111,17 @@ def networks(draw: st.DrawFn) -> tuple[dict[str, float], list[Transfer]]:
 
 @settings(max_examples=60, deadline=None)
 @given(networks())
+@example(  # Once failed: the last is due within a rounding of when the second ends.
+    (
+        {"l0": 4.0},
+        [
+            Transfer(15.0, (("l0", 0.5),), limit=1.0),
+            Transfer(2.0**-23, (("l0", 0.5),), (0,)),
+            Transfer(0.0, (("l0", 0.5),), (0, 1), latency_s=0.25),
+            Transfer(0.0, (("l0", 0.5),), (0,), latency_s=0.25),
+        ],
+    )
+)
 def test_every_byte_arrives_and_no_link_carries_more_than_it_can(
     network: tuple[dict[str, float], list[Transfer]],
 ) -> None:
@@ -126,7 +137,8 @@ def test_every_byte_arrives_and_no_link_carries_more_than_it_can(
         alone = max(
             [transfer.nbytes / transfer.limit, *(transfer.nbytes * c / links[n] for n, c in transfer.uses)]
         )
-        assert found.ends[index] >= begun + alone * (1 - 1e-6) - 1e-9
+        # Times that differ by a billionth are one time to the simulation, so a short one may begin and end so early.
+        assert found.ends[index] >= begun * (1 - 1e-8) + alone * (1 - 1e-6) - 1e-9
     # Twice as fast a network takes half the time, if nothing in it has a time of its own.
     bare = [dataclasses.replace(t, latency_s=0.0, limit=float("inf")) for t in transfers]
     doubled = simulate({name: 2 * capacity for name, capacity in links.items()}, bare)
