@@ -11,6 +11,7 @@ from pathlib import Path
 
 from bridge.errors import ConfigError, RendezvousError
 from launch.options import CHECKSUM, FLIP, LOG_LEVELS, PREFIX_CACHE, STAGING, TRANSPORTS, ServeOptions
+from launch.topology import find_place
 
 PROGRAM = "python -m bridge.launch"
 EPILOG = f"""exit codes:
@@ -153,8 +154,10 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
     )
 
     group = parser.add_argument_group("rendezvous")
-    _flag(
-        group, "--rendezvous-host", str, d.rendezvous_host, "an address of this host that the trainers reach"
+    group.add_argument(
+        "--rendezvous-host",
+        help="an address of this host that the trainers reach (default: "
+        f"{d.rendezvous_host}; of several nodes, --master-addr)",
     )
     _flag(group, "--rendezvous-port", int, d.rendezvous_port, "0 takes any free one and publishes it")
 
@@ -165,6 +168,12 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
         help="log directories of servers that the same trainer feeds: one of them sends its version to a "
         "server that starts late, or again",
     )
+
+    group = parser.add_argument_group("several nodes, one launcher on each (default: as the SLURM step says)")
+    group.add_argument("--nnodes", type=int, help="how many nodes serve together (default: 1)")
+    group.add_argument("--node-rank", type=int, help="which one this is; 0 has the HTTP server")
+    group.add_argument("--master-addr", help="an address of node 0 that the others and the trainers reach")
+    _flag(group, "--master-port", int, d.master_port, "vLLM's own, on node 0; 0: any free one, told to all")
 
     group = parser.add_argument_group("transfer")
     _flag(group, "--transport", str, d.transport, "pull: from the trainer's memory, same host", TRANSPORTS)
@@ -232,13 +241,21 @@ def make_options(
     quoted = getattr(args, "trainer", None)
     if quoted and trainer:
         raise ConfigError("the trainer is given twice, by --trainer and after the second --; give it once")
+    place = find_place(args)
+    several = place.nnodes > 1
     return ServeOptions(
+        nnodes=place.nnodes,
+        node_rank=place.node_rank,
+        master_addr=place.master_addr,
+        master_port=place.master_port,
+        place_origin=place.origin,
         model=served[0],
         vllm_args=tuple(served[1:]),
         trainer=tuple(shlex.split(quoted) if quoted else trainer or ()),
         logdir=args.logdir,
         run_dir=args.run_dir,
-        rendezvous_host=args.rendezvous_host,
+        rendezvous_host=args.rendezvous_host
+        or (place.master_addr if several else ServeOptions.rendezvous_host),
         rendezvous_port=args.rendezvous_port,
         heartbeat_interval_s=args.heartbeat_interval,
         deadline_s=args.deadline,

@@ -9,6 +9,7 @@ import argparse
 import os
 import shlex
 import sys
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,17 +57,22 @@ def prepare(options: ServeOptions) -> Supervisor:
 
     options.logdir.mkdir(parents=True, exist_ok=True)
     options.updates.mkdir(mode=0o700, parents=True, exist_ok=True)
+    options.logs.mkdir(parents=True, exist_ok=True)
     run_dir = commands.make_run_dir(options)
     server = read_server_args(options.vllm_args)
-    (options.logdir / URL_NAME).unlink(missing_ok=True)  # of an earlier server that was killed
+    (options.logs / URL_NAME).unlink(missing_ok=True)  # of an earlier server that was killed
     launch = Launch(
         vllm=commands.vllm_command(options, run_dir),
-        daemon=commands.daemon_command(options, run_dir, launcher_pid=os.getpid()),
+        daemon=commands.daemon_command(
+            options, run_dir, launcher_pid=os.getpid(), launch_id=uuid.uuid4().hex
+        ),
         trainer=commands.trainer_command(options),
         server=server,
         public_url=server.url_at(options.rendezvous_host),
         run_dir=run_dir,
-        logdir=options.logdir.absolute(),
+        logdir=options.logs.absolute(),
+        nnodes=options.nnodes,
+        node_rank=options.node_rank,
         limits=Limits(
             start_timeout_s=options.start_timeout_s,
             shutdown_timeout_s=options.shutdown_timeout_s,
@@ -84,14 +90,19 @@ def _serve(args: argparse.Namespace, served: Words, trainer: Words) -> int:
     if args.dry_run:
         return _dry_run(options)
     preflight.refuse(preflight.inspect(options))
+    if options.nnodes > 1:
+        from launch import display
+        from launch.options import read_server_args
+
+        display.show_place(options, read_server_args(options.vllm_args))
     return prepare(options).run()
 
 
 def _dry_run(options: ServeOptions) -> int:
     from launch import commands, display
-    from launch.options import node_faults, read_server_args
+    from launch.options import node_faults, read_server_args, split_faults
 
-    if faults := options.faults() + node_faults(options.vllm_args):
+    if faults := options.faults() + node_faults(options.vllm_args) + split_faults(options):
         raise ConfigError("\n  ".join(faults))
     run_dir = options.run_dir or commands.run_dir_parent() / "vllm-bridge-XXXXXXXX"
     wanted = (

@@ -9,8 +9,9 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from bridge.protocol.mapping import CONFIG_NAME
 from launch.options import ServeOptions, read_server_args
@@ -118,12 +119,51 @@ def vllm_command(options: ServeOptions, run_dir: Path, environ: Mapping[str, str
     # vLLM never removes its ZeroMQ sockets when killed; in the run directory they go with it.
     if "VLLM_RPC_BASE_PATH" not in environ and len(os.fsencode(run_dir)) + 1 + _UUID_CHARS <= MAX_SOCKET_PATH:
         env["VLLM_RPC_BASE_PATH"] = str(run_dir)
-    argv = (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", options.model)
-    return Command(name="vllm", argv=(*argv, *options.vllm_args), env=env)
+    module = "vllm_patching.headless" if options.node_rank else "vllm.entrypoints.openai.api_server"
+    argv = (sys.executable, "-m", module, "--model", options.model, *options.vllm_args)
+    if options.nnodes > 1:
+        argv += _node_flags(options)
+    return Command(name="vllm", argv=argv, env=env)
 
 
-def daemon_command(options: ServeOptions, run_dir: Path, *, launcher_pid: int) -> Command:
-    """The node's weight-updater daemon."""
+def _node_flags(options: ServeOptions) -> tuple[str, ...]:
+    """What vLLM is told of its nodes, but for the master's port: the daemons agree on it."""
+    flags: tuple[str, ...] = ("--nnodes", str(options.nnodes), "--node-rank", str(options.node_rank))
+    flags += ("--master-addr", options.master_addr)
+    if not any(word.partition("=")[0] == "--distributed-executor-backend" for word in options.vllm_args):
+        flags += ("--distributed-executor-backend", "mp")
+    return (*flags, "--headless") if options.node_rank else flags
+
+
+def placed(vllm: Command, nodes: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> Command:
+    """vLLM's command with what its node's daemon has learned: the master's port, and our way to it.
+
+    A host's name may lead to an address that other nodes cannot reach; the way to node 0 surely leads back.
+    """
+    env = dict(vllm.env)
+    if "VLLM_HOST_IP" not in environ:
+        env["VLLM_HOST_IP"] = nodes["address"]
+    interface = _interface(nodes["address"])
+    if "GLOO_SOCKET_IFNAME" not in environ and interface:
+        env["GLOO_SOCKET_IFNAME"] = interface
+    argv = (*vllm.argv, "--master-port", str(nodes["master_port"]))
+    return replace(vllm, argv=argv, env=env)
+
+
+def _interface(address: str) -> str:
+    """The name of the network interface with this address, "" if there is none."""
+    import psutil
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.address.partition("%")[0] == address for one in addresses):
+            return str(name)
+    return ""
+
+
+def daemon_command(
+    options: ServeOptions, run_dir: Path, *, launcher_pid: int, launch_id: str = ""
+) -> Command:
+    """The node's weight-updater daemon; ``launch_id`` names this start of a server on several nodes."""
     flags = {
         "--run-dir": run_dir,
         "--logdir": options.logdir.absolute(),
@@ -142,7 +182,16 @@ def daemon_command(options: ServeOptions, run_dir: Path, *, launcher_pid: int) -
         "--peers": os.pathsep.join(str(peer.absolute()) for peer in options.peers),
         "--launcher-pid": launcher_pid,
     }
-    argv = [sys.executable, "-m", "vllm_patching.daemon"]
+    if options.nnodes > 1:
+        flags |= {
+            "--nnodes": options.nnodes,
+            "--node-rank": options.node_rank,
+            "--master-addr": options.master_addr,
+            "--master-port": options.master_port,
+            "--launch-id": launch_id,
+            "--start-timeout": f"{options.start_timeout_s:g}",
+        }
+    argv = [sys.executable, "-m", "vllm_patching.follower" if options.node_rank else "vllm_patching.daemon"]
     argv += [str(part) for flag in flags.items() for part in flag]
     env = {
         "BRIDGE_RUN_DIR": str(run_dir),
@@ -154,11 +203,11 @@ def daemon_command(options: ServeOptions, run_dir: Path, *, launcher_pid: int) -
 
 
 def trainer_command(options: ServeOptions) -> Command | None:
-    """The user's trainer, told where the mapping is; None if there is none.
+    """The user's trainer, told where the mapping is; None if there is none, or this is not node 0.
 
     It does not get BRIDGE_RUN_DIR: a vLLM that the trainer starts for itself must stay unpatched.
     """
-    if not options.trainer:
+    if not options.trainer or options.node_rank:
         return None
     logdir = options.logdir.absolute()
     env = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,12 +45,14 @@ def show_dry_run(
     options: ServeOptions, server: ServerView, run_dir: Path, commands: Sequence[Command]
 ) -> None:
     """Topology and command lines of a launch that does not happen."""
-    ranks = range(server.world_size)
+    ranks = ranks_here(options, server)
     lines = [
         f"model          {options.model}",
-        f"server         {server.url}",
-        f"inference      {server.world_size} rank(s) on this node: tensor {server.tensor_parallel_size} "
-        f"x pipeline {server.pipeline_parallel_size} x data {server.data_parallel_size}",
+        f"server         {server.url if options.node_rank == 0 else 'on node 0'}",
+        *_place(options, server),
+        f"inference      {server.world_size} rank(s), {len(ranks)} on this node: tensor "
+        f"{server.tensor_parallel_size} x pipeline {server.pipeline_parallel_size} x data "
+        f"{server.data_parallel_size}",
         f"daemon         1, with updaters for ranks {', '.join(map(str, ranks))}",
         f"rendezvous     {options.rendezvous_host}:{options.rendezvous_port or 'any free port'}",
         f"transport      {options.transport}, buckets of {_bucket_size(options.bucket_bytes)}",
@@ -61,6 +64,31 @@ def show_dry_run(
         lines += [f"  {key}={shlex.quote(value)} \\" for key, value in command.env.items()]
         lines += [f"  {command.shown_argv()}"]
     say("\n".join(lines))
+
+
+def ranks_here(options: ServeOptions, server: ServerView) -> range:
+    """The inference ranks of this node; vLLM gives each node a run of them, all equally long."""
+    each = server.world_size // options.nnodes
+    return range(options.node_rank * each, (options.node_rank + 1) * each)
+
+
+def show_place(options: ServeOptions, server: ServerView) -> None:
+    """What this launcher understood of a server on several nodes."""
+    ranks = ", ".join(map(str, ranks_here(options, server)))
+    say("\n".join([*_place(options, server), f"inference      {server.world_size} rank(s), here {ranks}"]))
+
+
+def _place(options: ServeOptions, server: ServerView) -> list[str]:
+    if options.nnodes == 1:
+        return []
+    port = options.master_port or "any free port"
+    part = "the HTTP server, the engine and workers" if options.node_rank == 0 else "workers only"
+    return [
+        f"node           {options.node_rank} of {options.nnodes} on {socket.gethostname()}, by "
+        f"{options.place_origin}: {part}",
+        f"node 0         {options.master_addr}:{port}, tensor {server.tensor_parallel_size} x pipeline "
+        f"{server.pipeline_parallel_size}",
+    ]
 
 
 def _bucket_size(nbytes: int) -> str:
@@ -103,6 +131,10 @@ def _facts(status: dict[str, Any]) -> list[tuple[str, str]]:
             f"updaters {pids.get('updaters')}",
         ),
     ]
+    if nodes := status.get("nodes"):
+        missing = f"; missing {nodes['missing']}" if nodes["missing"] else ""
+        hosts = ", ".join(f"{rank} on {host}" for rank, host in nodes["hosts"].items())
+        facts.append(("nodes", f"{nodes['rank']} of {nodes['count']} asked; {hosts}{missing}"))
     facts += [
         ("waits", f"{wait['who']} for {wait['waits_for']}{_since(wait['since_s'])}")
         for wait in status.get("waits", ())

@@ -29,6 +29,10 @@ _NODES = ("--nnodes", "-n")
 _ANOTHER_NODE = {
     "--node-rank": "-r",
     "--headless": "",
+    "--master-addr": "",
+    "--master-port": "",
+}
+_ANOTHER_ENGINE = {
     "--data-parallel-size-local": "-dpl",
     "--data-parallel-start-rank": "-dpr",
     "--data-parallel-address": "-dpa",
@@ -64,6 +68,11 @@ class ServeOptions:
     peers: tuple[Path, ...] = ()
     update_dir: Path | None = None  # None: <logdir>/updates
     http: bool = False
+    nnodes: int = 1
+    node_rank: int = 0
+    master_addr: str = ""
+    master_port: int = 0
+    place_origin: str = "alone"
     start_timeout_s: float = 1800.0
     shutdown_timeout_s: float = 30.0
     max_daemon_restarts: int = 3
@@ -76,12 +85,40 @@ class ServeOptions:
         return self.update_dir or self.logdir / "updates"
 
     @property
-    def server_restarts(self) -> int:
-        """How often a vLLM that dies is started again: never where trainers send adapters.
+    def logs(self) -> Path:
+        """Where this node's own logs go; ``logdir`` is shared by all nodes."""
+        return self.logdir if self.node_rank == 0 else self.logdir / f"node{self.node_rank}"
 
-        It would come up with the adapters of the files, and a round of the model alone would make it ready.
+    def _node_faults(self) -> list[str]:
+        faults = []
+        if self.nnodes < 1:
+            faults.append(f"--nnodes is {self.nnodes}, the least is 1")
+        elif not 0 <= self.node_rank < self.nnodes:
+            faults.append(
+                f"--node-rank is {self.node_rank}, of {self.nnodes} nodes the last is {self.nnodes - 1}"
+            )
+        if not 0 <= self.master_port < 65536:
+            faults.append(f"--master-port is {self.master_port}, ports end at 65535")
+        if self.nnodes > 1 and self.staging == "in-place":
+            faults.append(
+                "--staging in-place with several nodes: a node that is lost for a moment may still write "
+                "while the engine goes on; leave it out"
+            )
+        if self.nnodes > 1 and self.peers:
+            faults.append(
+                "--peers with several nodes: a version is lent between servers of one node each, as a "
+                "lender sees the memory of its own node only; leave it out"
+            )
+        return faults
+
+    @property
+    def server_restarts(self) -> int:
+        """How often a vLLM that dies is started again: never on several nodes, or if trainers send adapters.
+
+        Of several nodes, a lost part cannot join the others again. With adapters, vLLM would come up with
+        those of the files, and a round of the model alone would make it ready.
         """
-        return 0 if self.sent_adapters else self.max_server_restarts
+        return 0 if self.nnodes > 1 or self.sent_adapters else self.max_server_restarts
 
     @property
     def sent_adapters(self) -> tuple[str, ...]:
@@ -97,7 +134,8 @@ class ServeOptions:
 
     def faults(self) -> list[str]:
         """Values that cannot work, each as a sentence."""
-        faults = [
+        faults = self._node_faults()
+        faults += [
             f"{_flag(name)} is {getattr(self, name):g}, it must be above 0 seconds"
             for name in (
                 "heartbeat_interval_s",
@@ -204,6 +242,28 @@ def read_server_args(args: Sequence[str], environ: Mapping[str, str] = os.enviro
     )
 
 
+def split_faults(options: ServeOptions) -> list[str]:
+    """Why this server's ranks cannot be spread over its nodes, each as a sentence.
+
+    Raises:
+        ConfigError: a number among vLLM's flags is none.
+    """
+    if options.nnodes == 1:
+        return []
+    view, faults = read_server_args(options.vllm_args), []
+    if view.data_parallel_size > 1:
+        faults.append(
+            f"--data-parallel-size {view.data_parallel_size} with --nnodes {options.nnodes}: a server on "
+            "several nodes has one engine; start one server for each engine, one trainer feeds them all"
+        )
+    if view.world_size % options.nnodes:
+        faults.append(
+            f"{view.world_size} rank(s) cannot be spread evenly over --nnodes {options.nnodes}: choose "
+            "tensor and pipeline parallel sizes whose product is a multiple of it"
+        )
+    return faults
+
+
 def loaded_adapters(args: Sequence[str]) -> tuple[str, ...]:
     """The names of the LoRA adapters that vLLM is to load at its start.
 
@@ -245,19 +305,22 @@ def node_faults(args: Sequence[str], environ: Mapping[str, str] = os.environ) ->
     """
     faults = []
     own, args = args, [*_config_file(args), *args]
-    only_one = "this version of the bridge serves from one node; start one server per node instead"
+    only_one = "the bridge's own --nnodes, --node-rank and --master-addr, before the --, pass it on"
     nodes = environ.get("NUM_INFERENCE_NODES", "")
     if nodes and not nodes.isdecimal():
         faults.append(f"NUM_INFERENCE_NODES is {nodes!r}, not a number")
     elif nodes and int(nodes) > 1:
-        faults.append(f"NUM_INFERENCE_NODES is {nodes}, but several nodes are not supported yet: {only_one}")
+        faults.append(f"NUM_INFERENCE_NODES is {nodes}, which the launcher does not follow: {only_one}")
     if _number(args, 1, *_NODES) > 1:
-        faults.append(
-            f"--nnodes {_value(args, *_NODES)} is given, but several nodes are not supported yet: {only_one}"
-        )
+        faults.append(f"--nnodes {_value(args, *_NODES)} is among vLLM's flags: {only_one}")
     for flag, short in _ANOTHER_NODE.items():
         if _is_given(args, flag, short):
-            faults.append(f"{flag} is given, but several nodes are not supported yet: {only_one}")
+            faults.append(f"{flag} is among vLLM's flags: {only_one}")
+    for flag, short in _ANOTHER_ENGINE.items():
+        if _is_given(args, flag, short):
+            faults.append(
+                f"{flag} is given, but engines on several nodes are not supported: start one server each"
+            )
     if environ.get("VLLM_ENABLE_SHARED_WEIGHTS") == "0":
         faults.append(
             "VLLM_ENABLE_SHARED_WEIGHTS is 0, which asks for a server without live weights; unset it, or "

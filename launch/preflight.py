@@ -25,7 +25,7 @@ import bridge
 from bridge.errors import ConfigError, MappingError
 from bridge.protocol import mapping as mapping_file
 from launch import commands, footprint, probe
-from launch.options import ServeOptions, ServerView, node_faults, read_server_args
+from launch.options import ServeOptions, ServerView, node_faults, read_server_args, split_faults
 from vllm_patching.channel import socket_path
 
 MIB = 1 << 20
@@ -67,6 +67,7 @@ def inspect(options: ServeOptions, around: Surroundings | None = None) -> list[F
     findings = [Finding("options", "fault", text) for text in options.faults()]
     try:
         findings += [Finding("topology", "fault", t) for t in node_faults(options.vllm_args, around.environ)]
+        findings += [Finding("topology", "fault", text) for text in split_faults(options)]
         server = read_server_args(options.vllm_args, around.environ)
     except ConfigError as err:
         findings.append(Finding("topology", "fault", str(err)))
@@ -79,7 +80,7 @@ def inspect(options: ServeOptions, around: Surroundings | None = None) -> list[F
         lambda: check_model(options, server, around),
         lambda: check_logdir(options),
         lambda: check_run_dir(options, around),
-        lambda: check_ports(options, server),
+        lambda: check_ports(options, server) if options.node_rank == 0 else [],
         lambda: check_shm(server, around),
         check_amx,
     ]
@@ -248,6 +249,8 @@ def check_logdir(options: ServeOptions) -> list[Finding]:
     fault = _write_fault(logdir)
     if fault:
         return [Finding("logdir", "fault", f"{fault}; choose another --logdir")]
+    if options.node_rank:
+        return [Finding("logdir", "ok", f"{logdir}, shared with node 0")]
     try:
         published = mapping_file.load(logdir / mapping_file.CONFIG_NAME)
     except MappingError:

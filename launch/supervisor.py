@@ -25,7 +25,7 @@ from bridge.protocol import mapping
 from bridge.protocol.mapping import CONFIG_NAME
 from launch import probe, process
 from launch.comeback import Comeback, Restarts, session_of
-from launch.commands import PLUGIN_GROUP, PLUGIN_NAME, Command
+from launch.commands import PLUGIN_GROUP, PLUGIN_NAME, Command, placed
 from launch.options import ServerView
 from launch.output import Relay
 from launch.process import EXIT_SIGNAL_BASE, Child
@@ -41,6 +41,7 @@ PUBLISH_GRACE_S = 30.0
 ORPHAN_GRACE_S = 5.0
 URL_NAME = "server.url"  # in the log directory, while the server is ready
 KILL_TIMEOUT_S = 10.0
+HEAD_WORD_S = 10.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -65,8 +66,10 @@ class Launch:
     server: ServerView
     public_url: str  # where clients on the trainers' hosts reach the server
     run_dir: Path
-    logdir: Path
+    logdir: Path  # of this node's logs
     limits: Limits
+    nnodes: int = 1
+    node_rank: int = 0
 
 
 class StopRequested(Exception):  # not an error: somebody asked
@@ -75,6 +78,10 @@ class StopRequested(Exception):  # not an error: somebody asked
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.number = number
+
+
+class HeadEnded(Exception):  # no error either
+    """The server that this node follows has ended in order."""
 
 
 class Supervisor:
@@ -115,6 +122,9 @@ class Supervisor:
                 # A server that was asked to stop has done its work; a trainer that was has not.
                 unfinished = "trainer" in self.children or not self._ready
                 return EXIT_SIGNAL_BASE + stop.number if unfinished else 0
+            except HeadEnded as end:
+                logger.info("%s: shutting down", end)
+                return 0
             except BridgeError as err:
                 logger.error("%s", err)
                 self._why = str(err)
@@ -124,7 +134,10 @@ class Supervisor:
 
     def _live(self, on_ready: Callable[[], int] | None) -> int:
         self._start(self.launch.daemon)
-        self._start(self.launch.vllm)
+        vllm = self.launch.vllm
+        if self.launch.nnodes > 1:
+            vllm = placed(vllm, self._await_nodes())
+        self._start(vllm)
         self._await_ready()
         if on_ready is not None:
             return on_ready()
@@ -199,8 +212,11 @@ class Supervisor:
         self._wait(TICK_S)
         if self._stop_signals:
             raise StopRequested(self._stop_signals[0])
-        if not self.children["vllm"].alive and (self._comeback is None or self._comeback.started):
-            self._vllm_died(self.children["vllm"])
+        if self.launch.node_rank and not self.children["daemon"].alive:
+            self._follower_ended(self.children["daemon"])
+        vllm = self.children.get("vllm")  # of several nodes, started when all are here
+        if vllm is not None and not vllm.alive and (self._comeback is None or self._comeback.started):
+            self._vllm_died(vllm)
         if self._comeback is not None:
             self._bring_back(self._comeback)
         if not self.children["daemon"].alive:
@@ -208,8 +224,21 @@ class Supervisor:
         if self._daemon_due is not None and self._comeback is None:
             self._welcome_back(self._daemon_due)
 
+    def _follower_ended(self, child: Child) -> None:
+        """A follower's daemon ends in order, or for good, when the server does; else it is started again."""
+        if child.exit_code == 0:
+            raise HeadEnded("node 0 has ended in order")
+        if child.exit_code == PeerLost.exit_code:
+            log = self.launch.logdir / "daemon.log"
+            raise PeerLost(f"node 0 is gone, or has given this node up; see the end of {log}")
+
     def _vllm_died(self, child: Child) -> None:
         log = self.launch.logdir / "vllm.log"
+        if self.launch.node_rank:
+            # vLLM notices before us that node 0 has ended; our daemon knows whether that was in order.
+            self._wait_until(lambda: not self.children["daemon"].alive, HEAD_WORD_S, hurry_after=0)
+            if not self.children["daemon"].alive:
+                self._follower_ended(self.children["daemon"])
         if not self._ready:
             raise BridgeError(f"{child.describe()} before the server was ready; see the end of {log}")
         status = probe.daemon_status(self.launch.run_dir)  # a worker may have died first
@@ -305,8 +334,44 @@ class Supervisor:
 
     # --- getting ready ---------------------------------------------------------------------------------
 
+    def _await_nodes(self) -> dict[str, Any]:
+        """Wait until every node has met node 0; returns what this one's daemon knows of them.
+
+        Only then is vLLM started: its own groups do not say whom they miss.
+
+        Raises:
+            RendezvousError: names the nodes that did not come within ``start_timeout_s``.
+        """
+        deadline = time.monotonic() + self.limits.start_timeout_s
+        while True:
+            self._step()
+            status = probe.daemon_status(self.launch.run_dir)
+            self._refuse_failure(status)
+            if status is not None and not status["nodes"]["missing"]:
+                nodes: dict[str, Any] = status["nodes"]
+                hosts = ", ".join(f"node {rank} on {host}" for rank, host in nodes["hosts"].items())
+                logger.info("every node is here (%s); vLLM's master is %s:%d", hosts,
+                            nodes["master_addr"], nodes["master_port"])  # fmt: skip
+                return nodes
+            if time.monotonic() > deadline:
+                missing = status["nodes"]["missing"] if status is not None else "?"
+                raise RendezvousError(
+                    f"node {self.launch.node_rank} of {self.launch.nnodes} waited --start-timeout "
+                    f"{self.limits.start_timeout_s:g} s for node(s) {missing}: {_say(status)}"
+                )
+
+    def _refuse_failure(self, status: dict[str, Any] | None) -> None:
+        if status is None:
+            return
+        if status["state"] == "failed":
+            raise ConfigError(f"the daemon cannot serve this model: {status['detail']}")
+        if status.get("given_up"):
+            raise PeerLost(status["given_up"])
+
     def _await_ready(self) -> None:
         """Wait until vLLM answers /health and every worker has published to the daemon.
+
+        On a node that follows there is no HTTP server to ask.
 
         Raises:
             ConfigError: the server is up, but the plugin is not in it; or the daemon refused a worker.
@@ -319,16 +384,16 @@ class Supervisor:
             self._observe(every_s=OBSERVE_INTERVAL_S)
             now = time.monotonic()
             status = probe.daemon_status(self.launch.run_dir)
-            if status is not None and status["state"] == "failed":
-                raise ConfigError(f"the daemon cannot serve this model: {status['detail']}")
-            if healthy_since is None and probe.is_healthy(self.launch.server):
+            self._refuse_failure(status)
+            if healthy_since is None and (self.launch.node_rank or probe.is_healthy(self.launch.server)):
                 healthy_since = now
             if healthy_since is not None:
                 if status is not None and _serves(status):
                     self._behind = status["state"] == "recovering"
                     self._announce(status, now - began)
                     return
-                self._refuse_missing_plugin(status, now - healthy_since)
+                if not self.launch.node_rank:
+                    self._refuse_missing_plugin(status, now - healthy_since)
             if now - began > self.limits.start_timeout_s:
                 health = "answers" if healthy_since is not None else "does not answer"
                 raise RendezvousError(
@@ -354,6 +419,11 @@ class Supervisor:
     def _announce(self, status: dict[str, Any], took_s: float) -> None:
         self._ready = True
         self._observe(every_s=0.0)
+        if self.launch.node_rank:
+            ranks = [row["rank"] for row in status["ranks"]]
+            logger.info("ready after %.1f s: this node has rank(s) %s of %s of %s", took_s, ranks,
+                        status["world_size"], status["model"])  # fmt: skip
+            return
         self._write_url()
         logger.info(
             "ready after %.1f s: %s serves %s on %s rank(s); mapping %s, rendezvous %s",

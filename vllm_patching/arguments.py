@@ -27,6 +27,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--prefix-cache", choices=("salt", "keep"), default="salt")
     parser.add_argument("--update-dir", type=Path)
     parser.add_argument("--peers", default="")
+    parser.add_argument("--nnodes", type=int, default=1)
+    parser.add_argument("--node-rank", type=int, default=0)
+    parser.add_argument("--master-addr", default="")
+    parser.add_argument("--master-port", type=int, default=0)
+    parser.add_argument("--launch-id", default="")
+    parser.add_argument("--start-timeout", type=float, default=1800.0)
     parser.add_argument("--launcher-pid", type=int, default=os.getppid())
     args = parser.parse_args(argv)
     args.update_dir = args.update_dir or args.logdir

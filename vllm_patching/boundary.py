@@ -39,16 +39,19 @@ class Boundary:
         timeout_s: float,
         first_death: Callable[[], str],
         before_commit: Callable[[int], None] = lambda _: None,
+        watch: Callable[[bool], None] = lambda _: None,
     ) -> None:
         """``timeout_s`` bounds each wait; ``first_death`` names whose death ended vLLM, "" if nobody's.
 
-        ``before_commit`` is told each version right before it is asked for.
+        ``before_commit`` is told each version right before it is asked for. ``watch`` is told before and
+        after a wait: words of other nodes' ranks come by message.
         """
         assert registry.control is not None
         self.page: ControlPage = registry.control
         self.timeout_s = timeout_s
         self._registry = registry
         self._first_death = first_death
+        self._watch = watch
         self._before_commit = before_commit
 
     @property
@@ -142,6 +145,21 @@ class Boundary:
             raise TransferError(f"{before}, but {gone}")
 
     def _ask(
+        self,
+        ask: Callable[[], None],
+        done: Callable[[], bool],
+        *,
+        before: str,
+        failure: str,
+        late: Callable[[], str],
+    ) -> None:
+        self._watch(True)
+        try:
+            self._ask_and_wait(ask, done, before=before, failure=failure, late=late)
+        finally:
+            self._watch(False)
+
+    def _ask_and_wait(
         self,
         ask: Callable[[], None],
         done: Callable[[], bool],

@@ -147,6 +147,16 @@ class RankSlot:
         self._words[5] += 1
         self._words[0] = version
 
+    @property
+    def words(self) -> tuple[int, ...]:
+        """All of them, as ``copy`` takes them."""
+        return tuple(self._words)
+
+    def copy(self, words: tuple[int, ...]) -> None:
+        """Take over what the worker wrote into another node's page; the version last, as in ``record``."""
+        for index in reversed(range(len(self._words))):
+            self._words[index] = words[index]
+
     def fail(self) -> None:
         """Count a flip that did not happen."""
         self._words[3] += 1

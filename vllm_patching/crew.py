@@ -9,9 +9,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from bridge import flight
 from bridge.errors import BridgeError, TransferError
@@ -34,13 +35,43 @@ class Report:
     message: dict[str, Any] | None
 
 
+class Limb(Protocol):
+    """Another node's part of a crew."""
+
+    lost: str
+
+    @property
+    def ranks(self) -> list[int]: ...
+
+    def start(self, crew: Crew, *, on_gpu: bool) -> None: ...
+
+    def order(self, message: dict[str, Any], ranks: dict[int, dict[str, Any]]) -> None: ...
+
+    def describe(self, rank: int) -> str: ...
+
+    def pids(self) -> dict[int, int]: ...
+
+    def end(self) -> None: ...
+
+
 class Crew:
     """All updaters of one epoch. A crew is never reused: a fresh one has no half-finished transfer."""
 
     def __init__(
-        self, num_ranks: int, run_dir: Path, reports: queue.SimpleQueue[Any], *, on_gpu: bool
+        self,
+        num_ranks: int,
+        run_dir: Path,
+        reports: queue.SimpleQueue[Any],
+        *,
+        on_gpu: bool,
+        ranks: Sequence[int] | None = None,
+        limbs: Sequence[Limb] = (),
+        on_ready: Callable[[int], None] = lambda _: None,
     ) -> None:
+        """``ranks`` are those with an updater on this node (default: all), ``limbs`` have the others'."""
         self.num_ranks = num_ranks
+        self._limbs = {rank: limb for limb in limbs for rank in limb.ranks}
+        self._on_ready = on_ready
         self._reports = reports
         self._channels: dict[int, Channel] = {}
         self._ready: set[int] = set()
@@ -61,8 +92,10 @@ class Crew:
                 ],
                 env=_environment(on_gpu=on_gpu),
             )
-            for rank in range(num_ranks)
+            for rank in (range(num_ranks) if ranks is None else ranks)
         }
+        for limb in limbs:
+            limb.start(self, on_gpu=on_gpu)
 
     def adopt(self, rank: int, channel: Channel) -> None:
         """An updater has introduced itself and been answered."""
@@ -87,11 +120,16 @@ class Crew:
                     self._reports.put(Report(self, rank, None))
                 return
             if message["type"] == "ready":
-                with self._here:
-                    self._ready.add(rank)
-                    self._here.notify_all()
+                self.mark_ready(rank)
                 continue
             self._reports.put(Report(self, rank, message))
+
+    def mark_ready(self, rank: int) -> None:
+        """An updater is ready for its first round."""
+        with self._here:
+            self._ready.add(rank)
+            self._here.notify_all()
+        self._on_ready(rank)
 
     def wait_all(self, timeout_s: float = START_TIMEOUT_S) -> None:
         """Wait until every updater is ready for its first round.
@@ -102,7 +140,10 @@ class Crew:
         deadline = time.monotonic() + timeout_s
         with self._here:
             while absent := sorted(set(range(self.num_ranks)) - self._ready):
-                if dead := [rank for rank in absent if self.processes[rank].poll() is not None]:
+                if lost := [limb.lost for limb in self._limbs.values() if limb.lost]:
+                    raise TransferError(f"the updaters of ranks {absent} went with their node: {lost[0]}")
+                processes = {rank: self.processes[rank] for rank in absent if rank in self.processes}
+                if dead := [rank for rank, process in processes.items() if process.poll() is not None]:
                     self._reports.put(Report(self, dead[0], None))  # it had no connection whose end tells
                     raise TransferError(f"{self.describe(dead[0])} died before it was ready; see daemon.log")
                 if time.monotonic() > deadline:
@@ -121,6 +162,8 @@ class Crew:
                 channel.send({**message, **(ranks or {}).get(rank, {})})
             except ChannelClosed as err:
                 raise TransferError(f"{self.describe(rank)} is gone: {err}") from err
+        for limb in dict.fromkeys(self._limbs.values()):
+            limb.order(message, ranks or {})
 
     def post(self, kind: str) -> None:
         """Put a note to the crew's owner behind all that has been reported so far."""
@@ -128,6 +171,8 @@ class Crew:
 
     def describe(self, rank: int) -> str:
         """Name one updater, with its exit code if it ended."""
+        if (limb := self._limbs.get(rank)) is not None:
+            return limb.describe(rank)
         process = self.processes[rank]
         code = process.poll()
         ended = f", ended with {code}" if code is not None else ""
@@ -135,13 +180,18 @@ class Crew:
 
     def pids(self) -> list[int]:
         """Process ids by rank."""
-        return [self.processes[rank].pid for rank in sorted(self.processes)]
+        pids = {rank: process.pid for rank, process in self.processes.items()}
+        for limb in dict.fromkeys(self._limbs.values()):
+            pids |= limb.pids()
+        return [pids[rank] for rank in sorted(pids)]
 
     def end(self) -> None:
         """Kill every updater: they hold nothing that must be saved, and a transfer cannot be interrupted."""
         self._ending = True
         for process in self.processes.values():
             process.kill()
+        for limb in dict.fromkeys(self._limbs.values()):
+            limb.end()
         for rank, process in self.processes.items():
             try:
                 process.wait(END_TIMEOUT_S)

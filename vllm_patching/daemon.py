@@ -35,20 +35,33 @@ from vllm_patching.boundary import Boundary
 from vllm_patching.channel import listen, socket_path
 from vllm_patching.crew import Crew, Report
 from vllm_patching.epoch import Epoch, Limits
-from vllm_patching.events import Asked, Broken, Heard, Learned, Lost, Notified, Requested, Stop
+from vllm_patching.events import (
+    ASKED,
+    Asked,
+    Broken,
+    Heard,
+    Learned,
+    Lost,
+    NodeFailed,
+    Notified,
+    Requested,
+    Stop,
+)
 from vllm_patching.file_round import stage_file
 from vllm_patching.fixed_arena import COPY, IN_PLACE
 from vllm_patching.frontdesk import FrontDesk, start_thread
 from vllm_patching.lending import Lending
+from vllm_patching.link import End
 from vllm_patching.newest import Newest
+from vllm_patching.nodes import Nodes
 from vllm_patching.registry import Registry
+from vllm_patching.status import describe
 from vllm_patching.swap import DoubleStaging, InPlaceStaging, Swap
 
 logger = logging.getLogger("vllm_patching.daemon")  # __name__ is __main__ here
 
 DOORMAN_POLL_S = 0.05
 TICKET_GRACE_S = 2.0
-VLLM_EXIT_TIMEOUT_S = 20.0
 MAX_IDLE_DEATHS = 5
 BUCKET_BYTES = {False: 64 << 20, True: 256 << 20}  # on a GPU?
 
@@ -68,6 +81,7 @@ class Daemon:
         self.mapping: Mapping | None = None
         self.store: Any = None
         self.secret = secrets.token_hex(16)
+        self.nodes = Nodes(self) if args.nnodes > 1 else None
         self.boundary: Boundary | None = None
         self.swap: Swap | None = None
         self.crew: Crew | None = None
@@ -78,7 +92,8 @@ class Daemon:
         self.idle_deaths = 0
         self.failed = ""
         self._first_death = ""
-        self._given_up = ""
+        self.given_up = ""
+        self._final = False  # whether the server ends with the daemon
         self._closing = False
         self.published = False  # whether the vLLM that was published is still there, all of it
         self.handled = threading.Condition()  # notified behind each event, for those who wait for a round
@@ -95,11 +110,13 @@ class Daemon:
     def run(self) -> int:
         """Handle events until told to stop; returns the exit code."""
         listener = listen(self.args.run_dir)
-        start_thread("bridge-accept", FrontDesk(self).accept, listener)
+        start_thread("bridge-accept", FrontDesk(self, head=self).accept, listener)
         signal.signal(signal.SIGTERM, lambda *_: self.events.put(Stop("SIGTERM")))
         signal.signal(signal.SIGINT, lambda *_: self.events.put(Stop("SIGINT")))
         logger.info("listening on %s", socket_path(self.args.run_dir))
         try:
+            if self.nodes is not None:
+                self.nodes.listen()
             while True:
                 event = self._next_event()
                 if isinstance(event, Stop):
@@ -107,6 +124,7 @@ class Daemon:
                     why = f"the launcher (pid {self.args.launcher_pid}) died" if orphaned else event.why
                     logger.info("ending: %s", why)
                     self.last_error = why
+                    self._final = event.final or orphaned
                     return 0
                 if isinstance(event, Broken):
                     raise TransferError(event.why)
@@ -124,16 +142,21 @@ class Daemon:
     def _next_event(self) -> Any:
         """Wait for an event; None if the server was ended because torn weights were not repaired in time."""
         due = self.swap.repair_due if self.swap is not None else None
-        if due is None or self.in_round or self._given_up or not self.published:
+        if due is None or self.in_round or self.given_up or not self.published:
             return self.events.get()
         try:
             return self.events.get(timeout=max(0.0, due - time.monotonic()))
         except queue.Empty:
             assert self.swap is not None
             assert self.boundary is not None
-            self._given_up = self.last_error = f"no complete round came in time: {self.swap.torn}"
-            self.boundary.end_engines(self._given_up)
+            self.given_up = self.last_error = f"no complete round came in time: {self.swap.torn}"
+            self.boundary.end_engines(self.given_up)
             return None
+
+    @property
+    def _over(self) -> bool:
+        """Whether nothing can bring the server back: of several nodes, none is started again by itself."""
+        return self.nodes is not None and bool(self.given_up)
 
     @property
     def rounds_ended(self) -> int:
@@ -148,8 +171,12 @@ class Daemon:
         return self.epoch is not None and self.epoch.machine.state is not State.IDLE
 
     def _handle(self, event: Any) -> None:
+        if self.nodes is not None:
+            self.nodes.admit_waiting()
         if isinstance(event, Lost):
             self._vllm_lost(event.who)
+        elif isinstance(event, NodeFailed):
+            self._give_up(event.why)
         elif isinstance(event, Requested):
             self._admit(event.request)
         elif isinstance(event, Asked):
@@ -159,17 +186,20 @@ class Daemon:
         elif isinstance(event, Notified):
             event.reply.put(stage_file(self, event))
         elif isinstance(event, Report):
-            if self.epoch is not None and event.crew is self.epoch.crew:
-                self.epoch.on_report(event)
-            elif event.crew is self.crew and event.message is None:
-                self._replace_idle_crew(self.crew.describe(event.rank))
+            self._hear_updater(event)
         elif isinstance(event, Heard) and event.epoch is self.epoch:
             event.epoch.on_control(event.event)
         if self.epoch is not None:
             self._settle(self.epoch)
-        if self.registry.complete and not self.published:
-            self._first_death = self._given_up = ""
+        if self.registry.complete and not self.published and not self._over:
+            self._first_death = self.given_up = ""
             self._publish()
+
+    def _hear_updater(self, report: Report) -> None:
+        if self.epoch is not None and report.crew is self.epoch.crew:
+            self.epoch.on_report(report)
+        elif report.crew is self.crew and report.message is None:
+            self._replace_idle_crew(self.crew.describe(report.rank))
 
     def _learn(self, version: int) -> None:
         """A peer serves ``version``."""
@@ -217,6 +247,9 @@ class Daemon:
         """What clients get now, for the log."""
         if self.swap is not None and self.swap.torn:
             return "nothing is served"
+        here = self.registry.control is not None and not self.given_up
+        if here and self.nodes is not None and self.nodes.missing:
+            return f"version {self.live_version} is served on; nodes {self.nodes.missing} are waited for"
         if not self.registry.complete:
             return "vLLM is not complete any more, and serves nothing or will end"
         return f"version {self.live_version} is served on"
@@ -274,6 +307,8 @@ class Daemon:
             meeting.port,
         )
         self.published = True
+        if self.nodes is not None:
+            self.nodes.publish()
         self.new_crew()
         self.lending.watch()
         self.borrowing.begin()
@@ -290,6 +325,7 @@ class Daemon:
             timeout_s=limits.commit_timeout_s,
             first_death=lambda: self._first_death,
             before_commit=self.newest.raise_to,
+            watch=self.nodes.watch if self.nodes is not None else lambda _: None,
         )
         # What the workers have, whatever the launcher said: an earlier daemon may have published for them.
         kinds = {worker.hello["arena"] for worker in self.registry.workers.values()}
@@ -321,7 +357,19 @@ class Daemon:
             return
         assert self.mapping is not None
         num_ranks = self.mapping.num_inference_ranks
-        self.crew = Crew(num_ranks, self.args.run_dir, self.events, on_gpu=self._on_gpu)
+        if self.nodes is None:
+            self.crew = Crew(num_ranks, self.args.run_dir, self.events, on_gpu=self._on_gpu)
+            return
+        # A node may be lost already, and the news on its way: no round can begin until it is back.
+        complete = self.registry.complete
+        self.crew = Crew(
+            num_ranks,
+            self.args.run_dir,
+            self.events,
+            on_gpu=self._on_gpu,
+            ranks=self.registry.ranks_of(0) if complete else (),
+            limbs=list(self.nodes.here.values()) if complete else (),
+        )
 
     def _replace_idle_crew(self, who: str) -> None:
         self.idle_deaths += 1
@@ -337,7 +385,7 @@ class Daemon:
         flight.note("lost", what=who)
         if not self._first_death:
             # One death ends all of vLLM: the first is the cause, the others follow from it.
-            self._first_death = self.last_error = self._given_up or f"{who} is gone"
+            self._first_death = self.last_error = self.given_up or f"{who} is gone"
         self.published = False
         self.borrowing.close()
         self.lending.reclaim("vLLM is gone, and its memory must be free")
@@ -345,6 +393,21 @@ class Daemon:
             self.epoch.fail(self._first_death)  # and its updaters end with it
         elif self.crew is not None:
             self.new_crew()
+
+    def _give_up(self, why: str) -> None:
+        """A part of vLLM on another node is gone: the rest cannot serve, and does not notice while idle."""
+        logger.error("%s", why)
+        if not self.given_up:
+            self.given_up = self.last_error = self._first_death = why
+            self.published = False
+            if self.boundary is not None:
+                self.boundary.end_engines(why)
+        if self.epoch is not None:
+            self.epoch.fail(self.given_up)
+
+    def describe(self) -> dict[str, Any]:
+        """The status, for whoever asks."""
+        return describe(self)
 
     # --- rounds ------------------------------------------------------------------------------------
 
@@ -482,15 +545,13 @@ class Daemon:
             self.crew.end()
         if self.swap is not None:
             self.swap.let_go()
+        if self.nodes is not None:
+            why = "" if self.last_error == ASKED else self.last_error or ""
+            self.nodes.end(End(why) if self._final else None)
         listener.close()
         socket_path(self.args.run_dir).unlink(missing_ok=True)
         if os.getppid() != self.args.launcher_pid:
-            # The launcher was killed: nobody else is left to clean up behind vLLM.
-            self._shm |= residue.snapshot(self.vllm_pids)  # some are mapped only after the publication
-            residue.end_processes(self.vllm_pids, timeout_s=VLLM_EXIT_TIMEOUT_S)
-            for path in residue.sweep(self._shm):
-                logger.info("removed %s, left behind by vLLM", path)
-            residue.remove_run_dir(self.args.run_dir)
+            residue.clean_up_behind(self.vllm_pids, self._shm, self.args.run_dir)
 
 
 def main() -> int:

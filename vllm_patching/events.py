@@ -10,6 +10,8 @@ from bridge.wire import rendezvous
 from bridge.wire.control import Event
 from vllm_patching.epoch import Epoch
 
+ASKED = "shutdown requested"
+
 
 @dataclass(frozen=True)
 class Requested:
@@ -57,6 +59,13 @@ class Lost:
 
 
 @dataclass(frozen=True)
+class NodeFailed:
+    """Another node's part of the server is gone for good, and the server with it."""
+
+    why: str
+
+
+@dataclass(frozen=True)
 class Broken:
     """A thread the daemon cannot do without has ended; the launcher starts another daemon."""
 
@@ -65,6 +74,7 @@ class Broken:
 
 @dataclass(frozen=True)
 class Stop:
-    """The daemon is to end."""
+    """The daemon is to end; ``final`` if the server ends with it, as none will be started again."""
 
     why: str
+    final: bool = False

@@ -15,7 +15,7 @@ import msgspec
 from bridge.errors import BridgeError, ConfigError, ProtocolError, TransferError
 from vllm_patching import introductions
 from vllm_patching.channel import Channel, PeerRefused, close_all
-from vllm_patching.events import Lost, Notified, Stop
+from vllm_patching.events import ASKED, Lost, Notified, Stop
 from vllm_patching.file_round import STAGE_FILE_TIMEOUT_S
 from vllm_patching.introductions import (
     EngineHello,
@@ -27,14 +27,15 @@ from vllm_patching.introductions import (
     UpdaterHello,
     WorkerHello,
 )
-from vllm_patching.status import describe
 
 if TYPE_CHECKING:
     from vllm_patching.daemon import Daemon
+    from vllm_patching.follower import Follower
 
 logger = logging.getLogger(__name__)
 
 HELLO_TIMEOUT_S = 30.0
+FOLLOWS = "this node follows another; ask the daemon of node 0"
 
 
 def start_thread(name: str, target: Callable[..., None], *args: Any) -> threading.Thread:
@@ -47,8 +48,10 @@ def start_thread(name: str, target: Callable[..., None], *args: Any) -> threadin
 class FrontDesk:
     """Answers connections in threads of their own; what changes the daemon's state goes into its queue."""
 
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, daemon: Daemon | Follower, head: Daemon | None = None) -> None:
+        """``head`` is the same daemon where it has rounds of its own."""
         self._daemon = daemon
+        self._head = head
 
     def accept(self, listener: socket.socket) -> None:
         """Let connections in until ``listener`` is closed; each is answered by a thread of its own."""
@@ -101,15 +104,17 @@ class FrontDesk:
         self, request: StatusRequest | ShutdownRequest | UpdateRequest | RoundRequest
     ) -> dict[str, Any]:
         if isinstance(request, StatusRequest):
-            return describe(self._daemon)
-        if isinstance(request, RoundRequest):
-            return self._await_round(request)
+            return self._daemon.describe()
         if isinstance(request, ShutdownRequest):
-            self._daemon.events.put(Stop(request.why or "shutdown requested"))
+            self._daemon.events.put(Stop(request.why or ASKED, final=True))
             return {"type": "ok"}
+        if (head := self._head) is None:
+            return {"type": "error", "error": FOLLOWS}
+        if isinstance(request, RoundRequest):
+            return self._await_round(head, request)
         reply: queue.Queue[dict[str, Any]] = queue.Queue()
-        self._daemon.events.put(Notified(request.path, request.version, reply))
-        patience_s = STAGE_FILE_TIMEOUT_S + self._daemon.limits.commit_timeout_s
+        head.events.put(Notified(request.path, request.version, reply))
+        patience_s = STAGE_FILE_TIMEOUT_S + head.limits.commit_timeout_s
         try:
             return reply.get(timeout=patience_s)
         except queue.Empty:
@@ -117,13 +122,13 @@ class FrontDesk:
                 f"no outcome of the update from {request.path} within {patience_s:g} s"
             ) from None
 
-    def _await_round(self, order: RoundRequest) -> dict[str, Any]:
+    def _await_round(self, here: Daemon, order: RoundRequest) -> dict[str, Any]:
         """The status, once what is waited for has come, or cannot come any more, or time is up.
 
         With a ``version`` that is its commit, or an abort more than ``aborted``; without, the end of more
         rounds than ``ended``. Another daemon than ``daemon`` has counted none of them.
         """
-        here, version = self._daemon, order.version
+        version = order.version
 
         def settled() -> bool:
             if order.daemon != os.getpid():
@@ -134,7 +139,7 @@ class FrontDesk:
 
         with here.handled:
             here.handled.wait_for(settled, timeout=order.timeout_s)
-        return describe(here)
+        return here.describe()
 
     def _keep(self, hello: dict[str, Any], fds: tuple[int, ...], channel: Channel) -> None:
         try:
@@ -177,7 +182,10 @@ class FrontDesk:
 
     def _welcome_lender(self, hello: LenderHello, channel: Channel) -> None:
         """Show the helper what is live: one message for each rank."""
-        lending, mapping, registry = self._daemon.lending, self._daemon.mapping, self._daemon.registry
+        if self._head is None:
+            channel.send({"type": "error", "error": FOLLOWS})
+            return
+        lending, mapping, registry = self._head.lending, self._head.mapping, self._head.registry
         with registry.lock:
             workers = [registry.workers.get(rank) for rank in range(len(lending.halves))]
             if hello.pid != lending.pid or mapping is None or None in workers:

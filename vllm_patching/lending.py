@@ -103,6 +103,8 @@ class Lending:
 
     def _refusal(self, loan: rendezvous.Loan) -> str:
         here = self._daemon
+        if here.nodes is not None:
+            return "it runs on several nodes, and one lender sees the memory of one node"
         if not here.published or here.mapping is None or here.swap is None:
             return "vLLM is not complete there"
         if here.swap.torn:

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -17,13 +17,22 @@ from vllm_patching.channel import Channel
 from vllm_patching.control_page import ControlPage
 
 
+class Wire(Protocol):
+    """How a member is told something: its own connection, or the way to its node."""
+
+    def send(self, message: dict[str, Any], fds: tuple[int, ...] = ()) -> None: ...
+
+    def close(self) -> None: ...
+
+
 @dataclass(eq=False)  # a process is itself, whatever it says
 class Member:
     """One registered process of vLLM: its introduction, its connection and the descriptors it handed over."""
 
     hello: dict[str, Any]
-    channel: Channel
+    channel: Wire
     fds: tuple[int, ...] = ()
+    node: int = 0
 
     @property
     def who(self) -> str:
@@ -34,7 +43,10 @@ class Member:
 
 @dataclass
 class Registry:
-    """All members of a node. Guarded by ``lock``; ``on_change`` is called without it."""
+    """All members of a node, at the head of several also theirs.
+
+    Guarded by ``lock``; ``on_change`` is called without it.
+    """
 
     on_change: Callable[[], None]
     num_engines: int = 1
@@ -68,6 +80,30 @@ class Registry:
                 os.close(control_fd)
         self.on_change()
         return member
+
+    def admit_remote(self, hello: dict[str, Any], channel: Wire, *, node: int) -> Member | None:
+        """Register a worker that another node's daemon has answered and keeps the descriptors of.
+
+        Returns:
+            None if nobody is here any more who has the control page.
+
+        Raises:
+            ConfigError: it contradicts who is registered already.
+        """
+        with self.lock:
+            if self.control is None:
+                return None
+            member = Member(hello, channel, node=node)
+            self._check_place(member, self.workers, hello["rank"], self.control.num_ranks)
+            self._check_worker(hello)
+            self.workers[hello["rank"]] = member
+        self.on_change()
+        return member
+
+    def ranks_of(self, node: int) -> list[int]:
+        """The inference ranks of one node that are registered now."""
+        with self.lock:
+            return sorted(rank for rank, worker in self.workers.items() if worker.node == node)
 
     def _register(self, member: Member, control_fd: int) -> None:
         hello = member.hello

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 SHM_DIR = Path("/dev/shm")
 KILL_TIMEOUT_S = 5.0
+VLLM_EXIT_TIMEOUT_S = 20.0
 _GONE = (psutil.NoSuchProcess, psutil.ZombieProcess)
 
 
@@ -174,3 +175,18 @@ def remove_run_dir(run_dir: Path) -> None:
         return  # somebody else has cleaned up already
     except OSError as err:
         logger.warning("the run directory %s stays behind: %s", run_dir, err.strerror)
+
+
+def clean_up_behind(pids: Iterable[int], shm: Iterable[Path], run_dir: Path) -> None:
+    """What a launcher that was killed would have done: nobody but its daemon is left to.
+
+    Args:
+        pids: of vLLM.
+        shm: what they were seen to map; more may be mapped since.
+    """
+    pids = set(pids)
+    mapped = set(shm) | snapshot(pids)
+    end_processes(pids, timeout_s=VLLM_EXIT_TIMEOUT_S)
+    for path in sweep(mapped):
+        logger.info("removed %s, left behind by vLLM", path)
+    remove_run_dir(run_dir)

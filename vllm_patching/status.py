@@ -20,6 +20,8 @@ def describe(daemon: Daemon) -> dict[str, Any]:
     members = f"{here} of {world_size or '?'} worker(s) and {engines}"
     state, detail = _state(daemon, members)
     ranks = range(mapping.num_inference_ranks) if mapping and page else range(0)
+    if daemon.nodes is not None and daemon.nodes.missing:
+        detail += f"; nodes {daemon.nodes.missing} of {daemon.nodes.nnodes} are missing"
     return {
         "type": "status",
         "state": state,
@@ -43,6 +45,8 @@ def describe(daemon: Daemon) -> dict[str, Any]:
         "rounds": {"committed": daemon.committed, "aborted": daemon.aborted},
         "last_error": daemon.last_error,
         "last_round": daemon.last_round,
+        "given_up": daemon.given_up,
+        "nodes": daemon.nodes.describe() if daemon.nodes else None,
         "waits": waiting.describe(daemon),
         "ranks": [
             {

@@ -22,6 +22,8 @@ def describe(daemon: Daemon) -> list[dict[str, Any]]:
     """
     if daemon.mapping is None:
         return [_entry("daemon", _missing(daemon), None)]
+    if daemon.nodes is not None and daemon.nodes.missing:
+        return [_entry("daemon", f"nodes {daemon.nodes.missing} to come back", None)]
     epoch = daemon.epoch
     if epoch is None:
         waits_for = "an update file to be staged" if daemon.filing else "a trainer"
@@ -36,6 +38,8 @@ def _entry(who: str, waits_for: str, since: float | None) -> dict[str, Any]:
 
 def _missing(daemon: Daemon) -> str:
     registry = daemon.registry
+    if daemon.nodes is not None and daemon.nodes.missing:
+        return f"nodes {daemon.nodes.missing} to join"
     if registry.world_size is None:
         return "vLLM to publish its memory"
     workers = sorted(set(range(registry.world_size)) - registry.workers.keys())

@@ -125,7 +125,8 @@ class Server:
     """``python -m bridge.launch serve`` (or a plain vLLM), in a process of its own."""
 
     def __init__(self, model: Path, logdir: Path, *, flags: Sequence[str] = (), bridge: bool = True,
-                 bridge_flags: Sequence[str] = (), env: dict[str, str] | None = None) -> None:  # fmt: skip
+                 bridge_flags: Sequence[str] = (), env: dict[str, str] | None = None,
+                 prefix: Sequence[str] = (), console: str = "console.log") -> None:  # fmt: skip
         self.model, self.logdir = model, logdir
         logdir.mkdir(parents=True, exist_ok=True)
         self.port = free_port()
@@ -143,8 +144,8 @@ class Server:
                 str(model),
                 *common,
             ]
-        self.command = command
-        self.log = logdir / "console.log"
+        self.command = command = [*prefix, *command]
+        self.log = logdir / console
         with self.log.open("wb") as file:
             self.process = subprocess.Popen(
                 command, stdout=file, stderr=subprocess.STDOUT, env=environment(**(env or {})), cwd=logdir

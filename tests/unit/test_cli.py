@@ -16,7 +16,7 @@ import pytest
 from bridge.errors import ConfigError, MappingError
 from bridge.protocol import mapping
 from launch import arguments, cli, commands
-from launch.options import ServeOptions, loaded_adapters, node_faults, read_server_args
+from launch.options import ServeOptions, loaded_adapters, node_faults, read_server_args, split_faults
 
 ROOT = Path(__file__).parents[2]
 HELP_BUDGET_S = 0.5
@@ -198,7 +198,8 @@ def test_vllms_config_file_is_read_and_the_command_line_wins(tmp_path):
         ((), {"NUM_INFERENCE_NODES": "2"}, "NUM_INFERENCE_NODES is 2"),
         ((), {"VLLM_ENABLE_SHARED_WEIGHTS": "0"}, "unset it"),
         (("-n", "2"), {}, "--nnodes 2"),
-        (("--headless",), {}, "--headless is given"),
+        (("--headless",), {}, "--headless is among vLLM's flags"),
+        (("--master-port=1",), {}, "--master-port is among vLLM's flags"),
         (("-dpn", "1"), {}, "--data-parallel-rank is given"),
         (("--data-parallel-external-lb",), {}, "--data-parallel-external-lb is given"),
         (("--data_parallel_hybrid_lb",), {}, "--data-parallel-hybrid-lb is given"),
@@ -208,6 +209,47 @@ def test_vllms_config_file_is_read_and_the_command_line_wins(tmp_path):
 def test_what_this_version_cannot_do_is_refused(args, environ, said):
     (fault,) = node_faults(args, environ)
     assert said in fault
+
+
+def test_a_node_that_follows_has_workers_only():
+    options = parse("serve", "--nnodes=2", "--node-rank=1", "--master-addr=127.0.0.1", "--", "m", "-tp", "4")
+    assert (options.rendezvous_host, options.logs) == ("127.0.0.1", options.logdir / "node1")
+    assert (options.server_restarts, parse("serve", "--", "m").server_restarts) == (0, 3)
+    vllm = commands.placed(
+        commands.vllm_command(options, Path("/run"), environ={}),
+        {"address": "127.0.0.1", "master_port": 77},
+        environ={},
+    )
+    assert vllm.argv[2] == "vllm_patching.headless"
+    assert "--headless" in vllm.argv
+    assert vllm.argv[-2:] == ("--master-port", "77")
+    assert vllm.env["VLLM_HOST_IP"] == "127.0.0.1"
+    assert vllm.env["GLOO_SOCKET_IFNAME"] == "lo"
+    daemon = commands.daemon_command(options, Path("/run"), launcher_pid=1, launch_id="x")
+    assert daemon.argv[2] == "vllm_patching.follower"
+    again = parse("serve", "--nnodes=2", "--node-rank=1", "--master-addr=a", "--trainer=x", "--", "m")
+    assert commands.trainer_command(again) is None, "node 0 starts it; srun gives all the same words"
+    done = run(
+        "serve", "--dry-run", "--nnodes=2", "--node-rank=1", "--master-addr=10.0.0.1", "--", "m", "-tp", "4"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "node           1 of 2 on " in done.stdout
+    assert "node 0         10.0.0.1:any free port, tensor 4 x pipeline 1" in done.stdout
+    assert "with updaters for ranks 2, 3" in done.stdout
+
+
+def test_what_cannot_be_spread_over_nodes_is_refused():
+    several = ("serve", "--nnodes=2", "--node-rank=1", "--master-addr=a")
+    (fault,) = split_faults(parse(*several, "--", "m", "-tp", "3"))
+    assert "3 rank(s) cannot be spread evenly over --nnodes 2" in fault
+    (fault,) = split_faults(parse(*several, "--", "m", "-dp", "2"))
+    assert "start one server for each engine" in fault
+    (fault,) = parse(*several, "--staging=in-place", "--", "m").faults()
+    assert "--staging in-place with several nodes" in fault
+    (fault,) = parse(*several, "--peers=x", "--", "m").faults()
+    assert "--peers with several nodes" in fault
+    (fault,) = parse("serve", "--nnodes=2", "--node-rank=2", "--master-addr=a", "--", "m").faults()
+    assert "of 2 nodes the last is 1" in fault
 
 
 def test_earlier_environment_that_still_works():

@@ -333,7 +333,7 @@ def test_flags_named_anywhere_exist():
         "--partition", "--steps", "--gpu-memory-utilization", "--compilation-config", "--data-parallel-size",
         "--data-parallel-rank", "--enable-expert-parallel", "--pipeline-parallel-size", "--cpu-offload-gb",
         "--offload-group-size", "--weight-transfer-config", "--distributed-executor-backend",
-        "--kv-transfer-config", "--enable-fault-tolerance", "--nnodes", "--node-rank", "--headless",
+        "--kv-transfer-config", "--enable-fault-tolerance", "--headless", "--ntasks-per-node",
         "--data-parallel-size-local",
         "--enable-lora", "--lora-modules",
         "--max-lora-rank",

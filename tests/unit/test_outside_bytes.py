@@ -489,6 +489,7 @@ def test_an_updater_that_talks_nonsense_counts_as_dead(data: bytes) -> None:
     reports: SimpleQueue[Any] = SimpleQueue()
     crew = Crew.__new__(Crew)
     crew._reports, crew._channels, crew._ready, crew._ending = reports, {}, set(), False
+    crew._limbs = {}
     crew._here = threading.Condition()
     crew.processes = {0: SimpleNamespace(pid=7, poll=lambda: None)}  # type: ignore[dict-item]
     ours, theirs = socket.socketpair(socket.AF_UNIX)

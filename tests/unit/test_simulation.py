@@ -137,7 +137,7 @@ def test_every_byte_arrives_and_no_link_carries_more_than_it_can(
         alone = max(
             [transfer.nbytes / transfer.limit, *(transfer.nbytes * c / links[n] for n, c in transfer.uses)]
         )
-        # Times that differ by a billionth are one time to the simulation, so a short one may begin and end so early.
+        # Times that differ by a billionth are one time to the simulation: a start may be early by as much.
         assert found.ends[index] >= begun * (1 - 1e-8) + alone * (1 - 1e-6) - 1e-9
     # Twice as fast a network takes half the time, if nothing in it has a time of its own.
     bare = [dataclasses.replace(t, latency_s=0.0, limit=float("inf")) for t in transfers]

@@ -155,7 +155,7 @@ def waits(daemon: Any) -> dict[str, str]:
 def test_status_says_what_everybody_waits_for(capsys: pytest.CaptureFixture[str]) -> None:
     page = ControlPage.create(2)
     registry = SimpleNamespace(world_size=None, num_engines=1, workers={}, engines={}, control=page)
-    daemon: Any = SimpleNamespace(mapping=None, epoch=None, filing=False, registry=registry)
+    daemon: Any = SimpleNamespace(mapping=None, epoch=None, filing=False, registry=registry, nodes=None)
     assert waits(daemon) == {"daemon": "vLLM to publish its memory"}
     registry.world_size, registry.workers = 2, {0: "a worker"}
     assert waits(daemon) == {"daemon": "worker ranks [1] and engine cores [0] to register"}

@@ -89,7 +89,7 @@ class Desk:
         self.daemon.mapping = identity_mapping(("checkpoint", {"w": (2,)}))
         self.daemon.registry.control = ControlPage.create(1)
         self.listener = listen(run_dir)
-        start_thread("desk", FrontDesk(self.daemon).accept, self.listener)
+        start_thread("desk", FrontDesk(self.daemon, self.daemon).accept, self.listener)
 
     def end_round(self, *, error: str = "") -> None:
         with self.daemon.handled:

@@ -1,0 +1,139 @@
+"""A server on two nodes: every version on both before the same batch, or on neither, whoever dies when."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import bridge
+from bridge.config import BridgeConfig
+from bridge.environment import Ranks
+from bridge.errors import BridgeError
+from tests.support.nodes import Daemon, Server, expected, weights
+from tests.support.serving import wait_until
+
+pytestmark = [pytest.mark.processes, pytest.mark.faults, pytest.mark.timeout(600, method="signal")]
+
+SOON_S = 180.0
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("nodes"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def trainer(server: Server) -> Iterator[bridge.Bridge]:
+    with bridge.Bridge(
+        BridgeConfig(logdir=str(server.logdir), connect_timeout_s=SOON_S), ranks=Ranks()
+    ) as trainer:
+        yield trainer
+
+
+def send(trainer: bridge.Bridge, state: dict[str, torch.Tensor]) -> int:
+    return int(trainer.broadcast_weights(state).version)
+
+
+def assert_serves(server: Server, version: int, state: dict[str, torch.Tensor]) -> None:
+    assert server.read() == [(version, digest) for digest in expected(state)]
+
+
+def flips(server: Server, rank: int) -> list[tuple[int, int]]:
+    lines = (server.logdir / f"flips-rank{rank}.jsonl").read_text().splitlines()
+    return [(row["batch"], row["version"]) for row in map(json.loads, lines)]
+
+
+def test_versions_arrive_on_both_nodes_before_the_same_batch(server: Server, trainer: bridge.Bridge) -> None:
+    assert_serves(server, 0, weights(0))
+    for version in (1, 2, 3):
+        assert send(trainer, weights(version)) == version
+        assert_serves(server, version, weights(version))
+        assert [row["version"] for row in server.head.status()["ranks"]] == [version, version]
+    assert flips(server, 0) == flips(server, 1)
+    assert [version for _, version in flips(server, 0)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("what", ["killed", "stopped"])
+def test_a_follower_lost_in_a_round_costs_that_round(
+    server: Server, trainer: bridge.Bridge, what: str
+) -> None:
+    version = send(trainer, weights(1))
+    updater = server.head.status()["pids"]["updaters"][1]
+    os.kill(updater, signal.SIGSTOP)  # a round that does not end by itself
+    pending = trainer.broadcast_weights(weights(2), blocking=False)
+    wait_until("the round", lambda: server.head.status()["state"] == "round", timeout_s=SOON_S)
+    if what == "killed":
+        server.follower.kill()
+    else:
+        server.follower.process.send_signal(signal.SIGSTOP)  # its link is up, and nothing comes
+    try:
+        # A link that is silent is noticed no sooner than by those in the round who wait as long.
+        with pytest.raises(BridgeError, match="node 1" if what == "killed" else "node 1|rank 0"):
+            pending.wait()
+        wait_until("the loss", lambda: server.head.status()["state"] == "recovering", timeout_s=SOON_S)
+        assert_serves(server, version, weights(1))
+        status = server.head.status()
+        assert (status["complete"], status["nodes"]["missing"]) == (False, [1])
+        assert "node 1" in status["last_error"]
+        assert [wait["waits_for"] for wait in status["waits"]] == ["nodes [1] to come back"]
+    finally:
+        if what == "killed":
+            server.follower.start()
+        else:
+            server.follower.process.send_signal(signal.SIGCONT)
+    server.wait_whole()
+    assert updater not in server.head.status()["pids"]["updaters"]
+    made = send(trainer, weights(3))
+    assert made > version
+    assert_serves(server, made, weights(3))
+    assert flips(server, 0) == flips(server, 1)
+
+
+def test_a_restarted_head_gathers_its_nodes_again(server: Server) -> None:
+    before = server.read()
+    server.head.kill()
+    assert server.read() == before
+    server.head.start()
+    server._until(server.head, lambda: server.head.status()["nodes"]["missing"] == [])
+    server.wait_whole()
+    with bridge.Bridge(BridgeConfig(logdir=str(server.logdir)), ranks=Ranks()) as trainer:
+        made = send(trainer, weights(5))
+    assert made > before[0][0]
+    assert_serves(server, made, weights(5))
+
+
+def test_a_stranger_at_the_port_is_sent_away(server: Server) -> None:
+    """Another start's follower, and one with another secret, leave the server as it is."""
+    root: Path = server.root / "stranger"
+    root.mkdir()
+    (root / "log").symlink_to(server.logdir)
+    other = Daemon(1, root)
+    try:
+        wait_until("its refusal", lambda: "node 0 has no place" in other.log.read_text(), timeout_s=SOON_S)
+        assert "is here already" in other.log.read_text()
+        other.kill()
+        (other.run_dir / "launch").write_text("another")
+        other.start()
+        assert other.process.wait(SOON_S) == 75
+    finally:
+        other.kill()
+    assert "its workers are of an earlier start of this server" in other.log.read_text()
+    server.wait_whole()
+
+
+def test_a_dead_worker_of_another_node_ends_the_engine(server: Server) -> None:
+    server.workers[1].kill()
+    server.engine.join(SOON_S)
+    assert server.engine.exitcode == -signal.SIGKILL
+    assert "worker rank 1" in server.head.status()["given_up"]
+    assert server.head.stop() == 0
+    assert server.follower.process.wait(SOON_S) == 0
+    assert not (server.logdir / "nodes.json").exists()

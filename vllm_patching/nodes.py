@@ -1,0 +1,438 @@
+"""The head's side of a server on several nodes: who is there, and what each of them does for it.
+
+A follower daemon is a limb of the head's: it serves its node's socket and runs its node's updaters, and
+says over a ``Link`` what happens there. So the rest of the daemon knows workers and updaters, wherever they
+are: a remote worker is a ``Member`` whose connection is the link, remote updaters are a ``Limb`` of the crew,
+and a remote worker's words in the control page are copied into the head's. A trainer sees one daemon.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from bridge import flight
+from bridge.errors import BridgeError, ConfigError, PeerLost, ProtocolError, RendezvousError
+from bridge.protocol.mapping import write_atomically
+from bridge.protocol.messages import PROTOCOL_VERSION
+from vllm_patching import introductions
+from vllm_patching import link as wire
+from vllm_patching.crew import Crew, Report
+from vllm_patching.events import Lost, NodeFailed
+from vllm_patching.introductions import WorkerHello
+from vllm_patching.link import Link
+from vllm_patching.registry import Member
+
+if TYPE_CHECKING:
+    from vllm_patching.daemon import Daemon
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "nodes.json"
+HANDSHAKE_TIMEOUT_S = 10.0
+END_CREW_TIMEOUT_S = 30.0
+
+
+class Meeting(msgspec.Struct, frozen=True, kw_only=True):
+    """``nodes.json`` in the log directory, readable by its owner: where followers find the head's daemon.
+
+    ``secret`` is the one that admits trainers: what updaters say to them is signed with it on every node.
+    """
+
+    host: str
+    port: int
+    secret: str
+    pid: int
+
+
+def read_meeting(logdir: Path) -> Meeting:
+    """Where the head's daemon of ``logdir`` awaits followers.
+
+    Raises:
+        RendezvousError: it has not said so yet, or the file is of something else.
+    """
+    path = logdir / FILE_NAME
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Meeting)
+    except (OSError, msgspec.DecodeError) as err:
+        raise RendezvousError(f"node 0 has not published {path} ({err})") from err
+
+
+@dataclass(eq=False)
+class Node:
+    """A follower that is here."""
+
+    join: wire.Join
+    link: Link
+    waiting: list[wire.Registered] = field(default_factory=list)
+    members: dict[int, Member] = field(default_factory=dict)
+    lost: str = ""  # why, once it is
+    _crew: tuple[int, Crew] | None = None
+    _crews: int = 0
+    _whos: dict[int, str] = field(default_factory=dict)
+    _pids: dict[int, int] = field(default_factory=dict)
+    _news: threading.Condition = field(default_factory=threading.Condition)
+    _crew_ended: int = 0
+
+    @property
+    def who(self) -> str:
+        return f"node {self.join.node_rank} (daemon pid {self.join.pid} on {self.join.host})"
+
+    # --- the channel of its members, which only ever get an answer that the follower has given -----------
+
+    def send(self, message: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
+        """Nothing: only engines are sent anything later, and those are on node 0."""
+
+    def close(self) -> None:
+        """Nothing: the link outlives a worker."""
+
+    # --- a limb of the crew ------------------------------------------------------------------------------
+
+    @property
+    def ranks(self) -> list[int]:
+        """Its inference ranks."""
+        return sorted(self.members)
+
+    def start(self, crew: Crew, *, on_gpu: bool) -> None:
+        """Let it start updaters for its ranks."""
+        self._crews += 1
+        self._crew = (self._crews, crew)
+        self._whos.clear()
+        self._pids.clear()
+        self.tell(wire.StartCrew(self._crews, on_gpu))
+
+    def order(self, message: dict[str, Any], ranks: dict[int, dict[str, Any]]) -> None:
+        """Pass an order on to its updaters.
+
+        Raises:
+            PeerLost: it is gone.
+        """
+        own = {rank: fields for rank, fields in ranks.items() if rank in self.members}
+        self.link.send(wire.Order(self._crews, message, own))
+
+    def describe(self, rank: int) -> str:
+        """Name one updater."""
+        return self._whos.get(rank, f"updater of rank {rank} on {self.join.host}")
+
+    def pids(self) -> dict[int, int]:
+        """Process ids of its updaters that are ready."""
+        return dict(self._pids)
+
+    def end(self) -> None:
+        """Return once none of its updaters writes any more, or the node is given up.
+
+        A follower that has lost its link ends its updaters before it comes back, and they die with it.
+        """
+        if self._crew is None:
+            return
+        number, self._crew = self._crew[0], None
+        self.tell(wire.EndCrew(number))
+        with self._news:
+            if not self._news.wait_for(lambda: self.lost or self._crew_ended >= number, END_CREW_TIMEOUT_S):
+                logger.error("%s did not end its updaters in %g s", self.who, END_CREW_TIMEOUT_S)
+                self.link.close()
+
+    def tell(self, frame: wire.Frame) -> None:
+        """Send it something, if it is still there."""
+        try:
+            self.link.send(frame)
+        except PeerLost as err:
+            logger.debug("%s: %s; its reader reports it", self.who, err)
+
+    # --- what it says, in its reader's thread --------------------------------------------------------------
+
+    def crew_news(self, frame: wire.Ready | wire.Reported | wire.CrewEnded) -> Report | None:
+        """Take note of what its updaters said; a report if it is for the daemon."""
+        if isinstance(frame, wire.CrewEnded):
+            with self._news:
+                self._crew_ended = frame.crew
+                self._news.notify_all()
+            return None
+        if self._crew is None or self._crew[0] != frame.crew:
+            return None
+        if isinstance(frame, wire.Ready):
+            self._pids[frame.rank] = frame.pid
+            self._crew[1].mark_ready(frame.rank)
+            return None
+        self._whos[frame.rank] = frame.who
+        return Report(self._crew[1], frame.rank, frame.message)
+
+    def last_words(self) -> list[Report]:
+        """That each of its updaters has died, as far as anybody will know."""
+        return [Report(self._crew[1], rank, None) for rank in self.ranks] if self._crew else []
+
+    def end_of_link(self, why: str) -> None:
+        """It is lost: whoever waits for it need not any more."""
+        with self._news:
+            self.lost = why
+            self._news.notify_all()
+
+
+class Nodes:
+    """All followers of a head's daemon. ``admit_waiting`` is for the daemon's thread, the rest for any."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        args = daemon.args
+        self._daemon = daemon
+        self.nnodes: int = args.nnodes
+        self.host: str = args.master_addr
+        self.master_port: int = args.master_port
+        self.here: dict[int, Node] = {}
+        self._lock = threading.Lock()
+        self._timers: dict[int, threading.Timer] = {}
+        self._ending = False
+        self._listener: socket.socket | None = None
+
+    def listen(self) -> None:
+        """Open the port where followers are awaited, and say in the log directory where it is.
+
+        Raises:
+            ConfigError: the address is not this host's.
+        """
+        try:
+            self._listener = listener = socket.create_server((self.host, 0))
+        except OSError as err:
+            raise ConfigError(
+                f"cannot await the other nodes at --master-addr {self.host}: {err}; it must be an address of "
+                "this host, node 0"
+            ) from err
+        self.host = str(listener.getsockname()[0])
+        if not self.master_port:
+            with socket.create_server((self.host, 0)) as probe:
+                self.master_port = probe.getsockname()[1]
+        port = listener.getsockname()[1]
+        meeting = Meeting(host=self.host, port=port, secret=self._daemon.secret, pid=os.getpid())
+        write_atomically(self._daemon.args.logdir / FILE_NAME, msgspec.json.encode(meeting))
+        threading.Thread(target=self._accept, args=(listener,), name="bridge-nodes", daemon=True).start()
+        logger.info("awaiting %d other node(s) at %s:%d", self.nnodes - 1, self.host, port)
+
+    @property
+    def missing(self) -> list[int]:
+        """Node ranks that are not here."""
+        return [rank for rank in range(1, self.nnodes) if rank not in self.here]
+
+    def describe(self) -> dict[str, Any]:
+        """For the status."""
+        return {
+            "count": self.nnodes,
+            "rank": 0,
+            "missing": self.missing,
+            "hosts": {0: socket.gethostname(), **{r: n.join.host for r, n in sorted(self.here.items())}},
+            "address": self.host,
+            "master_addr": self._daemon.args.master_addr,
+            "master_port": self.master_port,
+        }
+
+    # --- coming and going ----------------------------------------------------------------------------------
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                sock, _ = listener.accept()
+            except OSError:
+                return  # closed: the daemon ends
+            threading.Thread(target=self._converse, args=(sock,), name="bridge-node", daemon=True).start()
+
+    def _converse(self, sock: socket.socket) -> None:
+        """Let a follower in, and hear it until its end."""
+        node: Node | None = None
+        try:
+            link = Link(sock, self._daemon.secret, role=wire.HEAD, deadline_s=HANDSHAKE_TIMEOUT_S)
+            node = self._welcome(link)
+            while node is not None:
+                self._hear(node, link.receive())
+        except BridgeError as err:
+            if node is None:
+                logger.warning("ignored a stranger at the nodes' port: %s", err)
+            else:
+                self._lose(node, str(err))
+        sock.close()
+
+    def _welcome(self, link: Link) -> Node | None:
+        join = link.receive()
+        if not isinstance(join, wire.Join):
+            raise RendezvousError(f"{link.peer} began with {type(join).__name__}")
+        args = self._daemon.args
+        node = Node(join, link)
+        with self._lock:
+            reason, try_again = self._refusal(join)
+            if reason:
+                logger.warning("refused %s at %s: %s", node.who, link.peer, reason)
+                link.send(wire.Refused(reason=reason, try_again=try_again))
+                return None
+            link.send(  # before anything that the daemon's thread may want of a node that is here
+                wire.Welcome(
+                    launch=args.launch_id,
+                    master_port=self.master_port,
+                    heartbeat_interval_s=args.heartbeat_interval,
+                    deadline_s=args.deadline,
+                    grace_s=args.commit_timeout,
+                )
+            )
+            self.here[join.node_rank] = node
+            if (timer := self._timers.pop(join.node_rank, None)) is not None:
+                timer.cancel()
+        logger.info("%s joined from %s", node.who, link.peer)
+        flight.note("joined", peer=node.who)
+        link.set_deadline(args.deadline)
+        link.beat(args.heartbeat_interval)
+        if self._daemon.mapping is not None:
+            self._publish(node)
+        return node
+
+    def _refusal(self, join: wire.Join) -> tuple[str, bool]:
+        """Why this one may not join, and whether that may pass."""
+        args = self._daemon.args
+        if join.protocol_version != PROTOCOL_VERSION:
+            return f"it speaks protocol {join.protocol_version}, node 0 {PROTOCOL_VERSION}", False
+        if (join.nnodes, join.master_addr) != (self.nnodes, args.master_addr):
+            return (
+                f"it was started with --nnodes {join.nnodes} --master-addr {join.master_addr}, node 0 with "
+                f"--nnodes {self.nnodes} --master-addr {args.master_addr}",
+                False,
+            )
+        if join.launch not in ("", args.launch_id):
+            return "its workers are of an earlier start of this server", False
+        if not 0 < join.node_rank < self.nnodes:
+            return f"there is no --node-rank {join.node_rank} among {self.nnodes} nodes to follow", False
+        if (other := self.here.get(join.node_rank)) is not None:
+            return f"{other.who} is here already: two nodes with one --node-rank?", True
+        if self._ending:
+            return "node 0 ends", True
+        return "", False
+
+    def _lose(self, node: Node, why: str) -> None:
+        """The link is down: its daemon, its network or the whole node. The first comes back."""
+        rank, grace_s = node.join.node_rank, self._daemon.args.commit_timeout
+        node.end_of_link(why)
+        node.link.close()
+        with self._lock:
+            if self.here.get(rank) is node:
+                del self.here[rank]
+            if self._ending:
+                return
+            late = f"{node.who} is gone ({why}) and did not come back within {grace_s:g} s"
+            timer = self._timers[rank] = threading.Timer(grace_s, self._give_up, [late])
+            timer.daemon = True
+            timer.start()
+        for member in list(node.members.values()):
+            self._daemon.registry.forget(member)
+        self._daemon.events.put(Lost(f"{node.who} ({why})"))
+        if self._daemon.filing:  # that waits for every updater's word, and for nothing else
+            for report in node.last_words():
+                self._daemon.events.put(report)
+
+    def _give_up(self, why: str) -> None:
+        self._daemon.events.put(NodeFailed(why))
+
+    # --- what followers say ------------------------------------------------------------------------------
+
+    def _hear(self, node: Node, frame: wire.Frame) -> None:
+        daemon = self._daemon
+        if isinstance(frame, wire.Slots):
+            self._copy(frame.slots)
+        elif isinstance(frame, wire.Registered):
+            _check_worker(frame.hello)
+            node.waiting.append(frame)
+            daemon.events.put(None)  # see admit_waiting
+        elif isinstance(frame, wire.Gone):
+            if (member := node.members.pop(frame.rank, None)) is not None:
+                daemon.registry.forget(member)
+                daemon.events.put(NodeFailed(f"{member.who} is gone"))
+        elif isinstance(frame, wire.Ready | wire.Reported | wire.CrewEnded):
+            if isinstance(frame, wire.Reported) and frame.message is not None:
+                introductions.check_report(frame.message)
+            if (report := node.crew_news(frame)) is not None:
+                daemon.events.put(report)
+        elif isinstance(frame, wire.Leave):
+            daemon.events.put(NodeFailed(f"{node.who} ends: {frame.why}"))
+
+    def _copy(self, slots: dict[int, wire.Slot]) -> None:
+        page = self._daemon.registry.control
+        if page is None:
+            return  # they come again with the registration
+        for rank, words in slots.items():
+            if rank < page.num_ranks:  # else its registration is refused
+                page.slot(rank).copy(words)
+
+    def admit_waiting(self) -> None:
+        """Admit the workers that followers have announced, once node 0 has the control page.
+
+        Of a restarted daemon, that is the page which its own vLLM processes hand over, and no fresh one.
+        """
+        registry = self._daemon.registry
+        if registry.control is None:
+            return
+        for node in list(self.here.values()):
+            while node.waiting:
+                arrived = node.waiting.pop(0)
+                rank = arrived.hello["rank"]
+                self._copy({rank: arrived.slot})
+                try:
+                    member = registry.admit_remote(arrived.hello, node, node=node.join.node_rank)
+                except ConfigError as err:
+                    self._daemon.failed = self._daemon.last_error = str(err)
+                    node.tell(wire.Refused(reason=str(err), try_again=False))
+                    continue
+                if member is None:  # node 0's own vLLM has died meanwhile, and the rest dies with it
+                    return
+                node.members[rank] = member
+                if node.lost:
+                    registry.forget(member)
+                else:
+                    logger.info("%s registered through %s", member.who, node.who)
+
+    # --- what the daemon wants of them -------------------------------------------------------------------
+
+    def publish(self) -> None:
+        """Send every follower the mapping."""
+        for node in list(self.here.values()):
+            self._publish(node)
+
+    def _publish(self, node: Node) -> None:
+        mapping = self._daemon.mapping
+        assert mapping is not None
+        assert mapping.rendezvous is not None
+        public = msgspec.structs.replace(  # the secret is the link's too, and never sent
+            mapping, rendezvous=msgspec.structs.replace(mapping.rendezvous, secret=""), run_dir=""
+        )
+        node.tell(wire.Published(msgspec.json.encode(public)))
+
+    def watch(self, on: bool) -> None:
+        """Whether words in the control page are waited for now."""
+        for node in list(self.here.values()):
+            node.tell(wire.Watch(on))
+
+    def end(self, farewell: wire.End | None) -> None:
+        """The daemon ends, and with a farewell the server; without, followers wait for the next one."""
+        with self._lock:
+            self._ending = True
+            timers = list(self._timers.values())
+        for timer in timers:
+            timer.cancel()
+        if self._listener is not None:
+            self._listener.close()
+        for node in list(self.here.values()):
+            if farewell is not None:
+                node.tell(farewell)
+            node.link.close()
+        if farewell is not None and self._listener is not None:
+            (self._daemon.args.logdir / FILE_NAME).unlink(missing_ok=True)
+
+
+def _check_worker(hello: dict[str, Any]) -> None:
+    """Whether what a follower passes on is a worker's introduction; its own front desk has let it in.
+
+    Raises:
+        ProtocolError: it is another's.
+        BridgeError: it cannot be worked with.
+    """
+    if not isinstance(introductions.read(hello), WorkerHello):
+        raise ProtocolError(f"a {hello.get('type')!r} cannot register from another node")
