@@ -51,7 +51,8 @@ def stop_an_updater(server: Server) -> int:
 
 def kill_an_engine_in_a_round(trainers: Trainers, weights: Path, victim: Server, *, survivor: Server) -> None:
     """The survivor commits the round; the victim is started again, and gets its version from the survivor."""
-    trainers.must("environ", BRIDGE_STAGE_TIMEOUT_S="60")  # not by this
+    # None of these is what decides.
+    trainers.must("environ", BRIDGE_STAGE_TIMEOUT_S="60", BRIDGE_CONNECT_TIMEOUT_S="60")
     trainers.must("close")
     made = trainers.must("broadcast")[0]["version"] + 1
     assert version(survivor) == version(victim) == made - 1
