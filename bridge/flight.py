@@ -79,15 +79,20 @@ def write(why: str, directory: str | os.PathLike[str] | None = None) -> Path | N
     if not where:
         return None
     role, rank = _who
-    # Updaters come anew in each epoch: of each rank's the newest record is kept.
-    parts = [str(part) for part in (rank, None if role == "updater" else os.getpid()) if part is not None]
+    if role == "trainer" and rank is None and os.environ.get("RANK", "").isdecimal():
+        rank = int(os.environ["RANK"])
+    host, parts = socket.gethostname(), [] if rank is None else [str(rank)]
+    if role == "trainer":  # its ranks share the directory from many hosts
+        parts.append(host)
+    if role != "updater":  # those come anew in each epoch: of each rank's the newest record is kept
+        parts.append(str(os.getpid()))
     name = "-".join(["flight", role, *parts])
     path = Path(where, f"{name}.jsonl")
     head = {
         "role": role,
         "rank": rank,
         "pid": os.getpid(),
-        "host": socket.gethostname(),
+        "host": host,
         "at": _wall(time.time_ns()),
         "why": why,
     }

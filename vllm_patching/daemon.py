@@ -455,6 +455,7 @@ class Daemon:
         assert self.mapping is not None
         assert self.swap is not None
         self.epochs += 1
+        rendezvous.forget_epochs(self.store, self.epochs)
         # A peer brings the newest version itself; to a trainer that one is taken.
         base = request.restores - 1 if request.restores else self.version
         epoch = Epoch(

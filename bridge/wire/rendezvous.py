@@ -243,6 +243,20 @@ def withdraw(store: Store, session: str) -> None:
         return  # with the store, the request is gone too
 
 
+def forget_epochs(store: TCPStore, before: int) -> None:
+    """Let go of what earlier epochs' ranks told each other, the layouts of whole models among it.
+
+    Whoever still waits for one of these keys is of an epoch that has ended, and meets its own deadline.
+
+    Raises:
+        RuntimeError: the store is gone.
+    """
+    for key in store.list_keys():
+        epoch, _, rest = key.partition("/")
+        if rest and epoch[:1] == "e" and epoch[1:].isdecimal() and int(epoch[1:]) < before:
+            store.delete_key(key)
+
+
 def is_withdrawn(store: Store, request: Request) -> bool:
     """Whether the trainer has given up meanwhile; does not wait."""
     return bool(store.check([f"withdrawn/{request.session}"]))

@@ -555,6 +555,17 @@ def test_who_gives_up_waiting_takes_its_request_back(
     assert not rendezvous.is_withdrawn(store, other)
 
 
+def test_what_earlier_epochs_said_is_let_go_of() -> None:
+    store = rendezvous.serve_store("127.0.0.1", 0)
+    kept = {"e12/layout/x", "e3/control/0", "ticket/1", "e", "e2", "ex/1"}
+    gone = {"e1/layout/x", "e2/nccl/0-0/0"}
+    for key in kept | gone:
+        store.set(key, "x")
+    rendezvous.forget_epochs(store, 3)
+    assert kept <= set(store.list_keys())
+    assert not gone & set(store.list_keys())
+
+
 def test_an_absent_server_is_tried_once(
     silent_daemon: tuple[rendezvous.Store, BridgeConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:

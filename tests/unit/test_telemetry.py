@@ -108,6 +108,19 @@ def test_the_last_events_are_kept_in_order_and_short(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_trainers_of_several_hosts_write_records_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flight.name_process("trainer", None)
+    paths = set()
+    for host, rank in (("a", "0"), ("b", "1")):
+        monkeypatch.setattr("socket.gethostname", lambda host=host: host)
+        monkeypatch.setenv("RANK", rank)
+        paths.add(flight.write("it broke", tmp_path))
+    pid = os.getpid()
+    assert paths == {tmp_path / f"flight-trainer-{who}-{pid}.jsonl" for who in ("0-a", "1-b")}
+
+
 def test_a_record_that_cannot_be_written_is_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
