@@ -109,6 +109,11 @@ class ServeOptions:
                 "--peers with several nodes: a version is lent between servers of one node each, as a "
                 "lender sees the memory of its own node only; leave it out"
             )
+        if self.nnodes > 1 and self.adapters:
+            faults.append(
+                f"--adapters {self.adapters} with several nodes: adapters that trainers send are kept on one "
+                'node; leave it out, or pass --adapters "" to serve those of the files'
+            )
         return faults
 
     @property
@@ -130,7 +135,8 @@ class ServeOptions:
         if self.adapters is not None:
             return tuple(dict.fromkeys(name for name in self.adapters.split(",") if name))
         # With one half there is no room for them, and nobody has asked.
-        return () if self.staging == "in-place" else loaded_adapters(self.vllm_args)
+        none = self.staging == "in-place" or self.nnodes > 1
+        return () if none else loaded_adapters(self.vllm_args)
 
     def faults(self) -> list[str]:
         """Values that cannot work, each as a sentence."""

@@ -301,16 +301,17 @@ def soak(
     return rows
 
 
-def growth(samples: Sequence[Sample]) -> list[dict[str, Any]]:
+def growth(samples: Sequence[Sample], *, least: int = 8) -> list[dict[str, Any]]:
     """Of each process that lived through most of it: what it held early and late, medians of its quarters.
 
-    The first minutes, in which buffers and caches are made, are left out.
+    Processes with fewer than ``least`` samples do not count, nor do the first minutes, in which buffers and
+    caches are made.
     """
     found = []
     last = max(sample.minute for sample in samples)
     for who, pid in dict.fromkeys((s.who, s.pid) for s in samples):
         mine = [s for s in samples if s.pid == pid and s.who == who and s.minute > 0.05 * last]
-        if len(mine) < 8 or mine[-1].minute - mine[0].minute < 0.6 * last:
+        if len(mine) < least or mine[-1].minute - mine[0].minute < 0.6 * last:
             continue
         quarter = len(mine) // 4
         early, late = mine[:quarter], mine[-quarter:]

@@ -248,6 +248,10 @@ def test_what_cannot_be_spread_over_nodes_is_refused():
     assert "--staging in-place with several nodes" in fault
     (fault,) = parse(*several, "--peers=x", "--", "m").faults()
     assert "--peers with several nodes" in fault
+    (fault,) = parse(*several, "--adapters=a", "--", "m", "--enable-lora").faults()
+    assert "--adapters a with several nodes" in fault
+    loaded = parse(*several, "--", "m", "--enable-lora", "--lora-modules", "a=/x")
+    assert (loaded.faults(), loaded.sent_adapters) == ([], ())
     (fault,) = parse("serve", "--nnodes=2", "--node-rank=2", "--master-addr=a", "--", "m").faults()
     assert "of 2 nodes the last is 1" in fault
 

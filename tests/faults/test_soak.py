@@ -1,0 +1,44 @@
+"""Five minutes of what ``tests.faults.soak`` does for hours."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.faults.soak import KEEPER, RECOVER_S, growth, left_behind, soak, started
+from vllm_patching import residue
+
+pytestmark = [pytest.mark.faults, pytest.mark.serving, pytest.mark.timeout(1500, method="signal")]
+
+SEED = 4
+LEAST_FAULTS = 5  # on a machine so slow that a restart of vLLM takes a minute
+DESCRIPTORS = 4  # more than before: connections that are being answered
+MEMORY_MB = 24.0
+
+
+def test_five_minutes_with_a_fault_every_twenty_seconds(tmp_path: Path, runtime_dir: Path) -> None:
+    shm_before, runs_before = set(residue.SHM_DIR.iterdir()), set(runtime_dir.iterdir())
+    with started(tmp_path, SEED) as made:
+        rows = soak(
+            made, minutes=5, every_s=20, publish_every_s=1,
+            say=lambda row: print(json.dumps(row), file=sys.stderr),
+        )  # fmt: skip
+        everybody = [pid for server in made.servers for pid in (server.process.pid, *server.pids())]
+    assert len(rows) >= LEAST_FAULTS
+    assert {row["server"] for row in rows} >= {0, 1}
+    assert max(row["recovered_s"] for row in rows) < RECOVER_S
+    assert made.loads[KEEPER].failed == 0, made.loads[KEEPER].errors
+    assert made.loads[KEEPER].answered > 100
+    kept = [held for held in growth(made.samples, least=4) if held["who"].startswith(f"server {KEEPER} ")]
+    assert {held["who"].split()[-1] for held in kept} >= {"daemon", "engines", "workers", "launcher", "api"}
+    for held in kept:
+        (early, late), (open_early, open_late) = held["memory_mb"], held["descriptors"]
+        assert late - early < MEMORY_MB, held
+        assert open_late - open_early <= DESCRIPTORS, held
+    assert not any(psutil.pid_exists(pid) for pid in everybody)
+    assert left_behind(shm_before) == []
+    assert set(runtime_dir.iterdir()) <= runs_before
