@@ -22,13 +22,13 @@ from typing import Any
 import msgspec
 
 from bridge import flight, telemetry
-from bridge.errors import BridgeError, RendezvousRefused, TransferError
+from bridge.errors import BridgeError, TransferError
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import CONFIG_NAME, Mapping, Rendezvous
-from bridge.protocol.messages import PROTOCOL_VERSION
 from bridge.protocol.session import State
 from bridge.wire import rendezvous
 from vllm_patching import residue
+from vllm_patching.admission import Admission
 from vllm_patching.arguments import parse_args
 from vllm_patching.borrowing import Borrowing
 from vllm_patching.boundary import Boundary
@@ -60,10 +60,7 @@ from vllm_patching.swap import DoubleStaging, InPlaceStaging, Swap
 
 logger = logging.getLogger("vllm_patching.daemon")  # __name__ is __main__ here
 
-DOORMAN_POLL_S = 0.05
-TICKET_GRACE_S = 2.0
 MAX_IDLE_DEATHS = 5
-BUCKET_BYTES = {False: 64 << 20, True: 256 << 20}  # on a GPU?
 
 
 class Daemon:
@@ -76,6 +73,7 @@ class Daemon:
         self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.registry = Registry(on_change=lambda: self.events.put(None), num_engines=args.num_engines)
         self.newest = Newest(args.run_dir)
+        self.admission = Admission(self)
         self.lending = Lending(self)
         self.borrowing = Borrowing(self, args.peers)
         self.mapping: Mapping | None = None
@@ -86,7 +84,6 @@ class Daemon:
         self.swap: Swap | None = None
         self.crew: Crew | None = None
         self.epoch: Epoch | None = None
-        self.epochs = 0
         self.committed = 0
         self.aborted = 0
         self.idle_deaths = 0
@@ -102,8 +99,6 @@ class Daemon:
         self.last_round: dict[str, Any] | None = None
         self.vllm_pids: set[int] = set()
         self._shm: set[Path] = set()
-        self._stopping = threading.Event()
-        self._doorman_thread: threading.Thread | None = None
 
     # --- the one loop ----------------------------------------------------------------------------
 
@@ -178,7 +173,7 @@ class Daemon:
         elif isinstance(event, NodeFailed):
             self._give_up(event.why)
         elif isinstance(event, Requested):
-            self._admit(event.request)
+            self.admission.consider(event.request)
         elif isinstance(event, Asked):
             self.lending.consider(event.loan)
         elif isinstance(event, Learned):
@@ -314,8 +309,7 @@ class Daemon:
         self.borrowing.begin()
         if self.outdated:
             logger.warning("%s", self.outdated)
-        if self._doorman_thread is None:
-            self._doorman_thread = start_thread("bridge-doorman", self._doorman)
+        self.admission.watch()
         self._shm = residue.snapshot(self.vllm_pids)
 
     def _prepare_swap(self) -> None:
@@ -345,7 +339,8 @@ class Daemon:
             )
 
     @property
-    def _on_gpu(self) -> bool:
+    def on_gpu(self) -> bool:
+        """Whether a worker of vLLM has one."""
         return any(member.hello.get("gpu") for member in self.registry.members())
 
     def new_crew(self) -> None:
@@ -358,7 +353,7 @@ class Daemon:
         assert self.mapping is not None
         num_ranks = self.mapping.num_inference_ranks
         if self.nodes is None:
-            self.crew = Crew(num_ranks, self.args.run_dir, self.events, on_gpu=self._on_gpu)
+            self.crew = Crew(num_ranks, self.args.run_dir, self.events, on_gpu=self.on_gpu)
             return
         # A node may be lost already, and the news on its way: no round can begin until it is back.
         complete = self.registry.complete
@@ -366,7 +361,7 @@ class Daemon:
             num_ranks,
             self.args.run_dir,
             self.events,
-            on_gpu=self._on_gpu,
+            on_gpu=self.on_gpu,
             ranks=self.registry.ranks_of(0) if complete else (),
             limbs=list(self.nodes.here.values()) if complete else (),
         )
@@ -409,134 +404,10 @@ class Daemon:
         """The status, for whoever asks."""
         return describe(self)
 
-    # --- rounds ------------------------------------------------------------------------------------
-
-    def _doorman(self) -> None:
-        """Look for trainers that knock; ``_admit`` lets them in or sends them away."""
-        ticket, drawn_at = 1, 0.0
-        try:
-            while not self._stopping.wait(DOORMAN_POLL_S):
-                request = self._knock(ticket)
-                if request is not None:
-                    self.events.put(Requested(request))
-                elif self.store.add("ticket", 0) < ticket:
-                    continue  # nobody has drawn it
-                elif not drawn_at or time.monotonic() - drawn_at < TICKET_GRACE_S:
-                    drawn_at = drawn_at or time.monotonic()
-                    continue  # its owner may still be writing
-                ticket, drawn_at = ticket + 1, 0.0
-        except Exception as err:  # a daemon that admits nobody must not look ready
-            logger.exception("the rendezvous broke")
-            self.events.put(Broken(f"the rendezvous broke: {type(err).__name__}: {err}"))
-
-    def _knock(self, ticket: int) -> rendezvous.Request | None:
-        try:
-            return rendezvous.next_request(self.store, ticket, secret=self.secret)
-        except RendezvousRefused as err:
-            logger.warning("ignored a stranger at the rendezvous: %s", err)
-            return None
-
-    def _admit(self, request: rendezvous.Request) -> None:
-        refusal = self._refusal(request)
-        unready = "" if refusal else self._unreadiness()
-        if refusal or unready:
-            borrows = self.epoch is not None and bool(self.epoch.request.restores)
-            if borrows and not request.restores:
-                assert self.epoch is not None
-                self.epoch.fail("a trainer came, and does not wait for a peer's loan")
-            reason, try_again = refusal or unready, bool(unready) or not self.published or borrows
-            logger.warning("refused a trainer (pid %d on %s): %s", request.pid, request.host, reason)
-            self._answer(rendezvous.Answer(session=request.session, refusal=reason, try_again=try_again))
-            return
-        if rendezvous.is_withdrawn(self.store, request):
-            logger.info("a trainer (pid %d on %s) did not wait for its answer", request.pid, request.host)
-            return
-        assert self.crew is not None
-        assert self.mapping is not None
-        assert self.swap is not None
-        self.epochs += 1
-        rendezvous.forget_epochs(self.store, self.epochs)
-        # A peer brings the newest version itself; to a trainer that one is taken.
-        base = request.restores - 1 if request.restores else self.version
-        epoch = Epoch(
-            request,
-            epoch=self.epochs,
-            version=base,
-            crew=self.crew,
-            swap=self.swap,
-            limits=self.limits,
-        )
-        self._answer(
-            rendezvous.Answer(
-                session=request.session,
-                epoch=self.epochs,
-                weight_version=base,
-                outdated=bool(self.outdated),
-                num_inference_ranks=self.mapping.num_inference_ranks,
-                daemon_pid=os.getpid(),
-                heartbeat_interval_s=self.limits.heartbeat_interval_s,
-                deadline_s=self.limits.deadline_s,
-                commit_timeout_s=self.limits.commit_timeout_s,
-                bucket_bytes=self.args.bucket_bytes or BUCKET_BYTES[self._on_gpu],
-                checksum=self.args.checksum,
-                in_place=self.swap.keeps_what_is_staged,
-            )
-        )
-        self.epoch = epoch
-        telemetry.stand(epoch=self.epochs, version=self.version)
-        flight.note("admitted", trainer=epoch.trainer, epoch=self.epochs, version=self.version)
-        self.idle_deaths = 0
-        address = (self.args.rendezvous_host, self.store.port)
-        try:
-            epoch.open(
-                self.store,
-                address=address,
-                transport=self.args.transport,
-                checksum=self.args.checksum,
-                deliver=lambda event: self.events.put(Heard(epoch, event)),
-            )
-        except BridgeError as err:
-            epoch.fail(f"epoch {self.epochs} could not be opened: {err}")
-            return
-        logger.info("epoch %d: %s joined at version %d", self.epochs, epoch.trainer, base)
-
-    def _refusal(self, request: rendezvous.Request) -> str:
-        assert self.mapping is not None
-        if request.protocol_version != PROTOCOL_VERSION:
-            return f"it speaks protocol {request.protocol_version}, this daemon {PROTOCOL_VERSION}"
-        if request.mapping_digest != self.mapping.digest:
-            return (
-                f"its mapping has digest {request.mapping_digest[:16]}.., this server's has "
-                f"{self.mapping.digest[:16]}..; it must read {self.args.logdir / CONFIG_NAME} of this run"
-            )
-        if request.restores and request.restores < self.version:
-            return f"it brings version {request.restores}, and the newest is {self.version}"
-        if request.restores and not self.outdated:
-            return f"version {self.version} is served, and no peer is needed to bring it"
-        if self.epoch is not None:
-            return f"another trainer is connected (epoch {self.epoch.epoch}): {self.epoch.trainer}"
-        if not self.published or not self.registry.complete:
-            return f"the server is not complete: {self.last_error}"
-        return ""
-
-    def _unreadiness(self) -> str:
-        """Why no round can begin yet; the trainer asks again."""
-        assert self.crew is not None
-        try:
-            self.crew.wait_all()  # before the answer: the trainer's deadlines start with it
-        except TransferError as err:
-            return str(err)
-        return ""
-
-    def _answer(self, answer: rendezvous.Answer) -> None:
-        self.store.set(f"answer/{answer.session}", rendezvous.seal(answer, self.secret))
-
     # --- the end -----------------------------------------------------------------------------------
 
     def _end(self, listener: socket.socket) -> None:
-        self._stopping.set()
-        if self._doorman_thread is not None:
-            self._doorman_thread.join()  # it holds the store, which must not be used while it is torn down
+        self.admission.close()  # its thread holds the store, which must not be used while it is torn down
         self.borrowing.close()
         self.lending.close()
         if self.epoch is not None:

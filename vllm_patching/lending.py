@@ -11,12 +11,12 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from typing import TYPE_CHECKING
 
-from bridge.errors import RendezvousRefused, TransferError
+from bridge.errors import TransferError
 from bridge.protocol.mapping import Mapping
 from bridge.wire import rendezvous
+from vllm_patching.admission import line
 from vllm_patching.arena import REMAP
 from vllm_patching.events import Asked
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.2
-TICKET_GRACE_S = 2.0
 END_TIMEOUT_S = 30.0
 
 
@@ -65,26 +64,16 @@ class Lending:
             self._thread.start()
 
     def _look(self) -> None:
-        ticket, drawn_at = 1, 0.0
         store, secret = self._daemon.store, self._daemon.secret
-        while not self._stopping.wait(POLL_S):
-            try:
-                loan = rendezvous.next_loan(store, ticket, secret=secret)
-            except RendezvousRefused as err:
-                logger.warning("ignored a stranger who wanted the weights: %s", err)
-                ticket, drawn_at = ticket + 1, 0.0
-                continue
-            except RuntimeError:
-                logger.exception("no more loans: the rendezvous broke")  # the doorman says so too
-                return
-            if loan is not None:
+
+        def read(ticket: int) -> rendezvous.Loan | None:
+            return rendezvous.next_loan(store, ticket, secret=secret)
+
+        try:
+            for loan in line(store, rendezvous.LOANS, read, stopping=self._stopping, poll_s=POLL_S):
                 self._daemon.events.put(Asked(loan))
-            elif store.add(rendezvous.LOANS, 0) < ticket:
-                continue
-            elif not drawn_at or time.monotonic() - drawn_at < TICKET_GRACE_S:
-                drawn_at = drawn_at or time.monotonic()
-                continue  # its owner may still be writing
-            ticket, drawn_at = ticket + 1, 0.0
+        except RuntimeError:
+            logger.exception("no more loans: the rendezvous broke")  # whoever admits trainers says so too
 
     def consider(self, loan: rendezvous.Loan) -> None:
         """Answer one who asks, and send a helper if one is wanted and may go."""

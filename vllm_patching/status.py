@@ -31,7 +31,7 @@ def describe(daemon: Daemon) -> dict[str, Any]:
         "weight_version": min((page.slot(r).version for r in ranks), default=0) if page else 0,
         "requested_version": daemon.version,
         "writing": page.writing if page else 0,
-        "epoch": daemon.epochs,
+        "epoch": daemon.admission.epochs,
         "model": mapping.model if mapping else "",
         "world_size": world_size,
         "pids": {
