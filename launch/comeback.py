@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from launch.process import Child
+from vllm_patching import residue
 
 logger = logging.getLogger(__name__)
 
@@ -68,13 +69,15 @@ class Comeback:
     def left_of_the_dead(self, tree: Iterable[int]) -> list[int]:
         """Which processes of ``tree`` the dead vLLM has left running; they are told to end, then made to."""
         left = [pid for pid in tree if session_of(pid) == self._session]
-        number = signal.SIGTERM
-        if time.monotonic() - self.began > ASK_AGAIN_S:
+        number, passed_s, told = signal.SIGTERM, time.monotonic() - self.began, left
+        if passed_s > ASK_AGAIN_S:
             number = signal.SIGKILL
+            if passed_s < 2 * ASK_AGAIN_S:  # trackers clean up behind the others, and end by themselves
+                told = [pid for pid in left if not residue.is_tracker(pid)]
         elif self._asked:
             return left
         self._asked = True
-        for pid in left:
+        for pid in told:
             try:
                 os.kill(pid, number)
             except ProcessLookupError:

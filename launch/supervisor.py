@@ -473,8 +473,10 @@ class Supervisor:
             logger.warning("pids %s did not end in time; killing them", stubborn)
         deadline = time.monotonic() + KILL_TIMEOUT_S
         while (tree := self._tree()) and time.monotonic() < deadline:
+            spared = time.monotonic() < deadline - KILL_TIMEOUT_S / 2  # they clean up behind the others
             for pid in tree:  # again each turn: a dying parent may have started another
-                _kill(pid, signal.SIGKILL)
+                if not (spared and residue.is_tracker(pid)):
+                    _kill(pid, signal.SIGKILL)
             self._wait(TICK_S)
         if tree:
             logger.error("pids %s do not end, not even by SIGKILL", tree)

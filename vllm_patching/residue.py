@@ -95,11 +95,27 @@ def end_processes(pids: Iterable[int], *, timeout_s: float) -> list[int]:
         _signal(proc, kill=False)
     alive = _wait(procs, timeout_s)
     alive += [proc for proc in _tree({p.pid for p in procs}) if proc not in alive]  # started meanwhile
-    for proc in alive:
+    stubborn = [proc for proc in alive if not is_tracker(proc.pid)]
+    for proc in stubborn:
         _signal(proc, kill=True)
-    for proc in _wait(alive, KILL_TIMEOUT_S):
+    left = _wait(alive, KILL_TIMEOUT_S)
+    for proc in (late := [proc for proc in left if proc not in stubborn]):
+        _signal(proc, kill=True)
+    for proc in _wait(left, KILL_TIMEOUT_S):
         logger.error("pid %d does not end, not even by SIGKILL; see its kernel stack", proc.pid)
-    return [proc.pid for proc in alive]
+    return [proc.pid for proc in (*stubborn, *late)]
+
+
+def is_tracker(pid: int) -> bool:
+    """Whether it is multiprocessing's resource tracker; killed, it leaves what it would have unlinked.
+
+    It does not follow SIGTERM, and ends by itself once its parent and all that the parent started are gone:
+    the names of their semaphores and shared memory go with it.
+    """
+    try:
+        return any("multiprocessing.resource_tracker" in part for part in psutil.Process(pid).cmdline())
+    except _GONE:
+        return False
 
 
 def _wait(procs: list[psutil.Process], timeout_s: float) -> list[psutil.Process]:
