@@ -42,6 +42,9 @@ ORPHAN_GRACE_S = 5.0
 URL_NAME = "server.url"  # in the log directory, while the server is ready
 KILL_TIMEOUT_S = 10.0
 HEAD_WORD_S = 10.0
+# vLLM's API server ends by itself behind its engine, if nothing in it hangs or it is told to stay.
+OUTLIVE_S = 60.0
+LOOK_S = 5.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -54,6 +57,7 @@ class Limits:
     max_daemon_restarts: int
     max_server_restarts: int = 0
     publish_grace_s: float = PUBLISH_GRACE_S
+    outlive_s: float = OUTLIVE_S
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +109,8 @@ class Supervisor:
         self._shm: set[Path] = set()
         self._vllm_shm: set[Path] = set()
         self._observed_at = 0.0
+        self._look_at = 0.0  # when the daemon is asked next whether vLLM is whole
+        self._broken_since: float | None = None  # since when it is not
         self._why = ""  # what ended everything, for the trainer's message
 
     def run(self, on_ready: Callable[[], int] | None = None) -> int:
@@ -150,6 +156,8 @@ class Supervisor:
                 self._server_restarts.forgive()
                 if self._behind:
                     self._await_newest()
+                if self.launch.nnodes == 1:  # of several, the daemons end what is left
+                    self._end_what_outlives(self.children["vllm"])
             trainer = self.children.get("trainer")
             if trainer is not None and not trainer.alive:
                 logger.info("%s: shutting down", trainer.describe())
@@ -298,6 +306,27 @@ class Supervisor:
         if status is not None and status["state"] in ("ready", "round"):
             self._behind = False
             logger.info("the server has the newest version, %d", status["weight_version"])
+
+    def _end_what_outlives(self, vllm: Child) -> None:
+        """Kill an API server whose engine or workers have been gone for long; ``_step`` sees it dead then."""
+        now = time.monotonic()
+        if now < self._look_at or self._daemon_due is not None:
+            return
+        self._look_at = now + min(LOOK_S, self.limits.outlive_s / 2)
+        status = probe.daemon_status(self.launch.run_dir)
+        if status is None or status["complete"]:
+            self._broken_since = None
+            return
+        self._broken_since = self._broken_since or now
+        if now - self._broken_since > self.limits.outlive_s:
+            logger.error(
+                "vllm (pid %d) outlives its engine or workers by %g s (%s); killing it",
+                vllm.pid,
+                self.limits.outlive_s,
+                status["last_error"] or status["detail"],
+            )
+            self._broken_since = None
+            vllm.signal(signal.SIGKILL)
 
     def _daemon_died(self, child: Child) -> None:
         log = self.launch.logdir / "daemon.log"

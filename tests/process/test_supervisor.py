@@ -166,6 +166,18 @@ def test_vllm_is_restarted_until_it_dies_too_often(launch):
     assert f"vllm (pid {third['vllm'].pid}) was killed by SIGKILL, after 2 restart(s)" in launched.text
 
 
+def test_an_api_server_that_outlives_its_engine_is_ended_and_started_again(launch):
+    launched = launch("--server-restarts", "1", "--vllm-mode", "outlive")
+    first = launched.wait_ready()
+    first["engine"].kill()
+    poll_until("vLLM is back", lambda: "vLLM is back" in launched.text)
+    assert f"vllm (pid {first['vllm'].pid}) outlives its engine or workers by 1 s" in launched.text
+    second = launched.see_tree()
+    assert second["vllm"].pid != first["vllm"].pid
+    launched.process.send_signal(signal.SIGTERM)
+    assert launched.wait_end() == 0, launched.text
+
+
 def test_a_restarted_vllm_that_does_not_come_up_is_another_death(launch):
     launched = launch("--server-restarts", "1", "--vllm-mode", "once")
     roles = launched.wait_ready()

@@ -43,7 +43,8 @@ def vllm(args: argparse.Namespace) -> int:
                 pass
 
         server = ThreadingHTTPServer(("127.0.0.1", args.port), Health)
-        threading.Thread(target=lambda: (child.wait(), server.shutdown()), daemon=True).start()
+        if args.mode != "outlive":
+            threading.Thread(target=lambda: (child.wait(), server.shutdown()), daemon=True).start()
         server.serve_forever()
     return 0
 
@@ -104,7 +105,7 @@ def daemon(args: argparse.Namespace) -> int:
                 "world_size": 1,
                 "pids": {"daemon": os.getpid(), "engines": [], "workers": here},
                 "rendezvous": "127.0.0.1:1",
-                "complete": bool(here),
+                "complete": len(here) == 2,
                 "weight_version": 0,
                 "last_error": None,
             }
@@ -145,6 +146,7 @@ def launch(args: argparse.Namespace) -> int:
                 max_daemon_restarts=1,
                 max_server_restarts=args.server_restarts,
                 publish_grace_s=1.0,
+                outlive_s=1.0,
             ),
         )
     ).run()
