@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from bridge.errors import BridgeError, MappingError
 from bridge.protocol import mapping as mapping_file
-from bridge.protocol.mapping import CONFIG_NAME
+from bridge.protocol.mapping import CONFIG_NAME, Mapping
 from bridge.wire import rendezvous
 from vllm_patching.events import Learned
 
@@ -33,6 +33,22 @@ LONG_PAUSE_S = 30.0
 KNOCK_TIMEOUT_S = 90.0  # a helper that was just started imports torch
 LOOK_S = 2.0  # between questions whether the helper is still on its way
 POLL_S = 0.2
+
+
+def differs(ours: Mapping, theirs: Mapping) -> str:
+    """Why two servers cannot be fed the same versions, "" if their models have the same tensors."""
+    common = {v.name: v for v in theirs.vocabularies}
+    for vocabulary in ours.of_the_model:
+        if vocabulary.name not in common:
+            continue
+        mine = {source.name: source.shape for source in vocabulary.sources}
+        other = {source.name: source.shape for source in common[vocabulary.name].sources}
+        if names := sorted(mine.keys() ^ other.keys()):
+            return f"{len(names)} tensor(s) are in one of the two only, {names[0]} among them"
+        if names := sorted(name for name, shape in mine.items() if other[name] != shape):
+            return f"{len(names)} shape(s) differ, {names[0]}: {mine[names[0]]} here, {other[names[0]]} there"
+        return ""
+    return "they have no vocabulary in common"
 
 
 class Borrowing:
@@ -104,10 +120,10 @@ class Borrowing:
         """Whether there is nothing more to do."""
         if stopping.is_set() or (not self.asking and self._has_newest and self._served):
             return True
-        offers = [(self._ask(peer, start=False), peer) for peer in self._peers]
+        offers = [(self._ask(peer, start=False), peer) for peer in tuple(self._peers)]
         newest = max([self._daemon.version, *(offer.version for offer, _ in offers if offer is not None)])
         if newest <= self._served:
-            return all(offer is not None for offer, _ in offers)
+            return all(offer is not None or peer not in self._peers for offer, peer in offers)
         self._daemon.events.put(Learned(newest))
         held = {peer: offer.version for offer, peer in offers if offer is not None and not offer.refusal}
         if newest not in held.values():
@@ -155,7 +171,14 @@ class Borrowing:
         """What a peer offers; None, and the reason in the log, if it does not answer."""
         session = secrets.token_hex(16)
         try:
-            place = mapping_file.load(peer / CONFIG_NAME).rendezvous
+            theirs = mapping_file.load(peer / CONFIG_NAME)
+            assert self._daemon.mapping is not None
+            if difference := differs(self._daemon.mapping, theirs):
+                # Its versions are not ours, and must not become what is waited for here.
+                logger.error("%s is of another model, and no peer: %s", peer, difference)
+                self._peers.remove(peer)
+                return None
+            place = theirs.rendezvous
             if place is None:
                 raise MappingError(f"{peer / CONFIG_NAME} names no rendezvous: it is an exported copy")
             store = rendezvous.reach_store(place.host, place.port, timeout_s=ASK_TIMEOUT_S)
