@@ -123,6 +123,12 @@ class ControlPage:
         start = self.HEADER_WORDS + rank * self.SLOT_WORDS
         return RankSlot(self._words[start : start + self.SLOT_WORDS])
 
+    def failed_ranks(self) -> list[int]:
+        """Ranks with a flip that did not happen, ever; cheap, as it is asked at every batch."""
+        start, words = self.HEADER_WORDS, self.SLOT_WORDS
+        failures = self._words[start + RankSlot.FAILURES : start + words * self.num_ranks : words]
+        return [rank for rank, count in enumerate(failures) if count] if any(failures) else []
+
     def engine(self, index: int) -> EngineSlot:
         """The words of one engine core, by its data-parallel index."""
         start = self.HEADER_WORDS + self.num_ranks * self.SLOT_WORDS + index * self.ENGINE_WORDS
@@ -135,6 +141,8 @@ class ControlPage:
 
 class RankSlot:
     """What one worker tells the node about its flips."""
+
+    FAILURES = 3  # which of its words
 
     def __init__(self, words: memoryview) -> None:
         self._words = words
@@ -159,7 +167,7 @@ class RankSlot:
 
     def fail(self) -> None:
         """Count a flip that did not happen."""
-        self._words[3] += 1
+        self._words[self.FAILURES] += 1
 
     @property
     def version(self) -> int:
@@ -176,7 +184,7 @@ class RankSlot:
 
     @property
     def failures(self) -> int:
-        return self._words[3]
+        return self._words[self.FAILURES]
 
     @property
     def active(self) -> int:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bridge.errors import TransferError
 from vllm_patching import compat
 from vllm_patching.control_page import ControlPage
 from vllm_patching.hold import Hold
@@ -67,6 +68,20 @@ class EngineBridge:
     def requested(self) -> int:
         """The version the daemon wants live; ours until it has answered."""
         return self.version if self.control is None else self.control.requested
+
+    def check(self) -> None:
+        """Called at both ends of a batch: no token of a batch whose ranks differ may leave.
+
+        The daemon looks for the same while it waits for a commit, but a rank may be late, or the daemon dead.
+
+        Raises:
+            TransferError: a rank could not flip; ends the engine core, and vLLM with it.
+        """
+        if self.control is not None and (failed := self.control.failed_ranks()):
+            raise TransferError(
+                f"rank(s) {failed} could not flip to version {self.version}, and others may serve it: the "
+                "engine ends; see the worker's error in vllm.log"
+            )
 
     def before_schedule(self) -> None:
         """Called before a batch is scheduled, which will be stamped."""
@@ -150,6 +165,7 @@ def attach(engine: Any, kind: type[EngineBridge] = EngineBridge) -> None:
 def _hook(engine: Any, bridge: EngineBridge) -> None:
     def make_schedule(schedule: Wrapped) -> Wrapped:
         def stamped_schedule(*args: Any, **kwargs: Any) -> Any:
+            bridge.check()
             bridge.before_schedule()
             scheduler_output = schedule(*args, **kwargs)
             bridge.stamp(scheduler_output)
@@ -159,6 +175,7 @@ def _hook(engine: Any, bridge: EngineBridge) -> None:
 
     def make_update(update: Wrapped) -> Wrapped:
         def labelled_update(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            bridge.check()
             bridge.label(scheduler_output)
             return update(scheduler_output, *args, **kwargs)
 

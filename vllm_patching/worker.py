@@ -4,8 +4,8 @@ A commit is a flip of the arena in ``execute_model``, before the forward of the 
 as late as that, because vLLM prepares a batch while the GPU still runs the one before, and a flip must wait
 for the GPU. Nothing between the two reads a weight (prompt embeddings would; there it is at the entry).
 Nothing here may raise inside a worker RPC: vLLM reads the replies of all ranks in order, and one
-exception would leave its response queues off by one. A flip that fails is recorded in the control page and
-the daemon ends the server rather than let ranks serve different versions.
+exception would leave its response queues off by one. A flip that fails is recorded in the control page: the
+engine core ends before a token of that batch leaves, and the daemon ends it if it stands.
 """
 
 from __future__ import annotations
