@@ -166,6 +166,8 @@ def _export(args: argparse.Namespace, served: Words, _: Words) -> int:
     from launch import preflight
 
     preflight.refuse(preflight.inspect(options))
+    if options.node_rank:  # node 0 writes it, and ends the server; this node ends with it
+        return prepare(options).run()
     return prepare(options).run(on_ready=lambda: export_mapping(logdir, args.output))
 
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import shlex
+import socket
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from typing import Any
 
 from bridge.protocol.mapping import CONFIG_NAME
 from launch.options import ServeOptions, read_server_args
-from vllm_patching import newest
+from vllm_patching import residue
 
 PLUGIN_NAME = "weight_bridge"
 PLUGIN_GROUP = "vllm.general_plugins"
@@ -75,7 +76,7 @@ def make_run_dir(options: ServeOptions) -> Path:
     if options.run_dir is None:
         return Path(tempfile.mkdtemp(prefix="vllm-bridge-", dir=run_dir_parent()))
     options.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    newest.forget(options.run_dir)
+    residue.forget_launch(options.run_dir)
     return options.run_dir.absolute()
 
 
@@ -160,6 +161,12 @@ def _interface(address: str) -> str:
     return ""
 
 
+def _free_port() -> int:
+    """For vLLM's master: chosen once in a launch, as every daemon of it must tell the nodes the same."""
+    with socket.create_server(("", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
 def daemon_command(
     options: ServeOptions, run_dir: Path, *, launcher_pid: int, launch_id: str = ""
 ) -> Command:
@@ -187,7 +194,7 @@ def daemon_command(
             "--nnodes": options.nnodes,
             "--node-rank": options.node_rank,
             "--master-addr": options.master_addr,
-            "--master-port": options.master_port,
+            "--master-port": options.master_port or (0 if options.node_rank else _free_port()),
             "--launch-id": launch_id,
             "--start-timeout": f"{options.start_timeout_s:g}",
         }

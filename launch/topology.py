@@ -37,6 +37,11 @@ def find_place(args: argparse.Namespace, environ: Mapping[str, str] = os.environ
     if nnodes == 1:
         return Place(master_port=args.master_port)
     node_rank, master = args.node_rank, args.master_addr
+    if in_step and environ.get("SLURM_LOCALID", "0") != "0":
+        raise ConfigError(
+            f"this is task {environ['SLURM_LOCALID']} of its node in the SLURM step, and each node has one "
+            "launcher: srun --ntasks-per-node=1"
+        )
     if in_step and int(step_nodes) == nnodes:
         node_rank = int(environ["SLURM_NODEID"]) if node_rank is None else node_rank
         master = master or _first_host(environ.get("SLURM_STEP_NODELIST", ""))

@@ -179,7 +179,7 @@ class Boundary:
         while not done():
             now = time.monotonic()
             if any(s.failures != f for s, f in zip(slots, failures, strict=True)):
-                self.end_engines(f"{failure}; ranks would differ")
+                end_engines(self._registry, f"{failure}; ranks would differ")
                 raise TransferError(f"{failure}; the server was ended")
             if lost := [m.who for m in members if m not in self._registry.members()]:
                 raise TransferError(f"{before}, but {', '.join(lost)} is gone")
@@ -197,12 +197,13 @@ class Boundary:
             except ChannelClosed:
                 logger.debug("the connection of %s ended; its reader reports it", engine.who)
 
-    def end_engines(self, why: str) -> None:
-        """End every engine core, and with them the server, by force."""
-        logger.critical("%s; ending the engine", why)
-        for engine in self._engines():
-            with contextlib.suppress(ProcessLookupError):  # vLLM ends the others when one has died
-                os.kill(engine.hello["pid"], signal.SIGKILL)
+
+def end_engines(registry: Registry, why: str) -> None:
+    """End every engine core, and with them the server, by force."""
+    logger.critical("%s; ending the engine", why)
+    for engine in list(registry.engines.values()):
+        with contextlib.suppress(ProcessLookupError):  # vLLM ends the others when one has died
+            os.kill(engine.hello["pid"], signal.SIGKILL)
 
 
 def behind(page: ControlPage, ranks: Sequence[int]) -> str:

@@ -51,6 +51,8 @@ class Limb(Protocol):
 
     def pids(self) -> dict[int, int]: ...
 
+    def ask_end(self) -> None: ...
+
     def end(self) -> None: ...
 
 
@@ -190,7 +192,10 @@ class Crew:
         self._ending = True
         for process in self.processes.values():
             process.kill()
-        for limb in dict.fromkeys(self._limbs.values()):
+        limbs = dict.fromkeys(self._limbs.values())
+        for limb in limbs:
+            limb.ask_end()
+        for limb in limbs:
             limb.end()
         for rank, process in self.processes.items():
             try:

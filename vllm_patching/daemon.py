@@ -31,7 +31,7 @@ from vllm_patching import residue
 from vllm_patching.admission import Admission
 from vllm_patching.arguments import parse_args
 from vllm_patching.borrowing import Borrowing
-from vllm_patching.boundary import Boundary
+from vllm_patching.boundary import Boundary, end_engines
 from vllm_patching.channel import listen, socket_path
 from vllm_patching.crew import Crew, Report
 from vllm_patching.epoch import Epoch, Limits
@@ -143,9 +143,8 @@ class Daemon:
             return self.events.get(timeout=max(0.0, due - time.monotonic()))
         except queue.Empty:
             assert self.swap is not None
-            assert self.boundary is not None
             self.given_up = self.last_error = f"no complete round came in time: {self.swap.torn}"
-            self.boundary.end_engines(self.given_up)
+            end_engines(self.registry, self.given_up)
             return None
 
     @property
@@ -168,6 +167,18 @@ class Daemon:
     def _handle(self, event: Any) -> None:
         if self.nodes is not None:
             self.nodes.admit_waiting()
+        self._take(event)
+        if self.epoch is not None:
+            self._settle(self.epoch)
+        if self._over:
+            if self.registry.engines:  # one that has come since, of a vLLM that is not whole
+                end_engines(self.registry, self.given_up)
+        elif self.registry.complete and not self.published:
+            self._first_death = self.given_up = ""
+            self._publish()
+
+    def _take(self, event: Any) -> None:
+        """Do what one event asks for; None is there for what has changed elsewhere."""
         if isinstance(event, Lost):
             self._vllm_lost(event.who)
         elif isinstance(event, NodeFailed):
@@ -184,11 +195,6 @@ class Daemon:
             self._hear_updater(event)
         elif isinstance(event, Heard) and event.epoch is self.epoch:
             event.epoch.on_control(event.event)
-        if self.epoch is not None:
-            self._settle(self.epoch)
-        if self.registry.complete and not self.published and not self._over:
-            self._first_death = self.given_up = ""
-            self._publish()
 
     def _hear_updater(self, report: Report) -> None:
         if self.epoch is not None and report.crew is self.epoch.crew:
@@ -395,8 +401,7 @@ class Daemon:
         if not self.given_up:
             self.given_up = self.last_error = self._first_death = why
             self.published = False
-            if self.boundary is not None:
-                self.boundary.end_engines(why)
+            end_engines(self.registry, why)
         if self.epoch is not None:
             self.epoch.fail(self.given_up)
 
@@ -407,6 +412,9 @@ class Daemon:
     # --- the end -----------------------------------------------------------------------------------
 
     def _end(self, listener: socket.socket) -> None:
+        if self.nodes is not None:
+            why = "" if self.last_error == ASKED else self.last_error or ""
+            self.nodes.end(End(why) if self._final else None)
         self.admission.close()  # its thread holds the store, which must not be used while it is torn down
         self.borrowing.close()
         self.lending.close()
@@ -417,9 +425,6 @@ class Daemon:
             self.crew.end()
         if self.swap is not None:
             self.swap.let_go()
-        if self.nodes is not None:
-            why = "" if self.last_error == ASKED else self.last_error or ""
-            self.nodes.end(End(why) if self._final else None)
         listener.close()
         socket_path(self.args.run_dir).unlink(missing_ok=True)
         if os.getppid() != self.args.launcher_pid:

@@ -45,7 +45,6 @@ CONNECT_TIMEOUT_S = 10.0
 RETRY_S = 0.2
 WATCH_S = 0.001  # how late a flip that the head waits for is told
 GLANCE_S = 0.1  # and any other
-LAUNCH_FILE = "launch"
 
 
 @dataclass(frozen=True)
@@ -98,9 +97,10 @@ class Follower:
         self._secret = ""
         self._crew_number = 0
         self._told: dict[int, int] = {}  # rank -> pid of the worker the head was told of
+        self._announced = 0  # how often it was told of one
         self._watched = threading.Event()
         self._stopping = threading.Event()
-        self._launch_file: Path = args.run_dir / LAUNCH_FILE
+        self._launch_file: Path = args.run_dir / residue.LAUNCH_FILE
 
     # --- the one loop ----------------------------------------------------------------------------
 
@@ -117,8 +117,8 @@ class Follower:
             while True:
                 event = self.events.get()
                 if isinstance(event, Stop):
-                    self._stop(event)
-                    return 0
+                    # A signal is not the launcher's order: it starts another daemon.
+                    return 0 if self._stop(event) else 128 + signal.Signals[event.why]
                 if isinstance(event, _Said) and isinstance(event.frame, wire.End):
                     if not event.frame.why:
                         logger.info("node 0 has ended in order")
@@ -135,12 +135,14 @@ class Follower:
         finally:
             self._end(listener)
 
-    def _stop(self, event: Stop) -> None:
+    def _stop(self, event: Stop) -> bool:
+        """Whether the server's part on this node ends with the daemon."""
         orphaned = os.getppid() != self.args.launcher_pid
         why = f"the launcher (pid {self.args.launcher_pid}) died" if orphaned else event.why
         logger.info("ending: %s", why)
         if event.final or orphaned:
             self._tell(wire.Leave("it was asked to" if why == ASKED else why))
+        return event.final or orphaned
 
     def _handle(self, event: Any) -> None:
         if isinstance(event, _Met):
@@ -222,7 +224,8 @@ class Follower:
             return _Met(link, answer, meeting.secret)
         link.close()
         if isinstance(answer, wire.Refused) and not answer.try_again:
-            raise RendezvousRefused(f"node 0 refused this node: {answer.reason}")
+            kind = ConfigError if answer.misconfigured else RendezvousRefused
+            raise kind(f"node 0 refused this node: {answer.reason}")
         raise RendezvousError(f"node 0 has no place for this node yet: {answer}")
 
     def _hear(self, link: Link) -> None:
@@ -307,12 +310,17 @@ class Follower:
         if self.crew is None or frame.crew != self._crew_number:
             return
         message = frame.message
-        if message["type"] == "join":
-            message = {**message, "address": rendezvous.local_address(message["host"], message["port"])}
         try:
+            if message["type"] == "join":
+                message = {**message, "address": rendezvous.local_address(message["host"], message["port"])}
             self.crew.order(message, frame.ranks)
         except BridgeError as err:
             logger.warning("%s; its end is reported", err)
+        except OSError as err:
+            why = f"node {self.args.node_rank} finds no way to {message['host']}:{message['port']}: {err}"
+            logger.error("%s", why)
+            for rank in self.registry.ranks_of(0):
+                self._tell(wire.Reported(self._crew_number, rank, None, f"updater of rank {rank} ({why})"))
 
     # --- what the head must know -----------------------------------------------------------------------
 
@@ -329,6 +337,7 @@ class Follower:
             if rank not in self._told and page is not None:  # without one the last worker is gone again
                 self._told[rank] = member.hello["pid"]
                 self._tell(wire.Registered(hello=member.hello, slot=page.slot(rank).words))
+                self._announced += 1
 
     @staticmethod
     def _pid(member: Any) -> int:
@@ -337,7 +346,7 @@ class Follower:
     def _watch(self) -> None:
         """Tell the head what workers write into the control page; a thread of its own."""
         seen: dict[int, wire.Slot] = {}
-        teller: Link | None = None
+        told: tuple[Link | None, int] = None, 0
         pause = threading.Event()
         while not self._stopping.is_set():
             if not self._watched.is_set():
@@ -347,8 +356,9 @@ class Follower:
             link, page = self.link, self.registry.control
             if link is None or page is None:
                 continue
-            if link is not teller:
-                seen, teller = {}, link
+            if (hearer := (link, self._announced)) != told:
+                # The head drops words of workers that it was not told of; they are told again now.
+                seen, told = {}, hearer
             now = {rank: page.slot(rank).words for rank in self.registry.ranks_of(0)}
             if news := {rank: words for rank, words in now.items() if seen.get(rank) != words}:
                 seen |= news

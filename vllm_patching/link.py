@@ -65,10 +65,11 @@ class Welcome(_Frame, frozen=True, kw_only=True):
 
 
 class Refused(_Frame, frozen=True, kw_only=True):
-    """The head's other answer."""
+    """The head's other answer; ``misconfigured``: flags must change before it can be another."""
 
     reason: str
     try_again: bool
+    misconfigured: bool = False
 
 
 class Beat(_Frame, frozen=True):
@@ -183,11 +184,12 @@ class Link:
         self._lock = threading.Lock()
         self._sent = self._received = 0
         self._closed = threading.Event()
-        self.peer = "{}:{}".format(*sock.getpeername()[:2])
-        sock.settimeout(deadline_s)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.peer = "the other node"  # until its address is known
         ours = secrets.token_bytes(NONCE_BYTES)
         try:
+            self.peer = "{}:{}".format(*sock.getpeername()[:2])
+            sock.settimeout(deadline_s)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.sendall(ours)
         except OSError as err:
             raise PeerLost(f"{self.peer} is gone: {err}") from err
@@ -201,8 +203,15 @@ class Link:
         return str(self.sock.getsockname()[0])
 
     def set_deadline(self, deadline_s: float) -> None:
-        """How long the other end may be silent, or not take what is sent."""
-        self.sock.settimeout(deadline_s)
+        """How long the other end may be silent, or not take what is sent.
+
+        Raises:
+            PeerLost: the link has ended.
+        """
+        try:
+            self.sock.settimeout(deadline_s)
+        except OSError as err:
+            raise PeerLost(f"the link to {self.peer} broke: {err}") from err
 
     def send(self, frame: Frame) -> None:
         """Send one frame.

@@ -8,6 +8,7 @@ and a remote worker's words in the control page are copied into the head's. A tr
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import socket
@@ -37,7 +38,8 @@ logger = logging.getLogger(__name__)
 
 FILE_NAME = "nodes.json"
 HANDSHAKE_TIMEOUT_S = 10.0
-END_CREW_TIMEOUT_S = 30.0
+ACCEPT_PAUSE_S = 0.2
+END_CREW_TIMEOUT_S = 90.0  # a follower allows each of its updaters a third of it
 
 
 class Meeting(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,7 +81,9 @@ class Node:
     _whos: dict[int, str] = field(default_factory=dict)
     _pids: dict[int, int] = field(default_factory=dict)
     _news: threading.Condition = field(default_factory=threading.Condition)
+    arrivals: threading.Lock = field(default_factory=threading.Lock)  # of ``waiting``, and what follows it
     _crew_ended: int = 0
+    _crew_asked: int = 0  # to end, and not waited for yet
 
     @property
     def who(self) -> str:
@@ -125,15 +129,21 @@ class Node:
         """Process ids of its updaters that are ready."""
         return dict(self._pids)
 
+    def ask_end(self) -> None:
+        """Tell it to end its updaters; ``end`` waits for that."""
+        if (current := self._crew) is not None:
+            self._crew_asked, self._crew = current[0], None
+            self.tell(wire.EndCrew(self._crew_asked))
+
     def end(self) -> None:
         """Return once none of its updaters writes any more, or the node is given up.
 
         A follower that has lost its link ends its updaters before it comes back, and they die with it.
         """
-        if self._crew is None:
+        self.ask_end()
+        number, self._crew_asked = self._crew_asked, 0
+        if not number:
             return
-        number, self._crew = self._crew[0], None
-        self.tell(wire.EndCrew(number))
         with self._news:
             if not self._news.wait_for(lambda: self.lost or self._crew_ended >= number, END_CREW_TIMEOUT_S):
                 logger.error("%s did not end its updaters in %g s", self.who, END_CREW_TIMEOUT_S)
@@ -155,18 +165,20 @@ class Node:
                 self._crew_ended = frame.crew
                 self._news.notify_all()
             return None
-        if self._crew is None or self._crew[0] != frame.crew:
+        current = self._crew  # once: the daemon's thread may end it meanwhile
+        if current is None or current[0] != frame.crew:
             return None
         if isinstance(frame, wire.Ready):
             self._pids[frame.rank] = frame.pid
-            self._crew[1].mark_ready(frame.rank)
+            current[1].mark_ready(frame.rank)
             return None
         self._whos[frame.rank] = frame.who
-        return Report(self._crew[1], frame.rank, frame.message)
+        return Report(current[1], frame.rank, frame.message)
 
     def last_words(self) -> list[Report]:
         """That each of its updaters has died, as far as anybody will know."""
-        return [Report(self._crew[1], rank, None) for rank in self.ranks] if self._crew else []
+        current = self._crew
+        return [Report(current[1], rank, None) for rank in self.ranks] if current is not None else []
 
     def end_of_link(self, why: str) -> None:
         """It is lost: whoever waits for it need not any more."""
@@ -187,7 +199,9 @@ class Nodes:
         self.here: dict[int, Node] = {}
         self._lock = threading.Lock()
         self._timers: dict[int, threading.Timer] = {}
+        self._missed: dict[int, set[int]] = {}  # inference ranks that a lost node had, by node rank
         self._ending = False
+        self._bounded = False  # whether nodes that were there before this daemon are waited for
         self._listener: socket.socket | None = None
 
     def listen(self) -> None:
@@ -200,13 +214,17 @@ class Nodes:
             self._listener = listener = socket.create_server((self.host, 0))
         except OSError as err:
             raise ConfigError(
-                f"cannot await the other nodes at --master-addr {self.host}: {err}; it must be an address of "
-                "this host, node 0"
+                f"cannot await the other nodes at --master-addr {self.host}: {err}; it must be an IPv4 "
+                "address of this host, node 0, or a name that leads to one"
             ) from err
-        self.host = str(listener.getsockname()[0])
-        if not self.master_port:
-            with socket.create_server((self.host, 0)) as probe:
-                self.master_port = probe.getsockname()[1]
+        found = str(listener.getsockname()[0])
+        if ipaddress.ip_address(found).is_loopback and self.host != "localhost" and self.host != found:
+            listener.close()
+            raise ConfigError(
+                f"--master-addr {self.host} leads to {found} on this host, where no other node can reach it "
+                "(/etc/hosts?); pass an address of this host"
+            )
+        self.host = found
         port = listener.getsockname()[1]
         meeting = Meeting(host=self.host, port=port, secret=self._daemon.secret, pid=os.getpid())
         write_atomically(self._daemon.args.logdir / FILE_NAME, msgspec.json.encode(meeting))
@@ -233,11 +251,16 @@ class Nodes:
     # --- coming and going ----------------------------------------------------------------------------------
 
     def _accept(self, listener: socket.socket) -> None:
+        pause = threading.Event()
         while True:
             try:
                 sock, _ = listener.accept()
-            except OSError:
-                return  # closed: the daemon ends
+            except OSError as err:
+                if self._ending:
+                    return
+                logger.warning("a node could not be let in: %s", err)  # too many descriptors, for now
+                pause.wait(ACCEPT_PAUSE_S)
+                continue
             threading.Thread(target=self._converse, args=(sock,), name="bridge-node", daemon=True).start()
 
     def _converse(self, sock: socket.socket) -> None:
@@ -253,7 +276,12 @@ class Nodes:
                 logger.warning("ignored a stranger at the nodes' port: %s", err)
             else:
                 self._lose(node, str(err))
-        sock.close()
+        except Exception as err:  # the thread's edge: a node that nobody hears must not look present
+            logger.exception("the link to a node broke in our own hands")
+            if node is not None:
+                self._lose(node, f"{type(err).__name__}: {err}")
+        finally:
+            sock.close()
 
     def _welcome(self, link: Link) -> Node | None:
         join = link.receive()
@@ -262,10 +290,9 @@ class Nodes:
         args = self._daemon.args
         node = Node(join, link)
         with self._lock:
-            reason, try_again = self._refusal(join)
-            if reason:
-                logger.warning("refused %s at %s: %s", node.who, link.peer, reason)
-                link.send(wire.Refused(reason=reason, try_again=try_again))
+            if (refused := self._refusal(join)) is not None:
+                logger.warning("refused %s at %s: %s", node.who, link.peer, refused.reason)
+                link.send(refused)
                 return None
             link.send(  # before anything that the daemon's thread may want of a node that is here
                 wire.Welcome(
@@ -277,8 +304,7 @@ class Nodes:
                 )
             )
             self.here[join.node_rank] = node
-            if (timer := self._timers.pop(join.node_rank, None)) is not None:
-                timer.cancel()
+        self._is_back(node)
         logger.info("%s joined from %s", node.who, link.peer)
         flight.note("joined", peer=node.who)
         link.set_deadline(args.deadline)
@@ -287,26 +313,39 @@ class Nodes:
             self._publish(node)
         return node
 
-    def _refusal(self, join: wire.Join) -> tuple[str, bool]:
-        """Why this one may not join, and whether that may pass."""
-        args = self._daemon.args
+    def _is_back(self, node: Node) -> None:
+        """It need not be given up any more, once every worker is here that it had when it was lost."""
+        rank = node.join.node_rank
+        with self._lock:
+            if self._missed.get(rank, set()) <= node.members.keys():
+                self._missed.pop(rank, None)
+                if (timer := self._timers.pop(rank, None)) is not None:
+                    timer.cancel()
+
+    def _refusal(self, join: wire.Join) -> wire.Refused | None:
+        """Why this one may not join, None if it may."""
+        here, args = self._daemon, self._daemon.args
+        wrong, gone, busy = "", "", ""
         if join.protocol_version != PROTOCOL_VERSION:
-            return f"it speaks protocol {join.protocol_version}, node 0 {PROTOCOL_VERSION}", False
-        if (join.nnodes, join.master_addr) != (self.nnodes, args.master_addr):
-            return (
+            wrong = f"it speaks protocol {join.protocol_version}, node 0 {PROTOCOL_VERSION}"
+        elif (join.nnodes, join.master_addr) != (self.nnodes, args.master_addr):
+            wrong = (
                 f"it was started with --nnodes {join.nnodes} --master-addr {join.master_addr}, node 0 with "
-                f"--nnodes {self.nnodes} --master-addr {args.master_addr}",
-                False,
+                f"--nnodes {self.nnodes} --master-addr {args.master_addr}"
             )
-        if join.launch not in ("", args.launch_id):
-            return "its workers are of an earlier start of this server", False
-        if not 0 < join.node_rank < self.nnodes:
-            return f"there is no --node-rank {join.node_rank} among {self.nnodes} nodes to follow", False
-        if (other := self.here.get(join.node_rank)) is not None:
-            return f"{other.who} is here already: two nodes with one --node-rank?", True
-        if self._ending:
-            return "node 0 ends", True
-        return "", False
+        elif not 0 < join.node_rank < self.nnodes:
+            wrong = f"there is no --node-rank {join.node_rank} among {self.nnodes} nodes to follow"
+        elif join.launch not in ("", args.launch_id):
+            gone = "its workers are of an earlier start of this server"
+        elif (other := self.here.get(join.node_rank)) is not None:
+            busy = f"{other.who} is here already: two nodes with one --node-rank?"
+        elif not join.launch and (here.mapping is not None or here.registry.found_running):
+            gone = "the server is up, and its workers on that node are gone with their launcher"
+        elif self._ending:
+            busy = "node 0 ends"
+        if not (reason := wrong or gone or busy):
+            return None
+        return wire.Refused(reason=reason, try_again=bool(busy), misconfigured=bool(wrong))
 
     def _lose(self, node: Node, why: str) -> None:
         """The link is down: its daemon, its network or the whole node. The first comes back."""
@@ -318,16 +357,21 @@ class Nodes:
                 del self.here[rank]
             if self._ending:
                 return
-            late = f"{node.who} is gone ({why}) and did not come back within {grace_s:g} s"
-            timer = self._timers[rank] = threading.Timer(grace_s, self._give_up, [late])
-            timer.daemon = True
-            timer.start()
+            self._missed.setdefault(rank, set()).update(node.members)
+            if rank not in self._timers:  # else it was not whole again, and what it had counts on
+                self._await_return(rank, f"{node.who} is gone ({why})", grace_s)
         for member in list(node.members.values()):
             self._daemon.registry.forget(member)
         self._daemon.events.put(Lost(f"{node.who} ({why})"))
         if self._daemon.filing:  # that waits for every updater's word, and for nothing else
             for report in node.last_words():
                 self._daemon.events.put(report)
+
+    def _await_return(self, rank: int, what: str, grace_s: float) -> None:
+        late = f"{what} and did not come back whole within {grace_s:g} s"
+        timer = self._timers[rank] = threading.Timer(grace_s, self._give_up, [late])
+        timer.daemon = True
+        timer.start()
 
     def _give_up(self, why: str) -> None:
         self._daemon.events.put(NodeFailed(why))
@@ -337,15 +381,23 @@ class Nodes:
     def _hear(self, node: Node, frame: wire.Frame) -> None:
         daemon = self._daemon
         if isinstance(frame, wire.Slots):
-            self._copy(frame.slots)
+            with node.arrivals:
+                self._take_words(node, frame.slots)
         elif isinstance(frame, wire.Registered):
             _check_worker(frame.hello)
-            node.waiting.append(frame)
+            with node.arrivals:
+                node.waiting.append(frame)
             daemon.events.put(None)  # see admit_waiting
         elif isinstance(frame, wire.Gone):
-            if (member := node.members.pop(frame.rank, None)) is not None:
+            with node.arrivals:
+                early = [waits for waits in node.waiting if waits.hello["rank"] == frame.rank]
+                node.waiting = [waits for waits in node.waiting if waits not in early]
+                member = node.members.pop(frame.rank, None)
+            if member is not None:
                 daemon.registry.forget(member)
                 daemon.events.put(NodeFailed(f"{member.who} is gone"))
+            elif early:
+                daemon.events.put(NodeFailed(f"vLLM worker rank {frame.rank} on {node.join.host} is gone"))
         elif isinstance(frame, wire.Ready | wire.Reported | wire.CrewEnded):
             if isinstance(frame, wire.Reported) and frame.message is not None:
                 introductions.check_report(frame.message)
@@ -354,13 +406,27 @@ class Nodes:
         elif isinstance(frame, wire.Leave):
             daemon.events.put(NodeFailed(f"{node.who} ends: {frame.why}"))
 
-    def _copy(self, slots: dict[int, wire.Slot]) -> None:
+    def _take_words(self, node: Node, slots: dict[int, wire.Slot]) -> None:
+        """Newer words of ranks: into the page, or into the registration that is not admitted yet.
+
+        Those of a rank that was not announced are dropped: its registration comes with newer ones.
+        """
+        node.waiting = [
+            msgspec.structs.replace(waits, slot=slots.get(waits.hello["rank"], waits.slot))
+            for waits in node.waiting
+        ]
+        for rank in slots.keys() & node.members.keys():
+            self._copy(rank, slots[rank], node.members[rank].who)
+
+    def _copy(self, rank: int, words: wire.Slot, who: str) -> None:
         page = self._daemon.registry.control
-        if page is None:
-            return  # they come again with the registration
-        for rank, words in slots.items():
-            if rank < page.num_ranks:  # else its registration is refused
-                page.slot(rank).copy(words)
+        if page is None or rank >= page.num_ranks:  # of a vLLM that is gone, or it will be refused
+            return
+        slot = page.slot(rank)
+        failed = words[slot.FAILURES] > slot.failures
+        slot.copy(words)
+        if failed:  # nobody may be waiting for it: the ranks must not go on differing
+            self._daemon.events.put(NodeFailed(f"{who} could not flip to version {page.requested}"))
 
     def admit_waiting(self) -> None:
         """Admit the workers that followers have announced, once node 0 has the control page.
@@ -370,24 +436,36 @@ class Nodes:
         registry = self._daemon.registry
         if registry.control is None:
             return
+        if registry.found_running and not self._bounded:
+            self._bounded = True
+            with self._lock:  # an earlier daemon's timers went with it
+                for rank in self.missing:
+                    grace_s = self._daemon.args.commit_timeout
+                    self._await_return(rank, f"node {rank} was not here when this daemon came", grace_s)
         for node in list(self.here.values()):
             while node.waiting:
-                arrived = node.waiting.pop(0)
-                rank = arrived.hello["rank"]
-                self._copy({rank: arrived.slot})
-                try:
-                    member = registry.admit_remote(arrived.hello, node, node=node.join.node_rank)
-                except ConfigError as err:
-                    self._daemon.failed = self._daemon.last_error = str(err)
-                    node.tell(wire.Refused(reason=str(err), try_again=False))
-                    continue
-                if member is None:  # node 0's own vLLM has died meanwhile, and the rest dies with it
-                    return
-                node.members[rank] = member
+                with node.arrivals:
+                    if not node.waiting:
+                        break
+                    arrived = node.waiting[0]
+                    rank = arrived.hello["rank"]
+                    try:
+                        member = registry.admit_remote(arrived.hello, node, node=node.join.node_rank)
+                    except ConfigError as err:
+                        del node.waiting[0]
+                        self._daemon.failed = self._daemon.last_error = str(err)
+                        node.tell(wire.Refused(reason=str(err), try_again=False))
+                        continue
+                    if member is None:  # node 0's own vLLM has died meanwhile, and the rest dies with it
+                        return
+                    del node.waiting[0]
+                    node.members[rank] = member
+                    self._copy(rank, arrived.slot, member.who)
                 if node.lost:
                     registry.forget(member)
                 else:
                     logger.info("%s registered through %s", member.who, node.who)
+                    self._is_back(node)
 
     # --- what the daemon wants of them -------------------------------------------------------------------
 
@@ -411,7 +489,10 @@ class Nodes:
             node.tell(wire.Watch(on))
 
     def end(self, farewell: wire.End | None) -> None:
-        """The daemon ends, and with a farewell the server; without, followers wait for the next one."""
+        """The daemon ends, and with a farewell the server; without, followers wait for the next one.
+
+        Their links end here: nothing of them is written any more once they have noticed.
+        """
         with self._lock:
             self._ending = True
             timers = list(self._timers.values())
@@ -424,6 +505,15 @@ class Nodes:
                 node.tell(farewell)
             node.link.close()
         if farewell is not None and self._listener is not None:
+            self._forget_meeting()
+
+    def _forget_meeting(self) -> None:
+        """Remove the file, unless the next launch has written its own there by now."""
+        try:
+            ours = read_meeting(self._daemon.args.logdir).secret == self._daemon.secret
+        except RendezvousError:
+            return
+        if ours:
             (self._daemon.args.logdir / FILE_NAME).unlink(missing_ok=True)
 
 

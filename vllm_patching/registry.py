@@ -54,6 +54,7 @@ class Registry:
     workers: dict[int, Member] = field(default_factory=dict)
     engines: dict[int, Member] = field(default_factory=dict)
     control: ControlPage | None = None
+    found_running: bool = False  # whether vLLM had the page before this daemon was there
 
     def admit(self, hello: dict[str, Any], channel: Channel, fds: tuple[int, ...]) -> Member:
         """Register a worker or an engine core, and answer it with the control page.
@@ -108,6 +109,7 @@ class Registry:
     def _register(self, member: Member, control_fd: int) -> None:
         hello = member.hello
         if self.control is None:
+            self.found_running = control_fd >= 0
             self.control = (
                 ControlPage(control_fd)
                 if control_fd >= 0

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 SHM_DIR = Path("/dev/shm")
 KILL_TIMEOUT_S = 5.0
 VLLM_EXIT_TIMEOUT_S = 20.0
+LAUNCH_FILE = "launch"  # in a following node's run directory: whose workers it has
 _GONE = (psutil.NoSuchProcess, psutil.ZombieProcess)
 
 
@@ -179,10 +180,16 @@ def _session(pid: int) -> int | None:
         return None
 
 
+def forget_launch(run_dir: Path) -> None:
+    """Remove what a launch's daemons have noted in its run directory; it is of no use to another launch."""
+    newest.forget(run_dir)
+    (run_dir / LAUNCH_FILE).unlink(missing_ok=True)
+
+
 def remove_run_dir(run_dir: Path) -> None:
     """Remove the sockets in a run directory, and the directory if nothing else of others is in it."""
     try:
-        newest.forget(run_dir)
+        forget_launch(run_dir)
         for path in run_dir.iterdir():
             if stat.S_ISSOCK(path.lstat().st_mode):
                 path.unlink(missing_ok=True)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import os
+import re
 import socket
 from collections.abc import Callable
 from datetime import timedelta
@@ -35,6 +37,9 @@ _Pid = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 _Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 _Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 
+logger = logging.getLogger(__name__)
+
+_EPOCHS_KEY = re.compile(r"e(\d{1,18})/.")
 TICKETS, LOANS = "ticket", "loan"  # who stands in which line, counted from 1
 
 
@@ -247,14 +252,14 @@ def forget_epochs(store: TCPStore, before: int) -> None:
     """Let go of what earlier epochs' ranks told each other, the layouts of whole models among it.
 
     Whoever still waits for one of these keys is of an epoch that has ended, and meets its own deadline.
-
-    Raises:
-        RuntimeError: the store is gone.
+    Anybody may have put keys there; what cannot be let go of stays.
     """
-    for key in store.list_keys():
-        epoch, _, rest = key.partition("/")
-        if rest and epoch[:1] == "e" and epoch[1:].isdecimal() and int(epoch[1:]) < before:
-            store.delete_key(key)
+    try:
+        for key in store.list_keys():
+            if (found := _EPOCHS_KEY.match(key)) is not None and int(found[1]) < before:
+                store.delete_key(key)
+    except (RuntimeError, ValueError) as err:
+        logger.warning("what earlier epochs said stays in the rendezvous: %s", first_line(err))
 
 
 def is_withdrawn(store: Store, request: Request) -> bool:

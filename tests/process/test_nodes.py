@@ -97,6 +97,17 @@ def test_a_follower_lost_in_a_round_costs_that_round(
     assert flips(server, 0) == flips(server, 1)
 
 
+def test_a_followers_daemon_that_is_told_to_end_is_another_daemons_to_replace(
+    server: Server, trainer: bridge.Bridge
+) -> None:
+    server.follower.process.terminate()  # not by its launcher's order
+    assert server.follower.process.wait(SOON_S) == 128 + signal.SIGTERM
+    server.follower.start()
+    server.wait_whole()
+    made = send(trainer, weights(4))
+    assert_serves(server, made, weights(4))
+
+
 def test_a_restarted_head_gathers_its_nodes_again(server: Server) -> None:
     before = server.read()
     server.head.kill()

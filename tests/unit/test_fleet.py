@@ -557,7 +557,7 @@ def test_who_gives_up_waiting_takes_its_request_back(
 
 def test_what_earlier_epochs_said_is_let_go_of() -> None:
     store = rendezvous.serve_store("127.0.0.1", 0)
-    kept = {"e12/layout/x", "e3/control/0", "ticket/1", "e", "e2", "ex/1"}
+    kept = {"e12/layout/x", "e3/control/0", "ticket/1", "e", "e2", "ex/1", f"e{'9' * 5000}/x"}
     gone = {"e1/layout/x", "e2/nccl/0-0/0"}
     for key in kept | gone:
         store.set(key, "x")

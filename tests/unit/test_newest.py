@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from bridge.errors import ConfigError
+from launch.commands import make_run_dir
+from launch.options import ServeOptions
 from vllm_patching import newest, residue
 from vllm_patching.newest import Newest
 
@@ -22,10 +24,14 @@ def test_the_next_daemon_goes_on_from_it(tmp_path: Path) -> None:
 def test_the_next_launch_does_not(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    Newest(run_dir).raise_to(7)
-    newest.forget(run_dir)
+    notes = (run_dir / newest.FILE_NAME, run_dir / residue.LAUNCH_FILE)
+    for note in notes:
+        note.write_text("7")
+    make_run_dir(ServeOptions(model="m", run_dir=run_dir))
     assert Newest(run_dir).version == 0
-    Newest(run_dir).raise_to(8)
+    assert not any(note.exists() for note in notes)
+    for note in notes:
+        note.write_text("8")
     residue.remove_run_dir(run_dir)
     assert not run_dir.exists()
 

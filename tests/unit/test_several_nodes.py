@@ -11,17 +11,22 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from bridge.errors import BridgeError, ConfigError, PeerLost, ProtocolError, RendezvousRefused
+from bridge.protocol.messages import PROTOCOL_VERSION
 from bridge.wire.rendezvous import Loan
 from launch.topology import find_place
 from vllm_patching import link as wire
+from vllm_patching.control_page import ControlPage
+from vllm_patching.events import NodeFailed
 from vllm_patching.frontdesk import FOLLOWS, FrontDesk
 from vllm_patching.introductions import RoundRequest, UpdateRequest
 from vllm_patching.lending import Lending
 from vllm_patching.link import Link
 from vllm_patching.nodes import Node, Nodes
+from vllm_patching.registry import Member, Registry
 
 Carry = Callable[[socket.socket, socket.socket], None]
 JOIN = wire.Join(node_rank=1, nnodes=2, master_addr="a", protocol_version=1, launch="", host="there", pid=7)
@@ -224,6 +229,171 @@ def hear(frame: wire.Frame) -> list[Any]:
     return events
 
 
+HELLO = {
+    "type": "worker", "rank": 1, "world_size": 2, "model": "m", "dtype": "bfloat16", "vllm_version": "0.32.0",
+    "pid": 50, "host": "there",
+}  # fmt: skip
+
+
+def words(version: int, failures: int = 0) -> tuple[int, ...]:
+    return (version, 1, 1, failures, version % 2, version, 0, 0)
+
+
+class Head:
+    """The head's side of one follower, over the real registry and control page."""
+
+    def __init__(self, *, mapping: Any = None, launch: str = "") -> None:
+        self.events: list[Any] = []
+        args = SimpleNamespace(
+            nnodes=2, master_addr="a", master_port=0, commit_timeout=3600.0, launch_id="one", deadline=5.0
+        )
+        self.registry = Registry(on_change=lambda: None)
+        engine: Any = SimpleNamespace(send=lambda *_: None, close=lambda: None)
+        self.registry.engines[0] = Member({"type": "engine", "index": 0, "pid": 1, "host": "here"}, engine)
+        self.daemon = SimpleNamespace(
+            args=args, events=SimpleNamespace(put=self.events.append), registry=self.registry,
+            mapping=mapping, filing=False, failed="", last_error=None,
+        )  # fmt: skip
+        self.nodes = Nodes(self.daemon)  # type: ignore[arg-type]
+        self.node = self.join(launch)
+
+    def join(self, launch: str = "one") -> Node:
+        """A follower's link is there, as ``_welcome`` leaves it."""
+        link = SimpleNamespace(send=lambda _: None, close=lambda: None)
+        node = Node(msgspec.structs.replace(JOIN, launch=launch), link)  # type: ignore[arg-type]
+        self.nodes.here[1] = self.node = node
+        self.nodes._is_back(node)
+        return node
+
+    def register(self, slot: tuple[int, ...]) -> None:
+        self.node.waiting.append(wire.Registered(hello=HELLO, slot=slot))
+
+    def hear(self, frame: wire.Frame) -> None:
+        self.nodes._hear(self.node, frame)
+
+    @property
+    def failed(self) -> list[str]:
+        return [event.why for event in self.events if isinstance(event, NodeFailed)]
+
+
+@pytest.mark.parametrize("page_first", [True, False])
+def test_late_words_are_not_overwritten_by_the_registration_they_follow(page_first: bool) -> None:
+    head = Head()
+    if page_first:
+        head.registry.control = ControlPage.create(2)
+    head.register(words(5))
+    head.hear(wire.Slots({1: words(6), 0: words(9)}))  # of rank 0 nobody has heard: it is another node's
+    page = head.registry.control = head.registry.control or ControlPage.create(2)
+    head.nodes.admit_waiting()
+    assert (page.slot(1).version, page.slot(0).version) == (6, 0)
+    head.hear(wire.Slots({1: words(7)}))
+    assert page.slot(1).version == 7
+    assert head.failed == []
+
+
+def test_a_flip_that_fails_on_another_node_is_told_though_nobody_waits() -> None:
+    head = Head()
+    page = head.registry.control = ControlPage.create(2)
+    head.register(words(5))
+    head.nodes.admit_waiting()
+    page.requested = 6
+    head.hear(wire.Slots({1: words(5, failures=1)}))
+    (why,) = head.failed
+    assert "worker rank 1 (pid 50 on there) could not flip to version 6" in why
+    head.hear(wire.Slots({1: words(5, failures=1)}))
+    assert len(head.failed) == 1
+
+
+def test_a_worker_that_dies_before_it_is_admitted_is_not_admitted() -> None:
+    head = Head()
+    head.register(words(0))
+    head.hear(wire.Gone(1))
+    head.registry.control = ControlPage.create(2)
+    head.nodes.admit_waiting()
+    assert not head.registry.workers
+    assert head.failed == ["vLLM worker rank 1 on there is gone"]
+
+
+def test_a_lost_node_is_waited_for_until_its_workers_are_back() -> None:
+    head = Head()
+    head.registry.control = ControlPage.create(2)
+    head.register(words(0))
+    head.nodes.admit_waiting()
+    head.nodes._lose(head.node, "the link broke")
+    timer = head.nodes._timers[1]
+    head.join()
+    assert head.nodes._timers == {1: timer}, "its daemon alone is not enough"
+    head.nodes._lose(head.node, "the link broke again")
+    assert head.nodes._timers == {1: timer}, "and begins no new wait"
+    head.join()
+    head.register(words(0))
+    head.nodes.admit_waiting()
+    assert head.nodes._timers == {}
+    assert timer.finished.is_set()
+
+
+@pytest.mark.parametrize(
+    ("launch", "up", "found_running", "said"),
+    [
+        ("", False, False, ""),
+        ("one", True, False, ""),
+        ("", True, False, "are gone with their launcher"),
+        ("", False, True, "are gone with their launcher"),
+        ("two", False, False, "of an earlier start"),
+    ],
+)
+def test_who_comes_without_the_workers_of_a_running_server_is_sent_away(
+    launch: str, up: bool, found_running: bool, said: str
+) -> None:
+    head = Head(mapping="a mapping" if up else None)
+    head.nodes.here.clear()
+    head.registry.found_running = found_running
+    join = msgspec.structs.replace(JOIN, launch=launch, protocol_version=PROTOCOL_VERSION)
+    refused = head.nodes._refusal(join)
+    assert (refused is None) == (said == "")
+    if refused is not None:
+        assert said in refused.reason
+        assert (refused.try_again, refused.misconfigured) == (False, False)
+    wrong = head.nodes._refusal(msgspec.structs.replace(join, nnodes=3))
+    assert wrong is not None
+    assert wrong.misconfigured
+
+
+def test_a_defect_in_hearing_a_node_loses_the_node(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = Head()
+
+    def broken(*_: Any) -> None:
+        raise TypeError("a defect")
+
+    monkeypatch.setattr(head.nodes, "_hear", broken)
+    monkeypatch.setattr(head.nodes, "_welcome", lambda _: head.node)
+    head.daemon.secret = "s"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        theirs = socket.create_connection(server.getsockname())
+        ours, _ = server.accept()
+    other = threading.Thread(
+        target=lambda: Link(theirs, "s", role=wire.FOLLOWER, deadline_s=5).send(wire.Beat())
+    )
+    other.start()
+    head.nodes._converse(ours)
+    other.join()
+    theirs.close()
+    assert head.nodes.missing == [1]
+    assert head.node.lost == "TypeError: a defect"
+    assert "broke in our own hands" in caplog.text
+    head.nodes._timers[1].cancel()
+
+
+def test_an_address_that_only_this_host_reaches_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = socket.create_server
+    monkeypatch.setattr(socket, "create_server", lambda where: real(("127.0.0.1", where[1])))
+    head = Head()
+    with pytest.raises(ConfigError, match=r"--master-addr a leads to 127\.0\.0\.1 on this host"):
+        head.nodes.listen()
+
+
 def test_what_a_follower_passes_on_is_checked_again() -> None:
     (report,) = hear(wire.Reported(1, 1, {"type": "poised"}, "x"))
     assert report.message == {"type": "poised"}
@@ -235,10 +405,10 @@ def test_what_a_follower_passes_on_is_checked_again() -> None:
         hear(wire.Registered(hello={"type": "worker"}, slot=(0,) * 8))
 
 
-@pytest.mark.parametrize("words", [(0,) * 7, (0,) * 9, (0, -1, 0, 0, 0, 0, 0, 0)])
-def test_words_that_do_not_fit_a_slot_are_no_frame(words: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("slot", [(0,) * 7, (0,) * 9, (0, -1, 0, 0, 0, 0, 0, 0)])
+def test_words_that_do_not_fit_a_slot_are_no_frame(slot: tuple[int, ...]) -> None:
     with linked() as (head, follower):
-        follower.send(wire.Slots({0: words}))
+        follower.send(wire.Slots({0: slot}))
         with pytest.raises(ProtocolError, match="what is no frame"):
             head.receive()
 
@@ -280,5 +450,7 @@ def test_a_place_that_is_not_known_is_refused() -> None:
     for flags in ({"nnodes": 2}, {"nnodes": 2, "node_rank": 1}, {"nnodes": 2, "master_addr": "a"}):
         with pytest.raises(ConfigError, match="give each node its --node-rank"):
             place({}, **flags)
+    with pytest.raises(ConfigError, match=r"task 1 of its node .* --ntasks-per-node=1"):
+        place({**STEP, "SLURM_LOCALID": "1"})
     with pytest.raises(BridgeError, match="--nnodes is 4"):
         place(STEP, nnodes=4)
