@@ -60,12 +60,26 @@ class DataLink:
         self._timeout = timedelta(seconds=timeout_s)
 
     def post_send(self, tensor: torch.Tensor, tag: int) -> dist.Work:
-        """Start sending; the tensor must stay untouched until ``finish``."""
-        return self._group.send([tensor], self._peer, tag)
+        """Start sending; the tensor must stay untouched until ``finish``.
+
+        Raises:
+            PeerLost: the peer is known to be gone.
+        """
+        try:
+            return self._group.send([tensor], self._peer, tag)
+        except RuntimeError as err:
+            raise PeerLost(f"lost {self.who} before more was sent: {first_line(err)}") from err
 
     def post_receive(self, tensor: torch.Tensor, tag: int) -> dist.Work:
-        """Start receiving into ``tensor``."""
-        return self._group.recv([tensor], self._peer, tag)
+        """Start receiving into ``tensor``.
+
+        Raises:
+            PeerLost: the peer is known to be gone.
+        """
+        try:
+            return self._group.recv([tensor], self._peer, tag)
+        except RuntimeError as err:
+            raise PeerLost(f"lost {self.who} before more could come: {first_line(err)}") from err
 
     def finish(self, work: dist.Work, what: str) -> None:
         """Wait for a posted transfer.

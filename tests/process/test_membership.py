@@ -148,7 +148,7 @@ def test_without_peers_a_restarted_server_waits_for_the_trainer(start: Callable[
         # The daemon dies as well: the number outlives both.
         os.kill(status["pids"]["daemon"], signal.SIGKILL)
         wait_until("another daemon", in_state(server, "recovering"), timeout_s=START_S)
-        assert server.status()["requested_version"] == 3
+        wait_until("its answer", lambda: server.status().get("requested_version") == 3, timeout_s=START_S)
         assert bridge.broadcast_weights(second).version == 4
     assert server.status()["state"] == "ready"
     assert_serves(server, 4, second)
