@@ -1,4 +1,4 @@
-"""A peer that is gone is a ``PeerLost``, whether Gloo says so when a transfer begins or when it is waited for."""
+"""A peer that is gone is a ``PeerLost``, whether Gloo says so as a transfer begins or as it is waited for."""
 
 from __future__ import annotations
 
