@@ -157,7 +157,7 @@ class Soak:
             if len(answer.get("servers", ())) == len(self.servers):
                 return
             assert time.monotonic() < deadline, f"not live on both servers after {RECOVER_S:g} s: {answer}"
-            threading.Event().wait(0.5)
+            threading.Event().wait(2.0)  # vLLM has the cores meanwhile
 
     def check(self) -> None:
         """Both serve the weights of the last receipt, whole."""

@@ -14,8 +14,8 @@ from vllm_patching import residue
 
 pytestmark = [pytest.mark.faults, pytest.mark.serving, pytest.mark.timeout(1500, method="signal")]
 
-SEED = 4
-LEAST_FAULTS = 5  # on a machine so slow that a restart of vLLM takes a minute
+SEED = 358  # of its first seven faults, one starts vLLM again, which takes longest
+LEAST_FAULTS = 5
 DESCRIPTORS = 4  # more than before: connections that are being answered
 MEMORY_MB = 24.0
 
