@@ -65,6 +65,17 @@ class Vote(Protocol):
         """It will not take the version."""
 
 
+def _forget_frames(error: BaseException | None) -> None:
+    """An error lives as long as its caller keeps it, and must not keep the background thread's frames.
+
+    They and those that called them hold an epoch's groups, sockets and snapshots. What the caller is to know
+    is in the message; the log has the rest.
+    """
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
 class Job:
     """One broadcast, between the caller and the background thread."""
 
@@ -126,6 +137,7 @@ class Job:
             if self.finished.is_set():
                 return
             self.receipt, self.error = receipt, error
+            _forget_frames(error)
             self.released.set()
             self.finished.set()
         if error is not None and self.vote is not None:
@@ -143,14 +155,20 @@ class Job:
         self.released.wait()
         if self.error is not None and self.receipt is None:
             self.seen = True
-            raise self.error
+            try:
+                raise self.error
+            finally:
+                del self  # or this frame, by the error's traceback, and the error keep each other
 
     def wait(self) -> Receipt:
         """Wait for the outcome."""
         self.finished.wait()
         self.seen = True
         if self.error is not None:
-            raise self.error
+            try:
+                raise self.error
+            finally:
+                del self  # as above
         assert self.receipt is not None
         return self.receipt
 

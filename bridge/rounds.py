@@ -275,6 +275,7 @@ class Session:
                 return
             if isinstance(item, Job):
                 self._run_job(item)
+                del item  # or the next wait would hold it
             elif isinstance(item, tuple) and not self.closed:
                 self._idle_event(*item)
 

@@ -25,6 +25,10 @@ CONTROL_TAG = 7
 Event = Frame | PeerLost | ProtocolError
 
 
+def _ignore(_: int, __: Event) -> None:
+    """Nobody is told any more."""
+
+
 class ControlGroup:
     """This process's end of the control group. ``peers`` maps control ranks to names for messages."""
 
@@ -129,6 +133,7 @@ class ControlGroup:
         Returns whether all ended; Gloo has no way to interrupt the others, which end at their deadline.
         """
         self._closing.set()
+        self._deliver = _ignore  # whoever is told holds this group, and would be held by it
         deadline = time.monotonic() + timeout_s
         for thread in self._threads:
             if thread is not threading.current_thread():

@@ -27,6 +27,7 @@ FAULTS = [
     Fault("duplicate", at="staged"),
     Fault("reorder", at="mid_bucket"),
     Fault("stale", at="committed"),
+    Fault("drop", at="committed"),
     Fault("corrupt", at="mid_bucket"),
     Fault("corrupt_bucket", at="mid_bucket"),
     Fault("delay", at="staged"),

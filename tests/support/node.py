@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import mmap
 import multiprocessing
@@ -239,8 +240,11 @@ class Trainer:
         return {}
 
 
-def train(orders: Connection, logdir: Path, namespace: str) -> None:
-    """A trainer of one rank, in a process and perhaps a network namespace of its own."""
+def train(orders: Connection, logdir: Path, namespace: str, patience_s: float) -> None:
+    """A trainer of one rank, in a process and perhaps a network namespace of its own.
+
+    ``patience_s`` is how long it waits for a version to become live; the daemon may have been told less.
+    """
     from bridge import telemetry
 
     if namespace:
@@ -249,7 +253,9 @@ def train(orders: Connection, logdir: Path, namespace: str) -> None:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
     os.environ.update(BRIDGE_LOGDIR=str(logdir), BRIDGE_TEST_FAULTS=str(logdir))
+    os.environ["BRIDGE_COMMIT_TIMEOUT_S"] = f"{patience_s:g}"
     torch.set_num_threads(1)
+    gc.disable()  # as some trainers do: what is left must not be in circles
     telemetry.configure(role="trainer", rank=0)
     faults.install("trainer")
     made = Trainer()
@@ -268,9 +274,11 @@ def train(orders: Connection, logdir: Path, namespace: str) -> None:
 class TrainerProcess:
     """What a test has of it; forked from a process that has imported torch, which is most of a start."""
 
-    def __init__(self, logdir: Path, namespace: str = "") -> None:
+    def __init__(self, logdir: Path, namespace: str, patience_s: float) -> None:
         self._orders, theirs = _context.Pipe()
-        self._process = _context.Process(target=train, args=(theirs, logdir, namespace), daemon=True)
+        self._process = _context.Process(
+            target=train, args=(theirs, logdir, namespace, patience_s), daemon=True
+        )
         self._process.start()
         theirs.close()
         assert self._process.pid is not None
@@ -378,7 +386,8 @@ class Node:
     def train(self) -> TrainerProcess:
         """The trainer; a fresh one if there is none."""
         if self._trainer is None:
-            self._trainer = TrainerProcess(self.logdir, self.link.namespace if self.link else "")
+            namespace = self.link.namespace if self.link else ""
+            self._trainer = TrainerProcess(self.logdir, namespace, 2 * self.deadline_s)
         return self._trainer
 
     def dismiss(self) -> None:
@@ -419,6 +428,7 @@ class Node:
         """How many each lasting process has open."""
         pids = self.status()["pids"]
         lasting = {"daemon": pids["daemon"], "engine": pids["engines"][0], "launcher": self.process.pid}
+        lasting["trainer"] = self.train().pid
         return {who: psutil.Process(pid).num_fds() for who, pid in lasting.items()}
 
     def tree(self) -> list[str]:
@@ -508,8 +518,8 @@ def suffer(made: Node, fault: Fault, *, seed: int) -> Outcome:
     if "version" in answer:
         assert (new, before + 1) in seen, f"{fault}: a receipt for what was never served"
     wait_until("the processes to be as before", lambda: made.tree() == tree, timeout_s=30)
-    if fault.who == "daemon" and fault.what == "kill":
-        descriptors["daemon"] = made.descriptors()["daemon"]
+    if fault.who in ("daemon", "trainer") and fault.what == "kill":
+        descriptors[fault.who] = made.descriptors()[fault.who]
 
     def grown() -> dict[str, int]:
         now = made.descriptors()
