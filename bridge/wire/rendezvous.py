@@ -11,8 +11,10 @@ import hashlib
 import hmac
 import logging
 import os
+import queue
 import re
 import socket
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -40,6 +42,7 @@ _Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 logger = logging.getLogger(__name__)
 
 _EPOCHS_KEY = re.compile(r"e(\d{1,18})/.")
+GREETING_TIMEOUT_S = 5.0
 TICKETS, LOANS = "ticket", "loan"  # who stands in which line, counted from 1
 
 
@@ -179,16 +182,52 @@ def reach_store(host: str, port: int, *, timeout_s: float) -> TCPStore:
         RendezvousError: nobody answers there within ``timeout_s`` seconds.
     """
     try:
-        # The store's own connect retries for long after its timeout; a plain connect answers at once.
+        # The store's own connect retries for long after its timeout; a plain connect answers at once. Behind
+        # one that was answered it has little to wait for, but for a daemon that is dying: the next one is
+        # elsewhere, and whoever asks must look for it there.
         socket.create_connection((host, port), timeout=timeout_s).close()
-        return TCPStore(
-            host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
-        )
+        store = _greet(host, port, min(timeout_s, GREETING_TIMEOUT_S))
+        store.set_timeout(timedelta(seconds=timeout_s))
+        return store
     except (OSError, RuntimeError) as err:
         raise RendezvousError(
             f"no weight-updater daemon answers at {host}:{port} within {timeout_s:g} s: {first_line(err)}; "
             "is the server up, and is this its present mapping file?"
         ) from err
+
+
+def _greet(host: str, port: int, timeout_s: float) -> TCPStore:
+    """A client of the store, in a thread of its own: behind a daemon that is stopped it waits for ever.
+
+    The thread ends with that daemon.
+
+    Raises:
+        TimeoutError: nothing was heard.
+        RuntimeError: torch's; it was hung up on.
+    """
+    made: queue.SimpleQueue[TCPStore | Exception] = queue.SimpleQueue()
+
+    def connect() -> None:
+        try:
+            made.put(
+                TCPStore(
+                    host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+                )
+            )
+        except Exception as err:  # noqa: BLE001 - raised by who waits
+            made.put(err)
+
+    threading.Thread(target=connect, name="bridge-greeting", daemon=True).start()
+    limit_s = 2 * timeout_s  # its own retries take longer than it was told
+    try:
+        found = made.get(timeout=limit_s)
+    except queue.Empty:
+        raise TimeoutError(
+            f"the connection was taken, and then nothing was heard for {limit_s:g} s; is the daemon stopped?"
+        ) from None
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def first_line(err: BaseException) -> str:

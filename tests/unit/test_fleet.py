@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -553,6 +557,27 @@ def test_who_gives_up_waiting_takes_its_request_back(
     assert rendezvous.is_withdrawn(store, request)
     other = msgspec.structs.replace(request, session="0" * 32)
     assert not rendezvous.is_withdrawn(store, other)
+
+
+@pytest.mark.parametrize("hangs_up", [True, False])
+def test_a_store_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch, hangs_up: bool) -> None:
+    """As of a daemon that dies, or one that is stopped: torch's client would wait for the second for ever."""
+    monkeypatch.setattr(rendezvous, "GREETING_TIMEOUT_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(5)
+
+        def hang_up() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    server.accept()[0].close()
+
+        if hangs_up:
+            threading.Thread(target=hang_up, daemon=True).start()
+        began = time.monotonic()
+        with pytest.raises(RendezvousError, match="no weight-updater daemon answers at 127"):
+            rendezvous.reach_store("127.0.0.1", server.getsockname()[1], timeout_s=60)
+        assert time.monotonic() - began < 20
+        server.shutdown(socket.SHUT_RDWR)
 
 
 def test_what_earlier_epochs_said_is_let_go_of() -> None:
