@@ -64,7 +64,9 @@ def test_every_byte_of_every_rank_is_that_of_a_fresh_load(checkpoint, tmp_path):
 
 def test_two_engines_of_a_dense_model(fresh_qwen3, tmp_path):
     sets, fresh = fresh_qwen3.sets, fresh_qwen3.answers[1]["greedy"][:4]
-    options: dict[str, Any] = {"flags": [*F32, "--data-parallel-size=2"], "env": UNBOUND}
+    options: dict[str, Any] = {
+        "flags": [*F32, "--data-parallel-size=2"], "bridge_flags": ["--max-server-restarts=0"], "env": UNBOUND,
+    }  # fmt: skip
 
     def ask(server: Server, engine: int) -> list[dict[str, Any]]:
         return server.api.greedy(4, headers={"X-data-parallel-rank": str(engine)})
@@ -136,7 +138,9 @@ def test_engines_of_a_mixture_of_experts_flip_before_the_same_step(checkpoint, t
     def ask(server: Server, engine: int) -> list[dict[str, Any]]:
         return server.api.greedy(4, headers={"X-data-parallel-rank": str(engine)})
 
-    options: dict[str, Any] = {"flags": flags, "bridge_flags": ["--http"], "env": COMPLETED}
+    options: dict[str, Any] = {
+        "flags": flags, "bridge_flags": ["--http", "--max-server-restarts=0"], "env": COMPLETED
+    }  # fmt: skip
     alone: dict[str, Any] = {"flags": F32, "bridge": False, "env": UNBOUND}
     with (
         serving_together((sets[0], tmp_path / "live", options), (sets[1], tmp_path / "fresh", alone)) as (
