@@ -65,7 +65,8 @@ def test_every_byte_of_every_rank_is_that_of_a_fresh_load(checkpoint, tmp_path):
 def test_two_engines_of_a_dense_model(fresh_qwen3, tmp_path):
     sets, fresh = fresh_qwen3.sets, fresh_qwen3.answers[1]["greedy"][:4]
     options: dict[str, Any] = {
-        "flags": [*F32, "--data-parallel-size=2"], "bridge_flags": ["--max-server-restarts=0"], "env": UNBOUND,
+        "flags": [*F32, "--data-parallel-size=2"], "bridge_flags": ["--max-server-restarts=0"],
+        "env": UNBOUND,
     }  # fmt: skip
 
     def ask(server: Server, engine: int) -> list[dict[str, Any]]:
