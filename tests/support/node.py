@@ -525,7 +525,9 @@ def suffer(made: Node, fault: Fault, *, seed: int) -> Outcome:
         now = made.descriptors()
         return {who: n - descriptors[who] for who, n in now.items() if n > descriptors[who] + SLACK}
 
-    wait_until(f"{fault}: no more descriptors than before", lambda: not grown(), timeout_s=15)
+    # What was closed over a link that was cut ends with the kernel's next try, which comes ever later.
+    settle_s = 90 if fault.what == "cut" else 15
+    wait_until(f"{fault}: no more descriptors than before", lambda: not grown(), timeout_s=settle_s)
     return Outcome(str(fault), _name(answer), noticed_s, recovered_s, made.descriptors())
 
 
