@@ -14,7 +14,7 @@ from tests.support.serving import UNBOUND, serving_together
 
 F32 = ["--dtype=float32"]
 
-pytestmark = [pytest.mark.serving, pytest.mark.timeout(900, method="signal")]
+pytestmark = [pytest.mark.serving, pytest.mark.timeout(1500, method="signal")]
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from tests.support.serving import (
     training,
 )
 
-pytestmark = [pytest.mark.serving, pytest.mark.timeout(900, method="signal")]
+pytestmark = [pytest.mark.serving, pytest.mark.timeout(1500, method="signal")]
 
 F32 = ["--dtype=float32"]
 

@@ -15,7 +15,7 @@ import pytest
 from tests.support.checks import SINGLE, Streams, assert_equal, assert_labels_in_order
 from tests.support.serving import UNBOUND, Server, Trainers, serving, serving_together, training, wait_until
 
-pytestmark = [pytest.mark.serving, pytest.mark.timeout(900, method="signal")]
+pytestmark = [pytest.mark.serving, pytest.mark.timeout(1500, method="signal")]
 
 F32 = ["--dtype=float32"]
 KINDS = {"in-place": ["--staging=in-place"], "copy": ["--flip=copy"]}

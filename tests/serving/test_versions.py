@@ -31,7 +31,7 @@ from tests.support.serving import (
 
 F32 = ["--dtype=float32"]
 
-pytestmark = [pytest.mark.serving, pytest.mark.timeout(900, method="signal")]
+pytestmark = [pytest.mark.serving, pytest.mark.timeout(1500, method="signal")]
 
 # --- float32, one rank, every feature ------------------------------------------------------------------
 
