@@ -430,7 +430,6 @@ class Follower:
         listener.close()
         socket_path(self.args.run_dir).unlink(missing_ok=True)
         if os.getppid() != self.args.launcher_pid:
-            self._launch_file.unlink(missing_ok=True)
             residue.clean_up_behind(self.vllm_pids, (), self.args.run_dir)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import hmac
-import logging
 import secrets
 import socket
 import struct
@@ -21,8 +20,6 @@ import msgspec
 
 from bridge.errors import PeerLost, ProtocolError, RendezvousRefused
 from vllm_patching.control_page import ControlPage
-
-logger = logging.getLogger(__name__)
 
 NONCE_BYTES = 32
 MAC_BYTES = 32

@@ -16,7 +16,7 @@ compares.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Protocol
 
@@ -65,10 +65,7 @@ class DataLink:
         Raises:
             PeerLost: the peer is known to be gone.
         """
-        try:
-            return self._group.send([tensor], self._peer, tag)
-        except RuntimeError as err:
-            raise PeerLost(f"lost {self.who} before more was sent: {first_line(err)}") from err
+        return self._post(self._group.send, tensor, tag, "was sent")
 
     def post_receive(self, tensor: torch.Tensor, tag: int) -> dist.Work:
         """Start receiving into ``tensor``.
@@ -76,10 +73,13 @@ class DataLink:
         Raises:
             PeerLost: the peer is known to be gone.
         """
+        return self._post(self._group.recv, tensor, tag, "could come")
+
+    def _post(self, post: Callable[..., dist.Work], tensor: torch.Tensor, tag: int, what: str) -> dist.Work:
         try:
-            return self._group.recv([tensor], self._peer, tag)
+            return post([tensor], self._peer, tag)
         except RuntimeError as err:
-            raise PeerLost(f"lost {self.who} before more could come: {first_line(err)}") from err
+            raise PeerLost(f"lost {self.who} before more {what}: {first_line(err)}") from err
 
     def finish(self, work: dist.Work, what: str) -> None:
         """Wait for a posted transfer.
