@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from bridge.errors import TransferError
 from vllm_patching.channel import ChannelClosed
@@ -153,42 +153,36 @@ class Boundary:
         failure: str,
         late: Callable[[], str],
     ) -> None:
+        with self._watching():
+            engines, members = self._engines(), self._registry.members()
+            slots = self._slots()
+            failures = [slot.failures for slot in slots]
+            ask()
+            self._wake(engines)
+            deadline = time.monotonic() + self.timeout_s
+            next_wake = time.monotonic() + WAKE_INTERVAL_S
+            pause = threading.Event()
+            while not done():
+                now = time.monotonic()
+                if any(s.failures != f for s, f in zip(slots, failures, strict=True)):
+                    end_engines(self._registry, f"{failure}; ranks would differ")
+                    raise TransferError(f"{failure}; the server was ended")
+                if lost := [m.who for m in members if m not in self._registry.members()]:
+                    raise TransferError(f"{before}, but {', '.join(lost)} is gone")
+                if now > deadline:
+                    raise TransferError(late())
+                if now >= next_wake:
+                    self._wake(engines)
+                    next_wake = now + WAKE_INTERVAL_S
+                pause.wait(POLL_S)
+
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[None]:
         self._watch(True)
         try:
-            self._ask_and_wait(ask, done, before=before, failure=failure, late=late)
+            yield
         finally:
             self._watch(False)
-
-    def _ask_and_wait(
-        self,
-        ask: Callable[[], None],
-        done: Callable[[], bool],
-        *,
-        before: str,
-        failure: str,
-        late: Callable[[], str],
-    ) -> None:
-        engines, members = self._engines(), self._registry.members()
-        slots = self._slots()
-        failures = [slot.failures for slot in slots]
-        ask()
-        self._wake(engines)
-        deadline = time.monotonic() + self.timeout_s
-        next_wake = time.monotonic() + WAKE_INTERVAL_S
-        pause = threading.Event()
-        while not done():
-            now = time.monotonic()
-            if any(s.failures != f for s, f in zip(slots, failures, strict=True)):
-                end_engines(self._registry, f"{failure}; ranks would differ")
-                raise TransferError(f"{failure}; the server was ended")
-            if lost := [m.who for m in members if m not in self._registry.members()]:
-                raise TransferError(f"{before}, but {', '.join(lost)} is gone")
-            if now > deadline:
-                raise TransferError(late())
-            if now >= next_wake:
-                self._wake(engines)
-                next_wake = now + WAKE_INTERVAL_S
-            pause.wait(POLL_S)
 
     def _wake(self, engines: Sequence[Member]) -> None:
         for engine in engines:
