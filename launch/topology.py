@@ -28,6 +28,7 @@ def find_place(args: argparse.Namespace, environ: Mapping[str, str] = os.environ
 
     Raises:
         ConfigError: several nodes, and it is not known which is this one or where the first is.
+        RendezvousError: this is the first node of a step, and finds no way to the others.
     """
     step_nodes = environ.get("SLURM_STEP_NUM_NODES", "")
     in_step = step_nodes.isdecimal() and int(step_nodes) > 1 and environ.get("SLURM_NODEID", "").isdecimal()
@@ -44,7 +45,7 @@ def find_place(args: argparse.Namespace, environ: Mapping[str, str] = os.environ
         )
     if in_step and int(step_nodes) == nnodes:
         node_rank = int(environ["SLURM_NODEID"]) if node_rank is None else node_rank
-        master = master or _first_host(environ.get("SLURM_STEP_NODELIST", ""))
+        master = master or _first_node(environ.get("SLURM_STEP_NODELIST", ""), here=node_rank == 0)
     if node_rank is None or not master:
         raise ConfigError(
             f"--nnodes is {nnodes}: give each node its --node-rank (0 to {nnodes - 1}) and all the same "
@@ -55,8 +56,11 @@ def find_place(args: argparse.Namespace, environ: Mapping[str, str] = os.environ
     )
 
 
-def _first_host(nodelist: str) -> str:
-    from bridge.nodes import expand_nodelist
+def _first_node(nodelist: str, *, here: bool) -> str:
+    """How the step's first node is reached; ``here``: it is this one, whose name may mean its loopback."""
+    from bridge.nodes import expand_nodelist, own_address
 
     hosts = expand_nodelist(nodelist)
-    return hosts[0] if hosts else ""
+    if not hosts:
+        return ""
+    return own_address(hosts[1:])[0] if here else hosts[0]

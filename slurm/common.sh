@@ -7,7 +7,7 @@
 : "${VLLM_FLAGS:=}"                    # for vllm serve, split at blanks
 : "${SERVE_FLAGS:=}"                   # for python -m bridge.launch serve, split at blanks
 : "${LOGROOT:=$SLURM_SUBMIT_DIR/logs}" # on a file system that every node of the job sees
-: "${NODES_PER_SERVER:=1}"             # nodes of one server
+: "${NODES_PER_SERVER:=1}"             # nodes of one server; above 1 vLLM splits the model over them
 : "${TRAINERS_PER_NODE:=}"             # trainer ranks on each node; empty: its GPUs, or 1 without any
 : "${RENDEZVOUS_HOST:=}"               # where trainers reach a server; empty: found on each node
 : "${MAX_REQUEUES:=0}"                 # how often this job may put itself back into the queue
@@ -46,16 +46,18 @@ trainer=       # pid of the trainers' step
 read -ra vllm_flags <<<"$VLLM_FLAGS"
 export -n VLLM_FLAGS # vLLM warns of variables that look like its own
 
-# start_servers FIRST COUNT PEERS [srun flag ...]: a server on each of COUNT nodes, from node FIRST of the step's on.
+# start_servers FIRST COUNT PEERS [srun flag ...]: servers on COUNT nodes, from node FIRST of the step's on.
 # PEERS are hosts to be reached, separated by blanks; none, if the trainers run elsewhere.
 start_servers() {
     local first=$1 count=$2 peers=$3 index
     shift 3
     [[ -n $MODEL ]] || refuse "MODEL is not set; as in: MODEL=Qwen/Qwen3-0.6B sbatch ..."
-    ((NODES_PER_SERVER == 1)) || refuse "NODES_PER_SERVER is $NODES_PER_SERVER, and a server has one node so far"
+    ((NODES_PER_SERVER > 0 && count % NODES_PER_SERVER == 0)) ||
+        refuse "$count node(s) to serve cannot be divided into servers of NODES_PER_SERVER=$NODES_PER_SERVER nodes"
     for ((index = 0; index < count / NODES_PER_SERVER; index++)); do
         logdirs+=("$ATTEMPT/server-$index")
-        "${step[@]}" "$@" --relative=$((first + index * NODES_PER_SERVER)) --nodes=1 --ntasks=1 \
+        "${step[@]}" "$@" --relative=$((first + index * NODES_PER_SERVER)) --nodes="$NODES_PER_SERVER" \
+            --ntasks="$NODES_PER_SERVER" --ntasks-per-node=1 \
             "$REPO/slurm/server.sh" "$index" "$ATTEMPT/server-$index" "$peers" "$MODEL" "${vllm_flags[@]}" \
             "${own_trainer[@]}" &
         servers+=($!)

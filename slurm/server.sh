@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# One server on this node: launcher, daemon and vLLM. Started by srun from the batch scripts, with their settings.
+# A server's launcher on this node, with its daemon and vLLM. Started by srun from the batch scripts, with their settings;
+# in a step of several nodes, the launchers on them make one server.
 #
 #   server.sh INDEX LOGDIR PEERS MODEL [vllm serve flag ...] [-- TRAINER ...]
 #

@@ -206,7 +206,6 @@ class Follower:
                 wire.Join(
                     node_rank=args.node_rank,
                     nnodes=args.nnodes,
-                    master_addr=args.master_addr,
                     protocol_version=PROTOCOL_VERSION,
                     launch=self._launch_file.read_text() if self._launch_file.exists() else "",
                     host=socket.gethostname(),

@@ -44,7 +44,6 @@ class Join(_Frame, frozen=True, kw_only=True):
 
     node_rank: int
     nnodes: int
-    master_addr: str
     protocol_version: int
     launch: str
     host: str

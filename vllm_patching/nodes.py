@@ -328,11 +328,8 @@ class Nodes:
         wrong, gone, busy = "", "", ""
         if join.protocol_version != PROTOCOL_VERSION:
             wrong = f"it speaks protocol {join.protocol_version}, node 0 {PROTOCOL_VERSION}"
-        elif (join.nnodes, join.master_addr) != (self.nnodes, args.master_addr):
-            wrong = (
-                f"it was started with --nnodes {join.nnodes} --master-addr {join.master_addr}, node 0 with "
-                f"--nnodes {self.nnodes} --master-addr {args.master_addr}"
-            )
+        elif join.nnodes != self.nnodes:
+            wrong = f"it was started with --nnodes {join.nnodes}, node 0 with --nnodes {self.nnodes}"
         elif not 0 < join.node_rank < self.nnodes:
             wrong = f"there is no --node-rank {join.node_rank} among {self.nnodes} nodes to follow"
         elif join.launch not in ("", args.launch_id):

@@ -193,10 +193,15 @@ def test_a_requeued_job_goes_on_from_what_was_served(
     assert_nothing_left(cluster)
 
 
+@pytest.mark.parametrize("nodes_per_server", [1, 2] if FULL else [2])
 def test_two_jobs_on_the_same_nodes_and_what_scancel_leaves(
-    cluster: Cluster, submit: Callable[..., Job], checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
-    """A heterogeneous job, and servers whose trainers are another job, at the same time on the same nodes."""
+    cluster: Cluster, submit: Callable[..., Job], checkpoint: Callable[..., Path], tmp_path: Path,
+    nodes_per_server: int,
+) -> None:  # fmt: skip
+    """A heterogeneous job, and servers whose trainers are another job, at the same time on the same nodes.
+
+    Of two nodes that serve, each has a server, or the second job has one server on both.
+    """
     models = [checkpoint("qwen3", "float32", seed) for seed in (0, 1)]
     states = [tmp_path / "state0", tmp_path / "state1"]
     versions, servers, where = (10, 2, "node[3-4]") if FULL else (3, 1, "node3")
@@ -209,7 +214,13 @@ def test_two_jobs_on_the_same_nodes_and_what_scancel_leaves(
         MODEL=str(models[0]),
     )
     serve = submit(
-        "serve", "serve.sbatch", [f"--nodes={servers}", f"--nodelist={where}"], [], MODEL=str(models[1])
+        "serve",
+        "serve.sbatch",
+        ["--nodes=2", "--nodelist=node[3-4]"],
+        [],
+        MODEL=str(models[1]),
+        NODES_PER_SERVER=str(nodes_per_server),
+        VLLM_FLAGS=f"{VLLM_FLAGS} --tensor-parallel-size={nodes_per_server}",
     )
     serve.wait("to serve", lambda: "serving at" in serve.text())
     train = submit(
@@ -225,7 +236,7 @@ def test_two_jobs_on_the_same_nodes_and_what_scancel_leaves(
         job.wait_file(at)
         job.wait_versions([(step, step) for step in range(1, versions + 1)])
     assert_served(het, models[0], states[0], servers=servers)
-    assert_served(serve, models[1], states[1], servers=servers)
+    assert_served(serve, models[1], states[1], servers=2 // nodes_per_server)
     assert trained_answers(models[0], states[0]) != trained_answers(models[1], states[1])
 
     for job in (train, serve):  # in the middle of their work

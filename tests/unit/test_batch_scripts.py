@@ -111,7 +111,11 @@ def test_numbers_go_on_above_what_any_attempt_has_served(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("env", "why"),
-    [({}, "MODEL is not set"), ({"MODEL": "m", "NODES_PER_SERVER": "2"}, "NODES_PER_SERVER is 2")],
+    [
+        ({}, "MODEL is not set"),
+        ({"MODEL": "m", "NODES_PER_SERVER": "2"}, "1 node(s) to serve cannot be divided"),
+        ({"MODEL": "m", "NODES_PER_SERVER": "0"}, "servers of NODES_PER_SERVER=0 nodes"),
+    ],
 )
 def test_what_cannot_work_is_refused(tmp_path: Path, env: dict[str, str], why: str) -> None:
     code, _, output = run(tmp_path, 'start_servers 0 1 ""', **env)

@@ -29,7 +29,7 @@ from vllm_patching.nodes import Node, Nodes
 from vllm_patching.registry import Member, Registry
 
 Carry = Callable[[socket.socket, socket.socket], None]
-JOIN = wire.Join(node_rank=1, nnodes=2, master_addr="a", protocol_version=1, launch="", host="there", pid=7)
+JOIN = wire.Join(node_rank=1, nnodes=2, protocol_version=1, launch="", host="there", pid=7)
 
 
 def whole(source: socket.socket, target: socket.socket) -> None:
@@ -444,6 +444,16 @@ def test_the_place_is_read_from_flags_or_the_step() -> None:
     assert place(STEP, nnodes=1) == (1, 0, "", "alone")
     assert place(STEP, master_addr="10.0.0.1") == (2, 1, "10.0.0.1", "the SLURM step")
     assert place({}, nnodes=4, node_rank=3, master_addr="a") == (4, 3, "a", "flags")
+
+
+def test_the_first_node_of_a_step_is_its_address_on_the_way_to_the_others(monkeypatch: Any) -> None:
+    """Its own name leads to its loopback on many hosts."""
+    asked = []
+    monkeypatch.setattr(
+        "bridge.nodes.own_address", lambda peers: (asked.append(peers), ("10.0.0.7", "eth0"))[1]
+    )
+    assert place({**STEP, "SLURM_NODEID": "0"}) == (2, 0, "10.0.0.7", "the SLURM step")
+    assert asked == [["gpu08"]]
 
 
 def test_a_place_that_is_not_known_is_refused() -> None:
