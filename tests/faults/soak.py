@@ -71,18 +71,18 @@ def roles(server: Server) -> dict[str, int]:
 
 
 class Load(threading.Thread):
-    """Requests to one server, one after the other; those that failed while it called itself ready count."""
+    """Requests to one server, one after the other with ``pause_s`` between them."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, pause_s: float) -> None:
         super().__init__(name=f"load-{server.port}", daemon=True)
-        self.server = server
+        self.server, self._pause_s = server, pause_s
         self.answered = self.failed = 0
         self.errors: list[str] = []
         self._over = threading.Event()
 
     def run(self) -> None:
         prompt = prompts(1)[0]
-        while not self._over.wait(0.3):
+        while not self._over.wait(self._pause_s):
             try:
                 self.server.api.complete(prompt, max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
                 self.answered += 1
@@ -230,7 +230,7 @@ def start_trainer(sets: Sequence[Path], directory: Path, servers: Sequence[Serve
 
 
 @contextmanager
-def started(directory: Path, seed: int) -> Iterator[Soak]:
+def started(directory: Path, seed: int, *, pause_s: float = 0.3) -> Iterator[Soak]:
     """Servers, trainer and load; ended afterwards, in order."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -257,7 +257,7 @@ def started(directory: Path, seed: int) -> Iterator[Soak]:
     with ExitStack() as stack:
         servers = stack.enter_context(serving_together(*((sets[0], place, options) for place in places)))
         made = Soak(
-            servers, sets, expected, directory, random.Random(seed), [Load(server) for server in servers],
+            servers, sets, expected, directory, random.Random(seed), [Load(s, pause_s) for s in servers],
             start_trainer(sets, directory, servers),
         )  # fmt: skip
         stack.callback(lambda: made.trainers.stop())
@@ -366,6 +366,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=120)
     parser.add_argument("--every", type=float, default=60, help="seconds between faults")
     parser.add_argument("--publish-every", type=float, default=2, help="seconds between versions")
+    parser.add_argument("--ask-every", type=float, default=2, help="seconds between a server's requests")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -392,7 +393,7 @@ def main() -> int:
         write()
 
     failure = ""
-    with started(directory, args.seed) as made:
+    with started(directory, args.seed, pause_s=args.ask_every) as made:
         try:
             soak(made, minutes=args.minutes, every_s=args.every, publish_every_s=args.publish_every, say=say)
             assert made.loads[KEEPER].failed == 0, f"the first server failed: {made.loads[KEEPER].errors}"
