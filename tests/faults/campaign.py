@@ -25,13 +25,13 @@ from typing import Any
 
 from tests.support.faults import FRAMES, LINKS, POINTS, Fault
 from tests.support.link import HERE, Link
-from tests.support.node import Node, suffer
+from tests.support.node import ENDS_THE_SERVER, Node, suffer
 
-WHO = ("trainer", "updater", "daemon", "engine", "worker")
+WHO = ("trainer", "updater", "daemon", "engine", "worker", "api", "launcher")
 TRANSPORTS = ("gloo", "pull")
 LINK = "gloo over a link"
 FIRST_LINK = 1_000_000  # cases from here on are the link's
-NODE_DEATH_SHARE = 0.3  # of kills of the engine and its workers: each needs a fresh server
+NODE_DEATH_SHARE = 0.3  # of kills that end the server: each needs a fresh one
 
 
 def draw(seed: int, case: int) -> tuple[Fault, str]:
@@ -43,7 +43,7 @@ def draw(seed: int, case: int) -> tuple[Fault, str]:
     at, bucket = chance.choice(list(POINTS)), chance.randrange(4)
     if chance.random() < 0.6:
         what, who = chance.choice(["kill", "kill", "stop"]), chance.choice(WHO)
-        if what == "kill" and who in ("engine", "worker") and chance.random() > NODE_DEATH_SHARE:
+        if what == "kill" and who in ENDS_THE_SERVER and chance.random() > NODE_DEATH_SHARE:
             who = "updater"
         if chance.random() < 0.1 and what == "kill" and who in ("updater", "daemon"):
             at = "idle"

@@ -31,7 +31,10 @@ FAULTS = [
     Fault("corrupt", at="mid_bucket"),
     Fault("corrupt_bucket", at="mid_bucket"),
     Fault("delay", at="staged"),
+    Fault("stop", "launcher", "mid_bucket"),
     Fault("kill", "worker", "mid_bucket"),
+    Fault("kill", "api", "staged"),
+    Fault("kill", "launcher", "mid_bucket"),
 ]
 LINK_FAULTS = [Fault(what, at="before_begin") for what in ("cut", "slow link", "lossy link")]
 

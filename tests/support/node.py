@@ -1,8 +1,8 @@
 """A whole server without vLLM: the real launcher's supervisor, daemon, updaters and arenas.
 
-``python -m tests.support.node launch|vllm ...``. In vLLM's place an engine stamps batches as the real
-one does, and its workers, which flip real arenas, answer each with the digest of all that they hold. What was
-served stands in ``served.jsonl``, a line whenever it changes.
+``python -m tests.support.node launch|api ...``. In vLLM's place a process answers /health. Its child, the
+engine, stamps batches as the real one does, and its workers, which flip real arenas, answer each with the
+digest of all that they hold. What was served stands in ``served.jsonl``, a line whenever it changes.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ from tests.support import faults, link
 from tests.support.faults import Armed, Fault
 from tests.support.link import Link
 from tests.support.mappings import SOURCES, half_of, parallel_mapping
-from tests.support.serving import environment, free_port, wait_until
+from tests.support.serving import alive, environment, free_port, wait_until
 
 BATCH_S = 0.01
 BUCKET_BYTES = 4096
+ENDS_THE_SERVER = ("launcher", "api", "engine", "worker")  # if they are killed
 SLACK = 2  # descriptors: a connection that is being answered
 REPO = Path(__file__).parents[2]
 
@@ -114,27 +115,15 @@ def worker(rank: int, ranks: int, pipes: Sequence[tuple[Any, Any]]) -> None:
             return  # the engine has ended
 
 
-def vllm(args: argparse.Namespace) -> int:
-    """The engine, its workers, and /health."""
+def api(args: argparse.Namespace) -> int:
+    """The API server: /health, and the engine as its child."""
     from vllm_patching.channel import socket_path
-    from vllm_patching.engine import EngineBridge
-    from vllm_patching.registration import Registration
 
     torch.set_num_threads(1)
     listening = socket_path(Path(os.environ["BRIDGE_RUN_DIR"]))  # vLLM takes longer to load than this to come
     wait_until("the daemon to listen", listening.exists, timeout_s=120)
-    context = multiprocessing.get_context("fork")
-    pipes = [context.Pipe() for _ in range(args.ranks)]
-    for rank in range(args.ranks):
-        context.Process(target=worker, args=(rank, args.ranks, pipes), daemon=True).start()
-    for _, theirs in pipes:
-        theirs.close()
-    hello = {"type": "engine", "index": 0, "world_size": args.ranks, "hooks": {"schedule": True}}
-    registration = Registration({**hello}, who="vLLM engine core 0")
-    engine = EngineBridge(SimpleNamespace(), salted=False)
-    engine.connect(registration.connect())
-    registration.exit_with_parent = True
-    registration.watch()
+    child = multiprocessing.get_context("fork").Process(target=engine, args=(args.ranks,))
+    child.start()
 
     class Health(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -146,9 +135,36 @@ def vllm(args: argparse.Namespace) -> int:
 
     server = ThreadingHTTPServer(("127.0.0.1", args.port), Health)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    serve(engine, [ours for ours, _ in pipes], Path(os.environ["BRIDGE_LOGDIR"]))
+
+    def end(*_: object) -> None:
+        child.terminate()
+        child.join()
+        sys.exit(0)
+
+    signal.signal(signal.SIGTERM, end)
+    child.join()
     return 1
+
+
+def engine(ranks: int) -> None:
+    """The engine core and its workers."""
+    from vllm_patching.engine import EngineBridge
+    from vllm_patching.registration import Registration
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    context = multiprocessing.get_context("fork")
+    pipes = [context.Pipe() for _ in range(ranks)]
+    for rank in range(ranks):
+        context.Process(target=worker, args=(rank, ranks, pipes), daemon=True).start()
+    for _, theirs in pipes:
+        theirs.close()
+    hello = {"type": "engine", "index": 0, "world_size": ranks, "hooks": {"schedule": True}}
+    registration = Registration({**hello}, who="vLLM engine core 0")
+    bridge = EngineBridge(SimpleNamespace(), salted=False)
+    bridge.connect(registration.connect())
+    registration.exit_with_parent = True
+    registration.watch()
+    serve(bridge, [ours for ours, _ in pipes], Path(os.environ["BRIDGE_LOGDIR"]))
 
 
 def serve(engine: Any, workers: Sequence[Any], logdir: Path) -> None:
@@ -199,7 +215,7 @@ def launch(args: argparse.Namespace) -> int:
         sys.executable,
         "-m",
         "tests.support.node",
-        "vllm",
+        "api",
         f"--ranks={args.ranks}",
         f"--port={args.port}",
     ]
@@ -397,10 +413,14 @@ class Node:
             self._trainer = None
 
     def pid_of(self, who: str) -> int:
-        """A process by what it is called in faults: trainer, daemon, updater, worker or engine."""
+        """A process by what it is called in faults; of several, the last."""
         if who == "trainer":
             return self.train().pid
+        if who == "launcher":
+            return self.process.pid
         pids = self.status()["pids"]
+        if who == "api":
+            return psutil.Process(pids["engines"][0]).ppid()
         return int(pids["daemon"] if who == "daemon" else pids[f"{who}s"][-1])
 
     def begin(self, seed: int) -> None:
@@ -430,6 +450,10 @@ class Node:
         lasting = {"daemon": pids["daemon"], "engine": pids["engines"][0], "launcher": self.process.pid}
         lasting["trainer"] = self.train().pid
         return {who: psutil.Process(pid).num_fds() for who, pid in lasting.items()}
+
+    def below(self) -> list[int]:
+        """Process ids below the launcher."""
+        return [process.pid for process in psutil.Process(self.process.pid).children(recursive=True)]
 
     def tree(self) -> list[str]:
         """What runs below the launcher."""
@@ -478,7 +502,7 @@ def suffer(made: Node, fault: Fault, *, seed: int) -> Outcome:
     trainer gets a receipt or an error in time; the next round is made; nothing is left of what was before.
     """
     made.begin(seed)
-    descriptors, tree = made.descriptors(), made.tree()
+    descriptors, tree, below = made.descriptors(), made.tree(), made.below()
     old, before, new = made.seed, made.version, seed + 1
     recorded = {path: path.stat().st_mtime_ns for path in made.logdir.glob("flight-*.jsonl")}
     pid = made.pid_of(fault.who) if fault.who else 0
@@ -501,9 +525,10 @@ def suffer(made: Node, fault: Fault, *, seed: int) -> Outcome:
     assert not (unpickled := made.logdir / "unpickled.txt").exists(), unpickled.read_text()
     if "died" in answer:
         made.dismiss()
-    if fault.what == "kill" and fault.who in ("worker", "engine"):
-        code = made.process.wait(60)
-        assert code == 75, f"{fault}: the launcher ended with {code}"
+    if fault.what == "kill" and fault.who in ENDS_THE_SERVER:
+        code, expected = made.process.wait(60), -signal.SIGKILL if fault.who == "launcher" else 75
+        assert code == expected, f"{fault}: the launcher ended with {code}"
+        wait_until(f"{fault}: the end of all", lambda: not any(map(alive, below)), timeout_s=60)
         _assert_whole(made, fault, (old, before), (new, before + 1))
         assert not made.run_dir.exists(), f"{fault}: {made.run_dir} is left"
         made.dismiss()
@@ -576,13 +601,13 @@ def _assert_whole(made: Node, fault: Fault, *allowed: tuple[int, int]) -> set[tu
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("role", choices=("vllm", "launch"))
+    parser.add_argument("role", choices=("api", "launch"))
     for name in ("--run-dir", "--logdir", "--daemon-flags"):
         parser.add_argument(name, default="")
     for name in ("--port", "--ranks"):
         parser.add_argument(name, type=int, default=0)
     args = parser.parse_args()
-    return {"vllm": vllm, "launch": launch}[args.role](args)
+    return {"api": api, "launch": launch}[args.role](args)
 
 
 if __name__ == "__main__":
