@@ -28,6 +28,7 @@ START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 20.0
 COMMAND_TIMEOUT_S = 240.0  # of a command that asks the controller, on a machine that does much else
 PR_SET_PDEATHSIG = 1
+SLURMD_TIMEOUT_S = 60  # of silence, until a node is taken for lost
 CPUS, MEMORY_MB, GPUS = 16, 32000, 4  # that a node claims to have; nobody checks
 CONFIGURATION = """\
 ClusterName=tests
@@ -57,6 +58,7 @@ GresTypes=gpu
 PropagateResourceLimits=NONE
 ReturnToService=2
 MinJobAge=3600
+SlurmdTimeout={slurmd_timeout}
 SchedulerType=sched/backfill
 SchedulerParameters=sched_min_interval=200000,bf_interval=2,batch_sched_delay=1
 AccountingStorageType=accounting_storage/none
@@ -118,8 +120,8 @@ class Cluster:
             _run("ip", "addr", "add", f"{self._subnet}.254/24", "dev", self._bridge)
             _run("ip", "link", "set", self._bridge, "up")
             self._spawn("slurmctld", "slurmctld", "-D", "-f", str(self.root / "slurm.conf"))
-            for index, name in enumerate(self.names, start=1):
-                self._boot(name, index)
+            for name in self.names:
+                self.boot(name)
             idle = ["sinfo", "--noheader", "--Node", "--states=idle", "--format=%N"]
             wait_until(
                 f"{len(self.names)} idle nodes (logs in {self.root})",
@@ -138,7 +140,7 @@ class Cluster:
         text = CONFIGURATION.format(
             host=os.uname().nodename, address=f"{self._subnet}.254", port=self._port, root=self.root,
             nodes=len(self.names), subnet=self._subnet, cpus=CPUS, memory=MEMORY_MB,
-            memory_per_cpu=MEMORY_MB // CPUS, gpus=GPUS,
+            memory_per_cpu=MEMORY_MB // CPUS, gpus=GPUS, slurmd_timeout=SLURMD_TIMEOUT_S,
         )  # fmt: skip
         (self.root / "slurm.conf").write_text(text)
         # Only character devices are counted, and shown in CUDA_VISIBLE_DEVICES.
@@ -180,7 +182,9 @@ class Cluster:
         self._daemons.append(daemon)
         return daemon
 
-    def _boot(self, name: str, index: int) -> None:
+    def boot(self, name: str) -> None:
+        """Switch a node on."""
+        index = self.names.index(name) + 1
         spaces = ["--net", "--uts", "--mount", "--ipc", "--pid", "--mount-proc", "--fork", "--kill-child"]
         node = subprocess.Popen(
             ["unshare", *spaces, "bash", "-c", NODE, "init", name, str(self.root)],
@@ -202,8 +206,38 @@ class Cluster:
         _run(*inside, "addr", "add", f"{self._subnet}.{index}/24", "dev", "eth0")
         _run(*inside, "link", "set", "eth0", "up")
         _run(*inside, "route", "add", "default", "via", f"{self._subnet}.254")
+        self._start_slurmd(name)
+
+    def _start_slurmd(self, name: str) -> None:
         slurmd = ["slurmd", "-D", "-N", name, "-f", str(self.root / "slurm.conf")]
         self._slurmds[name] = self._spawn(name, *self._inside(name), *slurmd)
+
+    def replace_slurmd(self, name: str) -> None:
+        """Kill a node's slurmd and start another one. Returns when the controller has heard of it."""
+        before = self._slurmd_start(name)
+        (slurmd,) = psutil.Process(self._slurmds[name].pid).children()  # of nsenter
+        slurmd.kill()
+        self._slurmds[name].wait(STOP_TIMEOUT_S)
+        self._daemons.remove(self._slurmds[name])
+        self._start_slurmd(name)
+        wait_until(
+            f"the controller to hear of {name}'s new slurmd ({self.root}/{name}.out)",
+            lambda: self._slurmd_start(name) != before,
+            timeout_s=START_TIMEOUT_S,
+        )
+
+    def _slurmd_start(self, name: str) -> str:
+        """When the node's slurmd started, as the controller knows it."""
+        text = self.call("scontrol", "show", "node", name)
+        return next(word for word in text.split() if word.startswith("SlurmdStartTime="))
+
+    def crash(self, name: str) -> None:
+        """Cut a node's power: nobody hears a word of it any more. ``boot`` switches it on again."""
+        _run("ip", "link", "del", f"{self._bridge}-{self.names.index(name) + 1}")
+        self._nodes[name].kill()  # and with it all that runs there
+        self._nodes[name].wait(STOP_TIMEOUT_S)
+        self._slurmds[name].wait(STOP_TIMEOUT_S)
+        self._daemons.remove(self._slurmds[name])
 
     def _inside(self, name: str) -> list[str]:
         spaces = ["--net", "--uts", "--mount", "--ipc", "--pid"]

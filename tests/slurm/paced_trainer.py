@@ -2,8 +2,8 @@
 
     PACE_DIR=DIRECTORY [PAUSE_AT=N] torchrun ... paced_trainer.py MODEL STATE STEPS
 
-In a job's first attempt it waits after PAUSE_AT steps until it is asked to stop. When all steps are done, the
-servers are kept until DIRECTORY/release exists.
+In a job's first attempt it waits after PAUSE_AT steps until it is asked to stop, or DIRECTORY/go exists. When
+all steps are done, the servers are kept until DIRECTORY/release exists.
 """
 
 import os
@@ -29,7 +29,8 @@ def paced() -> bool:
     if calls == PAUSE_AT and os.environ["JOB_EPOCH"] == "0":
         if dist.get_rank() == 0:
             (DIRECTORY / "paused").touch()
-        wait_until("being asked to stop", environment.stop_requested, timeout_s=TIMEOUT_S)
+        go = DIRECTORY / "go"
+        wait_until("a sign", lambda: environment.stop_requested() or go.exists(), timeout_s=TIMEOUT_S)
     calls += 1
     return ask()
 

@@ -177,6 +177,8 @@ def test_a_requeued_job_goes_on_from_what_was_served(
     job.wait_file("paused")
     before = [(step, step) for step in range(1, 5)]
     job.wait_versions(before)
+    for name in cluster.names:  # jobs do not die with it, nor does the next signal
+        cluster.replace_slurmd(name)
     ports = {api.url.rpartition(":")[2] for api in job.apis(model)}
     assert len(ports) == 2
     cluster.call("scancel", "--batch", "--signal=USR2", job.id)
@@ -246,4 +248,39 @@ def test_two_jobs_on_the_same_nodes_and_what_scancel_leaves(
     het.release()
     het.wait_end("COMPLETED")
     assert het.exit_code == "0:0"
+    assert_nothing_left(cluster)
+
+
+@pytest.mark.skipif(not FULL, reason="a node that is lost takes minutes; BRIDGE_TEST_SLURM=full")
+@pytest.mark.parametrize("lost", ["node1", "node3"])
+def test_a_lost_node_is_replaced_and_the_job_goes_on(
+    cluster: Cluster, submit: Callable[..., Job], checkpoint: Callable[..., Path], tmp_path: Path, lost: str
+) -> None:
+    """One that trains, with the batch script, or one that serves; the job has three nodes, and finds a fourth."""
+    node4 = ("scontrol", "update", "NodeName=node4")
+    cluster.call(*node4, "State=DRAIN", "Reason=spare")
+    model, state = checkpoint("qwen3", "float32", 0), tmp_path / "state"
+    job = submit(
+        "job",
+        "train_and_serve.sbatch",
+        ["--nodes=3"],
+        [TRAINER, str(model), str(state), "10"],
+        MODEL=str(model),
+        SERVE_NODES="1",
+        MAX_REQUEUES="1",
+        PAUSE_AT="4",
+    )
+    job.wait_file("paused")
+    before = [(step, step) for step in range(1, 5)]
+    job.wait_versions(before)
+    cluster.call(*node4, "State=RESUME")
+    cluster.crash(lost)
+    (job.directory / "go").touch()
+    job.wait("to be requeued", lambda: job.told("RestartCnt") == "1")
+    job.wait_file("done")
+    job.wait_versions([*before, (4, 5), *((step, step + 1) for step in range(5, 11))])
+    assert_served(job, model, state, servers=1, attempt=1)
+    job.release()
+    job.wait_end("COMPLETED")
+    cluster.boot(lost)
     assert_nothing_left(cluster)
