@@ -16,14 +16,14 @@ logger = logging.getLogger(__name__)
 
 ASK_AGAIN_S = 5.0  # between SIGTERM and SIGKILL for what a dead vLLM has left running
 LONGEST_PAUSE_S = 60.0
-FORGIVEN_AFTER_S = 3600.0  # a server that was ready for so long begins to count anew
+FORGIVEN_AFTER_S = 3600.0  # of a child that has lived for so long the count begins anew
 
 
 class Restarts:
-    """How many there were, and whether there may be another."""
+    """How many there were of one child, and whether there may be another."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, what: str, limit: int) -> None:
+        self._what, self.limit = what, limit
         self.count = 0
         self._ready_since = time.monotonic()
 
@@ -38,13 +38,13 @@ class Restarts:
         return float(min(LONGEST_PAUSE_S, 2.0 ** (self.count - 1)))
 
     def ready(self) -> None:
-        """The server is ready again."""
+        """It is back."""
         self._ready_since = time.monotonic()
 
     def forgive(self) -> None:
-        """Called while the server is ready: after a long time of that, earlier deaths do not count."""
+        """Called while it is there: after a long time of that, earlier deaths do not count."""
         if self.count and time.monotonic() - self._ready_since > FORGIVEN_AFTER_S:
-            logger.info("vLLM has been ready for %g s; its restarts are counted anew", FORGIVEN_AFTER_S)
+            logger.info("%s has not died for %g s; restarts count anew", self._what, FORGIVEN_AFTER_S)
             self.count = 0
 
 

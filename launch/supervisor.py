@@ -44,6 +44,7 @@ KILL_TIMEOUT_S = 10.0
 HEAD_WORD_S = 10.0
 # vLLM's API server ends by itself behind its engine, if nothing in it hangs or it is told to stay.
 OUTLIVE_S = 60.0
+SILENT_S = 180.0  # of a daemon that lives; longer than anything it may be busy with
 LOOK_S = 5.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -58,6 +59,7 @@ class Limits:
     max_server_restarts: int = 0
     publish_grace_s: float = PUBLISH_GRACE_S
     outlive_s: float = OUTLIVE_S
+    silent_s: float = SILENT_S
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +101,8 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         self._stop_signals: list[int] = []
         self._ready = False
-        self._restarts = 0
-        self._server_restarts = Restarts(self.limits.max_server_restarts)
+        self._daemon_restarts = Restarts("the daemon", self.limits.max_daemon_restarts)
+        self._server_restarts = Restarts("vLLM", self.limits.max_server_restarts)
         self._comeback: Comeback | None = None  # of a vLLM that died
         self._behind = False  # whether it is back, but not with the newest version
         self._daemon_due: float | None = None  # when a restarted daemon must answer again
@@ -111,6 +113,7 @@ class Supervisor:
         self._observed_at = 0.0
         self._look_at = 0.0  # when the daemon is asked next whether vLLM is whole
         self._broken_since: float | None = None  # since when it is not
+        self._silent_since: float | None = None  # since when the daemon does not answer
         self._why = ""  # what ended everything, for the trainer's message
 
     def run(self, on_ready: Callable[[], int] | None = None) -> int:
@@ -156,8 +159,9 @@ class Supervisor:
                 self._server_restarts.forgive()
                 if self._behind:
                     self._await_newest()
-                if self.launch.nnodes == 1:  # of several, the daemons end what is left
-                    self._end_what_outlives(self.children["vllm"])
+            if self._comeback is None and self._daemon_due is None:
+                self._daemon_restarts.forgive()
+                self._look()
             trainer = self.children.get("trainer")
             if trainer is not None and not trainer.alive:
                 logger.info("%s: shutting down", trainer.describe())
@@ -307,14 +311,33 @@ class Supervisor:
             self._behind = False
             logger.info("the server has the newest version, %d", status["weight_version"])
 
-    def _end_what_outlives(self, vllm: Child) -> None:
-        """Kill an API server whose engine or workers have been gone for long; ``_step`` sees it dead then."""
+    def _look(self) -> None:
+        """Now and then: whether the daemon answers, and whether vLLM is whole."""
         now = time.monotonic()
-        if now < self._look_at or self._daemon_due is not None:
+        if now < self._look_at:
             return
         self._look_at = now + min(LOOK_S, self.limits.outlive_s / 2)
         status = probe.daemon_status(self.launch.run_dir)
-        if status is None or status["complete"]:
+        self._end_what_is_deaf(self.children["daemon"], now, deaf=status is None)
+        if status is not None and self.launch.nnodes == 1:  # of several, the daemons end what is left
+            self._end_what_outlives(self.children["vllm"], now, status)
+
+    def _end_what_is_deaf(self, daemon: Child, now: float, *, deaf: bool) -> None:
+        """Kill a daemon that lives and has long answered nobody; ``_step`` sees it dead then."""
+        if not deaf:
+            self._silent_since = None
+            return
+        self._silent_since = self._silent_since or now
+        if now - self._silent_since > self.limits.silent_s:
+            logger.error(
+                "the daemon (pid %d) has not answered for %g s; killing it", daemon.pid, self.limits.silent_s
+            )
+            self._silent_since = None
+            daemon.signal(signal.SIGKILL)
+
+    def _end_what_outlives(self, vllm: Child, now: float, status: dict[str, Any]) -> None:
+        """Kill an API server whose engine or workers have been gone for long; ``_step`` sees it dead then."""
+        if status["complete"]:
             self._broken_since = None
             return
         self._broken_since = self._broken_since or now
@@ -332,17 +355,18 @@ class Supervisor:
         log = self.launch.logdir / "daemon.log"
         if child.exit_code == ConfigError.exit_code:
             raise ConfigError(f"{child.describe()}: it refuses its configuration; see the end of {log}")
-        if self._restarts >= self.limits.max_daemon_restarts:
+        restarts = self._daemon_restarts
+        if restarts.used_up:
             raise PeerLost(
-                f"{child.describe()}, after {self._restarts} restart(s), as many as --max-daemon-restarts "
+                f"{child.describe()}, after {restarts.count} restart(s), as many as --max-daemon-restarts "
                 f"allows; ending vLLM with it; see the end of {log}"
             )
-        self._restarts += 1
+        restarts.take()  # at once: nobody can send meanwhile
         logger.warning(
             "%s; restarting it (%d of %d); vLLM serves on with the weights it has",
             child.describe(),
-            self._restarts,
-            self.limits.max_daemon_restarts,
+            restarts.count,
+            restarts.limit,
         )
         self._start(self.launch.daemon)
         if self._ready:
@@ -352,6 +376,7 @@ class Supervisor:
         status = probe.daemon_status(self.launch.run_dir)
         if status is not None and status["state"] in ("ready", "round", "torn", "recovering"):
             self._daemon_due = None
+            self._daemon_restarts.ready()
             logger.info(
                 "the daemon is back (pid %d), rendezvous %s", status["pids"]["daemon"], status["rendezvous"]
             )

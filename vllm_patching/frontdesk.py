@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HELLO_TIMEOUT_S = 30.0
+ACCEPT_PAUSE_S = 0.2
 FOLLOWS = "this node follows another; ask the daemon of node 0"
 
 
@@ -55,11 +56,16 @@ class FrontDesk:
 
     def accept(self, listener: socket.socket) -> None:
         """Let connections in until ``listener`` is closed; each is answered by a thread of its own."""
+        pause = threading.Event()
         while True:
             try:
                 sock, _ = listener.accept()
-            except OSError:
-                return  # closed: the daemon ends
+            except OSError as err:
+                if listener.fileno() < 0:
+                    return  # closed: the daemon ends
+                logger.warning("a connection could not be let in: %s", err)  # too many descriptors, for now
+                pause.wait(ACCEPT_PAUSE_S)
+                continue
             sock.settimeout(HELLO_TIMEOUT_S)
             try:
                 channel = Channel(sock)

@@ -212,6 +212,18 @@ def test_daemon_is_restarted_until_it_dies_too_often(launch):
     assert f"daemon (pid {roles['daemon'].pid}) was killed by SIGKILL, after 1 restart(s)" in launched.text
 
 
+def test_a_daemon_that_answers_nobody_is_replaced(launch):
+    launched = launch()
+    roles = launched.wait_ready()
+    os.kill(roles["daemon"].pid, signal.SIGSTOP)
+    poll_until("the launcher to kill it", lambda: "has not answered for 3 s; killing it" in launched.text)
+    poll_until("a new daemon", lambda: "the daemon is back" in launched.text)
+    assert launched.see_tree()["daemon"].pid != roles["daemon"].pid
+    assert roles["vllm"].is_running()
+    launched.process.send_signal(signal.SIGTERM)
+    assert launched.wait_end() == 0, launched.text
+
+
 def test_trainer_starts_when_ready_and_gives_the_exit_code(launch):
     launched = launch("--trainer", "import sys; print('training'); sys.exit(7)")
     assert launched.process.wait(END_TIMEOUT_S) == 7, launched.text

@@ -147,6 +147,7 @@ def launch(args: argparse.Namespace) -> int:
                 max_server_restarts=args.server_restarts,
                 publish_grace_s=1.0,
                 outlive_s=1.0,
+                silent_s=3.0,
             ),
         )
     ).run()
