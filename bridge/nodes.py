@@ -30,6 +30,7 @@ import msgspec
 from bridge.errors import BridgeError, ConfigError, RendezvousError
 
 ASK_TIMEOUT_S = 20.0  # the controller of a large cluster may take its time
+MAX_RANGE = 1 << 16  # hosts or CPUs; SLURM knows no more
 PORTS_PER_JOB = 16
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _SIOCGIFADDR = 0x8915
@@ -92,10 +93,13 @@ def _expand(part: str) -> Iterator[str]:
 
 def _ranges(text: str, *, where: str) -> Iterator[tuple[str, str]]:
     for item in text.split(","):
-        bounds = re.fullmatch(r"(\d+)(?:-(\d+))?", item.strip())
+        bounds = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", item.strip())
         if bounds is None:
             raise ConfigError(f"the node list has the range {item!r} in {where!r}; it must be like 01-04")
-        yield bounds[1], bounds[2] or bounds[1]
+        first, last = bounds[1], bounds[2] or bounds[1]
+        if int(last) - int(first) >= MAX_RANGE:
+            raise ConfigError(f"the range {item!r} in {where!r} has more than {MAX_RANGE} of them")
+        yield first, last
 
 
 # --- the job's shape ---------------------------------------------------------------------------------------
@@ -148,16 +152,27 @@ def from_scontrol(environ: Mapping[str, str] = os.environ) -> Shape:
         ConfigError: there is no job, or no scontrol that knows it.
     """
     job_id = _job_id(environ)
-    text = _ask(["scontrol", "--details", "--oneliner", "show", "job", str(job_id)], environ)
-    lines = sorted(
-        (line for line in text.splitlines() if line.strip()),
-        key=lambda line: int(_field(line, "HetJobOffset", default="0")),
+    return read_scontrol(
+        _ask(["scontrol", "--details", "--oneliner", "show", "job", str(job_id)], environ), job_id
     )
+
+
+def read_scontrol(text: str, job_id: int) -> Shape:
+    """The shape of ``job_id`` from scontrol's lines, one for each component.
+
+    Asked for the first task of a job array, scontrol tells of all tasks: theirs are left out.
+
+    Raises:
+        ConfigError: the job is not among them, or something is missing.
+    """
+    ours = str(job_id)
+    lines = [line for line in text.splitlines() if ours in (_word(line, "JobId"), _word(line, "HetJobId"))]
+    lines.sort(key=lambda line: _number(line, "HetJobOffset", default="0"))
     if not lines:
-        raise ConfigError(f"scontrol says nothing of job {job_id}")
+        raise ConfigError(f"scontrol says nothing of job {job_id}: {text[:200]!r}")
     return Shape(
         job_id=job_id,
-        restarts=int(_field(lines[0], "Restarts")),
+        restarts=_number(lines[0], "Restarts"),
         components=tuple(_component(line) for line in lines),
     )
 
@@ -169,7 +184,7 @@ def _component(line: str) -> Component:
         for host in expand_nodelist(nodes):
             cpus[host] = _count(ids)
             # gpu:2(IDX:0-1), gpu:a100:2(IDX:0-1), several of them after commas
-            gpus[host] = sum(int(n) for n in re.findall(r"(?:^|,)gpu(?::[^:,(]+)?:(\d+)", gres))
+            gpus[host] = sum(int(n) for n in re.findall(r"(?:^|,)gpu(?::[^:,(]+)?:([0-9]{1,9})", gres))
     hosts = tuple(expand_nodelist(_field(line, "NodeList")))
     if missing := [host for host in hosts if host not in cpus]:
         raise ConfigError(f"scontrol does not say what the job has of {', '.join(missing)}")
@@ -179,10 +194,22 @@ def _component(line: str) -> Component:
 
 
 def _field(line: str, name: str, *, default: str | None = None) -> str:
+    found = _word(line, name)
+    if found is None and default is None:
+        raise ConfigError(f"scontrol's answer has no {name}: {line[:200]!r}")
+    return found if found is not None else str(default)
+
+
+def _word(line: str, name: str) -> str | None:
     match = re.search(rf"(?:^|\s){name}=(\S*)", line)
-    if match is None and default is None:
-        raise ConfigError(f"scontrol's answer has no {name}: {line[:200]}")
-    return match[1] if match is not None else str(default)
+    return match[1] if match is not None else None
+
+
+def _number(line: str, name: str, *, default: str | None = None) -> int:
+    text = _field(line, name, default=default)
+    if not (text.isascii() and text.isdecimal()):
+        raise ConfigError(f"scontrol says that {name} is {text!r}, which is no number")
+    return int(text)
 
 
 def _count(ids: str) -> int:

@@ -346,8 +346,10 @@ def _config_file(args: Sequence[str]) -> list[str]:
 
     try:
         content = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as err:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
         raise ConfigError(f"cannot read vLLM's --config {path}: {err}") from err
+    if not isinstance(content or {}, dict):
+        raise ConfigError(f"vLLM's --config {path} holds a {type(content).__name__}, and not flags by name")
     return [f"--{key}={value}" for key, value in (content or {}).items() if value is not False]
 
 

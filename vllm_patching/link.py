@@ -14,11 +14,13 @@ import secrets
 import socket
 import struct
 import threading
+import time
 from typing import Annotated, Any
 
 import msgspec
 
 from bridge.errors import PeerLost, ProtocolError, RendezvousRefused
+from bridge.protocol.decoding import UNREADABLE
 from vllm_patching.control_page import ControlPage
 
 NONCE_BYTES = 32
@@ -166,6 +168,18 @@ Frame = (
 _decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)
 
 
+def read_frame(body: bytes, *, peer: str) -> Frame:
+    """What ``peer`` has sent and signed.
+
+    Raises:
+        ProtocolError: it is no frame.
+    """
+    try:
+        return _decoder.decode(body)
+    except UNREADABLE as err:
+        raise ProtocolError(f"{peer} sent what is no frame of this release: {err}") from err
+
+
 class Link:
     """One end. Any thread may send; one receives. Silence of ``deadline_s`` seconds ends it."""
 
@@ -241,10 +255,7 @@ class Link:
         if not hmac.compare_digest(mac, self._sign(self._other, self._received, body)):
             raise RendezvousRefused(f"a frame from {self.peer} was signed with another launch's secret")
         self._received += 1
-        try:
-            return _decoder.decode(body)
-        except msgspec.DecodeError as err:
-            raise ProtocolError(f"{self.peer} sent what is no frame of this release: {err}") from err
+        return read_frame(body, peer=self.peer)
 
     def beat(self, interval_s: float) -> None:
         """Send signs of life from a thread of its own until the link ends."""
@@ -269,7 +280,10 @@ class Link:
     def _receive_exactly(self, count: int) -> bytes:
         buffer = bytearray(count)
         view, done = memoryview(buffer), 0
+        due = time.monotonic() + (self.sock.gettimeout() or 0)
         while done < count:
+            if not self._received and time.monotonic() > due:  # nobody may hold us up a byte at a time
+                raise PeerLost(f"{self.peer} did not introduce itself in time")
             try:
                 received = self.sock.recv_into(view[done:])
             except TimeoutError:

@@ -21,6 +21,7 @@ import msgspec
 
 from bridge import flight
 from bridge.errors import BridgeError, ConfigError, PeerLost, ProtocolError, RendezvousError
+from bridge.protocol.decoding import UNREADABLE
 from bridge.protocol.mapping import write_atomically
 from bridge.protocol.messages import PROTOCOL_VERSION
 from vllm_patching import introductions
@@ -63,7 +64,7 @@ def read_meeting(logdir: Path) -> Meeting:
     path = logdir / FILE_NAME
     try:
         return msgspec.json.decode(path.read_bytes(), type=Meeting)
-    except (OSError, msgspec.DecodeError) as err:
+    except (OSError, *UNREADABLE) as err:
         raise RendezvousError(f"node 0 has not published {path} ({err})") from err
 
 

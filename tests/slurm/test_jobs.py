@@ -256,7 +256,7 @@ def test_two_jobs_on_the_same_nodes_and_what_scancel_leaves(
 def test_a_lost_node_is_replaced_and_the_job_goes_on(
     cluster: Cluster, submit: Callable[..., Job], checkpoint: Callable[..., Path], tmp_path: Path, lost: str
 ) -> None:
-    """One that trains, with the batch script, or one that serves; the job has three nodes, and finds a fourth."""
+    """One that trains, with the batch script, or one that serves; there is a spare one."""
     node4 = ("scontrol", "update", "NodeName=node4")
     cluster.call(*node4, "State=DRAIN", "Reason=spare")
     model, state = checkpoint("qwen3", "float32", 0), tmp_path / "state"

@@ -29,6 +29,7 @@ from fastapi import HTTPException
 from safetensors.torch import save_file
 
 from bridge import fallback, param_mappings
+from bridge import nodes as job_nodes
 from bridge.errors import BridgeError
 from bridge.job import Receipt
 from bridge.protocol import mapping as mapping_file
@@ -41,10 +42,11 @@ from bridge.wire import rendezvous
 from bridge.wire.device_memory import Allocation, Exhibit, Place, read_exhibit
 from bridge.wire.meeting import Meeting, Round
 from bridge.wire.peer_memory import Nonce, can_pull
-from bridge.wire.rendezvous import Answer, Request
+from bridge.wire.rendezvous import Answer, Loan, Offer, Request
 from launch import footprint
 from tests.support.mappings import SOURCES, dtype_name, parallel_mapping
-from vllm_patching import endpoints, introductions, update_files
+from vllm_patching import endpoints, introductions, link, update_files, weight_updates
+from vllm_patching import nodes as node_links
 from vllm_patching.channel import Channel
 from vllm_patching.control_page import ControlPage
 
@@ -114,6 +116,41 @@ def _exhibit() -> bytes:
 
 
 RECEIPT = Receipt(version=1, bytes=2, transfer_s=0.1, stage_s=0.1, flip_s=0.1, transport="gloo")
+
+LINES = (  # of scontrol
+    b"JobId=7 Restarts=0 NodeList=node[1-2] Nodes=node[1-2] CPU_IDs=0-3,8 Mem=1 GRES=gpu:a100:2(IDX:0-1) x",
+    b"JobId=8 HetJobId=7 Restarts=1 NodeList=node3 Nodes=node3 CPU_IDs=0 Mem=1 GRES= x",
+)
+
+
+def _scontrol(data: bytes) -> Any:
+    return job_nodes.read_scontrol(data.decode(errors="surrogateescape"), 7)
+
+
+# --- between the nodes of one server ---
+
+
+def _stranger(data: bytes) -> Any:
+    """Of somebody who does not know the secret, so that no frame of his is taken."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        theirs = socket.create_connection(listener.getsockname())
+        ours, _ = listener.accept()
+    try:
+        theirs.sendall(data)
+        theirs.close()
+        return link.Link(ours, SECRET, role=link.HEAD, deadline_s=5.0).receive()
+    finally:
+        ours.close()
+        theirs.close()
+
+
+def _logdir_file(data: bytes) -> Any:
+    with _file(data, node_links.FILE_NAME) as path:
+        return node_links.read_meeting(path.parent)
+
+
+JOIN = link.Join(node_rank=1, nnodes=2, protocol_version=1, launch="", host="h", pid=7)
+MEETING = node_links.Meeting(host="h", port=7, secret=SECRET, pid=7)
 
 # --- on one host --------------------------------------------------------------------------------------------
 
@@ -259,6 +296,21 @@ PARSERS: dict[str, Parser] = {
         lambda data: rendezvous.unseal(_signed(data, SECRET), SECRET, Answer),
         (msgspec.msgpack.encode(Answer(session="ab")),),
     ),
+    "signed loan": Parser(
+        lambda data: rendezvous.unseal(_signed(data, SECRET), SECRET, Loan),
+        (msgspec.msgpack.encode(Loan(session="ab", borrower="/logs", start=True)),),
+    ),
+    "signed offer": Parser(
+        lambda data: rendezvous.unseal(_signed(data, SECRET), SECRET, Offer),
+        (msgspec.msgpack.encode(Offer(session="ab", version=3)),),
+    ),
+    "nodes.json": Parser(_logdir_file, (msgspec.json.encode(MEETING),)),
+    "a stranger at the nodes' port": Parser(_stranger, ()),
+    "frame between nodes": Parser(
+        lambda data: link.read_frame(data, peer="node 1"),
+        tuple(msgspec.msgpack.encode(frame) for frame in (JOIN, link.Beat(), link.Leave("why"))),
+    ),
+    "scontrol's answer": Parser(_scontrol, (LINES[0], b"\n".join(LINES))),
     "whereabouts": Parser(
         lambda data: can_pull(_meeting("where/0", data).whereabouts(0)),
         (msgspec.msgpack.encode(Nonce().whereabouts("h", on_gpu=False, gpu=None)),),
@@ -307,6 +359,10 @@ PARSERS: dict[str, Parser] = {
     "update file": Parser(_update, (_safetensors(),)),
     "update path": Parser(_update_path, (b"ROOT", b"ROOT/model.safetensors")),
     "weights file": Parser(_weights_file, (_safetensors(),)),
+    "weight transfer's update_info": Parser(
+        lambda data: weight_updates._parse(_json(data) or data, weight_updates.UpdateInfo, "update_info"),
+        (b'{"version": 4, "timeout_s": 3}',),
+    ),
     "HTTP body": Parser(_body, (b'{"path": "/x"}', b'{"path": "/x", "version": 4}')),
 }
 
