@@ -388,11 +388,17 @@ class Session:
         return self._meeting.publish_layout(job.shards.layout) if job.shards else bytes(DIGEST_BYTES)
 
     def _drive(self, job: Job, actions: Sequence[Action]) -> Receipt:
-        while True:
-            for action in actions:
-                if (receipt := self._perform(job, action)) is not None:
-                    return receipt
-            actions = self._next_actions(job)
+        try:
+            while True:
+                for action in actions:
+                    if (receipt := self._perform(job, action)) is not None:
+                        return receipt
+                # The daemon hears of a round when all ranks are ready; until then only this says of it.
+                gathering = self.rank == 0 and self._coordinator.state is State.GATHERING
+                self._control.doing = self._coordinator.waits_for if gathering else ""
+                actions = self._next_actions(job)
+        finally:
+            self._control.doing = ""
 
     @property
     def _patience_s(self) -> float:
@@ -424,8 +430,8 @@ class Session:
                 others.expired()
                 return []
             raise TransferError(
-                f"version {job.version} did not become live within {limit_s:g} s (waiting while "
-                f"{machine.state.value})"
+                f"version {job.version} did not become live within {limit_s:g} s: waited for "
+                f"{machine.waits_for}"
             ) from None
         if isinstance(item, _Stop):
             self._inbox.put(item)

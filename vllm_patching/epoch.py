@@ -81,6 +81,11 @@ class Epoch:
             return f"a peer server's lender, pid {request.pid} on {request.host}"
         return f"trainer of {request.world_size} rank(s), rank 0 pid {request.pid} on {request.host}"
 
+    @property
+    def trainer_says(self) -> str:
+        """What trainer rank 0 has last said that it waits for, while this side knows of no round."""
+        return self._control.said.get(0, "") if self._control is not None else ""
+
     def open(
         self,
         store: rendezvous.Store,

@@ -53,7 +53,7 @@ def _parties(epoch: Epoch) -> list[dict[str, Any]]:
     version, state = epoch.round.version, epoch.machine.state
     missing = sorted(set(range(epoch.crew.num_ranks)) - epoch.round.reports.keys())
     daemon, trainer = {
-        State.IDLE: ("the trainer's next round", "its own next broadcast"),
+        State.IDLE: ("the trainer's next round", epoch.trainer_says or "its own next broadcast"),
         State.STAGING: (
             f"ranks {missing} to hold version {version}",
             f"bucket {epoch.machine.progress} to be taken" if epoch.machine.progress >= 0 else "its ranks",

@@ -207,6 +207,13 @@ class InferenceSession(_Machine):
         return [*bye, Close(reason)]
 
 
+_WAITS_FOR = {  # a trainer rank whose round is under way
+    State.MOVING: "the server to hold every byte",
+    State.STAGED: "the decision to commit",
+    State.COMMITTING: "the server to make the version live",
+}
+
+
 class Coordinator(_Machine):
     """Trainer rank 0's side of one epoch: it starts every round and is the hub of all control frames."""
 
@@ -220,6 +227,13 @@ class Coordinator(_Machine):
         self._asks = True
         self.layouts: dict[int, bytes] = {}
         self.measurements: list[str] = []
+
+    @property
+    def waits_for(self) -> str:
+        """What the round waits for now, in words."""
+        if self.state is State.GATHERING:
+            return f"trainer rank(s) {', '.join(map(str, sorted(self._waiting)))} to call broadcast_weights"
+        return _WAITS_FOR.get(self.state, "nothing")
 
     def begin(self, version: int, layout_digest: bytes, call: int, encoding: str) -> list[Action]:
         """Our own weights are stable; wait for the other trainer ranks to say so too.
@@ -338,6 +352,13 @@ class Coordinator(_Machine):
 
 class Member(_Machine):
     """The side of a trainer rank other than 0: ready, move, released, done."""
+
+    @property
+    def waits_for(self) -> str:
+        """What the round waits for now, in words."""
+        if self.state is State.GATHERING:
+            return "every trainer rank to call broadcast_weights"
+        return _WAITS_FOR.get(self.state, "nothing")
 
     def begin(self, version: int, layout_digest: bytes, call: int, encoding: str) -> list[Action]:
         """Tell the coordinator that our weights are stable; see ``Coordinator.begin``."""

@@ -48,6 +48,8 @@ class ControlGroup:
         self._interval_s = heartbeat_interval_s
         self._deadline = timedelta(seconds=deadline_s)
         self._deliver = deliver
+        self.doing = ""  # what this end waits for, said with every heartbeat
+        self.said: dict[int, str] = {}  # what each peer's last heartbeat said
         self._send_lock = threading.Lock()
         self._closing = threading.Event()
         self._threads = [
@@ -109,14 +111,16 @@ class ControlGroup:
             except ProtocolError as err:
                 self._deliver(peer, err)
                 return
-            if frame.opcode is not Opcode.HEARTBEAT:
+            if frame.opcode is Opcode.HEARTBEAT:
+                self.said[peer] = frame.text
+            else:
                 self._deliver(peer, frame)
             if frame.opcode is Opcode.SHUTDOWN:
                 return
 
     def beat(self) -> None:
         """Send one heartbeat to every peer now."""
-        self.send(self._peers, Frame(opcode=Opcode.HEARTBEAT, epoch=self._epoch))
+        self.send(self._peers, Frame(opcode=Opcode.HEARTBEAT, epoch=self._epoch, text=self.doing))
 
     def _beat(self) -> None:
         while not self._closing.wait(self._interval_s):

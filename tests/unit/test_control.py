@@ -9,10 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from bridge.errors import PeerLost
 from bridge.protocol.messages import Frame, Opcode
+from bridge.protocol.session import Coordinator
+from bridge.wire import rendezvous
 from bridge.wire.control import ControlGroup
+from tests.support.serving import wait_until
 
 
 class Silent:
@@ -79,3 +83,33 @@ def test_a_frame_that_could_not_be_sent_keeps_no_group() -> None:
         assert gone() is None, "only the collector would find it"
     finally:
         gc.enable()
+
+
+def test_heartbeats_say_what_an_end_waits_for() -> None:
+    store = dist.HashStore()
+    ends: dict[int, ControlGroup] = {}
+
+    def join(rank: int) -> None:
+        group = rendezvous.make_group(
+            store, "control", rank=rank, size=2, address="127.0.0.1", timeout_s=20, named=str
+        )
+        ends[rank] = ControlGroup(
+            group, {1 - rank: f"rank {1 - rank}"}, epoch=1, heartbeat_interval_s=0.05, deadline_s=20,
+            deliver=lambda *_: None,
+        )  # fmt: skip
+
+    joining = [threading.Thread(target=join, args=(rank,)) for rank in (0, 1)]
+    for thread in joining:
+        thread.start()
+    for thread in joining:
+        thread.join(30)
+    coordinator = Coordinator(epoch=1, version=0, trainers=4, daemons=1)
+    coordinator.begin(1, b"d" * 32, call=1, encoding="auto")
+    coordinator.on_frame(2, Frame(opcode=Opcode.READY, epoch=1, version=1, index=1, text="auto"))
+    ends[0].doing = coordinator.waits_for
+    wanted = "trainer rank(s) 1, 3 to call broadcast_weights"
+    wait_until("a heartbeat", lambda: ends[1].said.get(0) == wanted, timeout_s=20)
+    assert ends[0].said == {1: ""}
+    for rank, end in ends.items():
+        end.send([1 - rank], Frame(opcode=Opcode.SHUTDOWN, epoch=1))
+    assert all(end.close(timeout_s=20) for end in ends.values())
