@@ -14,6 +14,7 @@ several nodes unless they were asked for by node.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -32,6 +33,8 @@ from bridge.errors import BridgeError, ConfigError, RendezvousError
 ASK_TIMEOUT_S = 20.0  # the controller of a large cluster may take its time
 MAX_RANGE = 1 << 16  # hosts or CPUs; SLURM knows no more
 PORTS_PER_JOB = 16
+LEAST_PORTS = 1000
+NOWHERE = "192.0.2.1"  # RFC 5737: of no network, so the way there is the default route
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _SIOCGIFADDR = 0x8915
 # Importing pyslurm where it does not fit the cluster ends the process, so a child does it.
@@ -286,7 +289,7 @@ def _ask(command: Sequence[str], environ: Mapping[str, str]) -> str:
 
 
 def free_port(job_id: int, offset: int = 0) -> int:
-    """A TCP port that is free on this host, below those that the kernel gives to connections.
+    """A TCP port that is free on this host, not one of those that the kernel gives to connections.
 
     Jobs that share a node begin to look at different places, so that two of them do not find the same one
     before either has taken it; so do different offsets, up to ``PORTS_PER_JOB`` of them.
@@ -294,8 +297,7 @@ def free_port(job_id: int, offset: int = 0) -> int:
     Raises:
         RendezvousError: all are taken.
     """
-    top = int(_EPHEMERAL.read_text().split()[0])
-    bottom = max(1024, top // 2)
+    bottom, top = _own_ports(*map(int, _EPHEMERAL.read_text().split()))
     for step in range(top - bottom):
         port = bottom + (job_id * PORTS_PER_JOB + offset + step * PORTS_PER_JOB) % (top - bottom)
         with socket.socket() as probe:
@@ -308,36 +310,54 @@ def free_port(job_id: int, offset: int = 0) -> int:
     raise RendezvousError(f"no port from {bottom} to {top} is free on {socket.gethostname()}")
 
 
+def _own_ports(low: int, high: int) -> tuple[int, int]:
+    """From and below which ports are nobody's, where the kernel takes ``low`` to ``high`` for connections."""
+    rooms = [(max(1024, low // 2), low), (high + 1, 1 << 16)]
+    for bottom, top in rooms:
+        if top - bottom >= LEAST_PORTS:
+            return bottom, top
+    return low, high + 1  # it leaves nothing; a connection may take the port before it is ours
+
+
 def own_address(peers: Sequence[str]) -> tuple[str, str]:
     """This host's IPv4 address on the way to the first of ``peers`` that is another host, and its interface.
 
-    Without one: the address that SLURM reaches this node by, and at last the loopback's. The interface is ""
-    where no one has the address as its first.
+    Without one, on a node of SLURM: the address that SLURM reaches it by, or the one on the way out of here.
+    At last the loopback's. The interface is "" where no one has the address as its first.
 
     Raises:
         RendezvousError: a peer's name cannot be resolved.
     """
-    for peer in [*peers, *_node_address()]:
+    for peer in peers:
         try:
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-                probe.connect((peer, 9))  # nothing is sent
-                address = str(probe.getsockname()[0])
+            address = _address_towards(peer)
         except OSError as err:
             raise RendezvousError(f"{socket.gethostname()} finds no way to {peer}: {err}") from err
         if not address.startswith("127."):
             return address, _interface(address)
+    for place in _ways_out():
+        with contextlib.suppress(OSError):  # a name that nobody knows here, or no route
+            if not (address := _address_towards(place)).startswith("127."):
+                return address, _interface(address)
     return "127.0.0.1", _interface("127.0.0.1")
 
 
-def _node_address() -> list[str]:
+def _address_towards(host: str) -> str:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # nothing is sent
+        return str(probe.getsockname()[0])
+
+
+def _ways_out() -> list[str]:
+    """Of a node of SLURM, what may show the address that others see: itself, and a place that is nowhere."""
     name = os.environ.get("SLURMD_NODENAME")
     if not name:
         return []
     try:
         text = _ask(["scontrol", "--oneliner", "show", "node", name], os.environ)
-        return [_field(text, "NodeAddr")]
+        return [_field(text, "NodeAddr"), NOWHERE]
     except ConfigError:  # no scontrol on this node: its own name has to do
-        return [socket.gethostname()]
+        return [socket.gethostname(), NOWHERE]
 
 
 def _interface(address: str) -> str:

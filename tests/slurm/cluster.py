@@ -234,8 +234,9 @@ class Cluster:
     def crash(self, name: str) -> None:
         """Cut a node's power: nobody hears a word of it any more. ``boot`` switches it on again."""
         _run("ip", "link", "del", f"{self._bridge}-{self.names.index(name) + 1}")
-        self._nodes[name].kill()  # and with it all that runs there
-        self._nodes[name].wait(STOP_TIMEOUT_S)
+        node = self._nodes.pop(name)
+        with node:
+            node.kill()  # and with it all that runs there
         self._slurmds[name].wait(STOP_TIMEOUT_S)
         self._daemons.remove(self._slurmds[name])
 

@@ -14,7 +14,17 @@ from tests.slurm.cluster import Cluster, why_not
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Four nodes."""
+    """Four nodes that nobody breaks."""
+    yield from running()
+
+
+@pytest.fixture
+def breakable() -> Iterator[Cluster]:
+    """Four nodes of one test's own."""
+    yield from running()
+
+
+def running() -> Iterator[Cluster]:
     if reason := why_not():
         pytest.skip(f"no SLURM here: {reason}")
     root = Path(tempfile.mkdtemp(prefix="vbs-"))  # short, as sockets will be below

@@ -254,14 +254,16 @@ def test_two_jobs_on_the_same_nodes_and_what_scancel_leaves(
 @pytest.mark.skipif(not FULL, reason="a node that is lost takes minutes; BRIDGE_TEST_SLURM=full")
 @pytest.mark.parametrize("lost", ["node1", "node3"])
 def test_a_lost_node_is_replaced_and_the_job_goes_on(
-    cluster: Cluster, submit: Callable[..., Job], checkpoint: Callable[..., Path], tmp_path: Path, lost: str
+    breakable: Cluster, checkpoint: Callable[..., Path], tmp_path: Path, lost: str
 ) -> None:
     """One that trains, with the batch script, or one that serves; there is a spare one."""
+    cluster = breakable
     node4 = ("scontrol", "update", "NodeName=node4")
     cluster.call(*node4, "State=DRAIN", "Reason=spare")
     model, state = checkpoint("qwen3", "float32", 0), tmp_path / "state"
-    job = submit(
-        "job",
+    job = Job(
+        cluster,
+        tmp_path / "job",
         "train_and_serve.sbatch",
         ["--nodes=3"],
         [TRAINER, str(model), str(state), "10"],
@@ -282,5 +284,5 @@ def test_a_lost_node_is_replaced_and_the_job_goes_on(
     assert_served(job, model, state, servers=1, attempt=1)
     job.release()
     job.wait_end("COMPLETED")
-    cluster.boot(lost)
+    cluster.boot(lost)  # or it could not be looked at
     assert_nothing_left(cluster)
