@@ -150,13 +150,14 @@ class Soak:
         return self.answer()
 
     def recover(self) -> None:
-        """Until a version is live on both."""
+        """Until a version is live on both, and both answer: vLLM's API server comes behind its engine."""
         deadline = time.monotonic() + RECOVER_S
         while True:
             answer = self.publish()
-            if len(answer.get("servers", ())) == len(self.servers):
+            live = len(answer.get("servers", ())) == len(self.servers)
+            if live and all(server.api.healthy() for server in self.servers):
                 return
-            assert time.monotonic() < deadline, f"not live on both servers after {RECOVER_S:g} s: {answer}"
+            assert time.monotonic() < deadline, f"not both serve after {RECOVER_S:g} s: {answer}"
             threading.Event().wait(2.0)  # vLLM has the cores meanwhile
 
     def check(self) -> None:
