@@ -74,7 +74,8 @@ class Catalogue:
         if None in modules or _contents(modules) != self._tree:
             return None
         held = [owner for reference in self._owners if (owner := reference()) is not None]
-        tensors = [_local(owner) for owner in held]
+        # Of their own: a parameter whose .data is replaced while it is sent must not lead to other memory.
+        tensors = [_local(owner).detach() for owner in held]
         if list(map(_geometry, tensors)) != self._geometries:
             return None
         return LocalShards(self._layout, tensors, self._contiguous, held, mark_computed(tensors))

@@ -139,7 +139,8 @@ def _choose(named: dict[str, torch.Tensor], mapping: Mapping | None) -> frozense
     chosen: set[str] = set()
     for names in ties.values():
         wanted = needed.intersection(names)
-        chosen |= wanted or ({names[0]} if unused.isdisjoint(names) else set())
+        # A second tensor where the server has one goes along, for the server to compare.
+        chosen |= wanted or ({names[0]} if unused.isdisjoint(names) else best.tied.keys() & set(names))
     return frozenset(chosen)
 
 

@@ -106,6 +106,7 @@ def collect_parts(
         for name in parts
         if name not in known and name not in unused
     ]
+    faults += _untied(parts, vocabulary)
     faults += declared.misnamed(parts) if declared else []
     present = [(*known[name], part) for name, part in parts.items() if name in known and name not in unused]
     faults += _packed(present, mapping, vocabulary)
@@ -117,6 +118,24 @@ def collect_parts(
     layout = msgspec.structs.replace(shards.layout, order=order, patches=patches)
     partial = bool(patches) or len(present) < len(known.keys() - unused)
     return dataclasses.replace(shards, layout=layout, partial=partial)
+
+
+def _untied(parts: Mapping[str, Part], vocabulary: Vocabulary) -> list[str]:
+    """Faults of tied tensors that are handed over without the one that the server takes, or unlike it."""
+    return [
+        f"{name}: the server has no weights of its own there, it is tied to {kept}; hand {kept} over instead"
+        for name, kept in vocabulary.tied.items()
+        if name in parts and not (kept in parts and _alike(parts[name], parts[kept]))
+    ]
+
+
+def _alike(a: Part, b: Part) -> bool:
+    if a.patch is not None or b.patch is not None or len(a.boxes) != len(b.boxes):
+        return False
+    return all(
+        box == other and torch.equal(ours, theirs)
+        for (box, ours), (other, theirs) in zip(a.boxes, b.boxes, strict=True)
+    )
 
 
 def _packed(

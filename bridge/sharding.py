@@ -272,10 +272,33 @@ def collect(
         for name, tensor in tensors.items()
         if name not in known and name not in unused and id(tensor) not in sent
     ]
+    faults += untied(tensors, vocabulary)
     faults += layout.strangers(tensors) if layout else []
     boxes = _Boxes()
     present = [(i, s, part_of(tensors[s.name], boxes)) for i, s in wanted if s.name in tensors]
     return make_shards(present, mapping, vocabulary, rank, faults, layout)
+
+
+def untied(tensors: Mapping[str, torch.Tensor], vocabulary: Vocabulary) -> list[str]:
+    """Faults of tensors that are two here and one on the server, which would drop one of them."""
+    return [
+        f"{name}: the server has no weights of its own there, it is tied to {kept}; here they are two tensors"
+        for name, kept in vocabulary.tied.items()
+        if name in tensors and kept in tensors and not _is_one(tensors[name], tensors[kept])
+    ]
+
+
+def _is_one(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors, perhaps of a state dict, are one as far as this rank's memory can tell."""
+    if a is b:
+        return True
+    ours, others = (t.ds_tensor if zero3.is_partitioned(t) else local_tensor(t) for t in (a, b))
+    if ours.is_meta or others.is_meta or not ours.numel() == others.numel() > 0:
+        return ours.numel() == others.numel() == 0
+    return bool(
+        ours.data_ptr() == others.data_ptr()
+        and (ours.shape, ours.stride(), ours.dtype) == (others.shape, others.stride(), others.dtype)
+    )
 
 
 def make_shards(

@@ -14,7 +14,7 @@ import logging
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,6 +56,7 @@ class Loaded:
     vocabularies: dict[str, list[Source]] = field(default_factory=dict)
     traces: dict[str, tracing.Trace] = field(default_factory=dict)
     omitted: dict[str, str] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)  # as transformers ties them; see ``InMemory``
     places: dict[str, Place] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
 
@@ -105,6 +106,7 @@ def before_processing(model: nn.Module, model_config: Any) -> None:
     for name, list_sources in lists.items():
         try:
             listed = list_sources()
+            loaded.tied.update(listed.tied)
             trace = tracing.trace(model, listed.sources, prepare=listed.as_saved)
             own_load = trace if name == "checkpoint" else own_load
             coverage.find_gaps(trace, tracing.live_tensors(model), own_load=own_load).check(name)
@@ -259,7 +261,12 @@ def rehome(
     seconds = arena.warm()
     logger.info("rank %d: memory (%s) warm in %.1f s", rank, arena.kind, seconds)
     vocabularies = [
-        Vocabulary(name=n, sources=tuple(s), unused=tuple(loaded.traces[n].unused))
+        Vocabulary(
+            name=n,
+            sources=tuple(s),
+            unused=tuple(loaded.traces[n].unused),
+            tied=_tied(loaded.tied, s, loaded.traces[n].unused),
+        )
         for n, s in loaded.vocabularies.items()
     ]
     vocabularies += shelving.vocabularies() if shelving else []
@@ -269,6 +276,12 @@ def rehome(
         "omitted_vocabularies": loaded.omitted,
     }
     return arena, description, shelves
+
+
+def _tied(tied: Mapping[str, str], listed: Sequence[Source], unused: Sequence[str]) -> dict[str, str]:
+    """Those whose tensor is dropped in favour of the one that it is tied to."""
+    names, dropped = {source.name for source in listed}, frozenset(unused)
+    return {name: kept for name, kept in tied.items() if name in dropped and kept in names - dropped}
 
 
 def _with_shelves(rank_map: RankMap, shelving: Shelving, shelves: list[list[Target]]) -> RankMap:

@@ -219,17 +219,23 @@ class Registry:
                     f"worker ranks {first['rank']} and {hello['rank']} list different parameters"
                 )
         ranks = tuple(msgspec.convert(hello["rank_map"], RankMap) for hello in hellos)
-        vocabularies = tuple(
-            msgspec.structs.replace(vocabulary, unused=_unused_everywhere(hellos, index))
-            for index, vocabulary in enumerate(msgspec.convert(first["vocabularies"], tuple[Vocabulary, ...]))
-        )
+        vocabularies = []
+        for index, vocabulary in enumerate(msgspec.convert(first["vocabularies"], tuple[Vocabulary, ...])):
+            unused = _unused_everywhere(hellos, index)
+            tied = {  # of a name that nobody uses; its partner may be on one rank only
+                name: kept
+                for hello in hellos
+                for name, kept in hello["vocabularies"][index].get("tied", {}).items()
+                if name in unused and kept not in unused
+            }
+            vocabularies.append(msgspec.structs.replace(vocabulary, unused=unused, tied=tied))
         return Mapping(
             model=first["model"],
             vllm_version=first["vllm_version"],
             dtype=first["dtype"],
             tp_degree=first["tp_degree"],
             num_inference_ranks=len(ranks),
-            vocabularies=vocabularies,
+            vocabularies=tuple(vocabularies),
             ranks=ranks,
             param_mappings=param_mappings(vocabularies[0], ranks),
             omitted_vocabularies=first["omitted_vocabularies"],

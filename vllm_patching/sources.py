@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +139,12 @@ class InMemory:
 
     ``as_saved`` turns named tensors (those of ``sources``, in any order) into what ``save_pretrained`` would
     write to the checkpoint's files, by moving elements only; hand it to ``tracing.trace`` as ``prepare``.
+    ``tied`` are further names of one tensor, each with the name that a checkpoint keeps.
     """
 
     sources: tuple[Source, ...]
     as_saved: Callable[[Iterable[tuple[str, torch.Tensor]]], Iterator[tuple[str, torch.Tensor]]]
+    tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def transformers_sources(model_config: Any) -> list[Source]:
@@ -187,7 +189,8 @@ def transformers_names(model_config: Any) -> InMemory:
     tied = getattr(model, "all_tied_weights_keys", {})  # name -> the name it is tied to
     for name in sorted(state, key=lambda name: name in tied):  # the name that a checkpoint keeps comes first
         kept.setdefault(id(state[name]), name)
-    return InMemory(sources, functools.partial(_as_saved, model, frozenset(kept.values())))
+    other_names = {name: kept[id(tensor)] for name, tensor in state.items() if kept[id(tensor)] != name}
+    return InMemory(sources, functools.partial(_as_saved, model, frozenset(kept.values())), other_names)
 
 
 def _as_saved(

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from bridge.errors import ConfigError, MappingError
@@ -38,6 +39,11 @@ def find(path: str, below: Path) -> list[Path]:
         if file.exists() and not file.is_file():
             raise ConfigError(f"{file} is no regular file")
     return found
+
+
+def _read(found: dict[str, Path], name: str) -> Any:
+    with reading(found[name]) as file:
+        return file.get_tensor(name)
 
 
 @contextmanager
@@ -100,6 +106,11 @@ def match_vocabulary(mapping: Mapping, rank_map: RankMap, found: dict[str, Path]
             faults.append(f"{name}: shape {shape}, expected {known[name].shape}")
         if (to := needed.get(name)) is not None and dtype != to and (dtype, to) not in CASTS:
             faults.append(f"{name}: dtype {dtype} cannot be cast to {to} without loss of meaning")
+    faults += [
+        f"{name}: differs from {kept}, to which the server ties it"
+        for name, kept in best.tied.items()
+        if name in found and kept in found and not torch.equal(_read(found, name), _read(found, kept))
+    ]
     if faults:
         listing = "\n  ".join(sorted(faults))
         raise MappingError(f"{len(faults)} fault(s) in the update for {mapping.model}:\n  {listing}")

@@ -90,12 +90,14 @@ class Vocabulary(msgspec.Struct, frozen=True, kw_only=True):
     ``checkpoint`` holds the names in the checkpoint's files; ``transformers`` those of the model in
     memory, which differ where transformers fuses tensors (experts, since version 5). ``adapter:NAME`` holds
     the matrices of the LoRA adapter that is served as NAME, at the highest rank that the server takes.
-    ``unused`` are names vLLM's loader accepts and drops.
+    ``unused`` are names vLLM's loader accepts and drops. ``tied`` says of some of them which source they are
+    another name of: a trainer must not hold two different tensors there.
     """
 
     name: str
     sources: tuple[Source, ...]
     unused: tuple[str, ...] = ()
+    tied: dict[str, str] = {}
 
     @property
     def adapter(self) -> str:

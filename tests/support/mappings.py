@@ -41,19 +41,22 @@ def interleaved(whole: Tensor, head_dim: int) -> Tensor:
 
 
 def identity_mapping(
-    *vocabularies: tuple[str, Shapes], dtype: str = "bfloat16", unused: Sequence[str] = (), digest: str = ""
-) -> MappingDocument:
+    *vocabularies: tuple[str, Shapes], dtype: str = "bfloat16", unused: Sequence[str] = (),
+    tied: dict[str, str] | None = None, digest: str = "",
+) -> MappingDocument:  # fmt: skip
     """A document whose targets have ``dtype`` and the shapes of the sources.
 
     Args:
         vocabularies: (name, shapes by source name), the first one being the default.
         unused: names of sources that are listed, and written nowhere.
+        tied: names of them that are another name of a source.
     """
     made, targets, writes, offset = [], [], {}, 0
     for vocabulary, shapes in vocabularies:
         sources = [Source(name=name, shape=tuple(shape), dtype=dtype) for name, shape in shapes.items()]
         dropped = tuple(name for name in shapes if name in unused)
-        made.append(Vocabulary(name=vocabulary, sources=tuple(sources), unused=dropped))
+        ties = {name: kept for name, kept in (tied or {}).items() if name in dropped}
+        made.append(Vocabulary(name=vocabulary, sources=tuple(sources), unused=dropped, tied=ties))
         writes[vocabulary] = []
         for index, source in enumerate(sources):
             if source.name in unused:

@@ -46,6 +46,17 @@ def test_an_optimizer_step_changes_nothing_that_matters() -> None:
     assert all(torch.equal(a, b) for a, b in zip(again.tensors, fresh.tensors, strict=True))
 
 
+def test_what_is_being_sent_is_memory_and_not_the_parameter_that_had_it() -> None:
+    """A trainer may put other memory under its parameters while a round is under way."""
+    model, mapping, catalogue = made()
+    shards = catalogue.find(model, mapping)
+    assert shards is not None
+    before = [tensor.clone() for tensor in shards.tensors]
+    for parameter in model.parameters():
+        parameter.data = torch.full_like(parameter, 7.0)
+    assert all(torch.equal(a, b) for a, b in zip(shards.tensors, before, strict=True))
+
+
 def replace_parameter(model: Model) -> None:
     model.layers[1].weight = nn.Parameter(model.layers[1].weight.detach().clone())
 

@@ -20,7 +20,7 @@ from bridge.errors import ConfigError, MappingError, RoundAborted
 from bridge.guard import Guarded, StepGuard
 from bridge.names import canonical_names
 from bridge.param_mappings import export_param_mappings, load_param_mappings
-from bridge.parts import collect_single
+from bridge.parts import collect_parts, collect_single, snapshot
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import Mapping, Rendezvous
 from bridge.protocol.plan import build_plan
@@ -108,6 +108,37 @@ def test_a_source_is_found_by_the_tied_partners_name() -> None:
 def test_an_untied_head_is_a_stranger_to_a_tied_server() -> None:
     with pytest.raises(MappingError, match=r"lm_head\.weight: the model has it, the server knows no such"):
         collect(Lm(), mapping_of(Lm(), without=("lm_head.weight",)), rank=0)
+
+
+TIED = identity_mapping(
+    ("checkpoint", {"embed": (8, 4), "w": (4,)}),
+    ("transformers", {"embed": (8, 4), "head": (8, 4), "w": (4,)}),
+    unused=["head"], tied={"head": "embed"},
+)  # fmt: skip
+
+
+def test_a_head_that_is_not_tied_here_is_not_dropped() -> None:
+    """The server's names in memory include the tied one, which its loader drops."""
+    embed, w = torch.ones(8, 4), torch.ones(4)
+    assert len(collect({"embed": embed, "head": embed, "w": w}, TIED, rank=0).tensors) == 2
+    # As in a state dict, where one parameter is two tensors of the same memory.
+    assert len(collect({"embed": embed, "head": embed.detach(), "w": w}, TIED, rank=0).tensors) == 2
+    for head in (torch.ones(8, 4), embed[:4], torch.ones(0, 4)):
+        with pytest.raises(
+            MappingError, match=r"head: the server has no weights of its own .* tied to embed"
+        ):
+            collect({"embed": embed, "head": head, "w": w}, TIED, rank=0)
+
+
+def test_a_tied_name_handed_over_by_itself_is_refused() -> None:
+    embed = torch.ones(8, 4)
+    named = [(name, snapshot(embed, rank=0, world_size=1)) for name in ("embed", "head")]
+    assert len(collect_parts(named, TIED, rank=0).tensors) == 1
+    other = ("head", snapshot(embed + 1, rank=0, world_size=1))
+    w = ("w", snapshot(torch.ones(4), rank=0, world_size=1))
+    for parts in ([named[0], other], [other], [other, w]):
+        with pytest.raises(MappingError, match=r"head: .* tied to embed; hand embed over instead"):
+            collect_parts(parts, TIED, rank=0)
 
 
 def test_the_vocabulary_with_most_names_is_taken() -> None:

@@ -101,6 +101,8 @@ def test_the_model_in_memory_is_named_and_can_be_turned_into_its_checkpoint(
     assert {s.name: (s.shape, s.dtype) for s in names.sources} == {
         name: (tuple(tensor.shape), "float32") for name, tensor in state.items()
     }
+    ties = {"lm_head.weight": "model.embed_tokens.weight"} if kind == "llama_tied" else {}
+    assert names.tied == ({"lm_head.weight": "transformer.wte.weight"} if kind == "gpt2" else ties)
     saved = dict(names.as_saved(state.items()))
     stored = safetensors_torch.load_file(path / "model.safetensors")
     assert saved.keys() == stored.keys()
