@@ -24,7 +24,7 @@ from bridge.config import BridgeConfig
 from bridge.environment import Ranks
 from bridge.errors import BridgeError, ConfigError, RendezvousError, RoundAborted
 from bridge.job import Encoding, Job, Outcome, Receipt
-from bridge.joining import any_rank, highest, on_any_rank
+from bridge.joining import highest, on_any_rank
 from bridge.protocol.ballot import GIVEN_UP, Ballot, Policy, Verdict
 from bridge.rounds import Session
 from bridge.sharding import LocalShards, current_gpu
@@ -110,17 +110,22 @@ class Fleet:
         return max(server.version for server in self.servers)
 
     @property
+    def agrees(self) -> bool:
+        """Whether the ranks agree before each round: several servers, or several ranks of the trainer."""
+        return self.several or self._own_ranks().world_size > 1
+
+    @property
     def stale(self) -> bool:
-        """Whether the only server's epoch had ended before the round; several agree on that beforehand."""
-        return not self.several and self.servers[0].met and self.servers[0].session.stale
+        """Whether the epoch had ended before the round, and none but this rank took part."""
+        return not self.agrees and self.servers[0].met and self.servers[0].session.stale
 
     # --- meeting -----------------------------------------------------------------------------------
 
     def ready(self, device: torch.device | None) -> list[Server]:
-        """The servers of the next round, met anew where their epoch is over.
+        """The servers of the next round, met anew where their epoch is over. Every rank calls it.
 
-        Weights on another GPU than a session's, or back in host memory, are sent from a snapshot: every rank
-        must decide alike, and with one server this one cannot ask. With several every rank calls this.
+        The news that an epoch is over reaches ranks at different times, and one that met the server anew by
+        itself would wait for the others, who are elsewhere: so they decide together.
 
         Raises:
             BridgeError: a server cannot be met, and the policy is "all", or it is the last.
@@ -128,26 +133,16 @@ class Fleet:
         if self.several:
             return self._meet(device)
         (server,) = self.servers
-        if server.is_over(device):
-            server.open(self._own_ranks(), device)
-        return [server]
-
-    def agreed(self, device: torch.device | None) -> list[Server]:
-        """As ``ready``, but ranks decide together also on one server; every rank calls it.
-
-        The news that an epoch is over reaches them at different times, and a rank that went on alone would
-        wait for the others in the first gather of its round.
-        """
-        if self.several:
-            return self._meet(device)
-        (server,) = self.servers
-        if any_rank(server.is_over(device), self._own_ranks()) or not server.met:
+        over = server.is_over(device)
+        if self.agrees:
+            (over,) = self._agree(refusing=False, over=[over])
+        if over:
             server.open(self._own_ranks(), device)
         return [server]
 
     def refuse(self, reason: str) -> None:
         """This rank cannot take part in a round that the others begin: let nobody wait for it."""
-        if self.several:
+        if self.agrees:
             self._agree(refusing=True, over=[False] * len(self.servers))
         elif self.servers[0].met:
             self.servers[0].session.refuse_round(reason)
@@ -324,7 +319,11 @@ class Fleet:
             PeerLost: one of them is gone, and the policy is "all".
         """
         if not self.several:
-            self.ready(self.servers[0].session.device if self.servers[0].met else current_gpu())
+            (server,) = self.servers
+            if not server.met:
+                self.ready(current_gpu())
+            elif not self.agrees:  # else the next broadcast, which every rank makes, meets it anew
+                self.ready(server.session.device)
         for server in self.servers:
             if server.met and not (self._policy == "available" and server.session.closed):
                 server.session.beat()

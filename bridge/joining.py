@@ -33,6 +33,7 @@ from bridge.wire.meeting import Meeting
 logger = logging.getLogger(__name__)
 
 RETRY_S = 0.5
+_beside: tuple[object, dist.ProcessGroup] | None = None  # the default group, and ours of the same ranks
 IMPATIENT_S = 5.0
 
 
@@ -151,38 +152,48 @@ def _ask(
 
 
 def _agree(session: str, ranks: Ranks) -> str:
-    """Give every trainer rank rank 0's session id, over the trainer's own default group; "" is a failure."""
+    """Give every trainer rank rank 0's session id; "" is a failure."""
     if ranks.world_size == 1:
         return session
     data = bytes.fromhex(session).ljust(16, b"\0")
-    wire = torch.tensor(list(data), dtype=torch.uint8, device=_group_device())
-    dist.broadcast(wire, src=0)
-    agreed = bytes(wire.cpu().tolist())
+    wire = torch.tensor(list(data), dtype=torch.uint8)
+    dist.broadcast(wire, src=0, group=_host_group())
+    agreed = bytes(wire.tolist())
     return agreed.hex() if any(agreed) else ""
 
 
 def any_rank(flag: bool, ranks: Ranks) -> bool:
-    """Whether ``flag`` is set on any trainer rank, asked over the trainer's own default group."""
+    """Whether ``flag`` is set on any trainer rank."""
     return on_any_rank([flag], ranks)[0]
 
 
 def on_any_rank(flags: Sequence[bool], ranks: Ranks) -> list[bool]:
-    """Which of the ``flags`` are set on any trainer rank, asked over the trainer's own default group."""
+    """Which of the ``flags`` are set on any trainer rank."""
     return list(map(bool, highest(list(map(int, flags)), ranks)))
 
 
 def highest(values: Sequence[int], ranks: Ranks) -> list[int]:
-    """The highest of each of the ``values`` on any trainer rank, over the trainer's own default group."""
+    """The highest of each of the ``values`` on any trainer rank; every rank calls it."""
     if ranks.world_size == 1:
         return list(values)
-    wire = torch.tensor(values, dtype=torch.int64, device=_group_device())
-    dist.all_reduce(wire, op=dist.ReduceOp.MAX)
+    wire = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(wire, op=dist.ReduceOp.MAX, group=_host_group())
     return [int(value) for value in wire.tolist()]
 
 
-def _group_device() -> torch.device:
+def _host_group() -> dist.ProcessGroup | None:
+    """All trainer ranks, by host memory: what they agree on must not wait for work that a GPU has queued.
+
+    None, the default group, where that can do it; else a Gloo group beside it, made by the first call.
+    """
+    global _beside
     backend = str(dist.get_backend())
-    return torch.device("cpu") if "gloo" in backend or "cpu" in backend else torch.device("cuda")
+    if "gloo" in backend or "cpu" in backend:
+        return None
+    world = dist.group.WORLD
+    if _beside is None or _beside[0] is not world:
+        _beside = (world, dist.new_group(backend="gloo"))
+    return _beside[1]
 
 
 def meet(

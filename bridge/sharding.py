@@ -288,11 +288,15 @@ def untied(tensors: Mapping[str, torch.Tensor], vocabulary: Vocabulary) -> list[
     ]
 
 
+def _held_memory(tensor: torch.Tensor) -> torch.Tensor:
+    return zero3.partition(tensor) if zero3.is_partitioned(tensor) else local_tensor(tensor)
+
+
 def _is_one(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors, perhaps of a state dict, are one as far as this rank's memory can tell."""
     if a is b:
         return True
-    ours, others = (t.ds_tensor if zero3.is_partitioned(t) else local_tensor(t) for t in (a, b))
+    ours, others = map(_held_memory, (a, b))
     if ours.is_meta or others.is_meta or not ours.numel() == others.numel() > 0:
         return ours.numel() == others.numel() == 0
     return bool(
@@ -351,7 +355,7 @@ def mark_computed(tensors: Sequence[torch.Tensor]) -> tuple[torch.cuda.Event, ..
 
 def device_of(tensors: Iterable[torch.Tensor]) -> torch.device | None:
     """The GPU that this rank's part of ``tensors`` is on; None if all of it is in host memory."""
-    return next((tensor.device for tensor in tensors if tensor.is_cuda), None)
+    return next((held.device for held in map(_held_memory, tensors) if held.is_cuda), None)
 
 
 def current_gpu() -> torch.device | None:

@@ -280,7 +280,7 @@ class Bridge:
             TransferError: the round failed on the way, or another rank abandoned it.
         """
         self._begin()
-        servers = self._fleet.agreed(current_gpu())
+        servers = self._fleet.ready(current_gpu())
         ranks = self._own_ranks()
         made = self._round = Round(rank=ranks.rank, world_size=ranks.world_size)
         outcome = None
@@ -355,7 +355,7 @@ class Bridge:
                 (``--staging in-place``, ``--flip copy``). The served version stays.
         """
         self._begin()
-        servers = self._fleet.agreed(current_gpu())
+        servers = self._fleet.ready(current_gpu())
         try:
             outcome = self._fleet.roll_back(servers, to, call=self._calls)
         except BaseException as err:
@@ -445,8 +445,7 @@ class Bridge:
                     servers, gather, module=module, blocking=blocking, version=version, encoding=encoding
                 )
             except BridgeError:
-                # The epoch had ended between two rounds, and the news reached this rank during its own
-                # call: rank 0 has not begun this round, and waits for us in a new epoch.
+                # The epoch had ended between two rounds, and the news came during this call.
                 if attempt or not self._fleet.stale:
                     raise
         raise AssertionError("unreachable: the second attempt returns or raises")
@@ -460,7 +459,7 @@ class Bridge:
         try:
             self._finish_pending()
         except BridgeError as err:
-            if self._fleet.several:  # which the other ranks are about to meet together
+            if self._fleet.agrees:  # which the other ranks are about to do
                 self._fleet.refuse(str(err))
             raise
 

@@ -39,6 +39,13 @@ def steps_by_itself(module: nn.Module | None, tensors: Iterable[torch.Tensor]) -
     return "deepspeed" in sys.modules and any(hasattr(t, mark) for t in tensors for mark in marks)
 
 
+def partition(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's run of a partitioned parameter, padding included; the parameter itself is empty."""
+    marked: Any = tensor
+    held: torch.Tensor = marked.ds_tensor
+    return held
+
+
 def parts(tensor: torch.Tensor) -> list[tuple[Box, torch.Tensor]] | str:
     """This rank's boxes of a partitioned parameter, each with the memory it lies in; or why there are none.
 
@@ -46,7 +53,7 @@ def parts(tensor: torch.Tensor) -> list[tuple[Box, torch.Tensor]] | str:
     rows, and the start of another; for more dimensions, rows come apart in the same way.
     """
     marked: Any = tensor
-    held: torch.Tensor = marked.ds_tensor
+    held = partition(tensor)
     if getattr(getattr(held, "status", None), "name", "AVAILABLE") != "AVAILABLE":
         return "is offloaded to NVMe by DeepSpeed; keep parameters in memory (offload_param: cpu or none)"
     if held.dtype != tensor.dtype or hasattr(held, "ds_quant_scale"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,14 +17,17 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from bridge.config import BridgeConfig
 from bridge.declared import DeclaredLayout
 from bridge.environment import Ranks
-from bridge.errors import MappingError
+from bridge.errors import MappingError, RoundAborted
+from bridge.fleet import Fleet
 from bridge.guard import Guarded, StepGuard
 from bridge.joining import any_rank
 from bridge.names import canonical_names
 from bridge.param_mappings import export_param_mappings, load_param_mappings
 from bridge.parts import Round, collect_single
+from bridge.rounds import Session
 from bridge.sharding import LocalShards, collect
 from tests.support.mappings import identity_mapping, interleaved, shapes_of
 from tests.support.ranks import put_together, run_ranks
@@ -327,6 +331,33 @@ def one_knows_that_the_epoch_is_over(path: Path) -> None:
     assert not any_rank(False, ranks)
 
 
+def meeting_anew(path: Path) -> None:
+    """One server, several ranks: whoever knows that the epoch is over takes the others along."""
+    rank = dist.get_rank()
+    opened: list[SimpleNamespace] = []
+
+    def meet(*_: object, **__: object) -> SimpleNamespace:
+        dist.barrier()  # as any real meeting: nobody can be here alone
+        opened.append(SimpleNamespace(closed="", device=None, version=3, close=lambda: None))
+        return opened[-1]
+
+    Session.open = meet  # type: ignore[method-assign, assignment]
+    fleet = Fleet(BridgeConfig(logdir="a"), lambda: Ranks(rank=rank, world_size=dist.get_world_size()))
+    for round_, knows in enumerate([None, 1, None, 0, None]):
+        if knows == rank:
+            opened[-1].closed = "the daemon is gone"
+        (server,) = fleet.ready(None)
+        assert server.session is opened[-1], round_
+    assert len(opened) == 3
+    if rank == 1:  # an earlier round's error came to it alone
+        fleet.refuse("no")
+    else:
+        with pytest.raises(RoundAborted, match="another trainer rank cannot take part"):
+            fleet.ready(None)
+    fleet.ready(None)
+    assert len(opened) == 3
+
+
 def guarded_step(path: Path) -> None:
     model = seeded()
     fully_shard(model)
@@ -373,7 +404,7 @@ def assert_within(event: threading.Event) -> None:
         (fsdp_tied, 2), (fsdp_dim1, 2), (fsdp_in_metas_order, 5), (declared, 2), (declared, 4), (wrapped, 2),
         (hsdp, 4), (tensor_parallel, 2), (fsdp_and_tensor_parallel, 4), (mesh_2d, 4), (refusals, 2),
         (data_parallel, 2), (single, 2), (guarded_step, 2), (handed_over, 2), (handed_over, 3),
-        (one_knows_that_the_epoch_is_over, 2),
+        (one_knows_that_the_epoch_is_over, 2), (meeting_anew, 2),
     ],
     ids=lambda value: value.__name__ if callable(value) else str(value),
 )  # fmt: skip
