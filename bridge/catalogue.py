@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor
 from bridge.declared import DeclaredLayout
 from bridge.guard import Guarded
 from bridge.protocol.mapping import Mapping
-from bridge.sharding import LocalShards, mark_computed
+from bridge.sharding import LocalShards
+from bridge.wire.transport import mark_enqueued
 
 _Geometry = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
 
@@ -78,7 +79,7 @@ class Catalogue:
         tensors = [_local(owner).detach() for owner in held]
         if list(map(_geometry, tensors)) != self._geometries:
             return None
-        return LocalShards(self._layout, tensors, self._contiguous, held, mark_computed(tensors))
+        return LocalShards(self._layout, tensors, self._contiguous, held, mark_enqueued(tensors))
 
 
 def _contents(modules: list[Any]) -> tuple[list[int], list[str], list[int]]:

@@ -29,6 +29,7 @@ from bridge.protocol.holders import CASTS
 from bridge.protocol.mapping import Mapping as MappingDocument
 from bridge.protocol.mapping import Source, Vocabulary
 from bridge.protocol.plan import Layout, Shard
+from bridge.wire.transport import mark_enqueued
 
 _EXAMPLES = 3
 _EVENT_POLL_S = 0.0002
@@ -340,17 +341,7 @@ def make_shards(
     if faults:
         raise faulty(faults, mapping, rank, vocabulary)
     layout = Layout(rank=rank, vocabulary=vocabulary.name, shards=tuple(shards))
-    return LocalShards(layout, locals_, tuple(contiguous), owners, mark_computed(locals_), lasting)
-
-
-def mark_computed(tensors: Sequence[torch.Tensor]) -> tuple[torch.cuda.Event, ...]:
-    """An event on the current stream of every GPU that holds a shard."""
-    events = []
-    for device in {tensor.get_device() for tensor in tensors} - {-1}:
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(device))
-        events.append(event)
-    return tuple(events)
+    return LocalShards(layout, locals_, tuple(contiguous), owners, mark_enqueued(locals_), lasting)
 
 
 def device_of(tensors: Iterable[torch.Tensor]) -> torch.device | None:

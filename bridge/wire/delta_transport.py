@@ -36,6 +36,7 @@ from bridge.wire.transport import (
     SendBuffers,
     compare_digests,
     make_room,
+    mark_enqueued,
     pack,
     packed_bytes,
     pick,
@@ -143,9 +144,13 @@ class Crossing:
             self._memory[turn] = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
         buffer = self._memory[turn][:nbytes]
         pack(bucket, tensors, wire_dtypes, buffer, non_blocking=True)
-        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        arrived.record()
-        return buffer, arrived.synchronize
+        arrived = mark_enqueued(tensors[copy.shard] for copy in bucket.copies)
+
+        def wait() -> None:
+            for event in arrived:
+                event.synchronize()
+
+        return buffer, wait
 
 
 class DeltaSource:

@@ -39,6 +39,7 @@ _SLOT_ALIGNMENT = 256  # bytes, as torch's own allocator aligns
 # milliseconds whatever its length: so there are few.
 SUM_BATCH_BYTES = 2 << 30
 COPY_STREAMS = 8
+KEPT_DIGESTS = 64
 
 
 class SummedRounds:
@@ -53,12 +54,14 @@ class SummedRounds:
     def __init__(self, mode: str) -> None:
         """``mode`` is first, always or off."""
         self._mode = mode
-        self._plans: set[bytes] = set()
+        self._plans: dict[bytes, None] = {}  # in the order they came; patches make one in each round
 
     def includes(self, plan_digest: bytes) -> bool:
         """Whether the round that begins now, under this plan, is summed."""
         first = plan_digest not in self._plans
-        self._plans.add(plan_digest)
+        self._plans[plan_digest] = None
+        if len(self._plans) > KEPT_DIGESTS:  # at both ends alike, as both see the same rounds
+            del self._plans[next(iter(self._plans))]
         return self._mode == "always" or (self._mode == "first" and first)
 
 

@@ -49,6 +49,7 @@ class Meeting:
         self._plans: dict[str, tuple[Plan, tuple[Layout, ...], Round]] = {}
         self._published: set[bytes] = set()
         self._patches: list[bytes] = []
+        self._parts: list[str] = []
         self._last: tuple[Layout | None, bytes] = (None, b"")
 
     def _key(self, *parts: object) -> str:
@@ -108,7 +109,15 @@ class Meeting:
         joint = blake3.blake3(msgspec.msgpack.encode(description)).hexdigest(DIGEST_BYTES)
         if joint not in self._plans:
             self._set(self._key("round", joint), description)
+            if partial:
+                self._forget_parts(joint)
         return joint
+
+    def _forget_parts(self, latest: str) -> None:
+        """As ``_forget_patches``, of the joint layouts of parts."""
+        self._parts = [*(known for known in self._parts if known != latest), latest]
+        while len(self._parts) > KEPT_PATCHES:
+            self._delete(self._key("round", self._parts.pop(0)))
 
     def plan(self, joint: str) -> tuple[Plan, tuple[Layout, ...], Round]:
         """The plan of a joint layout, computed here and kept for a while; every rank gets the same."""

@@ -16,7 +16,7 @@ compares.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Protocol
 
@@ -225,6 +225,16 @@ def send_digests(link: DataLink, digests: Sequence[bytes]) -> None:
 def packed_bytes(bucket: Bucket, wire_dtypes: Sequence[torch.dtype]) -> int:
     """Bytes of a bucket as Gloo carries it."""
     return sum(torch.Size(c.size).numel() * wire_dtypes[c.target].itemsize for c in bucket.copies)
+
+
+def mark_enqueued(tensors: Iterable[torch.Tensor]) -> tuple[torch.cuda.Event, ...]:
+    """An event behind all that is enqueued now, on the current stream of every GPU that has a tensor."""
+    events = []
+    for device in {tensor.get_device() for tensor in tensors} - {-1}:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(device))
+        events.append(event)
+    return tuple(events)
 
 
 def pack(
