@@ -178,6 +178,7 @@ def find_homes(loaded: Loaded) -> list[Home]:
             and name not in loaded.names
         ):
             faults.append(f"{name} {tuple(tensor.shape)} was derived from weights after loading")
+    faults += _kept_sinks(loaded.model, alive)
     merged: dict[int, Home] = {}
     for home in homes:
         other = merged.setdefault(home.live.data_ptr(), home)
@@ -190,6 +191,25 @@ def find_homes(loaded: Loaded) -> list[Home]:
             f"({len(faults)} tensor(s)):\n  {listing}"
         )
     return homes
+
+
+def _kept_sinks(model: nn.Module, alive: Mapping[int, torch.Tensor]) -> list[str]:
+    """Attention sinks that a backend has in memory of its own, or will have: updates would not reach them.
+
+    No parameter and no buffer holds such a copy, so nothing else would notice. FlashInfer and b12x make
+    theirs after loading, where they need float32; vLLM's CPU backend in the first forward.
+    """
+    faults = []
+    for name, module in model.named_modules():
+        sinks = getattr(getattr(module, "impl", None), "sinks", None)
+        if not isinstance(sinks, torch.Tensor):
+            continue
+        what = f"{name}.impl.sinks {tuple(sinks.shape)} {sinks.dtype}"
+        if _storage_key(sinks) not in alive:
+            faults.append(f"{what} is a copy in the attention backend's own memory; choose another backend")
+        elif sinks.device.type == "cpu" and sinks.dtype not in (torch.bfloat16, torch.float32):
+            faults.append(f"{what} would be copied by the first forward; use --dtype bfloat16 or float32")
+    return faults
 
 
 def _find_home(

@@ -10,10 +10,12 @@ import pytest
 
 pytest.importorskip("vllm")
 
+import torch
+from torch import nn
 from vllm.config import KVTransferConfig, OffloadConfig, ParallelConfig, WeightTransferConfig
 
-from bridge.errors import ConfigError
-from vllm_patching import compat
+from bridge.errors import ConfigError, MappingError
+from vllm_patching import compat, loading, verification
 
 
 def served(**parallel: Any) -> SimpleNamespace:
@@ -109,3 +111,32 @@ def test_all_refusals_are_listed_at_once() -> None:
     for apply in REFUSED.values():
         apply(config)
     assert len(refusal(config)) == len(REFUSED) - 1  # both ways to offload are one fault
+
+
+# --- what an attention backend keeps for itself ---------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """As vLLM's: the sinks are a parameter, which the backend's implementation holds too."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.sinks = nn.Parameter(torch.zeros(4, dtype=dtype))
+        self.impl = SimpleNamespace(sinks=self.sinks)
+
+
+def loaded(model: Attention) -> loading.Loaded:
+    places = {"sinks": loading.Place(model.sinks.detach(), verification.digest(model.sinks))}
+    return loading.Loaded(
+        model=model, model_config=SimpleNamespace(model="m"), loader=None, places=places, names={"sinks"}
+    )
+
+
+def test_sinks_that_a_backend_copies_are_refused() -> None:
+    model = Attention(torch.bfloat16)
+    assert [home.name for home in loading.find_homes(loaded(model))] == ["sinks"]
+    model.impl.sinks = model.sinks.to(torch.float32)  # as FlashInfer does after loading
+    with pytest.raises(MappingError, match=r"impl\.sinks \(4,\) torch\.float32 is a copy in the attention"):
+        loading.find_homes(loaded(model))
+    with pytest.raises(MappingError, match=r"would be copied by the first forward; use --dtype bfloat16"):
+        loading.find_homes(loaded(Attention(torch.float16)))
