@@ -10,14 +10,20 @@
 : "${NODES_PER_SERVER:=1}"             # nodes of one server; above 1 vLLM splits the model over them
 : "${TRAINERS_PER_NODE:=}"             # trainer ranks on each node; empty: its GPUs, or 1 without any
 : "${RENDEZVOUS_HOST:=}"               # where trainers reach a server; empty: found on each node
+: "${SERVER_RETRIES:=3}"               # how often a server that ended is started again, each
 : "${MAX_REQUEUES:=0}"                 # how often this job may put itself back into the queue
 : "${START_TIMEOUT:=1800}"             # seconds until all servers must be ready
 : "${STOP_TIMEOUT:=180}"               # seconds between the warning and TERM; below what --signal leaves
 : "${SHUTDOWN_TIMEOUT:=20}"            # seconds between TERM and KILL; below Slurm's KillWait (30)
+: "${BRIDGE_COMMIT:=available}"        # whether a version waits for "all" servers, or those that are there
+: "${BRIDGE_CONNECT_TIMEOUT_S:=$START_TIMEOUT}" # seconds for which trainers wait, if none is there
 
 EX_CONFIG=2    # the launcher's code for "trying again will not help"
 EX_TEMPFAIL=75 # and for "trying again may help"
 JOB_EPOCH=${SLURM_RESTART_COUNT:-0}
+# Of a job array, this task alone: the first one's id stands for all of them.
+job=$SLURM_JOB_ID
+[[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 JOB_DIR=$LOGROOT/$SLURM_JOB_NAME-$SLURM_JOB_ID
 # A directory for each attempt: a requeued job can never meet the servers or trainers that it had before.
 ATTEMPT=$JOB_DIR/attempt-$JOB_EPOCH
@@ -25,7 +31,7 @@ mkdir -p "$ATTEMPT"
 BRIDGE_STOP_FILE=$ATTEMPT/stop # asks the trainers to end (bridge.should_stop)
 export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHON TRAINERS_PER_NODE RENDEZVOUS_HOST START_TIMEOUT SHUTDOWN_TIMEOUT SERVE_FLAGS
-export JOB_EPOCH JOB_DIR BRIDGE_STOP_FILE
+export JOB_EPOCH JOB_DIR BRIDGE_STOP_FILE BRIDGE_COMMIT BRIDGE_CONNECT_TIMEOUT_S
 
 say() { printf '%s %s: %s\n' "$(date +%T)" "${SLURM_JOB_NAME:-job}" "$*"; }
 
@@ -38,9 +44,13 @@ refuse() {
 # --- steps --------------------------------------------------------------------------------------------------
 
 # Each step has all that the job has of its nodes. Threads are not bound: vLLM and torch see to that themselves.
-step=(srun --kill-on-bad-exit=1 --cpu-bind=none)
+step=(srun --cpu-bind=none)
 servers=()     # pids of the steps, one for each server
 logdirs=()     # of the servers
+retries=()     # how often each server was started again
+server_step=() # what the steps of servers have in common
+server_first=0 # the node of the step's on which the first server starts
+server_hosts=  # of the trainers
 own_trainer=() # what the launcher of the only server starts beside it: -- and a command
 trainer=       # pid of the trainers' step
 read -ra vllm_flags <<<"$VLLM_FLAGS"
@@ -49,35 +59,46 @@ export -n VLLM_FLAGS # vLLM warns of variables that look like its own
 # start_servers FIRST COUNT PEERS [srun flag ...]: servers on COUNT nodes, from node FIRST of the step's on.
 # PEERS are hosts to be reached, separated by blanks; none, if the trainers run elsewhere.
 start_servers() {
-    local first=$1 count=$2 peers=$3 index
+    local count=$2 index
+    server_first=$1 server_hosts=$3
     shift 3
     [[ -n $MODEL ]] || refuse "MODEL is not set; as in: MODEL=Qwen/Qwen3-0.6B sbatch ..."
     ((NODES_PER_SERVER > 0 && count % NODES_PER_SERVER == 0)) ||
         refuse "$count node(s) to serve cannot be divided into servers of NODES_PER_SERVER=$NODES_PER_SERVER nodes"
+    # A server's launchers tell one another that it ends, and clean up; the first to go must not kill the others.
+    server_step=("$@" --nodes="$NODES_PER_SERVER" --ntasks="$NODES_PER_SERVER" --ntasks-per-node=1
+        --kill-on-bad-exit=0 --wait=$((3 * SHUTDOWN_TIMEOUT)))
     for ((index = 0; index < count / NODES_PER_SERVER; index++)); do
         logdirs+=("$ATTEMPT/server-$index")
-        "${step[@]}" "$@" --relative=$((first + index * NODES_PER_SERVER)) --nodes="$NODES_PER_SERVER" \
-            --ntasks="$NODES_PER_SERVER" --ntasks-per-node=1 \
-            "$REPO/slurm/server.sh" "$index" "$ATTEMPT/server-$index" "$peers" "$MODEL" "${vllm_flags[@]}" \
-            "${own_trainer[@]}" &
-        servers+=($!)
+        retries+=(0)
+        ln -sfn "$ATTEMPT/server-$index" "$JOB_DIR/server-$index" # of whichever attempt is the last
     done
     BRIDGE_LOGDIRS=$(IFS=:; echo "${logdirs[*]}")
     export BRIDGE_LOGDIRS
+    # One that starts late or again gets the newest version from the others.
+    SERVER_PEERS=
+    ((NODES_PER_SERVER > 1 || ${#logdirs[@]} == 1)) || SERVER_PEERS=$BRIDGE_LOGDIRS
+    export SERVER_PEERS
+    for index in "${!logdirs[@]}"; do
+        start_server "$index"
+    done
+}
+
+# start_server INDEX: one of them, or what takes its place.
+start_server() {
+    "${step[@]}" "${server_step[@]}" --relative=$((server_first + $1 * NODES_PER_SERVER)) \
+        "$REPO/slurm/server.sh" "$1" "${logdirs[$1]}" "$server_hosts" "$MODEL" "${vllm_flags[@]}" \
+        "${own_trainer[@]}" &
+    servers[$1]=$!
 }
 
 # await_servers: until each says where it answers. Ends the job if one ends before, or the time is over.
 await_servers() {
-    local deadline=$((SECONDS + START_TIMEOUT)) missing logdir
-    while :; do
-        missing=()
-        for logdir in "${logdirs[@]}"; do
-            [[ -e $logdir/server.url ]] || missing+=("$logdir")
-        done
-        ((${#missing[@]})) || break
+    local deadline=$((SECONDS + START_TIMEOUT)) missing
+    while missing=$(away) && [[ -n $missing ]]; do
         if all_live "${servers[@]}" && ((!warned)); then
             if ((SECONDS > deadline)); then
-                say "not ready after $START_TIMEOUT s: ${missing[*]}; is LOGROOT on a shared file system?"
+                say "not ready after $START_TIMEOUT s: $missing; is LOGROOT on a shared file system?"
                 end_steps "$EX_TEMPFAIL"
             fi
             sleep 1
@@ -86,10 +107,39 @@ await_servers() {
         else
             wait_for "${servers[@]}"
             say "a server ended with $code before all were ready"
+            ((code != 0)) || code=$EX_TEMPFAIL
             end_steps "$code"
         fi
     done
     say "serving at $(cat "${logdirs[@]/%//server.url}" | tr '\n' ' ')"
+}
+
+# away: the log directories of servers that do not answer now, separated by blanks.
+away() {
+    local logdir silent=()
+    for logdir in "${logdirs[@]}"; do
+        [[ -e $logdir/server.url ]] || silent+=("$logdir")
+    done
+    echo "${silent[*]}"
+}
+
+# survive: after wait_for, whether the job goes on although that step of a server has ended: it is started again, or
+# others serve on. Not if it cannot work as configured, nor if the job is ending anyway.
+survive() {
+    local index
+    ((code != EX_CONFIG && !warned && !urged)) || return 1
+    for index in "${!servers[@]}"; do
+        [[ ${servers[index]} != "$ended" ]] || break
+    done
+    if ((code != 0 && retries[index] < SERVER_RETRIES)); then
+        retries[index]=$((retries[index] + 1))
+        say "server $index ended with $code; starting it again (${retries[index]} of $SERVER_RETRIES)"
+        start_server "$index"
+        return
+    fi
+    unset "servers[index]"
+    ((${#servers[@]})) || return 1
+    say "server $index ended with $code, and is given up; ${#servers[@]} serve on"
 }
 
 # set_versions: numbers that trainers give go on above the last version that an earlier attempt has served, because
@@ -113,7 +163,7 @@ start_trainers() {
     done
     shift
     ((${#servers[@]} == 0)) || set_versions
-    "${step[@]}" "${flags[@]}" --relative=0 --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 \
+    "${step[@]}" --kill-on-bad-exit=1 "${flags[@]}" --relative=0 --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 \
         "$REPO/slurm/trainer.sh" "$endpoint" "$@" &
     trainer=$!
 }
@@ -141,11 +191,11 @@ trap on_warning USR2
 urge() {
     if ((urged)); then
         say "steps did not end $((3 * SHUTDOWN_TIMEOUT)) s after TERM; killing them"
-        scancel --signal=KILL "$SLURM_JOB_ID" || say "scancel failed; the time limit will end them"
+        scancel --signal=KILL "$job" || say "scancel failed; the time limit will end them"
         urge_at=
     else
         urged=1 urge_at=$((SECONDS + 3 * SHUTDOWN_TIMEOUT))
-        scancel --signal=TERM "$SLURM_JOB_ID" || say "scancel failed; trying KILL next"
+        scancel --signal=TERM "$job" || say "scancel failed; trying KILL next"
     fi
 }
 
@@ -198,12 +248,16 @@ end_steps() {
     finish "$result"
 }
 
-# work: until the trainers end, and with their exit code; or, failing, until a server does.
+# work: until the trainers end, and with their exit code; or, failing, until the last server does.
 work() {
-    wait_for "$trainer" "${servers[@]}"
+    local missing
+    while wait_for "$trainer" "${servers[@]}" && [[ $ended != "$trainer" ]] && survive; do :; done
     if [[ $ended != "$trainer" ]]; then
         say "a server ended before the trainers, with $code"
-        ((code != 0)) || code=$EX_TEMPFAIL
+        ((code != 0 && code < 128)) || code=$EX_TEMPFAIL # somebody ended it, or a signal did
+    elif ((code != 0)) && missing=$(away) && [[ -n $missing ]]; then
+        say "the trainers ended with $code while these did not serve: $missing"
+        code=$EX_TEMPFAIL
     fi
     end_steps "$code"
 }
@@ -215,7 +269,17 @@ finish() {
     say "exit $code; logs in $ATTEMPT"
     if ((code == EX_TEMPFAIL && JOB_EPOCH < MAX_REQUEUES)); then
         say "requeue $((JOB_EPOCH + 1)) of $MAX_REQUEUES"
-        scontrol requeue "$SLURM_JOB_ID"
+        requeue || say "it was not requeued"
     fi
     exit "$code"
+}
+
+# requeue: ask for it; the controller may be busy.
+requeue() {
+    local try
+    for try in 1 2 3; do
+        scontrol requeue "$job" && return
+        ((try == 3)) || sleep $((2 * try))
+    done
+    return 1
 }

@@ -15,8 +15,11 @@ address=$("$PYTHON" -m bridge.nodes address $peers)
 port=$("$PYTHON" -m bridge.nodes port $((index + 1)))
 read -ra own_flags <<<"$SERVE_FLAGS"
 unset BRIDGE_LOGDIRS # of all servers; the launcher tells its own trainer which one it has
+# A login session's is removed with that, and the server's sockets would be.
+[[ ${XDG_RUNTIME_DIR:-} != /run/user/* ]] || unset XDG_RUNTIME_DIR
 
 # A --port among the flags comes later, and wins.
 exec "$PYTHON" -m bridge.launch serve --logdir "$logdir" --rendezvous-host "${RENDEZVOUS_HOST:-${address% *}}" \
-    --start-timeout "$START_TIMEOUT" --shutdown-timeout "$SHUTDOWN_TIMEOUT" "${own_flags[@]}" \
+    --start-timeout "$START_TIMEOUT" --shutdown-timeout "$SHUTDOWN_TIMEOUT" --peers "$SERVER_PEERS" \
+    "${own_flags[@]}" \
     -- "$1" --port "$port" "${@:2}"

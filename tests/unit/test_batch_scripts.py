@@ -13,7 +13,14 @@ ROOT = Path(__file__).parents[2]
 # What they call of SLURM: steps are plain processes here, listed in "steps", and scancel signals those.
 COMMANDS = {
     "scancel": 'echo "scancel $1" >>calls; xargs -r kill "-${1#--signal=}" <steps 2>/dev/null; true',
-    "scontrol": 'echo "scontrol $*" >>calls',
+    "scontrol": 'echo "scontrol $*" >>calls; exit "${REQUEUE_FAILS:-0}"',
+    # A server's step says that it runs, and where it serves; of server 0 the first so many fail.
+    "srun": """
+        for word; do [[ $word != */server.sh ]] || server=${@:i+2:1} logdir=${@:i+3:1}; i=$((i + 1)); done
+        echo "srun $server" >>calls
+        if ((server == 0)) && (($(grep -c 'srun 0' calls) <= FAIL)); then exit 9; fi
+        mkdir -p "$logdir"; touch "$logdir/server.url"
+        trap 'rm "$logdir/server.url"; exit 0' TERM; echo $$ >>steps; while :; do sleep 0.1; done""",
 }
 
 
@@ -67,8 +74,59 @@ STUBBORN = f"trap '' TERM; {STAYS}"
 )
 def test_the_jobs_exit_code(tmp_path: Path, server: str, trainer: str, code: int) -> None:
     script = f"start {quote(server)}; servers+=($pid); start {quote(trainer)}; trainer=$pid; work"
-    found, calls, output = run(tmp_path, script)
+    found, calls, output = run(tmp_path, script, SERVER_RETRIES="0")
     assert (found, calls) == (code, [TERM]), output
+
+
+@pytest.mark.parametrize(("fail", "starts"), [(1, 2), (9, 3)])
+def test_a_server_that_ends_is_started_again(tmp_path: Path, fail: int, starts: int) -> None:
+    """So often; then the other one serves on, and the job goes on with it."""
+    last, times = ("srun 0", 2) if fail == 1 else ("given up", 1)
+    script = f"""
+        say() {{ echo "$*"; [[ $* != *"given up"* ]] || echo "given up" >>calls; }}
+        train() {{ until (($(grep -cx "{last}" calls) == {times})); do sleep 0.05; done; }}
+        start_servers 0 2 ""
+        train & trainer=$!
+        work"""
+    found, calls, output = run(tmp_path, script, MODEL="m", SERVER_RETRIES="2", FAIL=str(fail))
+    assert found == 0, output
+    assert (calls.count("srun 0"), calls.count("srun 1"), calls.count(TERM)) == (starts, 1, 1)
+    assert "server 0 ended with 9; starting it again (1 of 2)" in output
+    assert ("server 0 ended with 9, and is given up; 1 serve on" in output) == (fail == 9)
+
+
+def test_the_last_server_that_is_given_up_ends_the_job(tmp_path: Path) -> None:
+    script = f'start_servers 0 1 ""; start {quote(SERVES)}; trainer=$pid; work'
+    found, calls, output = run(tmp_path, script, MODEL="m", SERVER_RETRIES="1", FAIL="9")
+    assert (found, calls.count("srun 0")) == (9, 2), output
+    assert "a server ended before the trainers, with 9" in output
+
+
+def test_trainers_that_fail_while_a_server_is_away_may_try_again(tmp_path: Path) -> None:
+    script = """
+        start_servers 0 2 ""
+        await_servers
+        rm "${logdirs[1]}/server.url" # as its launcher does when vLLM has died
+        bash -c 'exit 1' & trainer=$!
+        work"""
+    found, _, output = run(tmp_path, script, MODEL="m", FAIL="0")
+    assert found == 75, output
+    assert "the trainers ended with 1 while these did not serve" in output
+
+
+def test_a_task_of_a_job_array_speaks_for_itself(tmp_path: Path) -> None:
+    """Its first task has the id that stands for all."""
+    script = f"start {quote(SERVES)}; trainer=$pid; kill -USR2 $$; wait_for $pid; finish 75"
+    found, calls, output = run(
+        tmp_path, script, MAX_REQUEUES="1", STOP_TIMEOUT="1", SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="3"
+    )
+    assert (found, calls) == (75, [TERM, "scontrol requeue 7_3"]), output
+
+
+def test_a_requeue_that_fails_leaves_the_exit_code(tmp_path: Path) -> None:
+    found, calls, output = run(tmp_path, "finish 75", MAX_REQUEUES="1", REQUEUE_FAILS="1")
+    assert (found, calls) == (75, [REQUEUE] * 3), output
+    assert "it was not requeued" in output
 
 
 @pytest.mark.parametrize(("epoch", "requeued"), [("", True), ("1", True), ("2", False)])

@@ -338,6 +338,7 @@ def test_flags_named_anywhere_exist():
         "--enable-lora", "--lora-modules",
         "--max-lora-rank",
         "--gpus-per-node", "--batch", "--cpu-bind",
+            "--requeue", "--jobid", "--overlap", "--nodelist", "--ntasks",
     }  # fmt: skip
     own = {
         flag
