@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,9 +23,9 @@ import torch
 from bridge.catalogue import Catalogue
 from bridge.config import BridgeConfig
 from bridge.environment import Ranks
-from bridge.errors import BridgeError, ConfigError, RendezvousError, RoundAborted
+from bridge.errors import BridgeError, ConfigError, RendezvousError, RendezvousRefused, RoundAborted
 from bridge.job import Encoding, Job, Outcome, Receipt
-from bridge.joining import highest, on_any_rank
+from bridge.joining import RETRY_S, highest, on_any_rank
 from bridge.protocol.ballot import GIVEN_UP, Ballot, Policy, Verdict
 from bridge.rounds import Session
 from bridge.sharding import LocalShards, current_gpu
@@ -94,6 +95,7 @@ class Fleet:
         self.servers = tuple(Server(one) for one in config.servers())
         self._policy = config.commit
         self._stage_timeout_s = config.stage_timeout_s
+        self._connect_timeout_s = config.connect_timeout_s
         self._own_ranks = own_ranks
         self._absent: dict[str, str] = {}
         # The highest number that a server may serve by us, as ranks agreed or rank 0 decided.
@@ -161,6 +163,25 @@ class Fleet:
         ranks = self._own_ranks()
         anew = self._agree(refusing=False, over=[server.is_over(device) for server in self.servers])
         over = [server for server, flag in zip(self.servers, anew, strict=True) if flag]
+        deadline = time.monotonic() + self._connect_timeout_s
+        while True:
+            faults = self._open(over, ranks, device)
+            present = [server for server in self.servers if server.met]
+            if present or self._policy == "all":
+                break
+            # All of them are away: without one there is no round, so the first that comes is waited for.
+            hope = any(_may_come(err) for err in faults.values()) and time.monotonic() < deadline
+            if not on_any_rank([hope], ranks)[0]:
+                break
+            threading.Event().wait(RETRY_S)
+        self._check_absent(faults)
+        self._check_policy(present)
+        return present
+
+    def _open(
+        self, over: Sequence[Server], ranks: Ranks, device: torch.device | None
+    ) -> dict[str, BridgeError]:
+        """Meet these servers anew; why some cannot be met, by name, on all ranks alike."""
         faults: dict[str, BridgeError] = {}
         for server in over:
             try:
@@ -173,10 +194,7 @@ class Fleet:
             for server in (s for s, flag in zip(over, lost, strict=True) if flag):
                 server.close()
                 faults.setdefault(server.name, RendezvousError("another trainer rank could not join it"))
-        self._check_absent(faults)
-        present = [server for server in self.servers if server.met]
-        self._check_policy(present)
-        return present
+        return faults
 
     def _check_absent(self, faults: Mapping[str, BridgeError]) -> None:
         self._absent = {name: str(err) for name, err in faults.items()}
@@ -332,6 +350,11 @@ class Fleet:
         """Leave all servers."""
         for server in self.servers:
             server.close()
+
+
+def _may_come(err: BridgeError) -> bool:
+    """Whether a server that could not be met may be there a little later."""
+    return isinstance(err, RendezvousError) and not isinstance(err, RendezvousRefused)
 
 
 def _serves(session: Session, wanted: int) -> str:

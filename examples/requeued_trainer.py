@@ -55,7 +55,11 @@ def restore() -> int:
 
 def serve(step: int) -> None:
     """Under a number above all that were served before, which BRIDGE_VERSIONS_AFTER says."""
-    receipt = bridge.broadcast_weights(model)
+    try:
+        receipt = bridge.broadcast_weights(model)
+    except bridge.TransferError as err:  # on every rank: a server was lost on the way
+        print(f"step {step} is sent again: {err}", flush=True)
+        receipt = bridge.broadcast_weights(model)  # waits for it to be there again
     if dist.get_rank() == 0:
         print(f"step {step}: {receipt}", flush=True)
 

@@ -26,6 +26,7 @@ from bridge.errors import (
     MappingError,
     PeerLost,
     RendezvousError,
+    RendezvousRefused,
     RoundAborted,
     TransferError,
 )
@@ -211,8 +212,10 @@ def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Servers]:
     _answers.clear()
 
 
-def trainer(policy: Policy = "all") -> bridge.Bridge:
-    return bridge.Bridge(BridgeConfig(logdirs=("a", "b", "c"), commit=policy))
+def trainer(policy: Policy = "all", connect_timeout_s: float = 60.0) -> bridge.Bridge:
+    return bridge.Bridge(
+        BridgeConfig(logdirs=("a", "b", "c"), commit=policy, connect_timeout_s=connect_timeout_s)
+    )
 
 
 def lost(name: str) -> Callable[[FakeSession], None]:
@@ -323,7 +326,7 @@ def test_those_that_can_have_it_get_it(servers: Servers, caplog: pytest.LogCaptu
 
 
 def test_none_is_an_error_even_then(servers: Servers) -> None:
-    made = trainer("available")
+    made = trainer("available", connect_timeout_s=1.0)
     _answers.update({name: lost(name) for name in "abc"})
     with pytest.raises(PeerLost, match="live on no server: a: a is gone; b: b is gone; c: c is gone"):
         made.broadcast_weights(MODEL)
@@ -332,6 +335,29 @@ def test_none_is_an_error_even_then(servers: Servers) -> None:
         RendezvousError, match="3 of 3 servers cannot be met, and commit='available' needs one"
     ):
         made.broadcast_weights(MODEL)
+
+
+def test_with_none_there_the_first_that_comes_is_waited_for(servers: Servers) -> None:
+    made = trainer("available")
+    made.broadcast_weights(MODEL)
+    for session in servers.sessions.values():
+        session.closed = "gone"
+    servers.served = dict.fromkeys("abc", "vLLM starts again")
+    coming = threading.Timer(1.0, servers.served.update, [{"b": 0}])
+    coming.start()
+    receipt = made.broadcast_weights(MODEL)
+    coming.join()
+    assert receipt.servers == ("b",)
+    assert receipt.absent == {"a": "vLLM starts again", "c": "vLLM starts again"}
+
+
+def test_who_will_never_come_is_not_waited_for(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> FakeSession:
+        raise RendezvousRefused("another trainer feeds it")
+
+    monkeypatch.setattr(Session, "open", refuse)
+    with pytest.raises(RendezvousRefused, match="another trainer feeds it"):
+        trainer("available").broadcast_weights(MODEL)
 
 
 def test_an_absent_server_stops_a_round_for_all(servers: Servers) -> None:
