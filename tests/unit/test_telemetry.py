@@ -179,8 +179,12 @@ def test_status_says_what_everybody_waits_for(capsys: pytest.CaptureFixture[str]
     epoch = daemon.epoch = SimpleNamespace(
         machine=machine, round=SimpleNamespace(version=1, reports={}), crew=SimpleNamespace(num_ranks=2),
         request=SimpleNamespace(pid=7, host="h"), changed_at=0.0, heard_at={}, poised=set(), joined={0},
+        trainer_says="",
     )  # fmt: skip
     assert waits(daemon)["rank 1"] == "the trainer's ranks to join"
+    assert waits(daemon)["trainer (pid 7 on h)"] == "its own next broadcast"
+    epoch.trainer_says = "trainer rank(s) 3 to call broadcast_weights"
+    assert waits(daemon)["trainer (pid 7 on h)"] == "trainer rank(s) 3 to call broadcast_weights"
     machine.on_frame(Frame(opcode=Opcode.BEGIN, epoch=1, version=1))
     machine.on_frame(Frame(opcode=Opcode.BUCKET, epoch=1, version=1, index=4))
     assert waits(daemon) == {
