@@ -8,9 +8,11 @@ declared (``declared``). What cannot be said so is refused by name.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -33,6 +35,8 @@ from bridge.wire.transport import mark_enqueued
 
 _EXAMPLES = 3
 _EVENT_POLL_S = 0.0002
+_MOST_PIECES = 64  # of one DTensor on one rank
+_MOST_PARTS = 1024  # of a piece with gaps; one with more is copied
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 Named = nn.Module | Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
@@ -46,7 +50,8 @@ class LocalShards:
     They share the parameters' memory, except where ``contiguous`` is False: there the parameter was not
     contiguous, and the tensor is a copy taken when the shards were collected. ``owners`` are the parameters.
     ``computed`` are events on the collecting streams, one for each GPU: the values are there once they have
-    passed. ``lasting`` is False where an owner's memory is no guide to a later broadcast's (ZeRO-3).
+    passed. ``lasting`` is False where an owner's memory is no guide to a later broadcast's (ZeRO-3, DTensors
+    in pieces).
     ``partial`` is True where the server needs more, which stays as it is.
     """
 
@@ -95,37 +100,52 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _Boxes:
-    """Boxes of DTensors by their geometry: layers repeat, so few are ever worked out."""
+    """Pieces of DTensors by their geometry: layers repeat, so few are ever worked out."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[object, ...], Box | str | None] = {}
+        self._known: dict[tuple[object, ...], list[_Piece] | str] = {}
 
-    def of(self, tensor: torch.Tensor, local: torch.Tensor) -> Box | str | None:
-        """The box that ``local`` is; None if this rank holds nothing; a string is why it is not one box."""
+    def of(self, tensor: torch.Tensor, local: torch.Tensor) -> list[_Piece] | str:
+        """What ``local`` is of ``tensor``; a string is why that cannot be said."""
         if not isinstance(tensor, DTensor):
-            return (0,) * tensor.ndim, tuple(tensor.shape)
+            box = (0,) * tensor.ndim, tuple(tensor.shape)
+            return [_Piece(box, box)]
         key = (tuple(tensor.shape), id(tensor.device_mesh), tensor.placements)
         if key not in self._known:
             coordinate = tensor.device_mesh.get_coordinate()
             sizes = tuple(tensor.device_mesh.shape)
-            self._known[key] = _box(tuple(tensor.shape), tensor.placements, sizes, coordinate)
-        box = self._known[key]
-        if isinstance(box, tuple) and box[1] != tuple(local.shape):
-            return f"holds a local shard of shape {tuple(local.shape)}, but its placements give {box[1]}"
-        if box is None and local.numel():
+            self._known[key] = _pieces(tuple(tensor.shape), tensor.placements, sizes, coordinate)
+        pieces = self._known[key]
+        if isinstance(pieces, str):
+            return pieces
+        if not pieces and local.numel():
             return f"holds {local.numel()} elements, although its placements give this rank none"
-        return box
+        if pieces and (extent := tuple(map(sum, zip(*pieces[-1].within, strict=True)))) != tuple(local.shape):
+            return f"holds a local shard of shape {tuple(local.shape)}, but its placements give {extent}"
+        return pieces
 
 
-def _box(
+@dataclass(frozen=True)
+class _Piece:
+    """A box of the whole tensor, and the box of the local shard that holds it."""
+
+    box: Box
+    within: Box
+
+
+def _pieces(
     shape: tuple[int, ...],
     placements: Sequence[Placement],
     mesh_sizes: Sequence[int],
     coordinate: Sequence[int] | None,
-) -> Box | str | None:
-    """Cut index ranges by torch's own rules and see what is left at ``coordinate``."""
+) -> list[_Piece] | str:
+    """Cut index ranges by torch's own rules, and see which runs of them are left at ``coordinate``.
+
+    As a rule one; where several tensors are packed in one and each is cut (transformers' packed_colwise), one
+    run of each.
+    """
     if coordinate is None:  # this rank is not in the mesh
-        return None
+        return []
     ranges: dict[int, torch.Tensor] = {}
     for mesh_dim, placement in enumerate(placements):
         if placement.is_replicate():
@@ -136,17 +156,41 @@ def _box(
         whole = ranges.get(dim, torch.arange(shape[dim]).reshape([1] * dim + [-1]))
         parts, _ = placement._split_tensor(whole, mesh_sizes[mesh_dim], with_padding=False, contiguous=False)
         ranges[dim] = parts[coordinate[mesh_dim]]
-    offset, extent = [0] * len(shape), list(shape)
+    runs = [[(0, 0, extent)] for extent in shape]
     for dim, kept in ranges.items():
-        extent[dim] = kept.numel()
-        if kept.numel() == 0:
-            return None
-        offset[dim] = int(kept.flatten()[0])
-        if int(kept.flatten()[-1]) - offset[dim] + 1 != extent[dim]:
-            return (
-                f"is placed as {tuple(placements)}, which on this rank is not one box along dimension {dim}"
-            )
-    return tuple(offset), tuple(extent)
+        runs[dim] = _runs(kept.flatten().tolist())
+    if (count := math.prod(map(len, runs))) > _MOST_PIECES:
+        return f"is placed as {tuple(placements)}, here {count} pieces; redistribute it first"
+    return [
+        _Piece(
+            (tuple(start for start, _, _ in one), tuple(extent for *_, extent in one)),
+            (tuple(at for _, at, _ in one), tuple(extent for *_, extent in one)),
+        )
+        for one in itertools.product(*runs)
+    ]
+
+
+def _runs(indices: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Consecutive ones: where each run starts, at which place among ``indices``, and how long it is."""
+    starts = [at for at, index in enumerate(indices) if at == 0 or index != indices[at - 1] + 1]
+    ends = [*starts[1:], len(indices)] if starts else []
+    return [(indices[at], at, end - at) for at, end in zip(starts, ends, strict=True)]
+
+
+def _parts(piece: _Piece, local: torch.Tensor) -> Iterator[tuple[Box, torch.Tensor]]:
+    """The piece as memory without gaps: as few boxes as that needs; one with gaps if too many."""
+    view = local[tuple(slice(at, at + extent) for at, extent in zip(*piece.within, strict=True))]
+    rows = 0  # leading dimensions that are taken one by one
+    while rows < view.ndim and not view[(0,) * rows].is_contiguous():
+        rows += 1
+    if (count := math.prod(view.shape[:rows])) == 1 or count > _MOST_PARTS:
+        yield piece.box, view
+        return
+    offset, extent = piece.box
+    for index in itertools.product(*map(range, view.shape[:rows])):
+        first = tuple(start + i for start, i in zip(offset, index, strict=False))
+        box = (*first, *offset[rows:]), (*(1,) * rows, *extent[rows:])
+        yield box, view[tuple(slice(i, i + 1) for i in index)]
 
 
 def _tensor_fault(tensor: torch.Tensor, local: torch.Tensor) -> str:
@@ -216,10 +260,12 @@ def place(part: Part, source: Source, layout: DeclaredLayout | None, *, rank: in
 
 def _held(tensor: torch.Tensor, boxes: _Boxes) -> list[tuple[Box, torch.Tensor]] | str:
     local = local_tensor(tensor)
-    box = _tensor_fault(tensor, local) or boxes.of(tensor, local)
-    if isinstance(box, str):
-        return box
-    return [] if box is None or 0 in box[1] else [(box, local)]
+    pieces = _tensor_fault(tensor, local) or boxes.of(tensor, local)
+    if isinstance(pieces, str):
+        return pieces
+    if len(pieces) == 1:
+        return [] if 0 in pieces[0].box[1] else [(pieces[0].box, local)]
+    return [part for piece in pieces if 0 not in piece.box[1] for part in _parts(piece, local)]
 
 
 # --- collecting --------------------------------------------------------------------------------------------
@@ -330,6 +376,7 @@ def make_shards(
             faults += [f"{source.name}: {fault}" for fault in found]
             continue
         lasting = lasting and part.owner is not None and not zero3.is_partitioned(part.owner)
+        lasting = lasting and len(part.boxes) < 2
         for box, local in part.boxes:
             shards.append(
                 Shard(source=index, offset=box[0], shape=box[1], dtype=part.dtype, head_dim=head_dim)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from bridge.config import BridgeConfig
 from bridge.declared import DeclaredLayout
@@ -165,6 +167,34 @@ def fsdp_dim1(path: Path) -> None:
     fully_shard(model, shard_placement_fn=lambda p: Shard(1) if p.ndim == 2 else None)
     shards = check_whole(model, seeded(**sizes))
     assert {shard.offset for shard in shards.layout.shards} > {(0, 4 * dist.get_rank())}
+
+
+def packed(path: Path) -> None:
+    """Several tensors in one, each cut: transformers' packed_colwise and packed_rowwise, of fused experts."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    generator = torch.Generator().manual_seed(0)
+    named, expected, pieces = {}, {}, 0
+    for name, shape, dim in (("experts", (3, 8, 5), 1), ("rows", (12, 2), 0), ("columns", (3, 8), 1)):
+        whole = expected[name] = torch.randn(shape, generator=generator)
+        placement = _StridedShard(dim, split_factor=2)
+        local = placement._split_tensor(whole, world_size, with_padding=False, contiguous=True)[0][rank]
+        named[name] = DTensor.from_local(
+            local, mesh, [placement], run_check=False, shape=whole.shape, stride=whole.stride()
+        )
+        pieces += 2 * math.prod(shape[:dim])
+    mapping = identity_mapping(("checkpoint", shapes_of(expected)), dtype="float32")
+    shards = collect(named, mapping, rank=rank)
+    assert len(shards.tensors) == pieces
+    assert all(shards.contiguous)
+    assert not shards.lasting
+    memory = [tensor.to_local() for tensor in named.values()]
+    for tensor in shards.tensors:
+        assert any(tensor.untyped_storage().data_ptr() == m.untyped_storage().data_ptr() for m in memory)
+    plan, found = put_together(shards, mapping)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    assert plan.total_bytes == sum(t.nbytes for t in expected.values())
 
 
 def hsdp(path: Path) -> None:
@@ -401,7 +431,8 @@ def assert_within(event: threading.Event) -> None:
     ("scenario", "world_size"),
     [
         (fsdp_uneven, 2), (fsdp_uneven, 3), (fsdp_uneven, 4), (fsdp_mixed_precision, 2), (fsdp_offloaded, 2),
-        (fsdp_tied, 2), (fsdp_dim1, 2), (fsdp_in_metas_order, 5), (declared, 2), (declared, 4), (wrapped, 2),
+        (fsdp_tied, 2), (fsdp_dim1, 2), (packed, 2), (fsdp_in_metas_order, 5),
+        (declared, 2), (declared, 4), (wrapped, 2),
         (hsdp, 4), (tensor_parallel, 2), (fsdp_and_tensor_parallel, 4), (mesh_2d, 4), (refusals, 2),
         (data_parallel, 2), (single, 2), (guarded_step, 2), (handed_over, 2), (handed_over, 3),
         (one_knows_that_the_epoch_is_over, 2), (meeting_anew, 2),
