@@ -231,8 +231,8 @@ class Fleet:
         """Those of ``servers`` over whose version a part of the weights may be laid.
 
         That is the one this trainer made live last, or, if it has made none, any; on all of them the same.
-        ``whole_adapter`` says that the part is all that an adapter is: as long as this trainer has sent no weights of the model, and all
-        serve the same, whatever it is laid over is what the adapter belongs to.
+        ``whole_adapter`` says that the part is all that an adapter is: as long as this trainer has sent no
+        weights of the model, and all serve the same, whatever it is laid over is what the adapter belongs to.
 
         Raises:
             ConfigError: one of them serves another, and the policy is "all", or none of them may.
