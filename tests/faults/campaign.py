@@ -23,7 +23,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from tests.support.faults import FRAMES, LINKS, POINTS, Fault
+from tests.support.faults import FRAMES, LINKS, PLANS, POINTS, Fault
 from tests.support.link import HERE, Link
 from tests.support.node import ENDS_THE_SERVER, Node, suffer
 
@@ -50,6 +50,8 @@ def draw(seed: int, case: int) -> tuple[Fault, str]:
         return Fault(what, who, at, bucket), transport
     if transport == "gloo" and chance.random() < 0.2:
         return Fault("corrupt_bucket", at="mid_bucket", bucket=bucket), transport
+    if chance.random() < 0.05:
+        return Fault(chance.choice(PLANS), at="before_begin"), transport
     sent = [name for name, (_, way, _) in POINTS.items() if way == "send"]
     return Fault(chance.choice(FRAMES), at=chance.choice(sent), bucket=bucket), transport
 

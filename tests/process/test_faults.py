@@ -30,6 +30,7 @@ FAULTS = [
     Fault("drop", at="committed"),
     Fault("corrupt", at="mid_bucket"),
     Fault("corrupt_bucket", at="mid_bucket"),
+    Fault("other_plan", at="before_begin"),
     Fault("delay", at="staged"),
     Fault("stop", "launcher", "mid_bucket"),
     Fault("kill", "worker", "mid_bucket"),

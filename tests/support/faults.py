@@ -26,6 +26,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,11 @@ POINTS = {
 }
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 FRAMES = ("drop", "duplicate", "reorder", "corrupt", "stale", "delay")
+PLANS = ("other_plan",)  # BEGIN, with the digest of another one than the ranks compute
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "stale": lambda frame: msgspec.structs.replace(frame, epoch=frame.epoch - 1),
+    "other_plan": lambda frame: msgspec.structs.replace(frame, digest=bytes(reversed(frame.digest))),
+}
 BUCKETS = ("corrupt_bucket",)
 LINKS: dict[str, dict[str, Any]] = {
     "cut": {"cut_after": 12},  # packets: in the middle of the round that has just begun
@@ -177,8 +183,8 @@ class _Injector:
         elif what == "reorder":
             self._kept.append((group, peers, frame))
             return
-        elif what == "stale":
-            frame = msgspec.structs.replace(frame, epoch=frame.epoch - 1)
+        elif what in CHANGES:
+            frame = CHANGES[what](frame)
         elif order and what == "corrupt":
             data = bytearray(encode(frame))
             data[order["bucket"] % 8] ^= 0x40  # magic, version or opcode
