@@ -161,11 +161,13 @@ def submit(cluster: Cluster, tmp_path: Path) -> Iterator[Callable[..., Job]]:
 
 
 def test_a_requeued_job_goes_on_from_what_was_served(
-    cluster: Cluster, submit: Callable[..., Job], checkpoint: Callable[..., Path], tmp_path: Path
+    breakable: Cluster, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
+    cluster = breakable
     model, state = checkpoint("qwen3", "float32", 0), tmp_path / "state"
-    job = submit(
-        "job",
+    job = Job(
+        cluster,
+        tmp_path / "job",
         "train_and_serve.sbatch",
         ["--nodes=4"],
         [TRAINER, str(model), str(state), "10"],
