@@ -76,9 +76,7 @@ class Registration:
         parent = os.pidfd_open(os.getppid())
         while True:
             assert self._channel is not None
-            watched: list[Any] = [self._channel.sock, parent]
-            readable, _, _ = select.select(watched, [], [])
-            if parent in readable:
+            if parent in _readable(self._channel.sock.fileno(), parent):
                 self._parent_died()
                 return
             try:
@@ -97,7 +95,7 @@ class Registration:
     def _reconnect(self, parent: int) -> bool:
         while True:
             # The parent's end is the only deadline: a server without a daemon still serves.
-            if select.select([parent], [], [], RETRY_S)[0]:
+            if _readable(parent, timeout_s=RETRY_S):
                 self._parent_died()
                 return False
             try:
@@ -112,3 +110,11 @@ class Registration:
             # vLLM's engine core does not notice that its API server was killed; nobody could reach it.
             logger.error("%s: the parent process died; ending", self._who)
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _readable(*fds: int, timeout_s: float | None = None) -> set[int]:
+    """Those of ``fds`` that can be read, or are closed; vLLM may have more than ``select`` can count."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return {fd for fd, _ in poll.poll(None if timeout_s is None else 1000 * timeout_s)}
