@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import random
+import re
 import signal
 import statistics
 import sys
@@ -200,11 +201,15 @@ class Soak:
         if role == "updaters" or what == "kill":
             wait_until(f"the end of {role} pid {pid}", lambda: not alive(pid), timeout_s=60)
         self.check()
+        back = re.findall(r"vLLM is back ([0-9.]+) s after it died", server.text()) if server else []
+        restarted = what == "kill" and role in ("workers", "engines", "api")
         got = answer.get("type") or ("receipt" if "version" in answer else "died")
         on = len(answer.get("servers", ()))
         return {
             "fault": f"{what} {role}", "server": which, "answer": got, "live_on": on,
             "noticed_s": round(noticed_s, 2), "recovered_s": round(recovered_s, 2), "version": self.version,
+            # Of which vLLM took so long until it was ready again.
+            **({"back_s": float(back[-1])} if restarted else {}),
         }  # fmt: skip
 
     # --- what is held ------------------------------------------------------------------------------------
@@ -215,9 +220,12 @@ class Soak:
             (f"server {n} {role}", pid) for n, s in enumerate(self.servers) for role, pid in roles(s).items()
         ]
         for who, pid in [*wanted, ("trainer", self.trainers.pids()[0])]:
-            process = psutil.Process(pid)
-            memory = process.memory_full_info()
-            self.samples.append(Sample(minute, who, pid, round(memory.uss / 2**20, 2), process.num_fds()))
+            try:
+                process = psutil.Process(pid)
+                memory, descriptors = process.memory_full_info(), process.num_fds()
+            except psutil.NoSuchProcess:
+                continue  # an updater of a crew that was just replaced
+            self.samples.append(Sample(minute, who, pid, round(memory.uss / 2**20, 2), descriptors))
 
 
 def start_trainer(sets: Sequence[Path], directory: Path, servers: Sequence[Server]) -> Trainers:
@@ -346,12 +354,15 @@ def summary(made: Soak, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for fault in sorted({row["fault"] for row in rows})
         for of in [[row for row in rows if row["fault"] == fault]]
     }
+    behind = [{"behind_s": row["recovered_s"] - row["back_s"]} for row in rows if "back_s" in row]
     return {
         "minutes": round((time.monotonic() - made.started) / 60, 1),
         "versions": made.published,
         "faults": len(rows),
         "requests": [{"answered": load.answered, "failed": load.failed} for load in made.loads],
         "by_fault": by_fault,
+        # From vLLM's being ready again to the newest version on both.
+        "behind_its_own_start": times(behind, "behind_s") if behind else None,
         "growth": growth(made.samples),
     }
 
