@@ -8,7 +8,8 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from bridge.errors import (
     ConfigError,
     DeviceError,
     MappingError,
+    PeerLost,
     RendezvousError,
     RendezvousRefused,
 )
@@ -157,7 +159,8 @@ def _agree(session: str, ranks: Ranks) -> str:
         return session
     data = bytes.fromhex(session).ljust(16, b"\0")
     wire = torch.tensor(list(data), dtype=torch.uint8)
-    dist.broadcast(wire, src=0, group=_host_group())
+    with _together(ranks):
+        dist.broadcast(wire, src=0, group=_host_group())
     agreed = bytes(wire.tolist())
     return agreed.hex() if any(agreed) else ""
 
@@ -173,12 +176,29 @@ def on_any_rank(flags: Sequence[bool], ranks: Ranks) -> list[bool]:
 
 
 def highest(values: Sequence[int], ranks: Ranks) -> list[int]:
-    """The highest of each of the ``values`` on any trainer rank; every rank calls it."""
+    """The highest of each of the ``values`` on any trainer rank; every rank calls it.
+
+    Raises:
+        PeerLost: a rank is gone, or has not called it within the group's own timeout.
+    """
     if ranks.world_size == 1:
         return list(values)
     wire = torch.tensor(values, dtype=torch.int64)
-    dist.all_reduce(wire, op=dist.ReduceOp.MAX, group=_host_group())
+    with _together(ranks):
+        dist.all_reduce(wire, op=dist.ReduceOp.MAX, group=_host_group())
     return [int(value) for value in wire.tolist()]
+
+
+@contextmanager
+def _together(ranks: Ranks) -> Iterator[None]:
+    """Around a collective of the trainer's ranks: what torch says of a lost one, as an error of ours."""
+    try:
+        yield
+    except RuntimeError as err:
+        raise PeerLost(
+            f"the {ranks.world_size} trainer ranks could not agree on the next round (rank {ranks.rank} on "
+            f"{socket.gethostname()}); another rank is gone, or did not call: {rendezvous.first_line(err)}"
+        ) from err
 
 
 def _host_group() -> dist.ProcessGroup | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from bridge.config import BridgeConfig
 from bridge.declared import DeclaredLayout
 from bridge.environment import Ranks
-from bridge.errors import MappingError, RoundAborted
+from bridge.errors import MappingError, PeerLost, RoundAborted
 from bridge.fleet import Fleet
 from bridge.guard import Guarded, StepGuard
 from bridge.joining import any_rank
@@ -361,6 +362,15 @@ def one_knows_that_the_epoch_is_over(path: Path) -> None:
     assert not any_rank(False, ranks)
 
 
+def one_is_gone(path: Path) -> None:
+    ranks = Ranks(rank=dist.get_rank(), world_size=dist.get_world_size())
+    assert not any_rank(False, ranks)
+    if ranks.rank == 0:
+        with pytest.raises(PeerLost, match=r"the 2 trainer ranks could not agree .* another rank is gone"):
+            any_rank(False, ranks)
+    os._exit(0)  # there is nobody to end in order with
+
+
 def meeting_anew(path: Path) -> None:
     """One server, several ranks: whoever knows that the epoch is over takes the others along."""
     rank = dist.get_rank()
@@ -435,7 +445,7 @@ def assert_within(event: threading.Event) -> None:
         (declared, 2), (declared, 4), (wrapped, 2),
         (hsdp, 4), (tensor_parallel, 2), (fsdp_and_tensor_parallel, 4), (mesh_2d, 4), (refusals, 2),
         (data_parallel, 2), (single, 2), (guarded_step, 2), (handed_over, 2), (handed_over, 3),
-        (one_knows_that_the_epoch_is_over, 2), (meeting_anew, 2),
+        (one_knows_that_the_epoch_is_over, 2), (meeting_anew, 2), (one_is_gone, 2),
     ],
     ids=lambda value: value.__name__ if callable(value) else str(value),
 )  # fmt: skip
