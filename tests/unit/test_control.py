@@ -109,7 +109,7 @@ def test_heartbeats_say_what_an_end_waits_for() -> None:
     ends[0].doing = coordinator.waits_for
     wanted = "trainer rank(s) 1, 3 to call broadcast_weights"
     wait_until("a heartbeat", lambda: ends[1].said.get(0) == wanted, timeout_s=20)
-    assert ends[0].said == {1: ""}
+    wait_until("the other's", lambda: ends[0].said == {1: ""}, timeout_s=20)
     for rank, end in ends.items():
         end.send([1 - rank], Frame(opcode=Opcode.SHUTDOWN, epoch=1))
     assert all(end.close(timeout_s=20) for end in ends.values())
