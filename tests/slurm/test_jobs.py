@@ -160,41 +160,51 @@ def submit(cluster: Cluster, tmp_path: Path) -> Iterator[Callable[..., Job]]:
         cluster.call("scancel", job.id, check=False)
 
 
-def test_a_requeued_job_goes_on_from_what_was_served(
-    breakable: Cluster, checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
-    cluster = breakable
-    model, state = checkpoint("qwen3", "float32", 0), tmp_path / "state"
+BEFORE = [(step, step) for step in range(1, 5)]
+# The restored weights first, under the next number; then the steps that were missing.
+REQUEUED = [*BEFORE, (4, 5), *((step, step + 1) for step in range(5, 11))]
+
+
+def paused_job(
+    cluster: Cluster, directory: Path, model: Path, state: Path, *, nodes: int, servers: int
+) -> Job:
+    """Ten steps that may be requeued once, of which four are served."""
     job = Job(
         cluster,
-        tmp_path / "job",
+        directory,
         "train_and_serve.sbatch",
-        ["--nodes=4"],
+        [f"--nodes={nodes}"],
         [TRAINER, str(model), str(state), "10"],
         MODEL=str(model),
-        SERVE_NODES="2",
+        SERVE_NODES=str(servers),
         MAX_REQUEUES="1",
         PAUSE_AT="4",
     )
     job.wait_file("paused")
-    before = [(step, step) for step in range(1, 5)]
-    job.wait_versions(before)
-    for name in cluster.names:  # jobs do not die with it, nor does the next signal
-        cluster.replace_slurmd(name)
+    job.wait_versions(BEFORE)
+    return job
+
+
+def test_a_requeued_job_goes_on_from_what_was_served(
+    breakable: Cluster, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    model, state = checkpoint("qwen3", "float32", 0), tmp_path / "state"
+    job = paused_job(breakable, tmp_path / "job", model, state, nodes=4, servers=2)
+    for name in breakable.names:  # jobs do not die with it, nor does the next signal
+        breakable.replace_slurmd(name)
     ports = {api.url.rpartition(":")[2] for api in job.apis(model)}
     assert len(ports) == 2
-    cluster.call("scancel", "--batch", "--signal=USR2", job.id)
+    breakable.call("scancel", "--batch", "--signal=USR2", job.id)
     job.wait("to be requeued", lambda: "requeue 1 of 1" in job.text(), timeout_s=END_TIMEOUT_S)
     assert "exit 75" in job.text()
     job.wait_file("done")
-    # The restored weights first, under the next number; then the steps that were missing.
-    job.wait_versions([*before, (4, 5), *((step, step + 1) for step in range(5, 11))])
+    job.wait_versions(REQUEUED)
     assert job.told("RestartCnt") == "1"
     assert_served(job, model, state, servers=2, attempt=1)
     job.release()
     job.wait_end("COMPLETED")
     assert job.exit_code == "0:0"
-    assert_nothing_left(cluster)
+    assert_nothing_left(breakable)
 
 
 @pytest.mark.parametrize("nodes_per_server", [1, 2] if FULL else [2])
@@ -259,32 +269,18 @@ def test_a_lost_node_is_replaced_and_the_job_goes_on(
     breakable: Cluster, checkpoint: Callable[..., Path], tmp_path: Path, lost: str
 ) -> None:
     """One that trains, with the batch script, or one that serves; there is a spare one."""
-    cluster = breakable
     node4 = ("scontrol", "update", "NodeName=node4")
-    cluster.call(*node4, "State=DRAIN", "Reason=spare")
+    breakable.call(*node4, "State=DRAIN", "Reason=spare")
     model, state = checkpoint("qwen3", "float32", 0), tmp_path / "state"
-    job = Job(
-        cluster,
-        tmp_path / "job",
-        "train_and_serve.sbatch",
-        ["--nodes=3"],
-        [TRAINER, str(model), str(state), "10"],
-        MODEL=str(model),
-        SERVE_NODES="1",
-        MAX_REQUEUES="1",
-        PAUSE_AT="4",
-    )
-    job.wait_file("paused")
-    before = [(step, step) for step in range(1, 5)]
-    job.wait_versions(before)
-    cluster.call(*node4, "State=RESUME")
-    cluster.crash(lost)
+    job = paused_job(breakable, tmp_path / "job", model, state, nodes=3, servers=1)
+    breakable.call(*node4, "State=RESUME")
+    breakable.crash(lost)
     (job.directory / "go").touch()
     job.wait("to be requeued", lambda: job.told("RestartCnt") == "1")
     job.wait_file("done")
-    job.wait_versions([*before, (4, 5), *((step, step + 1) for step in range(5, 11))])
+    job.wait_versions(REQUEUED)
     assert_served(job, model, state, servers=1, attempt=1)
     job.release()
     job.wait_end("COMPLETED")
-    cluster.boot(lost)  # or it could not be looked at
-    assert_nothing_left(cluster)
+    breakable.boot(lost)  # or it could not be looked at
+    assert_nothing_left(breakable)
