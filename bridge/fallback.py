@@ -27,7 +27,7 @@ from bridge.names import canonical_names
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol.decoding import UNREADABLE
 from bridge.protocol.mapping import Mapping
-from bridge.sharding import local_tensor
+from bridge.sharding import memory_of
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def _choose(named: dict[str, torch.Tensor], mapping: Mapping | None) -> frozense
     """
     ties: dict[object, list[str]] = {}
     for name, tensor in named.items():
-        ties.setdefault(_memory(tensor), []).append(name)
+        ties.setdefault(memory_of(tensor), []).append(name)
     if mapping is None:
         return frozenset(names[0] for names in ties.values())
     best = max(mapping.of_the_model, key=lambda v: sum(s.name in named for s in v.sources))
@@ -142,14 +142,6 @@ def _choose(named: dict[str, torch.Tensor], mapping: Mapping | None) -> frozense
         # A second tensor where the server has one goes along, for the server to compare.
         chosen |= wanted or ({names[0]} if unused.isdisjoint(names) else best.tied.keys() & set(names))
     return frozenset(chosen)
-
-
-def _memory(tensor: torch.Tensor) -> object:
-    """Equal for tied tensors: the object, or the memory where a state dict made objects of its own."""
-    local = local_tensor(tensor)
-    if local.numel() == 0 or local.is_meta:
-        return id(tensor)
-    return local.data_ptr(), tuple(tensor.shape), local.stride(), local.dtype
 
 
 def _write(folder: Path, tensors: dict[str, torch.Tensor]) -> int:

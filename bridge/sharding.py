@@ -341,15 +341,16 @@ def _held_memory(tensor: torch.Tensor) -> torch.Tensor:
 
 def _is_one(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors, perhaps of a state dict, are one as far as this rank's memory can tell."""
-    if a is b:
-        return True
-    ours, others = map(_held_memory, (a, b))
-    if ours.is_meta or others.is_meta or not ours.numel() == others.numel() > 0:
-        return ours.numel() == others.numel() == 0
-    return bool(
-        ours.data_ptr() == others.data_ptr()
-        and (ours.shape, ours.stride(), ours.dtype) == (others.shape, others.stride(), others.dtype)
-    )
+    nothing = all(_held_memory(tensor).numel() == 0 for tensor in (a, b))
+    return nothing or memory_of(a) == memory_of(b)
+
+
+def memory_of(tensor: torch.Tensor) -> object:
+    """Equal for tied tensors: the object, or the memory where a state dict made objects of its own."""
+    held = _held_memory(tensor)
+    if held.numel() == 0 or held.is_meta:
+        return id(tensor)
+    return held.data_ptr(), tensor.shape, held.shape, held.stride(), held.dtype
 
 
 def make_shards(

@@ -8,10 +8,12 @@ launcher can ask for the status in milliseconds.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import struct
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,10 @@ import msgspec
 from bridge.errors import BridgeError, ProtocolError, RendezvousError
 from bridge.protocol.decoding import UNREADABLE
 
+logger = logging.getLogger(__name__)
+
 SOCKET_NAME = "daemon.sock"
+ACCEPT_PAUSE_S = 0.2
 MAX_MESSAGE_BYTES = 1 << 30  # a mapping of a 10,000-tensor model is some tens of MB
 MAX_FDS = 64
 _READ_BYTES = 1 << 20  # taken at once: memory follows what has come, not what was announced
@@ -40,6 +45,21 @@ def close_all(fds: Iterable[int]) -> None:
     """Close descriptors that came with a message and have no owner."""
     for fd in fds:
         os.close(fd)
+
+
+def connections(listener: socket.socket, who: str, ended: Callable[[], bool]) -> Iterator[socket.socket]:
+    """Who connects, one after the other, until ``ended``; an error of one is no end for the next."""
+    pause = threading.Event()
+    while True:
+        try:
+            sock, _ = listener.accept()
+        except OSError as err:
+            if ended():
+                return
+            logger.warning("%s could not be let in: %s", who, err)  # too many descriptors, for now
+            pause.wait(ACCEPT_PAUSE_S)
+        else:
+            yield sock
 
 
 def socket_path(run_dir: Path) -> Path:

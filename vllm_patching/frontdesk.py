@@ -14,7 +14,7 @@ import msgspec
 
 from bridge.errors import BridgeError, ConfigError, ProtocolError, TransferError
 from vllm_patching import introductions
-from vllm_patching.channel import Channel, PeerRefused, close_all
+from vllm_patching.channel import Channel, PeerRefused, close_all, connections
 from vllm_patching.events import ASKED, Lost, Notified, Stop
 from vllm_patching.file_round import STAGE_FILE_TIMEOUT_S
 from vllm_patching.introductions import (
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HELLO_TIMEOUT_S = 30.0
-ACCEPT_PAUSE_S = 0.2
 FOLLOWS = "this node follows another; ask the daemon of node 0"
 
 
@@ -56,16 +55,7 @@ class FrontDesk:
 
     def accept(self, listener: socket.socket) -> None:
         """Let connections in until ``listener`` is closed; each is answered by a thread of its own."""
-        pause = threading.Event()
-        while True:
-            try:
-                sock, _ = listener.accept()
-            except OSError as err:
-                if listener.fileno() < 0:
-                    return  # closed: the daemon ends
-                logger.warning("a connection could not be let in: %s", err)  # too many descriptors, for now
-                pause.wait(ACCEPT_PAUSE_S)
-                continue
+        for sock in connections(listener, "a connection", lambda: listener.fileno() < 0):
             sock.settimeout(HELLO_TIMEOUT_S)
             try:
                 channel = Channel(sock)

@@ -26,6 +26,7 @@ from bridge.protocol.mapping import write_atomically
 from bridge.protocol.messages import PROTOCOL_VERSION
 from vllm_patching import introductions
 from vllm_patching import link as wire
+from vllm_patching.channel import connections
 from vllm_patching.crew import Crew, Report
 from vllm_patching.events import Lost, NodeFailed
 from vllm_patching.introductions import WorkerHello
@@ -39,7 +40,6 @@ logger = logging.getLogger(__name__)
 
 FILE_NAME = "nodes.json"
 HANDSHAKE_TIMEOUT_S = 10.0
-ACCEPT_PAUSE_S = 0.2
 END_CREW_TIMEOUT_S = 90.0  # a follower allows each of its updaters a third of it
 
 
@@ -252,16 +252,7 @@ class Nodes:
     # --- coming and going ----------------------------------------------------------------------------------
 
     def _accept(self, listener: socket.socket) -> None:
-        pause = threading.Event()
-        while True:
-            try:
-                sock, _ = listener.accept()
-            except OSError as err:
-                if self._ending:
-                    return
-                logger.warning("a node could not be let in: %s", err)  # too many descriptors, for now
-                pause.wait(ACCEPT_PAUSE_S)
-                continue
+        for sock in connections(listener, "a node", lambda: self._ending):
             threading.Thread(target=self._converse, args=(sock,), name="bridge-node", daemon=True).start()
 
     def _converse(self, sock: socket.socket) -> None:
