@@ -93,9 +93,7 @@ class Meeting:
 
     def _forget_patches(self, latest: bytes) -> None:
         """Let the daemon's store go of earlier patches: they are as many as rounds, and hardly come again."""
-        self._patches = [*(known for known in self._patches if known != latest), latest]
-        while len(self._patches) > KEPT_PATCHES:
-            old = self._patches.pop(0)
+        for old in _outlived(self._patches, latest):
             self._published.discard(old)
             self._delete(self._key("layout", old.hex()))
 
@@ -115,9 +113,8 @@ class Meeting:
 
     def _forget_parts(self, latest: str) -> None:
         """As ``_forget_patches``, of the joint layouts of parts."""
-        self._parts = [*(known for known in self._parts if known != latest), latest]
-        while len(self._parts) > KEPT_PATCHES:
-            self._delete(self._key("round", self._parts.pop(0)))
+        for old in _outlived(self._parts, latest):
+            self._delete(self._key("round", old))
 
     def plan(self, joint: str) -> tuple[Plan, tuple[Layout, ...], Round]:
         """The plan of a joint layout, computed here and kept for a while; every rank gets the same."""
@@ -154,3 +151,11 @@ class Meeting:
         """Wait for an updater's choice of transports, by trainer rank."""
         what = f"updater {inference} to choose transports"
         return self._get(self._key("links", inference), what, list[str])
+
+
+def _outlived(kept: list[T], latest: T) -> list[T]:
+    """Put ``latest`` last among ``kept``; those that are one too many come out, and are returned."""
+    kept[:] = [*(known for known in kept if known != latest), latest]
+    old = kept[:-KEPT_PATCHES]
+    del kept[:-KEPT_PATCHES]
+    return old
