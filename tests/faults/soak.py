@@ -289,15 +289,19 @@ def soak(
     every_s: float,
     publish_every_s: float,
     say: Callable[[dict[str, Any]], None],
+    least_faults: int = 1,
 ) -> list[dict[str, Any]]:
-    """Publish until the time is over, with a fault in each interval; a row for each."""
+    """Publish until the time is over, with a fault in each interval; a row for each.
+
+    It goes on until there were ``least_faults``: a slow machine needs the longer for each, not the fewer.
+    """
     made.recover()
     made.check()
     made.sample()
     rows: list[dict[str, Any]] = []
     faults, end = faults_in_turn(made.chance), made.started + 60 * minutes
     due = time.monotonic() + every_s
-    while time.monotonic() < end:
+    while time.monotonic() < end or len(rows) < least_faults:
         if time.monotonic() >= due:
             row = made.suffer(*next(faults))
             made.sample()
