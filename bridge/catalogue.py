@@ -9,7 +9,9 @@ kept alive by this.
 from __future__ import annotations
 
 import itertools
+import operator
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,7 +25,13 @@ from bridge.protocol.mapping import Mapping
 from bridge.sharding import LocalShards
 from bridge.wire.transport import mark_enqueued
 
-_Geometry = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
+# Of all tensors at once, each in a list of its own: a loop in Python over hundreds takes twice as long.
+_Geometries = tuple[list[int], list[torch.dtype], list[torch.Size], list[tuple[int, ...]]]
+
+_tables_of = operator.attrgetter("_modules", "_parameters", "_buffers")
+_data_of = operator.attrgetter("data")
+_dtype_of = operator.attrgetter("dtype")
+_shape_of = operator.attrgetter("shape")
 
 
 class Catalogue:
@@ -57,7 +65,8 @@ class Catalogue:
         self._modules = [weakref.ref(module) for module in modules]
         self._tree = _contents(modules)
         self._owners = [weakref.ref(owner) for owner in shards.owners]
-        self._geometries = [_geometry(_local(owner)) for owner in shards.owners]
+        self._any_distributed = any(isinstance(owner, DTensor) for owner in shards.owners)
+        self._geometries = _geometries(self._local(shards.owners))
 
     def find(
         self, model: nn.Module, mapping: Mapping, declared: DeclaredLayout | None = None
@@ -76,10 +85,16 @@ class Catalogue:
             return None
         held = [owner for reference in self._owners if (owner := reference()) is not None]
         # Of their own: a parameter whose .data is replaced while it is sent must not lead to other memory.
-        tensors = [_local(owner).detach() for owner in held]
-        if list(map(_geometry, tensors)) != self._geometries:
+        tensors = list(map(_data_of, self._local(held)))
+        if _geometries(tensors) != self._geometries:
             return None
         return LocalShards(self._layout, tensors, self._contiguous, held, mark_enqueued(tensors))
+
+    def _local(self, owners: Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
+        # As to_local(), which takes twenty times as long: with hundreds of tensors that is felt.
+        if not self._any_distributed:
+            return owners
+        return [owner._local_tensor if isinstance(owner, DTensor) else owner for owner in owners]
 
 
 def _contents(modules: list[Any]) -> tuple[list[int], list[str], list[int]]:
@@ -87,17 +102,18 @@ def _contents(modules: list[Any]) -> tuple[list[int], list[str], list[int]]:
 
     In few passes over all of them, as there are thousands of tables, and most are empty.
     """
-    tables = [table for m in modules for table in (m._modules, m._parameters, m._buffers)]
+    tables = list(itertools.chain.from_iterable(map(_tables_of, modules)))
     filled = list(filter(None, tables))
     names = list(itertools.chain.from_iterable(filled))
     objects = itertools.chain.from_iterable(map(dict.values, filled))
     return list(map(len, tables)), names, list(map(id, objects))
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    # As to_local(), which takes twenty times as long: with hundreds of tensors that is felt.
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-
-
-def _geometry(local: torch.Tensor) -> _Geometry:
-    return local.data_ptr(), local.dtype, local.shape, local.stride()
+def _geometries(tensors: Iterable[torch.Tensor]) -> _Geometries:
+    held = list(tensors)
+    return (
+        list(map(torch.Tensor.data_ptr, held)),
+        list(map(_dtype_of, held)),
+        list(map(_shape_of, held)),
+        list(map(torch.Tensor.stride, held)),
+    )
