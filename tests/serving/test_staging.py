@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.serving.whole import whole_rung
 from tests.support.checks import SINGLE, Streams, assert_equal, assert_labels_in_order
 from tests.support.serving import UNBOUND, Server, Trainers, serving, serving_together, training, wait_until
 
@@ -210,6 +211,7 @@ def test_vllms_own_pause_goes_before_and_on_after(node):
 # --- two tensor-parallel ranks ---------------------------------------------------------------------------
 
 
+@whole_rung  # one rank in place, and two ranks of other kinds, are tested always
 def test_two_ranks_in_place(fresh_qwen3, tmp_path):
     options: dict[str, Any] = {"flags": [*F32, "--tensor-parallel-size=2"], "env": UNBOUND}
     sets = fresh_qwen3.sets
