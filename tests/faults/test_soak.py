@@ -29,6 +29,7 @@ def test_five_minutes_with_a_fault_every_twenty_seconds(tmp_path: Path, runtime_
         )  # fmt: skip
         everybody = [pid for server in made.servers for pid in (server.process.pid, *server.pids())]
     assert {row["server"] for row in rows} >= {0, 1}
+    assert made.late <= 1
     assert max(row["recovered_s"] for row in rows) < RECOVER_S
     assert made.loads[KEEPER].failed == 0, made.loads[KEEPER].errors
     assert made.loads[KEEPER].answered > 100
