@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import operator
 import weakref
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -90,10 +90,10 @@ class Catalogue:
             return None
         return LocalShards(self._layout, tensors, self._contiguous, held, mark_enqueued(tensors))
 
-    def _local(self, owners: Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
-        # As to_local(), which takes twenty times as long: with hundreds of tensors that is felt.
+    def _local(self, owners: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         if not self._any_distributed:
             return owners
+        # As to_local(), which takes twenty times as long: with hundreds of tensors that is felt.
         return [owner._local_tensor if isinstance(owner, DTensor) else owner for owner in owners]
 
 
@@ -109,11 +109,10 @@ def _contents(modules: list[Any]) -> tuple[list[int], list[str], list[int]]:
     return list(map(len, tables)), names, list(map(id, objects))
 
 
-def _geometries(tensors: Iterable[torch.Tensor]) -> _Geometries:
-    held = list(tensors)
+def _geometries(tensors: Sequence[torch.Tensor]) -> _Geometries:
     return (
-        list(map(torch.Tensor.data_ptr, held)),
-        list(map(_dtype_of, held)),
-        list(map(_shape_of, held)),
-        list(map(torch.Tensor.stride, held)),
+        list(map(torch.Tensor.data_ptr, tensors)),
+        list(map(_dtype_of, tensors)),
+        list(map(_shape_of, tensors)),
+        list(map(torch.Tensor.stride, tensors)),
     )

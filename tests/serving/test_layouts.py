@@ -10,9 +10,9 @@ import pytest
 
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import Mapping
-from tests.serving.whole import whole_rung
 from tests.support.checks import Streams, assert_equal, assert_labels_in_order, flips
 from tests.support.fresh_load import arena_bytes, broadcast_each, differing, fresh_loads, live_digests
+from tests.support.full import only_in_full
 from tests.support.serving import (
     COMPLETED,
     RETURN_MEMORY,
@@ -63,7 +63,7 @@ def test_every_byte_of_every_rank_is_that_of_a_fresh_load(checkpoint, tmp_path):
         assert [version for _, version in flips(server, 0)] == [1, 2]
 
 
-@whole_rung  # engines that take steps together, and pipelines, are tested always
+@only_in_full("serving")  # engines that take steps together, and pipelines, are tested always
 def test_two_engines_of_a_dense_model(fresh_qwen3, tmp_path):
     sets, fresh = fresh_qwen3.sets, fresh_qwen3.answers[1]["greedy"][:4]
     options: dict[str, Any] = {

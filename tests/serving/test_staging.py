@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.serving.whole import whole_rung
 from tests.support.checks import SINGLE, Streams, assert_equal, assert_labels_in_order
+from tests.support.full import only_in_full
 from tests.support.serving import UNBOUND, Server, Trainers, serving, serving_together, training, wait_until
 
 pytestmark = [pytest.mark.serving, pytest.mark.timeout(1500, method="signal")]
@@ -211,7 +211,7 @@ def test_vllms_own_pause_goes_before_and_on_after(node):
 # --- two tensor-parallel ranks ---------------------------------------------------------------------------
 
 
-@whole_rung  # one rank in place, and two ranks of other kinds, are tested always
+@only_in_full("serving")  # one rank in place, and two ranks of other kinds, are tested always
 def test_two_ranks_in_place(fresh_qwen3, tmp_path):
     options: dict[str, Any] = {"flags": [*F32, "--tensor-parallel-size=2"], "env": UNBOUND}
     sets = fresh_qwen3.sets

@@ -5,7 +5,6 @@ With BRIDGE_TEST_SLURM=full each script brings ten versions to two servers; with
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +14,10 @@ import pytest
 
 from tests.slurm.cluster import Cluster
 from tests.support.checks import own_answers
+from tests.support.full import in_full, only_in_full
 from tests.support.serving import REPO, UNBOUND, Api, wait_until
 
-FULL = os.environ.get("BRIDGE_TEST_SLURM") == "full"
+FULL = in_full("slurm")
 TRAINER = str(REPO / "tests" / "slurm" / "paced_trainer.py")
 VLLM_FLAGS = (
     "--dtype=float32 --max-model-len=512 --enforce-eager --disable-uvicorn-access-log --max-num-seqs=32"
@@ -263,7 +263,7 @@ def test_two_jobs_on_the_same_nodes_and_what_scancel_leaves(
     assert_nothing_left(cluster)
 
 
-@pytest.mark.skipif(not FULL, reason="a node that is lost takes minutes; BRIDGE_TEST_SLURM=full")
+@only_in_full("slurm")
 @pytest.mark.parametrize("lost", ["node1", "node3"])
 def test_a_lost_node_is_replaced_and_the_job_goes_on(
     breakable: Cluster, checkpoint: Callable[..., Path], tmp_path: Path, lost: str
