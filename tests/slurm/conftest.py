@@ -12,7 +12,8 @@ import pytest
 from tests.slurm.cluster import Cluster, why_not
 
 
-@pytest.fixture(scope="session")
+# Before any module begins, whichever test asks for it: a module may leave nothing behind that came during it.
+@pytest.fixture(scope="session", autouse=True)
 def cluster() -> Iterator[Cluster]:
     """Four nodes that nobody breaks."""
     yield from running()
