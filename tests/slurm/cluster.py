@@ -99,8 +99,8 @@ class Cluster:
         self.names = [f"node{index}" for index in range(1, nodes + 1)]
         self.local = root / "local"  # a directory of each node's own
         self.env = {**os.environ, "PATH": PATH, "SLURM_CONF": str(root / "slurm.conf")}
-        self._bridge = f"vwb{os.getpid()}"
         self._subnet = _free_subnet()
+        self._bridge = f"vwb{self._subnet.rpartition('.')[2]}"  # as free as the subnet: there may be two of us
         self._port = free_port()
         self._daemons: list[subprocess.Popen[bytes]] = []
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
