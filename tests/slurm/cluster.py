@@ -100,11 +100,11 @@ class Cluster:
         self.local = root / "local"  # a directory of each node's own
         self.env = {**os.environ, "PATH": PATH, "SLURM_CONF": str(root / "slurm.conf")}
         self._subnet = _free_subnet()
-        self._bridge = f"vwb{self._subnet.rpartition('.')[2]}"  # as free as the subnet: there may be two of us
+        self._bridge = f"vwb{self._subnet.rpartition('.')[2]}"  # there may be two clusters at a time
         self._port = free_port()
         self._daemons: list[subprocess.Popen[bytes]] = []
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
-        self._inits: dict[str, int] = {}
+        self._inits: dict[str, psutil.Process] = {}
         self._slurmds: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
@@ -197,7 +197,7 @@ class Cluster:
         if not readable or node.stdout.readline() != b"booted\n":
             raise TimeoutError(f"{name} did not boot")
         (init,) = psutil.Process(node.pid).children()
-        self._inits[name] = init.pid
+        self._inits[name] = init
         port, pid = f"{self._bridge}-{index}", str(init.pid)
         _run("ip", "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", pid)
         _run("ip", "link", "set", port, "master", self._bridge, "up")
@@ -234,15 +234,24 @@ class Cluster:
     def crash(self, name: str) -> None:
         """Cut a node's power: nobody hears a word of it any more. ``boot`` switches it on again."""
         _run("ip", "link", "del", f"{self._bridge}-{self.names.index(name) + 1}")
-        node = self._nodes.pop(name)
-        with node:
-            node.kill()  # and with it all that runs there
-        self._slurmds[name].wait(STOP_TIMEOUT_S)
-        self._daemons.remove(self._slurmds[name])
+        self._switch_off(name)
+
+    def _switch_off(self, name: str) -> None:
+        """End a node's first process, and with it, by the kernel's doing, all that runs there."""
+        init, slurmd = self._inits.pop(name, None), self._slurmds.pop(name, None)
+        with self._nodes.pop(name) as node:
+            node.kill()
+        # The first process is gone only when nothing of its namespace is left, zombies included: slurmd is
+        # nsenter's to reap, which must not be killed before it has.
+        if slurmd is not None:
+            slurmd.wait(STOP_TIMEOUT_S)
+            self._daemons.remove(slurmd)
+        if init is not None:
+            init.wait(STOP_TIMEOUT_S)
 
     def _inside(self, name: str) -> list[str]:
         spaces = ["--net", "--uts", "--mount", "--ipc", "--pid"]
-        return ["nsenter", "--target", str(self._inits[name]), *spaces, "--"]
+        return ["nsenter", "--target", str(self._inits[name].pid), *spaces, "--"]
 
     def call(self, *command: str, check: bool = True, cwd: Path | None = None, **env: str) -> str:
         """What a command prints that talks to this cluster.
@@ -270,18 +279,17 @@ class Cluster:
                 self._slurmds[name].pid,
                 *(p.pid for p in psutil.Process(self._slurmds[name].pid).children()),
             }
-            processes = psutil.Process(init).children(recursive=True)
+            processes = init.children(recursive=True)
             found += [f"{name}: {_describe(p)}" for p in processes if p.pid not in own]
             for place in (Path("/dev/shm"), self.local):
-                held = Path(f"/proc/{init}/root{place}")
+                held = Path(f"/proc/{init.pid}/root{place}")
                 found += [f"{name}: {place / path.name}" for path in held.iterdir()]
         return found
 
     def stop(self) -> None:
         """End all of it. Idempotent."""
-        for node in self._nodes.values():  # with a node's first process everything on it is killed
-            node.kill()
-            node.wait()
+        for name in list(self._nodes):
+            self._switch_off(name)
         for daemon in reversed(self._daemons):
             if daemon.poll() is None:
                 daemon.send_signal(signal.SIGTERM)
@@ -290,15 +298,8 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-        for node in self._nodes.values():
-            assert node.stdin is not None
-            assert node.stdout is not None
-            node.stdin.close()
-            node.stdout.close()
         subprocess.run(["ip", "link", "del", self._bridge], env=self.env, capture_output=True, check=False)
-        self._nodes.clear()
         self._daemons.clear()
-        self._inits.clear()
 
 
 def _describe(process: psutil.Process) -> str:
