@@ -1,9 +1,10 @@
 """examples/requeued_trainer.py, paced so that a test can look on.
 
-    PACE_DIR=DIRECTORY [PAUSE_AT=N] torchrun ... paced_trainer.py MODEL STATE STEPS
+    PACE_DIR=DIRECTORY [PAUSE_AT=N | STEP_BY_STEP=1] torchrun ... paced_trainer.py MODEL STATE STEPS
 
-In a job's first attempt it waits after PAUSE_AT steps until it is asked to stop, or DIRECTORY/go exists. When
-all steps are done, the servers are kept until DIRECTORY/release exists.
+In a job's first attempt it waits after PAUSE_AT steps until it is asked to stop, or DIRECTORY/go exists; with
+STEP_BY_STEP after each number N of steps, for DIRECTORY/goN. When all steps are done, the servers are kept
+until DIRECTORY/release exists.
 """
 
 import os
@@ -20,16 +21,18 @@ from tests.support.serving import REPO, wait_until
 TIMEOUT_S = 600.0
 DIRECTORY = Path(os.environ["PACE_DIR"])
 PAUSE_AT = int(os.environ.get("PAUSE_AT", "-1"))
+STEP_BY_STEP = "STEP_BY_STEP" in os.environ
 calls = 0
 ask = bridge.should_stop
 
 
 def paced() -> bool:
     global calls
-    if calls == PAUSE_AT and os.environ["JOB_EPOCH"] == "0":
+    if (STEP_BY_STEP or calls == PAUSE_AT) and os.environ["JOB_EPOCH"] == "0":
+        which = str(calls) if STEP_BY_STEP else ""
         if dist.get_rank() == 0:
-            (DIRECTORY / "paused").touch()
-        go = DIRECTORY / "go"
+            (DIRECTORY / f"paused{which}").touch()
+        go = DIRECTORY / f"go{which}"
         wait_until("a sign", lambda: environment.stop_requested() or go.exists(), timeout_s=TIMEOUT_S)
     calls += 1
     return ask()

@@ -5,8 +5,10 @@ With BRIDGE_TEST_SLURM=full each script brings ten versions to two servers; with
 
 from __future__ import annotations
 
+import random
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -22,6 +24,7 @@ TRAINER = str(REPO / "tests" / "slurm" / "paced_trainer.py")
 VLLM_FLAGS = (
     "--dtype=float32 --max-model-len=512 --enforce-eager --disable-uvicorn-access-log --max-num-seqs=32"
 )
+SLURMD_KILLS = 20
 JOB_TIMEOUT_S = 900.0
 END_TIMEOUT_S = 180.0
 
@@ -283,4 +286,36 @@ def test_a_lost_node_is_replaced_and_the_job_goes_on(
     job.release()
     job.wait_end("COMPLETED")
     breakable.boot(lost)  # or it could not be looked at
+    assert_nothing_left(breakable)
+
+
+@only_in_full("slurm")
+def test_slurmds_die_at_random_and_every_version_comes(
+    breakable: Cluster, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """One in each step, on any node, at any moment of it; nobody notices."""
+    chance = random.Random(1)
+    model, state = checkpoint("qwen3", "float32", 0), tmp_path / "state"
+    job = Job(
+        breakable,
+        tmp_path / "job",
+        "train_and_serve.sbatch",
+        ["--nodes=4"],
+        [TRAINER, str(model), str(state), str(SLURMD_KILLS)],
+        MODEL=str(model),
+        SERVE_NODES="2",
+        STEP_BY_STEP="1",
+    )
+    for step in range(1, SLURMD_KILLS + 1):
+        job.wait_file(f"paused{step - 1}")
+        (job.directory / f"go{step - 1}").touch()
+        threading.Event().wait(chance.uniform(0.0, 1.0))
+        breakable.replace_slurmd(chance.choice(breakable.names))
+        job.wait_versions([(done, done) for done in range(1, step + 1)])
+    job.wait_file("done")
+    assert_served(job, model, state, servers=2)
+    assert job.told("RestartCnt") == "0"
+    job.release()
+    job.wait_end("COMPLETED")
+    assert job.exit_code == "0:0"
     assert_nothing_left(breakable)
