@@ -13,8 +13,8 @@ class ControlPage:
 
     Single 8-byte words, each with one writer, so no lock is needed: ``requested``, ``hold``, ``writing``,
     ``writing_since_ns`` and ``restorable`` are the daemon's; an engine's slot (held, stand-still nanoseconds)
-    is that engine core's; a rank's slot (version, batch, flip nanoseconds, failures, active half, flips)
-    that worker's.
+    is that engine core's; a rank's slot (version, batch, flip nanoseconds, failures, active half, flips,
+    batches begun) that worker's.
     """
 
     MAGIC = 0x42524944_47453032
@@ -142,7 +142,7 @@ class ControlPage:
 class RankSlot:
     """What one worker tells the node about its flips."""
 
-    FAILURES = 3  # which of its words
+    FAILURES, BEGUN = 3, 6  # which of its words
 
     def __init__(self, words: memoryview) -> None:
         self._words = words
@@ -157,8 +157,8 @@ class RankSlot:
 
     @property
     def words(self) -> tuple[int, ...]:
-        """All of them, as ``copy`` takes them."""
-        return tuple(self._words)
+        """All of them that another node wants to know, as ``copy`` takes them."""
+        return tuple(0 if index == self.BEGUN else word for index, word in enumerate(self._words))
 
     def copy(self, words: tuple[int, ...]) -> None:
         """Take over what the worker wrote into another node's page; the version last, as in ``record``."""
@@ -185,6 +185,15 @@ class RankSlot:
     @property
     def failures(self) -> int:
         return self._words[self.FAILURES]
+
+    @property
+    def begun(self) -> int:
+        """How many batches have begun, for whoever shares the device with them; not told to other nodes."""
+        return self._words[self.BEGUN]
+
+    def begin(self) -> None:
+        """Count a batch that begins."""
+        self._words[self.BEGUN] += 1
 
     @property
     def active(self) -> int:

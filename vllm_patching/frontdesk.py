@@ -167,13 +167,13 @@ class FrontDesk:
             self._refuse(channel, ProtocolError(f"pid {hello.pid} is not this daemon's updater"))
             return
         with self._daemon.registry.lock:
-            worker = self._daemon.registry.workers.get(rank)
-            if worker is None:  # it has died, and its connection says so elsewhere
+            worker, page = self._daemon.registry.workers.get(rank), self._daemon.registry.control
+            if worker is None or page is None:  # it has died, and its connection says so elsewhere
                 self._refuse(channel, ProtocolError(f"worker rank {rank} is not registered any more"))
                 return
             memory = {key: worker.hello[key] for key in ("gpu", "handles", "arena")}
             welcome = {"mapping": msgspec.to_builtins(mapping), **memory}
-            channel.send({"type": "welcome", **welcome}, worker.fds)
+            channel.send({"type": "welcome", **welcome}, (*worker.fds, page.fd))
         crew.adopt(rank, channel)
 
     def _welcome_lender(self, hello: LenderHello, channel: Channel) -> None:

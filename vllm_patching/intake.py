@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -16,7 +17,7 @@ import torch
 from bridge.errors import TransferError
 from bridge.protocol.mapping import Mapping, RankMap
 from bridge.protocol.plan import Lane, Plan
-from bridge.wire import device_memory, nccl, peer_memory, rendezvous
+from bridge.wire import cuda, device_memory, nccl, peer_memory, rendezvous
 from bridge.wire.copy_jobs import LaneSteps
 from bridge.wire.delta_transport import Chains, DeltaSink
 from bridge.wire.device_checksum import DeviceChecksums
@@ -36,6 +37,7 @@ from bridge.wire.transport import (
     PullSink,
     Sink,
 )
+from bridge.wire.turns import Turns
 from vllm_patching.staging import torch_dtype
 
 logger = logging.getLogger(__name__)
@@ -59,8 +61,11 @@ class Join(msgspec.Struct, kw_only=True):
 class Intake:
     """The receiving ends of one inference rank."""
 
-    def __init__(self, rank: int, mapping: Mapping, device: torch.device) -> None:
-        """``device`` is where the halves are."""
+    def __init__(
+        self, rank: int, mapping: Mapping, device: torch.device, *, batches: Callable[[], int]
+    ) -> None:
+        """``device`` is where the halves are; ``batches`` says how many its worker has begun."""
+        self._batches = batches
         self.rank = rank
         self._mapping = mapping
         self._rank_map: RankMap = mapping.ranks[rank]
@@ -269,7 +274,10 @@ class Intake:
             assert self._engines is not None
             streams = self._engines.share(lane.trainer, lanes)
             peer, steps = self._shown[lane.trainer], self._lane_steps(plan, lane)
-            return DevicePullSink(link, lane, peer, steps, self._engines, streams, checked=checked)
+            within = where.gpu is not None and where.gpu.uuid == cuda.uuid_of(self._device)
+            turns = Turns(self._device, streams, self._batches) if within else None
+            engines = self._engines
+            return DevicePullSink(link, lane, peer, steps, engines, streams, checked=checked, turns=turns)
         if self._links[lane.trainer] == PULL:
             _, layouts, _ = self._meeting.plan(joint)
             return PullSink(link, where.pid, layouts[lane.trainer])

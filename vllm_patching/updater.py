@@ -17,6 +17,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,6 +31,7 @@ from bridge.wire import rendezvous
 from vllm_patching import compat, update_files
 from vllm_patching.arena import Halves, adopt
 from vllm_patching.channel import Channel, ChannelClosed
+from vllm_patching.control_page import ControlPage
 from vllm_patching.fixed_arena import COPY
 from vllm_patching.intake import Intake, Join
 from vllm_patching.staging import Staging, writes_by_source
@@ -43,8 +45,17 @@ _PR_SET_PDEATHSIG = 1
 class Updater:
     """State of one updater process."""
 
-    def __init__(self, rank: int, mapping: Mapping, halves: Halves, channel: Channel, *, arena: str) -> None:
-        """``arena`` is the kind that the halves belong to."""
+    def __init__(
+        self,
+        rank: int,
+        mapping: Mapping,
+        halves: Halves,
+        channel: Channel,
+        *,
+        arena: str,
+        batches: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """``arena`` is the kind that the halves belong to; ``batches`` says how many the worker has begun."""
         self.rank = rank
         self._channel = channel
         self._copies = arena == COPY
@@ -53,7 +64,7 @@ class Updater:
         self.mapping = mapping
         self.rank_map: RankMap = mapping.ranks[rank]
         self.halves = halves
-        self.intake = Intake(rank, mapping, halves.device)
+        self.intake = Intake(rank, mapping, halves.device, batches=batches)
         self._shelves = {name: _span(self.rank_map, name) for name in _adapters(mapping)}
 
     def prepare(self) -> None:
@@ -281,9 +292,11 @@ def _run(run_dir: Path, rank: int) -> int:
         return 1
     mapping = msgspec.convert(welcome["mapping"], Mapping)
     handles, kind = tuple(welcome["handles"]), welcome["arena"]
-    halves = adopt(fds, mapping.ranks[rank].arena_bytes, welcome["gpu"], handles, kind)
+    *memory, page_fd = fds
+    slot = ControlPage(page_fd).slot(rank)
+    halves = adopt(tuple(memory), mapping.ranks[rank].arena_bytes, welcome["gpu"], handles, kind)
     channel.sock.settimeout(None)
-    updater = Updater(rank, mapping, halves, channel, arena=kind)
+    updater = Updater(rank, mapping, halves, channel, arena=kind, batches=lambda: slot.begun)
     updater.prepare()
     channel.send({"type": "ready"})
     _serve(channel, updater)

@@ -64,7 +64,8 @@ class WorkerBridge:
         A flip is put off only once a forward was seen to announce itself.
         """
         self._within = tokens > 0
-        self.batch += self._within
+        if self._within:
+            self._count()
         if stamp <= self.version:
             return
         if tokens and self._forward_seen and not self._at_entry:
@@ -74,7 +75,12 @@ class WorkerBridge:
 
     def before_dummy_batch(self) -> None:
         """Called before a batch that vLLM runs for the sake of other engines; it carries no stamp."""
+        self._count()
+
+    def _count(self) -> None:
         self.batch += 1
+        if self.slot is not None:
+            self.slot.begin()
 
     def before_forward(self) -> None:
         """Called right before the model runs, within a batch or for vLLM's own profiling."""

@@ -74,6 +74,18 @@ def device_by_uuid(uuid: str) -> torch.device:
     )
 
 
+@functools.cache
+def memory_bytes_per_s(device: torch.device) -> float:
+    """What the device's memory can do at most, by its clock and the width of its bus."""
+    attribute = driver().CUdevice_attribute
+
+    def ask(name: str) -> int:
+        which = getattr(attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+        return int(check(driver().cuDeviceGetAttribute(which, device.index), f"asking {device} for {name}"))
+
+    return 2e3 * ask("MEMORY_CLOCK_RATE") * ask("GLOBAL_MEMORY_BUS_WIDTH") / 8  # kHz, two transfers each
+
+
 class _Memory:
     """A stretch of device memory in the form that ``torch.as_tensor`` takes without a copy."""
 
@@ -152,7 +164,8 @@ def copy_rows(
 ) -> None:
     """Enqueue a copy of ``rows`` rows of ``width`` bytes, each ``pitch`` bytes after the one before.
 
-    Done by the copy engines, also from a peer GPU's mapped memory: no multiprocessor takes part.
+    Done by the copy engines, also from a peer GPU's mapped memory: no multiprocessor takes part. Within one
+    GPU the driver takes a kernel (``turns``).
 
     Raises:
         DeviceError: the copy could not be enqueued.

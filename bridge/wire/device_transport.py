@@ -28,6 +28,7 @@ from bridge.wire.transport import (
     pick,
     send_digests,
 )
+from bridge.wire.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -221,14 +222,19 @@ class DevicePullSink:
         streams: Sequence[torch.cuda.Stream],
         *,
         checked: bool,
+        turns: Turns | None = None,
     ) -> None:
-        """``streams`` are the lane's share of ``engines``; copies take turns on them."""
+        """``streams`` are the lane's share of ``engines``; copies take turns on them.
+
+        ``turns`` are taken where the trainer's memory is on the updater's own GPU.
+        """
         self._link = link
         self._peer = peer
         self._steps = steps
         self._engines = engines
         self._streams = streams
-        self._turns = itertools.cycle(streams)
+        self._next_stream = itertools.cycle(streams)
+        self._turns = turns
         self._sums = DeviceChecksums(len(lane.buckets), engines.device, engines.sums) if checked else None
         self._most_shards = max((1 + copy.shard for b in lane.buckets for copy in b.copies), default=0)
         self._addresses: list[int] = []
@@ -275,8 +281,10 @@ class DevicePullSink:
 
     def _pull(self, step: Step, target: int) -> None:
         """Enqueue one copy's jobs; ``target`` is the address of its target."""
-        shard, stream = self._addresses[step.copy.shard], next(self._turns)
+        shard, stream = self._addresses[step.copy.shard], next(self._next_stream)
         for job in step.jobs:
+            if self._turns is not None:
+                self._turns.take(job.rows * job.width)
             cuda.copy_rows(
                 target + job.dst,
                 job.dst_pitch,
@@ -292,10 +300,12 @@ class DevicePullSink:
         dtype = self._dtypes[copy.shard]
         address = self._addresses[copy.shard] + copy.src_offset * dtype.itemsize
         span = 1 + sum((n - 1) * s for n, s in zip(copy.size, copy.src_stride, strict=True))
-        stream = next(self._turns)
+        stream = next(self._next_stream)
         with torch.cuda.stream(stream):
             scratch = torch.empty(span, dtype=dtype, device=self._engines.device)
             nbytes = span * dtype.itemsize
+            if self._turns is not None:
+                self._turns.take(nbytes)
             cuda.copy_rows(scratch.data_ptr(), 0, address, 0, width=nbytes, rows=1, stream=stream)
             picked = scratch.as_strided(copy.size, copy.src_stride)
             place.copy_(picked)

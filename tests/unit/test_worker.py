@@ -76,6 +76,16 @@ def test_dummy_batches_count_as_the_batches_of_other_engines_do(worker: WorkerBr
     assert worker.slot.batch == 4
 
 
+def test_whoever_shares_the_device_sees_batches_begin_and_other_nodes_do_not(worker: WorkerBridge) -> None:
+    assert worker.slot is not None
+    run_batch(worker, 0)
+    words = worker.slot.words
+    worker.before_dummy_batch()
+    run_batch(worker, 0, tokens=0)
+    assert worker.slot.begun == 2
+    assert worker.slot.words == words  # or every batch would be told
+
+
 def test_a_forward_that_was_not_announced_is_a_failure(worker: WorkerBridge) -> None:
     run_batch(worker, 0)
     run_batch(worker, 1, announces=False)
