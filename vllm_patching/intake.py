@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -62,9 +62,12 @@ class Intake:
     """The receiving ends of one inference rank."""
 
     def __init__(
-        self, rank: int, mapping: Mapping, device: torch.device, *, batches: Callable[[], int]
+        self, rank: int, mapping: Mapping, device: torch.device, *, batches: Callable[[], int] | None = None
     ) -> None:
-        """``device`` is where the halves are; ``batches`` says how many its worker has begun."""
+        """``device`` is where the halves are.
+
+        ``batches`` says how many its worker has begun, where it decodes while a round is under way.
+        """
         self._batches = batches
         self.rank = rank
         self._mapping = mapping
@@ -274,9 +277,7 @@ class Intake:
             assert self._engines is not None
             streams = self._engines.share(lane.trainer, lanes)
             peer, steps = self._shown[lane.trainer], self._lane_steps(plan, lane)
-            within = where.gpu is not None and where.gpu.uuid == cuda.uuid_of(self._device)
-            turns = Turns(self._device, streams, self._batches) if within else None
-            engines = self._engines
+            engines, turns = self._engines, self._turns(where, streams)
             return DevicePullSink(link, lane, peer, steps, engines, streams, checked=checked, turns=turns)
         if self._links[lane.trainer] == PULL:
             _, layouts, _ = self._meeting.plan(joint)
@@ -291,6 +292,12 @@ class Intake:
         chain = self._chains.of(lane.trainer, lane)
         buffers = self._buffers[lane.trainer]
         return DeltaSink(link, lane, dtypes, buffers, chain, follows=follows, served=served)
+
+    def _turns(self, where: peer_memory.Whereabouts, streams: Sequence[torch.cuda.Stream]) -> Turns | None:
+        if where.gpu is None or where.gpu.uuid != cuda.uuid_of(self._device) or self._batches is None:
+            return None
+        rate = cuda.memory_bytes_per_s(self._device)
+        return Turns(rate, streams, self._batches) if rate else None
 
     def _lane_steps(self, plan: Plan, lane: Lane) -> LaneSteps:
         """The lane's copy jobs; those of other plans but the last few are forgotten."""

@@ -53,7 +53,7 @@ class Updater:
         channel: Channel,
         *,
         arena: str,
-        batches: Callable[[], int] = lambda: 0,
+        batches: Callable[[], int] | None = None,
     ) -> None:
         """``arena`` is the kind that the halves belong to; ``batches`` says how many the worker has begun."""
         self.rank = rank
@@ -64,7 +64,8 @@ class Updater:
         self.mapping = mapping
         self.rank_map: RankMap = mapping.ranks[rank]
         self.halves = halves
-        self.intake = Intake(rank, mapping, halves.device, batches=batches)
+        decodes = len(halves.halves) == 2  # while a round is under way
+        self.intake = Intake(rank, mapping, halves.device, batches=batches if decodes else None)
         self._shelves = {name: _span(self.rank_map, name) for name in _adapters(mapping)}
 
     def prepare(self) -> None:

@@ -76,7 +76,7 @@ def device_by_uuid(uuid: str) -> torch.device:
 
 @functools.cache
 def memory_bytes_per_s(device: torch.device) -> float:
-    """What the device's memory can do at most, by its clock and the width of its bus."""
+    """What the device's memory can do at most, by clock and width of its bus; 0 if it does not say."""
     attribute = driver().CUdevice_attribute
 
     def ask(name: str) -> int:

@@ -13,12 +13,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from bridge.wire import cuda
-
 PART_S = 0.0014  # that a part takes; with the change of places a batch is held up by two milliseconds
 COPY_S = 5e-6  # to enqueue a copy: small ones take as long as that
 COPY_SHARE = 0.85  # of the memory's rate, for reading and writing together, that a copy comes to
-BUSY = 1.5  # a part that took so many times as long had to wait for somebody
+LATE_S = 0.0005  # a part that ends so much later than alone had to wait for somebody
 LONGEST_PAUSE_S = 0.02
 POLL_S = 0.0002
 
@@ -27,15 +25,16 @@ class Turns:
     """One round's copies within a GPU, from the first to the last of a lane."""
 
     def __init__(
-        self, device: torch.device, streams: Sequence[torch.cuda.Stream], batches: Callable[[], int]
+        self, memory_bytes_per_s: float, streams: Sequence[torch.cuda.Stream], batches: Callable[[], int]
     ) -> None:
-        """``streams`` are those of the copies, on ``device``; ``batches`` says how many have begun there."""
+        """``streams`` are those of the copies; ``batches`` says how many have begun on their device."""
         self._streams = streams
         self._batches = batches
-        self._bytes_per_s = COPY_SHARE * cuda.memory_bytes_per_s(device) / 2
+        self._bytes_per_s = COPY_SHARE * memory_bytes_per_s / 2
         self._seconds = 0.0  # that the part will have taken, alone
         self._began = 0.0
         self._shared = False
+        self._idle_since = -1
 
     def take(self, nbytes: int) -> None:
         """Before ``nbytes`` are enqueued: end the part that they no longer fit into."""
@@ -47,20 +46,24 @@ class Turns:
         self._seconds += seconds
 
     def _end(self) -> None:
+        enqueued = time.monotonic() - self._began  # other lanes' copies too
         for stream in self._streams:
             stream.synchronize()
-        taken = time.monotonic() - self._began
+        late = time.monotonic() - self._began - max(enqueued, self._seconds)
         # By chance a part may find the GPU free between two batches: the next one comes all the same.
-        self._shared = self._shared or taken > BUSY * self._seconds
+        self._shared = self._shared or late > LATE_S
         if self._shared:
-            self._shared = self._next_batch()
+            self._await_batch()
         self._seconds = 0.0
 
-    def _next_batch(self) -> bool:
-        """Wait for it; False if none came, so that somebody else's work was in the way."""
-        before, deadline = self._batches(), time.monotonic() + LONGEST_PAUSE_S
+    def _await_batch(self) -> None:
+        """Until the next one has begun; not if none has since one did not come: somebody else computes."""
+        before = self._batches()
+        if before == self._idle_since:
+            return
+        deadline = time.monotonic() + LONGEST_PAUSE_S
         while self._batches() == before:
             if time.monotonic() > deadline:
-                return False
+                self._idle_since = before
+                return
             time.sleep(POLL_S)
-        return True

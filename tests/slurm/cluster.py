@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -288,9 +289,16 @@ class Cluster:
 
     def stop(self) -> None:
         """End all of it. Idempotent."""
-        for name in list(self._nodes):
-            self._switch_off(name)
-        for daemon in reversed(self._daemons):
+        with ExitStack() as last_first:  # one that does not end must not keep the others
+            remove = ["ip", "link", "del", self._bridge]
+            last_first.callback(subprocess.run, remove, env=self.env, capture_output=True, check=False)
+            last_first.callback(self._end_daemons)
+            for name in self._nodes:
+                last_first.callback(self._switch_off, name)
+
+    def _end_daemons(self) -> None:
+        while self._daemons:
+            daemon = self._daemons.pop()
             if daemon.poll() is None:
                 daemon.send_signal(signal.SIGTERM)
             try:
@@ -298,8 +306,6 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-        subprocess.run(["ip", "link", "del", self._bridge], env=self.env, capture_output=True, check=False)
-        self._daemons.clear()
 
 
 def _describe(process: psutil.Process) -> str:

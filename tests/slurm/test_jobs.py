@@ -293,7 +293,7 @@ def test_a_lost_node_is_replaced_and_the_job_goes_on(
 def test_slurmds_die_at_random_and_every_version_comes(
     breakable: Cluster, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """One in each step, on any node, at any moment of it; nobody notices."""
+    """One in each step or right behind it, on any node; nobody notices."""
     chance = random.Random(1)
     model, state = checkpoint("qwen3", "float32", 0), tmp_path / "state"
     job = Job(
