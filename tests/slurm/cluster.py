@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -220,6 +221,8 @@ class Cluster:
         slurmd.kill()
         self._slurmds[name].wait(STOP_TIMEOUT_S)
         self._daemons.remove(self._slurmds[name])
+        # By whole seconds: one that starts within the same would not be told from it.
+        wait_until("the next second", lambda: _now() > before, timeout_s=START_TIMEOUT_S)
         self._start_slurmd(name)
         wait_until(
             f"the controller to hear of {name}'s new slurmd ({self.root}/{name}.out)",
@@ -228,9 +231,10 @@ class Cluster:
         )
 
     def _slurmd_start(self, name: str) -> str:
-        """When the node's slurmd started, as the controller knows it."""
+        """When the node's slurmd started, as the controller knows it: the local time, to the second."""
         text = self.call("scontrol", "show", "node", name)
-        return next(word for word in text.split() if word.startswith("SlurmdStartTime="))
+        found = next(word for word in text.split() if word.startswith("SlurmdStartTime="))
+        return found.removeprefix("SlurmdStartTime=")
 
     def crash(self, name: str) -> None:
         """Cut a node's power: nobody hears a word of it any more. ``boot`` switches it on again."""
@@ -315,6 +319,10 @@ def _describe(process: psutil.Process) -> str:
         )
     except psutil.NoSuchProcess:
         return f"pid {process.pid}: gone meanwhile"
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S")
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
