@@ -191,9 +191,9 @@ class RankSlot:
         """How many batches have begun, for whoever shares the device with them; not told to other nodes."""
         return self._words[self.BEGUN]
 
-    def begin(self) -> None:
-        """Count a batch that begins."""
-        self._words[self.BEGUN] += 1
+    @begun.setter
+    def begun(self, batches: int) -> None:
+        self._words[self.BEGUN] = batches
 
     @property
     def active(self) -> int:

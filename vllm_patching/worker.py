@@ -80,7 +80,7 @@ class WorkerBridge:
     def _count(self) -> None:
         self.batch += 1
         if self.slot is not None:
-            self.slot.begin()
+            self.slot.begun = self.batch
 
     def before_forward(self) -> None:
         """Called right before the model runs, within a batch or for vLLM's own profiling."""
