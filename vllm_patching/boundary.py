@@ -187,7 +187,7 @@ class Boundary:
     def _wake(self, engines: Sequence[Member]) -> None:
         for engine in engines:
             try:
-                engine.channel.send({"type": "wake"})
+                engine.channel.nudge({"type": "wake"})
             except ChannelClosed:
                 logger.debug("the connection of %s ended; its reader reports it", engine.who)
 

@@ -28,9 +28,11 @@ SOCKET_NAME = "daemon.sock"
 ACCEPT_PAUSE_S = 0.2
 MAX_MESSAGE_BYTES = 1 << 30  # a mapping of a 10,000-tensor model is some tens of MB
 MAX_FDS = 64
+SEND_TIMEOUT_S = 30.0  # without one byte of progress: whoever sends may have others to serve
 _READ_BYTES = 1 << 20  # taken at once: memory follows what has come, not what was announced
 _LENGTH = struct.Struct("!I")
 _UCRED = struct.Struct("iII")
+_TIMEVAL = struct.Struct("ll")
 
 
 class PeerRefused(BridgeError):
@@ -38,7 +40,12 @@ class PeerRefused(BridgeError):
 
 
 class ChannelClosed(BridgeError):
-    """The other end is gone."""
+    """The other end is gone, or has stopped reading."""
+
+
+def _framed(message: dict[str, Any]) -> bytes:
+    body = msgspec.json.encode(message)
+    return _LENGTH.pack(len(body)) + body
 
 
 def close_all(fds: Iterable[int]) -> None:
@@ -79,6 +86,8 @@ class Channel:
                 f"pid {self.pid} of uid {uid} is at the other end of the bridge's socket, which belongs "
                 f"to uid {os.geteuid()}; refused"
             )
+        # The kernel's own, which leaves a reader of the same socket alone: it may wait for days.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(int(SEND_TIMEOUT_S), 0))
 
     @classmethod
     def connect(cls, run_dir: Path, *, timeout_s: float) -> Channel:
@@ -101,16 +110,39 @@ class Channel:
         """Send one message, with file descriptors if any.
 
         Raises:
-            ChannelClosed: the other end is gone.
+            ChannelClosed: the other end is gone, or has read nothing for ``SEND_TIMEOUT_S`` seconds while its
+                buffer was full. What follows a message that was cut off is no message: close then.
         """
-        body = msgspec.json.encode(message)
-        data = _LENGTH.pack(len(body)) + body
+        data = _framed(message)
         try:
             sent = socket.send_fds(self.sock, [data], list(fds)) if fds else 0
             if sent < len(data):  # the reader of a whole message may have left already
                 self.sock.sendall(data[sent:])
+        except (BlockingIOError, TimeoutError) as err:
+            raise ChannelClosed(
+                f"pid {self.pid} has read nothing from the bridge's socket for a while, and its buffer is "
+                "full; is the process stopped?"
+            ) from err
         except OSError as err:
             raise ChannelClosed(f"the bridge's socket to pid {self.pid} broke: {err}") from err
+
+    def nudge(self, message: dict[str, Any]) -> bool:
+        """Send a short message if there is room for it, and never wait; whether it was sent.
+
+        Where there is none the other end has much to read already, and wakes up for that.
+
+        Raises:
+            ChannelClosed: the other end is gone.
+        """
+        data = _framed(message)
+        try:
+            sent = self.sock.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError as err:
+            raise ChannelClosed(f"the bridge's socket to pid {self.pid} broke: {err}") from err
+        assert sent == len(data), "a Unix socket takes a message of one buffer whole or not at all"
+        return True
 
     def receive(self) -> tuple[dict[str, Any], tuple[int, ...]]:
         """Wait for one message; the socket's own timeout applies.

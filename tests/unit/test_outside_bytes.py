@@ -48,7 +48,7 @@ from bridge.wire.delta_transport import DeltaSink
 from bridge.wire.device_transport import DevicePullSink
 from bridge.wire.meeting import Meeting, Round
 from tests.support.parsers import DOCUMENT, LAYOUT, PARSERS, REQUEST, SECRET, Parser, feed, hello
-from vllm_patching.channel import MAX_FDS, MAX_MESSAGE_BYTES, Channel
+from vllm_patching.channel import MAX_FDS, MAX_MESSAGE_BYTES, Channel, ChannelClosed
 from vllm_patching.crew import Crew, Report
 from vllm_patching.frontdesk import FrontDesk
 from vllm_patching.registry import Registry
@@ -377,6 +377,16 @@ def test_memory_follows_what_has_come_not_what_was_announced(
     with pytest.raises(BridgeError, match="in the middle of a message"):
         channel.receive()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
+
+
+def test_a_peer_that_reads_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_patching.channel.SEND_TIMEOUT_S", 1.0)
+    ours, theirs = socket.socketpair(socket.AF_UNIX)
+    channel = Channel(ours)  # which waits for ever for what it is to read
+    with pytest.raises(ChannelClosed, match="has read nothing"):
+        channel.send({"what": "x" * (8 << 20)})
+    channel.close()
+    theirs.close()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ a thread, as they would from other processes.
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import pytest
 from bridge.errors import TransferError
 from tests.support.serving import wait_until
 from vllm_patching.boundary import Boundary
+from vllm_patching.channel import Channel
 from vllm_patching.control_page import ControlPage
 from vllm_patching.swap import DoubleStaging, InPlaceStaging
 
@@ -34,7 +36,7 @@ class Server:
         self.page = ControlPage.create(RANKS, ENGINES)
         self.commits = True
         self.stuck: set[int] = set()
-        channel = SimpleNamespace(send=lambda _message: None)
+        channel = SimpleNamespace(nudge=lambda _message: True)
         self.engines = {i: SimpleNamespace(hello={"pid": 0}, channel=channel) for i in range(ENGINES)}
         self.control = self.page
         self.complete = True
@@ -74,6 +76,22 @@ def server() -> Iterator[Server]:
     server = Server()
     yield server
     server.stop()
+
+
+def test_an_engine_that_reads_nothing_holds_a_commit_no_longer_than_its_deadline(server: Server) -> None:
+    """A stopped engine core: each wake is one more message in a buffer that is full some day."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX)
+    channel = Channel(ours)
+    while channel.nudge({"type": "wake"}):
+        pass
+    server.commits = False
+    server.engines[0].channel = channel
+    start = time.monotonic()
+    with pytest.raises(TransferError, match="did not commit within"):
+        double(server).commit(1)
+    assert time.monotonic() - start < 5
+    channel.close()
+    theirs.close()
 
 
 # --- two halves: which version the inactive one holds ------------------------------------------------------
