@@ -34,6 +34,8 @@ from vllm_patching.verification import digest
 
 logger = logging.getLogger(__name__)
 
+_TORCHS_OWN = vars(nn.Module()).keys()  # a module's parameters, buffers, children and hooks
+
 _loaders: list[Any] = []
 _pending: list[Loaded] = []
 
@@ -59,6 +61,7 @@ class Loaded:
     tied: dict[str, str] = field(default_factory=dict)  # as transformers ties them; see ``InMemory``
     places: dict[str, Place] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
+    private: dict[str, torch.Tensor] = field(default_factory=dict)  # before the loader ran again, by path
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,31 @@ def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name.replace(BASE_LAYER, "."): tensor for name, tensor in found.items()}
 
 
+def private_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What modules, and the attention backends that they hold, keep as plain attributes, by path.
+
+    Neither parameters nor buffers, so nothing else finds them. Not what LoRA wraps a layer with.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if hasattr(module, BASE_LAYER.strip(".")):
+            continue
+        owned = {path: value for path, value in vars(module).items() if path not in _TORCHS_OWN}
+        owned |= {f"impl.{path}": value for path, value in getattr(owned.get("impl"), "__dict__", {}).items()}
+        for path, value in owned.items():
+            for place, tensor in _tensors_in(value):
+                found[f"{name}.{path}{place}"] = tensor
+    return found
+
+
+def _tensors_in(value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        yield "", value
+    elif isinstance(value, (list, tuple, dict)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        yield from ((f"[{key}]", one) for key, one in items if isinstance(one, torch.Tensor))
+
+
 def before_processing(model: nn.Module, model_config: Any) -> None:
     """Trace the model's loader under each vocabulary; called before vLLM's post-processing.
 
@@ -95,6 +123,7 @@ def before_processing(model: nn.Module, model_config: Any) -> None:
         MappingError: no vocabulary could be traced, or one covers the model only in part.
     """
     loaded = Loaded(model=model, model_config=model_config, loader=_loaders[-1] if _loaders else None)
+    loaded.private = private_tensors(model)
     start = time.perf_counter()
     lists: dict[str, Callable[[], sources.InMemory]] = {
         "checkpoint": lambda: sources.InMemory(
@@ -156,7 +185,7 @@ def find_homes(loaded: Loaded) -> list[Home]:
 
     Raises:
         MappingError: lists every tensor that was repacked, freed or changed in a way nobody can repeat, and
-            every new parameter that was derived from weights.
+            every one that was derived from weights and has memory of its own.
     """
     tensors = named_tensors(loaded.model)
     alive = {_storage_key(t): t for t in tensors.values() if t.numel()}
@@ -179,6 +208,7 @@ def find_homes(loaded: Loaded) -> list[Home]:
         ):
             faults.append(f"{name} {tuple(tensor.shape)} was derived from weights after loading")
     faults += _kept_sinks(loaded.model, alive)
+    faults += _derived(loaded, alive)
     merged: dict[int, Home] = {}
     for home in homes:
         other = merged.setdefault(home.live.data_ptr(), home)
@@ -191,6 +221,22 @@ def find_homes(loaded: Loaded) -> list[Home]:
             f"({len(faults)} tensor(s)):\n  {listing}"
         )
     return homes
+
+
+def _derived(loaded: Loaded, alive: Mapping[int, torch.Tensor]) -> list[str]:
+    """What loading made of weights and kept where no update reaches, as openPangu's sinks.
+
+    The loader has run twice, and makes it anew each time; what processing makes is new in any case. A view of
+    a parameter follows it, as those of MLA do.
+    """
+    return [
+        f"{path} {tuple(tensor.shape)} was made while the model was loaded, and would not follow its weights"
+        for path, tensor in private_tensors(loaded.model).items()
+        if tensor is not loaded.private.get(path)
+        and tensor.is_floating_point()
+        and tensor.numel() > 1
+        and _storage_key(tensor) not in alive
+    ]
 
 
 def _kept_sinks(model: nn.Module, alive: Mapping[int, torch.Tensor]) -> list[str]:

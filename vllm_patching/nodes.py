@@ -95,6 +95,10 @@ class Node:
     def send(self, message: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
         """Nothing: only engines are sent anything later, and those are on node 0."""
 
+    def nudge(self, _message: dict[str, Any], /) -> bool:
+        """Nothing, likewise; so nothing was sent."""
+        return False
+
     def close(self) -> None:
         """Nothing: the link outlives a worker."""
 

@@ -140,3 +140,57 @@ def test_sinks_that_a_backend_copies_are_refused() -> None:
         loading.find_homes(loaded(model))
     with pytest.raises(MappingError, match=r"would be copied by the first forward; use --dtype bfloat16"):
         loading.find_homes(loaded(Attention(torch.float16)))
+
+
+# --- what loading makes of weights ----------------------------------------------------------------------
+
+
+class Derived(nn.Module):
+    """As vLLM's openPangu: its loader keeps something made of two parameters, as a plain attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 2))
+        self.made: torch.Tensor | None = None
+        self.fixed = torch.arange(4.0)
+        self.impl = SimpleNamespace(kept=None)
+
+
+def loaded_once(model: Derived) -> loading.Loaded:
+    private = loading.private_tensors(model)
+    places = {"weight": loading.Place(model.weight.detach(), verification.digest(model.weight))}
+    return loading.Loaded(
+        model=model, model_config=SimpleNamespace(model="m"), loader=None, places=places, names={"weight"},
+        private=private,
+    )  # fmt: skip
+
+
+def _as_an_attribute(model: Derived) -> None:
+    model.made = model.weight.data * 2
+
+
+def _in_a_list(model: Derived) -> None:
+    model.made = [model.weight.data.clone()]  # type: ignore[assignment]
+
+
+def _in_the_backend(model: Derived) -> None:
+    model.impl.kept = model.weight.data.clone()
+
+
+@pytest.mark.parametrize(
+    ("keep", "path"),
+    [(_as_an_attribute, "made"), (_in_a_list, r"made\[0\]"), (_in_the_backend, r"impl\.kept")],
+)
+def test_what_no_update_would_reach_is_refused(keep: Callable[[Derived], None], path: str) -> None:
+    model = Derived()
+    record = loaded_once(model)
+    keep(model)
+    with pytest.raises(MappingError, match=rf"\.{path} \(4, 2\) was made while the model was loaded"):
+        loading.find_homes(record)
+
+
+def test_views_of_weights_and_what_was_there_before_are_followed() -> None:
+    model = Derived()
+    record = loaded_once(model)
+    model.made = model.weight.data.T  # as MLA's
+    assert [home.name for home in loading.find_homes(record)] == ["weight"]
