@@ -59,7 +59,10 @@ def _unknown(name: str, known: tuple[str, ...]) -> str:
             f"{SERVER_DECIDES[name]} to python -m bridge.launch serve"
         )
     if name == "checksums":
-        return "BridgeConfig has no checksums: every bucket is always compared"
+        return (
+            "BridgeConfig has no checksums: by pull and gloo every bucket is always compared; by pull-gpu "
+            "and nccl the server decides, see --checksum of python -m bridge.launch serve"
+        )
     close = difflib.get_close_matches(name, known, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
     return f"BridgeConfig has no {name}{hint}; it has: {', '.join(known)}"

@@ -42,6 +42,7 @@ class Server:
         self.catalogue: Catalogue | None = None
         self.base: tuple[str, int] | None = None  # run directory and version of what we last made live
         self.before: int | None = None  # the version that we had made live there before
+        self.rolled_back = False  # what it serves are older weights than those we sent last
         self.sent_model = False  # whether we have ever sent it weights of the model itself
         self.tried = False
         self._session: Session | None = None
@@ -80,8 +81,9 @@ class Server:
             self._session.close()
             self._session = None
 
-    def remember(self, version: int) -> None:
+    def remember(self, version: int, *, rolled_back: bool) -> None:
         """``version`` was made live there by us."""
+        self.rolled_back = rolled_back
         if self._session is not None:
             run_dir = self._session.mapping.run_dir
             self.before = self.base[1] if self.base is not None and self.base[0] == run_dir else None
@@ -230,35 +232,49 @@ class Fleet:
     def that_take_parts(self, servers: Sequence[Server], *, whole_adapter: bool = False) -> list[Server]:
         """Those of ``servers`` over whose version a part of the weights may be laid.
 
-        That is the one this trainer made live last, or, if it has made none, any; on all of them the same.
+        That is the one this trainer made live last, or, if it has made none, the checkpoint; on all of them
+        the same. Of any other, a rollback's too, it need not hold the rest: a mixture would be nobody's.
         ``whole_adapter`` says that the part is all that an adapter is: as long as this trainer has sent no
         weights of the model, and all serve the same, whatever it is laid over is what the adapter belongs to.
+        One that missed some of our adapters lies over that model still.
 
         Raises:
             ConfigError: one of them serves another, and the policy is "all", or none of them may.
         """
         one = len({server.session.version for server in servers}) == 1
-        if whole_adapter and one and not any(server.sent_model for server in self.servers):
+        adapters_only = whole_adapter and not any(server.sent_model for server in self.servers)
+        if adapters_only and one:
             return list(servers)
+        wanted = max(self._made, default=0)
+        what = f"version {wanted}" if wanted else "the checkpoint"
+        faults = self._serving_another(servers, wanted)
+        for server in servers:
+            session = server.session
+            if adapters_only and server.base == (session.mapping.run_dir, session.version):
+                faults.pop(server.name, None)
+            elif server.rolled_back:
+                faults.setdefault(server.name, _at(server, "was rolled back to earlier weights"))
+        fit = [server for server in servers if server.name not in faults]
+        if faults and (self._policy == "all" or not fit):
+            raise ConfigError(
+                f"part of the weights was to be laid over {what}, but {', '.join(faults.values())}; "
+                "call broadcast_weights once"
+            )
+        for name, fault in faults.items():
+            self._absent[name] = f"a part is laid over {what}, but {fault}"
+            self._warn("server %s is left out of this round: %s", name, self._absent[name])
+        return fit
+
+    def _serving_another(self, servers: Sequence[Server], wanted: int) -> dict[str, str]:
+        """Those that do not serve version ``wanted`` of this trainer, or, if it has made none, of anybody."""
         made = self._made
-        wanted = max(made or [server.session.version for server in servers])
-        faults = {
-            server.name: f"the server at {server.session.mapping.run_dir} {_serves(server.session, wanted)}"
+        return {
+            server.name: _at(server, _serves(server.session, wanted))
             for server in servers
             if server.session.version != wanted
             or server.session.outdated
             or (made and server.base != (server.session.mapping.run_dir, wanted))
         }
-        fit = [server for server in servers if server.name not in faults]
-        if faults and (self._policy == "all" or not fit):
-            raise ConfigError(
-                f"part of the weights was to be laid over version {wanted}, but "
-                f"{', '.join(faults.values())}; call broadcast_weights once"
-            )
-        for name, fault in faults.items():
-            self._absent[name] = f"a part is laid over version {wanted}, but {fault}"
-            self._warn("server %s is left out of this round: %s", name, self._absent[name])
-        return fit
 
     def roll_back(self, servers: Sequence[Server], to: int | None, *, call: int) -> Outcome:
         """All ``servers`` come back to one version, or none does; each checks that it holds that one.
@@ -268,10 +284,12 @@ class Fleet:
         """
         if not self.several:
             return servers[0].session.submit(None, call=call, version=None, to=to)
-        fit = self.that_take_parts(servers)
+        served = max(self._made or [server.session.version for server in servers])
+        others = self._serving_another(servers, served)
         before = {server.name: server.before if to is None else to for server in servers}
         wanted = before[servers[0].name]
-        if len(fit) < len(self.servers) or wanted is None or set(before.values()) != {wanted}:
+        absent = len(servers) < len(self.servers)
+        if others or absent or wanted is None or set(before.values()) != {wanted}:
             held = ", ".join(f"{name}: {'unknown' if v is None else v}" for name, v in before.items())
             raise ConfigError(
                 f"the versions that this trainer had made live before are not one ({held}), or servers are "
@@ -324,11 +342,11 @@ class Fleet:
         }
         return _Together(jobs, self._absent, policy=policy, version=wanted, warn=self._warn)
 
-    def remember(self, receipt: Receipt) -> None:
-        """What a round has made live."""
+    def remember(self, receipt: Receipt, *, rolled_back: bool = False) -> None:
+        """What a round or a rollback has made live."""
         for server in self.servers:
             if not self.several or server.name in receipt.servers:
-                server.remember(receipt.version)
+                server.remember(receipt.version, rolled_back=rolled_back)
 
     def beat(self) -> None:
         """Send a heartbeat to every server that was met; the only one is met first.
@@ -355,6 +373,10 @@ class Fleet:
 def _may_come(err: BridgeError) -> bool:
     """Whether a server that could not be met may be there a little later."""
     return isinstance(err, RendezvousError) and not isinstance(err, RendezvousRefused)
+
+
+def _at(server: Server, what: str) -> str:
+    return f"the server at {server.session.mapping.run_dir} {what}"
 
 
 def _serves(session: Session, wanted: int) -> str:

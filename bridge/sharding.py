@@ -12,6 +12,7 @@ import itertools
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -276,6 +277,10 @@ def _by_name(named: Named) -> dict[str, torch.Tensor]:
         return canonical_names(named)
     items = list(named.items() if isinstance(named, Mapping) else named)
     names = without_wrappers(name for name, _ in items)
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise MappingError(
+            f"several tensors have one name without wrappers: {', '.join(twice)}; which is meant?"
+        )
     return {name: tensor for name, (_, tensor) in zip(names, items, strict=True)}
 
 

@@ -322,7 +322,7 @@ class Bridge:
         Args:
             name: the parameter's name in the mapping, or as in the model's state dict. Or alone a
                 ``SparsePatch``, equal on all ranks, for some elements of a parameter; the others stay as they
-                were in the version that this trainer made live itself.
+                were in the version that this trainer made live itself, or in the checkpoint.
             tensor: the whole tensor (such as ``full_tensor()`` or one that ``GatheredParameters`` gathers),
                 equal on all ranks; or a DTensor or a ZeRO-3 parameter as it is. Of the mapping's shape.
 
@@ -342,7 +342,8 @@ class Bridge:
 
         It is kept until the next round begins. Numbers never come back: after version 7 this makes version 8,
         with the weights of 6, and another rollback version 9, with those of 7. The trainer's own weights stay
-        as they are. All of several servers come back to one version, or none does.
+        as they are, so a round of some parameters is refused until the next of all. All of several servers
+        come back to one version, or none does.
 
         Args:
             to: the version whose weights are wanted; refused if the server holds another. Without it, a
@@ -362,7 +363,7 @@ class Bridge:
             _refuse(servers, str(err) or type(err).__name__)
             raise
         receipt = outcome.wait()
-        self._fleet.remember(receipt)
+        self._fleet.remember(receipt, rolled_back=True)
         return receipt
 
     def _check_layout(self, layout: DeclaredLayout | None) -> None:
@@ -521,6 +522,17 @@ class Bridge:
                 raise
         else:
             self._fleet.remember(receipt)
+
+    def miss(self, reason: str) -> None:
+        """Take no part in the broadcast that the other ranks make; called in its place on this rank.
+
+        Theirs raises ``RoundAborted``, and the servers keep their weights. Without it they would wait.
+
+        Args:
+            reason: why, for the other end's log.
+        """
+        self._begin()
+        self._fleet.refuse(reason)
 
     def send_heartbeat(self) -> None:
         """Send one heartbeat now. Heartbeats are sent by themselves; this one raises if the peer is gone.

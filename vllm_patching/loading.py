@@ -10,6 +10,7 @@ compared with what vLLM serves, bit by bit: the mapping proves itself before the
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import os
 import time
@@ -146,6 +147,8 @@ def before_processing(model: nn.Module, model_config: Any) -> None:
     if not loaded.traces:
         listing = "\n  ".join(f"{name}: {why}" for name, why in loaded.omitted.items())
         raise MappingError(f"no set of parameter names of {model_config.model} could be traced:\n  {listing}")
+    for name, kept in _aliases(model):  # what transformers does not know, or cannot build
+        loaded.tied.setdefault(name, kept)
     tensors = named_tensors(model)
     loaded.names = set(tensors)
     for trace in loaded.traces.values():
@@ -158,6 +161,12 @@ def before_processing(model: nn.Module, model_config: Any) -> None:
         time.perf_counter() - start,
         ", ".join(f"{len(t.writes)} writes by {n} names" for n, t in loaded.traces.items()),
     )
+
+
+def _aliases(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Names of vLLM's own that are one tensor, either way round."""
+    for live in tracing.live_tensors(model):
+        yield from itertools.permutations((live.name, *live.aliases), 2)
 
 
 def finish(model: nn.Module) -> Loaded:

@@ -67,17 +67,18 @@ def send(named: Named, bridge: Bridge, version: int | None = None) -> Receipt:
 
 def _snapshot(named: Named) -> dict[str, torch.Tensor]:
     kept: dict[str, torch.Tensor] = {}
-    objects: set[int] = set()
+    parameters: set[tuple[torch.device, int]] = set()  # by their memory: objects may be made anew around it
     fault: str = ""
     for name, tensor in named:
         if fault:
             continue  # other ranks may be in the source's next gather, which is collective
-        fault = _fault(name, tensor, name in kept, id(tensor) in objects)
+        where = (tensor.device, tensor.data_ptr()) if tensor is not None and tensor.numel() else None
+        fault = _fault(name, tensor, name in kept, where in parameters)
         if fault:
             kept.clear()
         elif isinstance(tensor, nn.Parameter):
             kept[name] = tensor
-            objects.add(id(tensor))
+            parameters |= {where} if where else set()
         else:
             kept[name] = tensor.detach().clone()
     if fault:
@@ -172,9 +173,14 @@ class BridgeTrainerWeightTransferEngine(TrainerWeightTransferEngine):
         Raises:
             MappingError: the weights do not fit the server's. Nothing was sent.
             TransferError: the round failed on the way. The old version is still served, whole.
+            Exception: the client's own, where it cannot tell the server. The other ranks' rounds fail then.
         """
         if self.is_sender:
-            self.client.start_weight_update()
+            try:
+                self.client.start_weight_update()
+            except BaseException as err:
+                self._miss(f"the server could not be told of it: {type(err).__name__}: {err}")
+                raise
         try:
             receipt = self._send()
         except BaseException:
@@ -194,6 +200,14 @@ class BridgeTrainerWeightTransferEngine(TrainerWeightTransferEngine):
         if self._module is not None:
             return self._bridge.broadcast_weights(self._module)
         return send(self.source, self._bridge)
+
+    def _miss(self, reason: str) -> None:
+        """Take no part in a round that the other ranks have begun, and let none of them wait for this one."""
+        if self._module is not None and self._bridge is not None:
+            self._bridge.miss(reason)
+            return
+        for _ in self.source:
+            pass
 
     def shutdown(self) -> None:
         """Leave in order; the server goes on serving."""

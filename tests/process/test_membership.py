@@ -116,10 +116,13 @@ def test_a_server_that_dies_comes_back_with_the_newest_version_from_its_peer(
 
     third = {**second, "norm": torch.ones_like(second["norm"])}
     with trainer(one, two, connect_timeout_s=START_S) as bridge:  # another one, which goes on from there
-        receipt = bridge.broadcast_single_param("norm", third["norm"])  # a part, over what the peer sent
-        assert (receipt.version, receipt.absent) == (3, {})
-        assert_serves(one, 3, third)
-        assert_serves(two, 3, third)
+        with pytest.raises(ConfigError, match=r"over the checkpoint, but the server at .* serves version 2"):
+            bridge.broadcast_single_param("norm", third["norm"])  # it need not hold what would stay
+        assert bridge.broadcast_weights(second).version == 3
+        receipt = bridge.broadcast_single_param("norm", third["norm"])
+        assert (receipt.version, receipt.absent) == (4, {})
+        assert_serves(one, 4, third)
+        assert_serves(two, 4, third)
 
 
 def test_without_peers_a_restarted_server_waits_for_the_trainer(start: Callable[..., Small]) -> None:

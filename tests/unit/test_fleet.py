@@ -473,11 +473,25 @@ def test_a_part_goes_only_where_the_last_version_is(servers: Servers) -> None:
 def test_a_part_that_one_cannot_take_is_refused_for_all(servers: Servers) -> None:
     servers.served["b"] = 4
     made = trainer()
-    with pytest.raises(
-        ConfigError, match=r"over version 4, but the server at /run/a serves version 0, the s"
-    ):
+    with pytest.raises(ConfigError, match=r"the checkpoint, but the server at /run/b serves version 4; c"):
         made.broadcast_single_param("bias", MODEL.bias)
     assert all(session.job is None for session in servers.sessions.values())
+
+
+def test_a_trainer_that_holds_another_version_lays_no_part_over_it(servers: Servers) -> None:
+    """One that was started again, whose weights are older; and one whose version was taken back."""
+    servers.served.update(a=40, b=40, c=40)
+    with pytest.raises(ConfigError, match="the server at /run/a serves version 40"):
+        trainer().broadcast_single_param("bias", MODEL.bias)
+    made = trainer()
+    made.broadcast_weights(MODEL)
+    made.broadcast_weights(MODEL)
+    made.broadcast_single_param("bias", MODEL.bias)
+    made.rollback()
+    with pytest.raises(ConfigError, match="the server at /run/b was rolled back to earlier weights"):
+        made.broadcast_single_param("bias", MODEL.bias)
+    made.broadcast_weights(MODEL)
+    assert made.broadcast_single_param("bias", MODEL.bias).servers == ("a", "b", "c")
 
 
 def test_all_come_back_to_one_version_or_none_does(servers: Servers) -> None:

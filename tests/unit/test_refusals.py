@@ -194,3 +194,15 @@ def test_views_of_weights_and_what_was_there_before_are_followed() -> None:
     record = loaded_once(model)
     model.made = model.weight.data.T  # as MLA's
     assert [home.name for home in loading.find_homes(record)] == ["weight"]
+
+
+def test_what_vllm_itself_ties_is_known_as_tied() -> None:
+    """Where transformers can't build the model, nobody else says that a second head is dropped."""
+    model = nn.Module()
+    model.embed, model.head = nn.Embedding(4, 2), nn.Linear(2, 4, bias=False)
+    assert list(loading._aliases(model)) == []
+    model.head.weight = model.embed.weight
+    assert set(loading._aliases(model)) == {
+        ("embed.weight", "head.weight"),
+        ("head.weight", "embed.weight"),
+    }

@@ -91,6 +91,12 @@ def test_wrappers_leave_no_trace_in_a_state_dict() -> None:
     assert len(collect(state.items(), mapping_of(Lm()), rank=0).tensors) == len(NAMES)
 
 
+def test_names_that_wrappers_alone_tell_apart_are_refused() -> None:
+    state = {"a.w": torch.ones(2), "a._orig_mod.w": torch.zeros(2)}
+    with pytest.raises(MappingError, match=r"one name without wrappers: a\.w; which is meant"):
+        collect(state, identity_mapping(("v", {"a.w": (2,)})), rank=0)
+
+
 def test_a_tied_head_needs_no_source_of_its_own() -> None:
     model = Lm(tie=True)
     shards = collect(model, mapping_of(model, without=("lm_head.weight",)), rank=0)

@@ -257,12 +257,15 @@ class Client:
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
+        self.error: Exception | None = None
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self.calls.append(("init", init_info))
 
     def start_weight_update(self) -> None:
         self.calls.append("start")
+        if self.error is not None:
+            raise self.error
 
     def update_weights(self, update_info: Any) -> None:
         self.calls.append(("update", update_info))
@@ -285,6 +288,9 @@ class Connection:
             raise self.error
         self.sent.append(weights)
         return RECEIPT
+
+    def miss(self, reason: str) -> None:
+        self.sent.append(reason)
 
     def close(self) -> None:
         self.sent.append("closed")
@@ -354,6 +360,25 @@ def test_a_round_that_fails_closes_the_update_and_raises(connection: Connection)
     assert client.calls[1:] == ["start", "finish"]
 
 
+def test_a_server_that_cannot_be_told_lets_no_other_rank_wait(connection: Connection) -> None:
+    engine, client = sender(ModuleSource(nn.Linear(2, 2)))
+    client.error = ConnectionError("refused")
+    with pytest.raises(ConnectionError):
+        engine.send_weights()
+    assert connection.sent == ["the server could not be told of it: ConnectionError: refused"]
+
+    class Counting(Pairs):
+        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+            connection.sent.append("gathered")
+            return super().__iter__()
+
+    engine, client = sender(Counting(nn.Linear(2, 2)))
+    client.error = ConnectionError("refused")
+    with pytest.raises(ConnectionError):
+        engine.send_weights()
+    assert connection.sent[1:] == ["gathered"], "which is collective"
+
+
 SHARED = nn.Parameter(torch.ones(1))
 
 
@@ -376,6 +401,10 @@ def test_memory_that_the_iterator_uses_again_is_copied(connection: Connection) -
         ([("a", torch.ones(1)), ("a", torch.ones(1))], "a: the source yields it twice"),
         (
             [("a", SHARED), ("b", SHARED)],
+            "b: the source yields a parameter that it has yielded under another",
+        ),
+        (
+            [("a", nn.Parameter(SHARED.data)), ("b", nn.Parameter(SHARED.data))],
             "b: the source yields a parameter that it has yielded under another",
         ),
     ],
