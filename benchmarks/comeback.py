@@ -1,0 +1,135 @@
+"""How long a server whose vLLM is killed in the middle of a round is away, and how long the others are held up.
+
+Two real servers on this host's CPU are fed by one trainer; each is the other's peer. In every repetition a round
+is begun, stands still in its middle on one of them, and there the engine core is killed. Measured, in seconds:
+
+* until the trainer has its receipt for the version on the survivor;
+* until the one that died serves that version, which it gets from its peer;
+* of that, its own start: from the new vLLM's first process to its answering ``/health``.
+
+    PYTHONPATH=tests python benchmarks/comeback.py --out benchmarks/results/comeback.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+from stall import machine
+from support.models import build_checkpoint
+from support.serving import Server, Trainers, serving_together, training, wait_until
+
+START_TIMEOUT_S = 600.0
+FLAGS = ["--dtype=float32"]
+
+
+def vllm_of(server: Server, *, since: float) -> psutil.Process | None:
+    """The API server that was started after ``since``, in seconds since the epoch."""
+    for pid in server.pids():
+        try:
+            process = psutil.Process(pid)
+            if process.create_time() > since and "vllm.entrypoints" in " ".join(process.cmdline()):
+                return process
+        except psutil.NoSuchProcess:
+            continue
+    return None
+
+
+def kill_in_a_round(trainers: Trainers, victim: Server, survivor: Server, seed: int) -> dict[str, float]:
+    """One repetition; both servers serve the same version before and after it."""
+    trainers.must("perturb", seed=seed)
+    pids = victim.status()["pids"]
+    os.kill(pids["updaters"][0], signal.SIGSTOP)
+    trainers.send("broadcast")
+    wait_until("a round in the middle", lambda: victim.status()["state"] == "round", timeout_s=60)
+    began, clock = time.monotonic(), time.time()
+    os.kill(pids["engines"][0], signal.SIGKILL)
+    (receipt,) = trainers.answers(timeout_s=60)
+    committed_s = time.monotonic() - began
+    made = receipt["version"]
+    assert receipt["servers"] == [str(survivor.logdir)], receipt
+    found: list[psutil.Process] = []
+
+    def started() -> bool:
+        found.extend(filter(None, [vllm_of(victim, since=clock)]))
+        return bool(found)
+
+    wait_until("the next vLLM", started, timeout_s=60, interval_s=0.05)
+    wait_until("it to answer", victim.api.healthy, timeout_s=START_TIMEOUT_S, interval_s=0.05)
+    start_s = time.time() - found[0].create_time()
+
+    def back() -> bool:
+        status = victim.status()
+        return status["state"] == "ready" and status["weight_version"] == made
+
+    wait_until(f"version {made} on it", back, timeout_s=60, interval_s=0.02)
+    back_s = time.monotonic() - began
+    return {
+        "survivor_committed_s": committed_s,
+        "back_s": back_s,
+        "own_start_s": start_s,
+        "beyond_own_start_s": back_s - start_s,
+    }
+
+
+def measure(repeats: int) -> list[dict[str, float]]:
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        model = build_checkpoint("qwen3", root / "model", dtype="float32", seed=0)
+        places = [str(root / "one"), str(root / "two")]
+        peers = f"--peers={os.pathsep.join(places)}"
+        options: dict[str, Any] = {
+            "flags": FLAGS,
+            "bridge_flags": [peers, f"--max-server-restarts={repeats}"],
+            "env": {"VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+        }
+        env = {"BRIDGE_LOGDIRS": os.pathsep.join(places), "BRIDGE_COMMIT": "available"}
+        with (
+            serving_together(*((model, Path(place), dict(options)) for place in places)) as (one, two),
+            training("plain", model, logdir=root, dtype="float32", env=env) as trainers,
+        ):
+            trainers.must("broadcast")
+            found = []
+            for repeat in range(repeats):
+                found.append(kill_in_a_round(trainers, one, two, repeat))
+                print(json.dumps(found[-1]), flush=True)
+            return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    found = measure(args.repeats)
+    document = {
+        "what": (__doc__ or "").splitlines()[0],
+        "command": ["benchmarks/comeback.py", *sys.argv[1:]],
+        "machine": machine(),
+        "load_average": [round(load, 2) for load in os.getloadavg()[:2]],
+        "summary": {
+            name: {
+                "median": round(statistics.median(one[name] for one in found), 3),
+                "worst": round(max(one[name] for one in found), 3),
+            }
+            for name in found[0]
+        },
+        "repetitions": found,
+    }
+    text = json.dumps(document, indent=1)
+    print(json.dumps(document["summary"], indent=1))
+    if args.out:
+        args.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
