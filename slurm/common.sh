@@ -124,21 +124,22 @@ away() {
 }
 
 # survive: after wait_for, whether the job goes on although that step of a server has ended: it is started again, or
-# others serve on. Not if it cannot work as configured, nor if the job is ending anyway.
+# others serve on. Not if it cannot work as configured, nor if all steps are being ended. Behind a warning nothing is
+# started again, and trainers go on without servers: they save at the end of their round.
 survive() {
     local index
-    ((code != EX_CONFIG && !warned && !urged)) || return 1
+    ((!urged && (code != EX_CONFIG || warned))) || return 1
     for index in "${!servers[@]}"; do
         [[ ${servers[index]} != "$ended" ]] || break
     done
-    if ((code != 0 && retries[index] < SERVER_RETRIES)); then
+    if ((code != 0 && !warned && retries[index] < SERVER_RETRIES)); then
         retries[index]=$((retries[index] + 1))
         say "server $index ended with $code; starting it again (${retries[index]} of $SERVER_RETRIES)"
         start_server "$index"
         return
     fi
     unset "servers[index]"
-    ((${#servers[@]})) || return 1
+    ((${#servers[@]} || (warned && trainer))) || return 1
     say "server $index ended with $code, and is given up; ${#servers[@]} serve on"
 }
 

@@ -14,13 +14,15 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = {
     "scancel": 'echo "scancel $1" >>calls; xargs -r kill "-${1#--signal=}" <steps 2>/dev/null; true',
     "scontrol": 'echo "scontrol $*" >>calls; exit "${REQUEUE_FAILS:-0}"',
-    # A server's step says that it runs, and where it serves; of server 0 the first so many fail.
+    # A server's step says that it runs, and where it serves; of server 0 the first so many fail. By USR1 it
+    # ends as one that cannot work.
     "srun": """
         for word; do [[ $word != */server.sh ]] || server=${@:i+2:1} logdir=${@:i+3:1}; i=$((i + 1)); done
         echo "srun $server" >>calls
         if ((server == 0)) && (($(grep -c 'srun 0' calls) <= FAIL)); then exit 9; fi
         mkdir -p "$logdir"; touch "$logdir/server.url"
-        trap 'rm "$logdir/server.url"; exit 0' TERM; echo $$ >>steps; while :; do sleep 0.1; done""",
+        trap 'rm "$logdir/server.url"; exit 0' TERM; trap 'exit 2' USR1; echo $$ >>steps
+        while :; do sleep 0.1; done""",
 }
 
 
@@ -142,6 +144,44 @@ def test_a_warned_job_is_requeued_so_often(tmp_path: Path, epoch: str, requeued:
 def test_a_warned_job_that_has_finished_is_done(tmp_path: Path) -> None:
     script = "bash -c 'sleep 0.3' & trainer=$!\nkill -USR2 $$\nwork"
     assert run(tmp_path, script, MAX_REQUEUES="2")[:2] == (0, [])
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+@pytest.mark.parametrize("end", ["KILL", "USR1"])
+def test_a_server_that_ends_after_the_warning_does_not_end_the_trainers(
+    tmp_path: Path, servers: int, end: str
+) -> None:
+    """They end at the boundary of their round, and save; nothing is started again."""
+    trainer = """
+        trap 'exit 1' TERM; echo $$ >>steps
+        until [[ -e $BRIDGE_STOP_FILE && -e gone ]]; do sleep 0.05; done
+        : >saved; exit 75"""
+    script = f"""
+        say() {{ echo "$*"; [[ $* != *"given up"* ]] || : >gone; }}
+        start_servers 0 {servers} ""
+        await_servers
+        start {quote(trainer)}; trainer=$pid
+        kill -USR2 $$
+        kill -{end} ${{servers[0]}}
+        work"""
+    found, calls, output = run(tmp_path, script, MODEL="m", FAIL="0")
+    assert (found, (tmp_path / "saved").exists()) == (75, True), output
+    assert calls.count("srun 0") == 1
+    assert f"is given up; {servers - 1} serve on" in output
+
+
+def test_servers_alone_that_all_end_after_the_warning_end_the_job(tmp_path: Path) -> None:
+    """Of two the other one serves on until it is asked to end."""
+    script = """
+        say() { echo "$*"; [[ $* != *"given up"* ]] || kill -KILL "${servers[1]}"; }
+        start_servers 0 2 ""
+        await_servers
+        kill -USR2 $$
+        kill -KILL "${servers[0]}"
+        while wait_for "${servers[@]}" && survive; do :; done
+        end_steps $EX_TEMPFAIL"""
+    found, calls, output = run(tmp_path, script, MODEL="m", FAIL="0")
+    assert (found, calls.count(TERM)) == (75, 0), output
 
 
 def test_who_does_not_look_at_the_file_is_ended_later(tmp_path: Path) -> None:
