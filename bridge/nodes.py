@@ -300,14 +300,25 @@ def free_port(job_id: int, offset: int = 0) -> int:
     bottom, top = _own_ports(*map(int, _EPHEMERAL.read_text().split()))
     for step in range(top - bottom):
         port = bottom + (job_id * PORTS_PER_JOB + offset + step * PORTS_PER_JOB) % (top - bottom)
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", port))
-            except OSError:
-                continue
+        if _is_free(port):
             return port
     raise RendezvousError(f"no port from {bottom} to {top} is free on {socket.gethostname()}")
+
+
+def _is_free(port: int) -> bool:
+    """Whether nobody has ``port`` at any address of this host, by IPv4 or IPv6.
+
+    Without SO_REUSEADDR: with it a port is free to us that vLLM has bound, and listens on minutes later.
+    """
+    both = socket.has_dualstack_ipv6()  # then one socket stands for either
+    with socket.socket(socket.AF_INET6 if both else socket.AF_INET) as probe:
+        if both:
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
 
 
 def _own_ports(low: int, high: int) -> tuple[int, int]:

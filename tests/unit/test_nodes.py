@@ -91,6 +91,19 @@ def test_jobs_and_servers_on_a_node_get_ports_of_their_own() -> None:
         assert nodes.free_port(1) != found[0]
 
 
+@pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::1")])
+def test_a_port_that_a_starting_server_has_bound_is_taken(family: socket.AddressFamily, host: str) -> None:
+    """vLLM binds with SO_REUSEADDR, and listens minutes later."""
+    if family == socket.AF_INET6 and not socket.has_dualstack_ipv6():
+        pytest.skip("this host has no IPv6")
+    port = nodes.free_port(7)
+    with socket.socket(family) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind((host, port))
+        assert nodes.free_port(7) != port
+    assert nodes.free_port(7) == port
+
+
 def test_the_own_address_is_the_one_on_the_way_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURMD_NODENAME", raising=False)
     loopback = ("127.0.0.1", "lo")
