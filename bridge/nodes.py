@@ -291,15 +291,17 @@ def _ask(command: Sequence[str], environ: Mapping[str, str]) -> str:
 def free_port(job_id: int, offset: int = 0) -> int:
     """A TCP port that is free on this host, not one of those that the kernel gives to connections.
 
-    Jobs that share a node begin to look at different places, so that two of them do not find the same one
-    before either has taken it; so do different offsets, up to ``PORTS_PER_JOB`` of them.
+    Jobs that share a node begin to look at different places, each in ``PORTS_PER_JOB`` of its own, so that
+    two of them do not find the same one before either has taken it. So do different offsets; large ones
+    repeat, but for 0, because a job's servers have nodes of their own.
 
     Raises:
         RendezvousError: all are taken.
     """
     bottom, top = _own_ports(*map(int, _EPHEMERAL.read_text().split()))
+    place = 1 + (offset - 1) % (PORTS_PER_JOB - 1) if offset else 0
     for step in range(top - bottom):
-        port = bottom + (job_id * PORTS_PER_JOB + offset + step * PORTS_PER_JOB) % (top - bottom)
+        port = bottom + ((job_id + step) * PORTS_PER_JOB + place) % (top - bottom)
         if _is_free(port):
             return port
     raise RendezvousError(f"no port from {bottom} to {top} is free on {socket.gethostname()}")

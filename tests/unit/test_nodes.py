@@ -91,6 +91,12 @@ def test_jobs_and_servers_on_a_node_get_ports_of_their_own() -> None:
         assert nodes.free_port(1) != found[0]
 
 
+def test_a_job_of_many_servers_keeps_to_its_own_ports() -> None:
+    ours, next_ones = ({nodes.free_port(job, offset) for offset in range(40)} for job in (5, 6))
+    assert not ours & next_ones
+    assert nodes.free_port(5, 0) not in {nodes.free_port(5, offset) for offset in range(1, 40)}
+
+
 @pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::1")])
 def test_a_port_that_a_starting_server_has_bound_is_taken(family: socket.AddressFamily, host: str) -> None:
     """vLLM binds with SO_REUSEADDR, and listens minutes later."""
