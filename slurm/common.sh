@@ -86,29 +86,44 @@ start_servers() {
 
 # start_server INDEX: one of them, or what takes its place.
 start_server() {
+    rm -f "${logdirs[$1]}/server.url" # of one that was killed: nobody answers there now
     "${step[@]}" "${server_step[@]}" --relative=$((server_first + $1 * NODES_PER_SERVER)) \
         "$REPO/slurm/server.sh" "$1" "${logdirs[$1]}" "$server_hosts" "$MODEL" "${vllm_flags[@]}" \
         "${own_trainer[@]}" &
     servers[$1]=$!
 }
 
-# await_servers: until each says where it answers. Ends the job if one ends before, or the time is over.
+# start_again: after wait_for, that step of a server, if it failed and may do better. Sets "index" to the server's.
+start_again() {
+    for index in "${!servers[@]}"; do
+        [[ ${servers[index]} != "$ended" ]] || break
+    done
+    ((code != 0 && code != EX_CONFIG && !warned && !urged && retries[index] < SERVER_RETRIES)) || return 1
+    retries[index]=$((retries[index] + 1))
+    say "server $index ended with $code; starting it again (${retries[index]} of $SERVER_RETRIES)"
+    start_server "$index"
+}
+
+# await_servers: until each says where it answers. One that ends before, perhaps since another job took its port, is
+# started again. Ends the job if that does not help, or the time is over.
 await_servers() {
-    local deadline=$((SECONDS + START_TIMEOUT)) missing
+    local deadline=$((SECONDS + START_TIMEOUT)) missing index
     while missing=$(away) && [[ -n $missing ]]; do
-        if all_live "${servers[@]}" && ((!warned)); then
+        if ((warned)); then
+            end_steps "$EX_TEMPFAIL"
+        elif all_live "${servers[@]}"; then
             if ((SECONDS > deadline)); then
                 say "not ready after $START_TIMEOUT s: $missing; is LOGROOT on a shared file system?"
                 end_steps "$EX_TEMPFAIL"
             fi
             sleep 1
-        elif ((warned)); then
-            end_steps "$EX_TEMPFAIL"
         else
             wait_for "${servers[@]}"
-            say "a server ended with $code before all were ready"
-            ((code != 0)) || code=$EX_TEMPFAIL
-            end_steps "$code"
+            if ! start_again; then
+                say "server $index ended with $code before all were ready"
+                ((code != 0)) || code=$EX_TEMPFAIL
+                end_steps "$code"
+            fi
         fi
     done
     say "serving at $(cat "${logdirs[@]/%//server.url}" | tr '\n' ' ')"
@@ -128,16 +143,8 @@ away() {
 # started again, and trainers go on without servers: they save at the end of their round.
 survive() {
     local index
+    ! start_again || return 0
     ((!urged && (code != EX_CONFIG || warned))) || return 1
-    for index in "${!servers[@]}"; do
-        [[ ${servers[index]} != "$ended" ]] || break
-    done
-    if ((code != 0 && !warned && retries[index] < SERVER_RETRIES)); then
-        retries[index]=$((retries[index] + 1))
-        say "server $index ended with $code; starting it again (${retries[index]} of $SERVER_RETRIES)"
-        start_server "$index"
-        return
-    fi
     unset "servers[index]"
     ((${#servers[@]} || (warned && trainer))) || return 1
     say "server $index ended with $code, and is given up; ${#servers[@]} serve on"

@@ -20,9 +20,9 @@ COMMANDS = {
         for word; do [[ $word != */server.sh ]] || server=${@:i+2:1} logdir=${@:i+3:1}; i=$((i + 1)); done
         echo "srun $server" >>calls
         if ((server == 0)) && (($(grep -c 'srun 0' calls) <= FAIL)); then exit 9; fi
-        mkdir -p "$logdir"; touch "$logdir/server.url"
-        trap 'rm "$logdir/server.url"; exit 0' TERM; trap 'exit 2' USR1; echo $$ >>steps
-        while :; do sleep 0.1; done""",
+        [[ ! -e $logdir/server.url ]] || echo "server.url of another" >>calls
+        mkdir -p "$logdir"; trap 'rm "$logdir/server.url"; exit 0' TERM; trap 'exit 2' USR1
+        echo $$ >>steps; touch "$logdir/server.url"; while :; do sleep 0.1; done""",
 }
 
 
@@ -95,6 +95,32 @@ def test_a_server_that_ends_is_started_again(tmp_path: Path, fail: int, starts: 
     assert (calls.count("srun 0"), calls.count("srun 1"), calls.count(TERM)) == (starts, 1, 1)
     assert "server 0 ended with 9; starting it again (1 of 2)" in output
     assert ("server 0 ended with 9, and is given up; 1 serve on" in output) == (fail == 9)
+
+
+@pytest.mark.parametrize(("fail", "code", "starts"), [(1, 0, 2), (9, 9, 3)])
+def test_a_server_that_ends_before_all_are_ready_is_started_again(
+    tmp_path: Path, fail: int, code: int, starts: int
+) -> None:
+    """Another job may have taken its port. So often; then the job has that server's code."""
+    script = 'start_servers 0 2 ""; await_servers; end_steps 0'
+    found, calls, output = run(tmp_path, script, MODEL="m", SERVER_RETRIES="2", FAIL=str(fail))
+    assert (found, calls.count("srun 0"), calls.count("srun 1")) == (code, starts, 1), output
+    assert "server 0 ended with 9; starting it again (1 of 2)" in output
+    assert ("serving at" in output) == (code == 0)
+    assert ("server 0 ended with 9 before all were ready" in output) == (code == 9)
+
+
+def test_one_that_was_killed_is_not_taken_for_ready_while_it_starts_again(tmp_path: Path) -> None:
+    script = """
+        start_servers 0 1 ""
+        await_servers
+        kill -KILL "${servers[0]}"
+        wait_for "${servers[0]}"
+        survive
+        await_servers
+        end_steps 0"""
+    found, calls, output = run(tmp_path, script, MODEL="m", FAIL="0")
+    assert (found, calls) == (0, ["srun 0", "srun 0", TERM]), output
 
 
 def test_the_last_server_that_is_given_up_ends_the_job(tmp_path: Path) -> None:
