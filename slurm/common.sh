@@ -158,19 +158,20 @@ set_versions() {
     export BRIDGE_VERSIONS_AFTER
 }
 
-# start_trainers ENDPOINT HOSTS [srun flag ...] -- PROGRAM [argument ...]: on the first nodes of the step, which are
-# HOSTS, separated by blanks. torchrun's agents meet at ENDPOINT, a port of the first.
+# start_trainers HOSTS [srun flag ...] -- PROGRAM [argument ...]: on the first nodes of the step, which are HOSTS,
+# separated by blanks. This script runs on the first of them, where torchrun's agents meet at a port that is free now.
 start_trainers() {
-    local endpoint=$1 flags=() nodes
-    export TRAINER_HOSTS=$2
+    local endpoint flags=() nodes
+    export TRAINER_HOSTS=$1
     nodes=$(wc -w <<<"$TRAINER_HOSTS")
-    shift 2
+    shift
     while [[ $1 != -- ]]; do
         flags+=("$1")
         shift
     done
     shift
     ((${#servers[@]} == 0)) || set_versions
+    endpoint=${TRAINER_HOSTS%% *}:$("$PYTHON" -m bridge.nodes port) || end_steps "$?"
     "${step[@]}" --kill-on-bad-exit=1 "${flags[@]}" --relative=0 --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 \
         "$REPO/slurm/trainer.sh" "$endpoint" "$@" &
     trainer=$!

@@ -3,11 +3,13 @@
 #
 #   trainer.sh ENDPOINT PROGRAM [argument ...]
 #
-# ENDPOINT is where torchrun's agents meet: HOST:PORT of the first of TRAINER_HOSTS.
+# ENDPOINT is where torchrun's agents meet: HOST:PORT of the first of TRAINER_HOSTS. If that is the only one it may be
+# "", and a port is looked for here, right before it is used.
 set -euo pipefail
 endpoint=$1
 shift
 read -ra hosts <<<"$TRAINER_HOSTS"
+[[ -n $endpoint ]] || endpoint=${hosts[0]}:$("$PYTHON" -m bridge.nodes port)
 
 found=$("$PYTHON" -m bridge.nodes address "${hosts[@]}")
 read -r address interface <<<"$found"

@@ -15,14 +15,25 @@ COMMANDS = {
     "scancel": 'echo "scancel $1" >>calls; xargs -r kill "-${1#--signal=}" <steps 2>/dev/null; true',
     "scontrol": 'echo "scontrol $*" >>calls; exit "${REQUEUE_FAILS:-0}"',
     # A server's step says that it runs, and where it serves; of server 0 the first so many fail. By USR1 it
-    # ends as one that cannot work.
+    # ends as one that cannot work. A trainer beside it comes once it is ready, and ends it.
     "srun": """
-        for word; do [[ $word != */server.sh ]] || server=${@:i+2:1} logdir=${@:i+3:1}; i=$((i + 1)); done
-        echo "srun $server" >>calls
+        for word; do
+            i=$((i + 1))
+            [[ $word != */server.sh ]] || server=${@:i+1:1} logdir=${@:i+2:1}
+            [[ $word != */trainer.sh ]] || trainer=("${@:i}")
+        done
+        echo "srun ${server-trainer}" >>calls
+        [[ -n $server ]] || exec "${trainer[@]}"
         if ((server == 0)) && (($(grep -c 'srun 0' calls) <= FAIL)); then exit 9; fi
         [[ ! -e $logdir/server.url ]] || echo "server.url of another" >>calls
         mkdir -p "$logdir"; trap 'rm "$logdir/server.url"; exit 0' TERM; trap 'exit 2' USR1
-        echo $$ >>steps; touch "$logdir/server.url"; while :; do sleep 0.1; done""",
+        echo $$ >>steps; touch "$logdir/server.url"
+        if ((${#trainer[@]})); then touch "$logdir/trainer.log"; "${trainer[@]}"; exit; fi
+        while :; do sleep 0.1; done""",
+    "python": """
+        echo "$*" >>calls
+        case $3 in hosts) printf '%s\\n' $HOSTS ;; port) echo 4711 ;; address) echo 10.0.0.1 eth0 ;; esac
+        [[ $2 != torch.* ]] || exit "${TRAINER_ENDS:-0}\"""",
 }
 
 
@@ -121,6 +132,36 @@ def test_one_that_was_killed_is_not_taken_for_ready_while_it_starts_again(tmp_pa
         end_steps 0"""
     found, calls, output = run(tmp_path, script, MODEL="m", FAIL="0")
     assert (found, calls) == (0, ["srun 0", "srun 0", TERM]), output
+
+
+BATCH = {
+    "one node": ("train_and_serve.sbatch", {"HOSTS": "n1", "SLURM_JOB_NUM_NODES": "1"}),
+    "two nodes": ("train_and_serve.sbatch", {"HOSTS": "n1 n2", "SLURM_JOB_NUM_NODES": "2"}),
+    "two components": (
+        "train_and_serve_het.sbatch",
+        {
+            "HOSTS": "n1", "SLURM_HET_SIZE": "2", "SLURM_JOB_NUM_NODES_HET_GROUP_1": "1",
+            "SLURM_JOB_NODELIST_HET_GROUP_0": "n1", "SLURM_JOB_NODELIST_HET_GROUP_1": "n2",
+        },
+    ),
+}  # fmt: skip
+
+
+def run_batch(tmp_path: Path, name: str, **env: str) -> tuple[int, list[str], str]:
+    script, variables = BATCH[name]
+    found = {"REPO": str(ROOT), "PYTHON": str(tmp_path / "python"), "SLURM_PROCID": "0", "MODEL": "m"}
+    return run(tmp_path, f"set -- train.py\nsource {ROOT}/slurm/{script}", **found, **variables, **env)
+
+
+@pytest.mark.parametrize("name", BATCH)
+def test_torchruns_port_is_looked_for_when_the_trainers_start(tmp_path: Path, name: str) -> None:
+    """Another job may take one that was found before the servers started."""
+    code, calls, output = run_batch(tmp_path, name, FAIL="0")
+    assert code == 0, output
+    first, *rest = [call for call in calls if call != "srun trainer"]
+    assert first.startswith("-m bridge.nodes hosts"), calls
+    assert rest[:3] == ["srun 0", "-m bridge.nodes port", "-m bridge.nodes address n1"], calls
+    assert "--rdzv-endpoint=n1:4711 " in rest[3], calls
 
 
 def test_the_last_server_that_is_given_up_ends_the_job(tmp_path: Path) -> None:
