@@ -164,6 +164,21 @@ def test_torchruns_port_is_looked_for_when_the_trainers_start(tmp_path: Path, na
     assert "--rdzv-endpoint=n1:4711 " in rest[3], calls
 
 
+@pytest.mark.parametrize(
+    ("fail", "ends", "code", "starts"),
+    [(1, 0, 0, 2), (9, 0, 9, 3), (0, 1, 1, 1)],
+    ids=["once", "ever", "not"],
+)
+def test_a_server_is_started_again_until_the_trainer_beside_it_has_started(
+    tmp_path: Path, fail: int, ends: int, code: int, starts: int
+) -> None:
+    """On a job's only node, where the server's launcher ends with the trainer's code."""
+    found, calls, output = run_batch(
+        tmp_path, "one node", FAIL=str(fail), TRAINER_ENDS=str(ends), SERVER_RETRIES="2"
+    )
+    assert (found, calls.count("srun 0")) == (code, starts), output
+
+
 def test_the_last_server_that_is_given_up_ends_the_job(tmp_path: Path) -> None:
     script = f'start_servers 0 1 ""; start {quote(SERVES)}; trainer=$pid; work'
     found, calls, output = run(tmp_path, script, MODEL="m", SERVER_RETRIES="1", FAIL="9")
