@@ -24,14 +24,6 @@ JOB_EPOCH=${SLURM_RESTART_COUNT:-0}
 # Of a job array, this task alone: the first one's id stands for all of them.
 job=$SLURM_JOB_ID
 [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-JOB_DIR=$LOGROOT/$SLURM_JOB_NAME-$SLURM_JOB_ID
-# A directory for each attempt: a requeued job can never meet the servers or trainers that it had before.
-ATTEMPT=$JOB_DIR/attempt-$JOB_EPOCH
-mkdir -p "$ATTEMPT"
-BRIDGE_STOP_FILE=$ATTEMPT/stop # asks the trainers to end (bridge.should_stop)
-export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
-export PYTHON TRAINERS_PER_NODE RENDEZVOUS_HOST START_TIMEOUT SHUTDOWN_TIMEOUT SERVE_FLAGS
-export JOB_EPOCH JOB_DIR BRIDGE_STOP_FILE BRIDGE_COMMIT BRIDGE_CONNECT_TIMEOUT_S
 
 say() { printf '%s %s: %s\n' "$(date +%T)" "${SLURM_JOB_NAME:-job}" "$*"; }
 
@@ -40,6 +32,17 @@ refuse() {
     say "$*"
     exit "$EX_CONFIG"
 }
+
+JOB_DIR=$LOGROOT/$SLURM_JOB_NAME-$SLURM_JOB_ID
+[[ $JOB_DIR != *:* ]] || refuse "the job's directory would be $JOB_DIR, but a ':' separates servers in BRIDGE_LOGDIRS;" \
+    "choose a LOGROOT and a --job-name without"
+# A directory for each attempt: a requeued job can never meet the servers or trainers that it had before.
+ATTEMPT=$JOB_DIR/attempt-$JOB_EPOCH
+mkdir -p "$ATTEMPT"
+BRIDGE_STOP_FILE=$ATTEMPT/stop # asks the trainers to end (bridge.should_stop)
+export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHON TRAINERS_PER_NODE RENDEZVOUS_HOST START_TIMEOUT SHUTDOWN_TIMEOUT SERVE_FLAGS
+export JOB_EPOCH JOB_DIR BRIDGE_STOP_FILE BRIDGE_COMMIT BRIDGE_CONNECT_TIMEOUT_S
 
 # --- steps --------------------------------------------------------------------------------------------------
 

@@ -295,6 +295,8 @@ def test_numbers_go_on_above_what_any_attempt_has_served(tmp_path: Path) -> None
         ({}, "MODEL is not set"),
         ({"MODEL": "m", "NODES_PER_SERVER": "2"}, "1 node(s) to serve cannot be divided"),
         ({"MODEL": "m", "NODES_PER_SERVER": "0"}, "servers of NODES_PER_SERVER=0 nodes"),
+        ({"MODEL": "m", "SLURM_JOB_NAME": "a:b"}, "logs/a:b-7, but a ':' separates servers"),
+        ({"MODEL": "m", "LOGROOT": "x:y"}, "would be x:y/job-7, but a ':' separates servers"),
     ],
 )
 def test_what_cannot_work_is_refused(tmp_path: Path, env: dict[str, str], why: str) -> None:
