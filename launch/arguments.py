@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bridge.errors import ConfigError, RendezvousError
+from bridge.errors import ConfigError, DeviceError, RendezvousError
 from launch.options import CHECKSUM, FLIP, LOG_LEVELS, PREFIX_CACHE, STAGING, TRANSPORTS, ServeOptions
 from launch.topology import find_place
 
@@ -19,6 +19,7 @@ EPILOG = f"""exit codes:
   1    vLLM ended before the server was ready, or another failure
   {ConfigError.exit_code}    the configuration cannot work; trying again will not help
   70   a defect of the bridge
+  {DeviceError.exit_code}   the CUDA driver refused a call; of a daemon, in the log, or the trainer's own
   {RendezvousError.exit_code}   a process was lost, or the sides did not meet in time; trying again may help
   128+n  signal n came before the trainer had finished, or before the server was ready
   With a trainer: the trainer's own exit code.

@@ -281,14 +281,15 @@ def test_every_state_is_in_a_table():
 def test_every_exception_and_exit_code_is_explained():
     (rows,) = tables(section("docs/operations.md", "## Errors"))
     defined = {
-        name
+        name: kind.exit_code
         for name, kind in vars(errors).items()
         if isinstance(kind, type) and issubclass(kind, errors.BridgeError)
     }
-    assert {row["exception"].strip("`") for row in rows} == defined
+    assert {row["exception"].strip("`") for row in rows} == set(defined)
     (codes,) = tables(section("docs/operations.md", "## Exit codes of `python -m bridge.launch`"))
     listed = set(re.findall(r"^  (\d+(?:\+n)?) ", arguments.EPILOG, re.MULTILINE))
     assert {row["code"].replace(" ", "") for row in codes} == listed
+    assert {str(code) for code in defined.values()} <= listed
 
 
 def test_every_variable_is_explained():
