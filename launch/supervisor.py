@@ -114,6 +114,7 @@ class Supervisor:
         self._look_at = 0.0  # when the daemon is asked next whether vLLM is whole
         self._broken_since: float | None = None  # since when it is not
         self._silent_since: float | None = None  # since when the daemon does not answer
+        self._answered = True  # whether it has, since it was started again
         self._why = ""  # what ended everything, for the trainer's message
 
     def run(self, on_ready: Callable[[], int] | None = None) -> int:
@@ -161,7 +162,7 @@ class Supervisor:
                     self._await_newest()
             if self._comeback is None and self._daemon_due is None:
                 self._daemon_restarts.forgive()
-                self._look()
+            self._look()
             trainer = self.children.get("trainer")
             if trainer is not None and not trainer.alive:
                 logger.info("%s: shutting down", trainer.describe())
@@ -312,20 +313,27 @@ class Supervisor:
             logger.info("the server has the newest version, %d", status["weight_version"])
 
     def _look(self) -> None:
-        """Now and then: whether the daemon answers, and whether vLLM is whole."""
+        """Now and then: whether the daemon answers, and whether vLLM is whole, once both are back."""
         now = time.monotonic()
         if now < self._look_at:
             return
         self._look_at = now + min(LOOK_S, self.limits.outlive_s / 2)
         status = probe.daemon_status(self.launch.run_dir)
         self._end_what_is_deaf(self.children["daemon"], now, deaf=status is None)
+        if self._comeback is not None or self._daemon_due is not None:
+            return
         if status is not None and self.launch.nnodes == 1:  # of several, the daemons end what is left
             self._end_what_outlives(self.children["vllm"], now, status)
 
     def _end_what_is_deaf(self, daemon: Child, now: float, *, deaf: bool) -> None:
-        """Kill a daemon that lives and has long answered nobody; ``_step`` sees it dead then."""
+        """Kill a daemon that lives and has long answered nobody; ``_step`` sees it dead then.
+
+        One that was started again has the start timeout until its first answer.
+        """
         if not deaf:
-            self._silent_since = None
+            self._silent_since, self._answered = None, True
+            return
+        if self._daemon_due is not None and not self._answered:
             return
         self._silent_since = self._silent_since or now
         if now - self._silent_since > self.limits.silent_s:
@@ -369,6 +377,7 @@ class Supervisor:
             restarts.limit,
         )
         self._start(self.launch.daemon)
+        self._silent_since, self._answered = None, False
         if self._ready:
             self._daemon_due = time.monotonic() + self.limits.start_timeout_s
 

@@ -224,6 +224,20 @@ def test_a_daemon_that_answers_nobody_is_replaced(launch):
     assert launched.wait_end() == 0, launched.text
 
 
+def test_a_daemon_that_answers_nobody_while_vllm_is_dead_is_replaced(launch):
+    """A dead vLLM is started again only when the daemon has let go of it, which a hung one never says."""
+    launched = launch("--server-restarts", "1")
+    roles = launched.wait_ready()
+    os.kill(roles["daemon"].pid, signal.SIGSTOP)
+    roles["vllm"].kill()
+    poll_until("vLLM to be back", lambda: "vLLM is back" in launched.text, timeout_s=2 * END_TIMEOUT_S)
+    assert "has not answered for 3 s; killing it" in launched.text
+    after = launched.see_tree()
+    assert {after[name].pid for name in roles}.isdisjoint(process.pid for process in roles.values())
+    launched.process.send_signal(signal.SIGTERM)
+    assert launched.wait_end() == 0, launched.text
+
+
 def test_trainer_starts_when_ready_and_gives_the_exit_code(launch):
     launched = launch("--trainer", "import sys; print('training'); sys.exit(7)")
     assert launched.process.wait(END_TIMEOUT_S) == 7, launched.text
