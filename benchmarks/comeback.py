@@ -1,7 +1,8 @@
-"""How long a server whose vLLM is killed in the middle of a round is away, and how long the others are held up.
+"""How long a server whose vLLM is killed in a round is away, and how long the others are held up.
 
-Two real servers on this host's CPU are fed by one trainer; each is the other's peer. In every repetition a round
-is begun, stands still in its middle on one of them, and there the engine core is killed. Measured, in seconds:
+Two real servers on this host's CPU are fed by one trainer; each is the other's peer. In every repetition a
+round is begun, stands still in its middle on one of them, and there the engine core is killed. Measured, in
+seconds:
 
 * until the trainer has its receipt for the version on the survivor;
 * until the one that died serves that version, which it gets from its peer;
@@ -106,7 +107,7 @@ def measure(repeats: int) -> list[dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser()
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
