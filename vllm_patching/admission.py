@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
@@ -26,42 +25,27 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.05
-TICKET_GRACE_S = 2.0
 BUCKET_BYTES = {False: 64 << 20, True: 256 << 20}  # on a GPU?
 
 T = TypeVar("T")
 
 
-def line(
-    store: rendezvous.Store,
-    name: str,
-    read: Callable[[int], T | None],
-    *,
-    stopping: threading.Event,
-    poll_s: float,
-) -> Iterator[T]:
-    """Those who draw tickets of the line ``name``, in order, until ``stopping``.
-
-    Whoever draws one and writes nothing is passed over after ``TICKET_GRACE_S``, a stranger at once.
+def line(name: str, read: Callable[[], T | None], *, stopping: threading.Event, poll_s: float) -> Iterator[T]:
+    """Those who ask in the queue ``name``, in order, until ``stopping``; strangers are passed over.
 
     Raises:
         RuntimeError: the store is gone.
     """
-    ticket, drawn_at = 1, 0.0
     while not stopping.wait(poll_s):
-        try:
-            asked = read(ticket)
-        except RendezvousRefused as err:
-            logger.warning("ignored a stranger in the line %r of the rendezvous: %s", name, err)
-        else:
-            if asked is not None:
-                yield asked
-            elif store.add(name, 0) < ticket:
-                continue  # nobody has drawn it
-            elif not drawn_at or time.monotonic() - drawn_at < TICKET_GRACE_S:
-                drawn_at = drawn_at or time.monotonic()
-                continue  # its owner may still be writing
-        ticket, drawn_at = ticket + 1, 0.0
+        while not stopping.is_set():
+            try:
+                asked = read()
+            except RendezvousRefused as err:
+                logger.warning("ignored a stranger in the line %r of the rendezvous: %s", name, err)
+                continue  # at once: many of them must not hold up who comes behind
+            if asked is None:
+                break
+            yield asked
 
 
 class Admission:
@@ -85,11 +69,11 @@ class Admission:
         here = self._daemon
         store, secret = here.store, here.secret
 
-        def read(ticket: int) -> rendezvous.Request | None:
-            return rendezvous.next_request(store, ticket, secret=secret)
+        def read() -> rendezvous.Request | None:
+            return rendezvous.next_request(store, secret=secret)
 
         try:
-            for request in line(store, rendezvous.TICKETS, read, stopping=self._stopping, poll_s=POLL_S):
+            for request in line(rendezvous.REQUESTS, read, stopping=self._stopping, poll_s=POLL_S):
                 here.events.put(Requested(request))
         except Exception as err:  # a daemon that admits nobody must not look ready
             logger.exception("the rendezvous broke")

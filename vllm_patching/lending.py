@@ -66,11 +66,11 @@ class Lending:
     def _look(self) -> None:
         store, secret = self._daemon.store, self._daemon.secret
 
-        def read(ticket: int) -> rendezvous.Loan | None:
-            return rendezvous.next_loan(store, ticket, secret=secret)
+        def read() -> rendezvous.Loan | None:
+            return rendezvous.next_loan(store, secret=secret)
 
         try:
-            for loan in line(store, rendezvous.LOANS, read, stopping=self._stopping, poll_s=POLL_S):
+            for loan in line(rendezvous.LOANS, read, stopping=self._stopping, poll_s=POLL_S):
                 self._daemon.events.put(Asked(loan))
         except RuntimeError:
             logger.exception("no more loans: the rendezvous broke")  # whoever admits trainers says so too

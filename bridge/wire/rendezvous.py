@@ -1,8 +1,11 @@
 """How trainers and daemons find and admit each other, and how their groups come to be.
 
-The daemon keeps a TCPStore open. A trainer's rank 0 draws a ticket and leaves a signed request; the daemon
+The daemon keeps a TCPStore open. A trainer's rank 0 puts a signed request into a queue there; the daemon
 answers with an epoch, or with a refusal that says why. The answer's epoch prefixes every later key, so no
 message of an earlier incarnation can be taken for a new one.
+
+Whoever reaches the port can give the store any command, and list its keys, so no name is a secret. Nothing
+here adds to a number in it: the store hangs up on whoever adds to a key that holds none.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 _EPOCHS_KEY = re.compile(r"e(\d{1,18})/.")
 GREETING_TIMEOUT_S = 5.0
-TICKETS, LOANS = "ticket", "loan"  # who stands in which line, counted from 1
+REQUESTS, LOANS = "request", "loan"  # queues, which no value under a key of the same name disturbs
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -235,8 +238,10 @@ def first_line(err: BaseException) -> str:
     return str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
 
 
-def ask(store: Store, request: Request | Loan, secret: str, *, timeout_s: float, line: str = TICKETS) -> None:
-    """Leave a request for the daemon (trainer rank 0, or another server's daemon), in one of its lines.
+def ask(
+    store: Store, request: Request | Loan, secret: str, *, timeout_s: float, line: str = REQUESTS
+) -> None:
+    """Leave a request for the daemon (trainer rank 0, or another server's daemon), in one of its queues.
 
     Raises:
         RendezvousError: the daemon died since its store was reached.
@@ -244,8 +249,7 @@ def ask(store: Store, request: Request | Loan, secret: str, *, timeout_s: float,
     sealed = seal(request, secret)
     try:
         store.set_timeout(timedelta(seconds=timeout_s))
-        ticket = store.add(line, 1)
-        store.set(f"{line}/{ticket}", sealed)  # type: ignore[arg-type]  # bytes too, the stub says str
+        store.queue_push(line, sealed)
     except (RuntimeError, dist.DistError) as err:
         raise RendezvousError(f"the daemon's store is gone: {first_line(err)}") from err
 
@@ -317,24 +321,27 @@ def await_offer(store: Store, session: str, secret: str, *, timeout_s: float) ->
     return unseal(data, secret, Offer)
 
 
-def next_loan(store: Store, ticket: int, *, secret: str) -> Loan | None:
-    """As ``next_request``, of the other line."""
-    return _next(store, LOANS, ticket, secret, Loan)
+def next_loan(store: Store, *, secret: str) -> Loan | None:
+    """As ``next_request``, of the other queue."""
+    return _next(store, LOANS, secret, Loan)
 
 
-def next_request(store: Store, ticket: int, *, secret: str) -> Request | None:
-    """The request with this ticket, or None if nobody came yet; does not wait.
+def next_request(store: Store, *, secret: str) -> Request | None:
+    """Take the oldest request, or None if there is none; does not wait.
 
     Raises:
         RendezvousRefused: the request was not signed with our secret.
     """
-    return _next(store, TICKETS, ticket, secret, Request)
+    return _next(store, REQUESTS, secret, Request)
 
 
-def _next(store: Store, line: str, ticket: int, secret: str, kind: type[T]) -> T | None:
-    if not store.check([f"{line}/{ticket}"]):
+def _next(store: Store, line: str, secret: str, kind: type[T]) -> T | None:
+    if not store.queue_len(line):
         return None
-    data = bytes(store.get(f"{line}/{ticket}"))
+    try:
+        data = bytes(store.queue_pop(line, block=False))
+    except dist.QueueEmptyError:
+        return None  # a stranger was faster; whoever asked meets a deadline of its own
     if len(data) > MAX_REQUEST_BYTES:
         raise RendezvousRefused(
             f"a request of {len(data)} bytes is none; one has {MAX_REQUEST_BYTES} at most"

@@ -89,10 +89,10 @@ def _signed(body: bytes, secret: str) -> bytes:
     return msgspec.msgpack.encode({"body": body, "mac": hmac.digest(secret.encode(), body, hashlib.sha256)})
 
 
-def _ticket(data: bytes) -> Any:
+def _asked(data: bytes) -> Any:
     store = dist.HashStore()
-    store.set("ticket/1", data)  # type: ignore[arg-type]
-    return rendezvous.next_request(store, 1, secret=SECRET)
+    store.queue_push(rendezvous.REQUESTS, data)  # type: ignore[arg-type]
+    return rendezvous.next_request(store, secret=SECRET)
 
 
 def _meeting(key: str, body: bytes) -> Meeting:
@@ -290,8 +290,8 @@ PARSERS: dict[str, Parser] = {
         _layout_file,
         (msgspec.json.encode(param_mappings.TrainerLayout(model="m", param_mappings={})),),
     ),
-    "admission request": Parser(_ticket, (rendezvous.seal(REQUEST, SECRET),)),
-    "signed request": Parser(lambda data: _ticket(_signed(data, SECRET)), (msgspec.msgpack.encode(REQUEST),)),
+    "admission request": Parser(_asked, (rendezvous.seal(REQUEST, SECRET),)),
+    "signed request": Parser(lambda data: _asked(_signed(data, SECRET)), (msgspec.msgpack.encode(REQUEST),)),
     "signed answer": Parser(
         lambda data: rendezvous.unseal(_signed(data, SECRET), SECRET, Answer),
         (msgspec.msgpack.encode(Answer(session="ab")),),

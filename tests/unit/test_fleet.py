@@ -591,8 +591,8 @@ def test_who_gives_up_waiting_takes_its_request_back(
     monkeypatch.setattr(joining, "RETRY_S", 0.1)
     with pytest.raises(RendezvousError, match=r"waited .* for the daemon's answer"):
         joining.ask_admission(config, Ranks(), patient=patient)
-    assert patient or store.add("ticket", 0) == 1
-    request = rendezvous.next_request(store, 1, secret="s")
+    assert patient or store.queue_len(rendezvous.REQUESTS) == 1
+    request = rendezvous.next_request(store, secret="s")
     assert request is not None
     assert rendezvous.is_withdrawn(store, request)
     other = msgspec.structs.replace(request, session="0" * 32)
@@ -622,7 +622,7 @@ def test_a_store_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatc
 
 def test_what_earlier_epochs_said_is_let_go_of() -> None:
     store = rendezvous.serve_store("127.0.0.1", 0)
-    kept = {"e12/layout/x", "e3/control/0", "ticket/1", "e", "e2", "ex/1", f"e{'9' * 5000}/x"}
+    kept = {"e12/layout/x", "e3/control/0", "answer/1", "e", "e2", "ex/1", f"e{'9' * 5000}/x"}
     gone = {"e1/layout/x", "e2/nccl/0-0/0"}
     for key in kept | gone:
         store.set(key, "x")

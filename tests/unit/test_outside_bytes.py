@@ -13,6 +13,7 @@ import socket
 import struct
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
@@ -48,8 +49,10 @@ from bridge.wire.delta_transport import DeltaSink
 from bridge.wire.device_transport import DevicePullSink
 from bridge.wire.meeting import Meeting, Round
 from tests.support.parsers import DOCUMENT, LAYOUT, PARSERS, REQUEST, SECRET, Parser, feed, hello
+from vllm_patching import admission
 from vllm_patching.channel import MAX_FDS, MAX_MESSAGE_BYTES, Channel, ChannelClosed
 from vllm_patching.crew import Crew, Report
+from vllm_patching.events import Requested
 from vllm_patching.frontdesk import FrontDesk
 from vllm_patching.registry import Registry
 
@@ -330,18 +333,55 @@ def test_a_store_outlives_what_strangers_write_to_its_port() -> None:
             stranger.shutdown(socket.SHUT_WR)
             stranger.settimeout(0.3)
             stranger.recv(64)
+    stranger = rendezvous.reach_store("127.0.0.1", store.port, timeout_s=5)
+    lines = ("ticket", rendezvous.REQUESTS, rendezvous.LOANS)  # the first as earlier releases had it
+    for key in lines:  # a store hangs up on whoever adds to what is no number
+        stranger.set(key, b"abc")  # type: ignore[arg-type]
+        assert stranger.check([key])
+        assert_still_heard(store)
+        stranger.delete_key(key)
+        stranger.add(key, 10**12)
+        assert_still_heard(store)
+        stranger.delete_key(key)
+    for data in (b"", b"abc", b"\x82\xa4body\xa1\xff" * 9, b"x" * (1 << 20)):
+        for key in lines:
+            stranger.queue_push(key, data)  # type: ignore[arg-type]
+    assert_still_heard(store)
+    for key in stranger.list_keys():
+        stranger.delete_key(key)
+    assert_still_heard(store)
+
+
+def assert_still_heard(store: rendezvous.Store) -> None:
+    """A daemon's admission hears of a trainer that asks now, and of nothing else."""
+    daemon: Any = SimpleNamespace(store=store, secret=SECRET, events=SimpleQueue())
+    door = admission.Admission(daemon)
+    door.watch()
     client = rendezvous.reach_store("127.0.0.1", store.port, timeout_s=5)
     rendezvous.ask(client, REQUEST, SECRET, timeout_s=5)
-    assert rendezvous.next_request(store, 1, secret=SECRET) == REQUEST
+    try:
+        assert daemon.events.get(timeout=5) == Requested(REQUEST)
+    finally:
+        door.close()
+    assert daemon.events.empty()
 
 
 def test_a_stranger_at_the_store_does_not_hold_up_whoever_comes_next() -> None:
     store = rendezvous.serve_store("127.0.0.1", 0)
-    store.set("ticket/1", b"\x82\xa4body\xa1\xff" * 9)  # type: ignore[arg-type]
-    store.set("ticket/2", b"x" * (1 << 20))  # type: ignore[arg-type]
-    for ticket in (1, 2):
-        with pytest.raises(rendezvous.RendezvousRefused):
-            rendezvous.next_request(store, ticket, secret=SECRET)
+    stopping = threading.Event()
+    for _ in range(500):
+        store.queue_push(rendezvous.LOANS, b"x")  # type: ignore[arg-type]
+    loan = rendezvous.Loan(session="ab", borrower="/logs", start=True)
+    rendezvous.ask(store, loan, SECRET, timeout_s=5, line=rendezvous.LOANS)
+    heard = admission.line(
+        rendezvous.LOANS,
+        lambda: rendezvous.next_loan(store, secret=SECRET),
+        stopping=stopping,
+        poll_s=0.05,
+    )
+    began = time.monotonic()
+    assert next(heard) == loan
+    assert time.monotonic() - began < 5, "each of them took a turn"
 
 
 # --- the node's socket --------------------------------------------------------------------------------------
