@@ -25,7 +25,7 @@ SERVER_DECIDES = {
     "prefix_cache": "--prefix-cache",
 }
 _PATHS = ("config_path", "logdir", "update_dir")
-_TIMEOUTS = ("connect_timeout_s", "commit_timeout_s", "stage_timeout_s")
+_TIMEOUTS = ("connect_timeout_s", "commit_timeout_s", "stage_timeout_s", "ranks_timeout_s")
 
 
 class _Constructor(msgspec.StructMeta):
@@ -103,6 +103,9 @@ class BridgeConfig(
     # Seconds a round may take beyond the time for its bytes: an engine in a long prefill reaches its next
     # batch boundary late. The same as the server's own.
     commit_timeout_s: float = 120.0
+    # Seconds that a trainer rank waits for the others to come to the same call. Generous: one may still
+    # write a checkpoint, or compile, while the others are there already.
+    ranks_timeout_s: float = 600.0
     # Where notify_update writes its files; the server must see it and allow it. None: "updates" beside the
     # mapping, which is what the server allows by default.
     update_dir: str | None = None

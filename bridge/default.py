@@ -108,12 +108,14 @@ def should_stop() -> bool:
     """Whether this job has been asked to end; every trainer rank calls it, between two rounds.
 
     Asked by the file ``BRIDGE_STOP_FILE``, which batch scripts make ahead of the time limit. All ranks get
-    the same answer, over the default process group: what one of them sees, the others may see later.
+    the same answer, over the trainer's process group: what one of them sees, the others may see later.
 
     Raises:
         TopologyError: a launcher started several processes, but they have not met.
+        PeerLost: another rank is gone, or has not called this within ``BRIDGE_RANKS_TIMEOUT_S``.
     """
-    return any_rank(environment.stop_requested(), environment.ranks())
+    timeout_s = environment.bridge_config().ranks_timeout_s
+    return any_rank(environment.stop_requested(), environment.ranks(), timeout_s=timeout_s)
 
 
 def close() -> None:

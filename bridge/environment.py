@@ -40,6 +40,7 @@ VARIABLES: dict[str, tuple[str, ...]] = {
     "stage_timeout_s": ("BRIDGE_STAGE_TIMEOUT_S",),
     "connect_timeout_s": ("BRIDGE_CONNECT_TIMEOUT_S",),
     "commit_timeout_s": ("BRIDGE_COMMIT_TIMEOUT_S",),
+    "ranks_timeout_s": ("BRIDGE_RANKS_TIMEOUT_S",),
     "update_dir": ("BRIDGE_UPDATE_DIR",),
     "http_url": ("BRIDGE_HTTP_URL",),
     "api_key": ("BRIDGE_API_KEY", "VLLM_API_KEY"),

@@ -5,7 +5,7 @@ differ and all of them take the bytes at the same time. Here is what several nee
 in a round, the one decision to commit (``protocol.ballot``), and one outcome for the caller.
 
 Trainer rank 0 decides. The others learn it server by server, as DONE or ABORT of that server's epoch, so that
-all ranks tell the same of a round. Before each round the ranks agree over the trainer's own default group on
+all ranks tell the same of a round. Before each round the ranks agree, in a group of their own, on
 whom to meet anew.
 """
 
@@ -25,9 +25,9 @@ from bridge.config import BridgeConfig
 from bridge.environment import Ranks
 from bridge.errors import BridgeError, ConfigError, RendezvousError, RendezvousRefused, RoundAborted
 from bridge.job import Encoding, Job, Outcome, Receipt
-from bridge.joining import RETRY_S, highest, on_any_rank
+from bridge.joining import RETRY_S, RankMissing, highest
 from bridge.protocol.ballot import GIVEN_UP, Ballot, Policy, Verdict
-from bridge.rounds import Session
+from bridge.rounds import Session, write_flight
 from bridge.sharding import LocalShards, current_gpu
 
 logger = logging.getLogger(__name__)
@@ -98,6 +98,7 @@ class Fleet:
         self._policy = config.commit
         self._stage_timeout_s = config.stage_timeout_s
         self._connect_timeout_s = config.connect_timeout_s
+        self._ranks_timeout_s = config.ranks_timeout_s
         self._own_ranks = own_ranks
         self._absent: dict[str, str] = {}
         # The highest number that a server may serve by us, as ranks agreed or rank 0 decided.
@@ -133,16 +134,22 @@ class Fleet:
 
         Raises:
             BridgeError: a server cannot be met, and the policy is "all", or it is the last.
+            PeerLost: another trainer rank did not come.
         """
-        if self.several:
-            return self._meet(device)
+        try:
+            return self._meet(device) if self.several else [self._meet_only(device)]
+        except RankMissing as err:
+            write_flight(self.servers[0].config, str(err))
+            raise
+
+    def _meet_only(self, device: torch.device | None) -> Server:
         (server,) = self.servers
         over = server.is_over(device)
         if self.agrees:
             (over,) = self._agree(refusing=False, over=[over])
         if over:
             server.open(self._own_ranks(), device)
-        return [server]
+        return server
 
     def refuse(self, reason: str) -> None:
         """This rank cannot take part in a round that the others begin: let nobody wait for it."""
@@ -153,13 +160,26 @@ class Fleet:
 
     def _agree(self, *, refusing: bool, over: Sequence[bool]) -> list[bool]:
         newest = max([self._newest, self.version, *self._made])
-        refused, self._newest, *anew = highest([int(refusing), newest, *map(int, over)], self._own_ranks())
+        refused, self._newest, *anew = self._highest([int(refusing), newest, *map(int, over)])
         if refused and not refusing:
             raise RoundAborted(
                 "another trainer rank cannot take part in this round, and its error says why; every server "
                 "keeps its weights"
             )
         return list(map(bool, anew))
+
+    def _highest(self, values: Sequence[int]) -> list[int]:
+        """As ``joining.highest``; meanwhile every server's daemon is told what this rank waits for."""
+        self._say("its own ranks to come to the next broadcast")
+        try:
+            return highest(values, self._own_ranks(), timeout_s=self._ranks_timeout_s)
+        finally:
+            self._say("")
+
+    def _say(self, waits_for: str) -> None:
+        for server in self.servers:
+            if server.met:
+                server.session.waits_for = waits_for
 
     def _meet(self, device: torch.device | None) -> list[Server]:
         ranks = self._own_ranks()
@@ -173,7 +193,7 @@ class Fleet:
                 break
             # All of them are away: without one there is no round, so the first that comes is waited for.
             hope = any(_may_come(err) for err in faults.values()) and time.monotonic() < deadline
-            if not on_any_rank([hope], ranks)[0]:
+            if not self._highest([int(hope)])[0]:
                 break
             threading.Event().wait(RETRY_S)
         self._check_absent(faults)
@@ -189,10 +209,12 @@ class Fleet:
             try:
                 # One that was not there lately must not hold up every round of the others.
                 server.open(ranks, device, patient=self._policy == "all" or not server.tried)
+            except RankMissing:
+                raise  # the other servers would be met in vain, each after the same wait
             except BridgeError as err:
                 faults[server.name] = err
         if over:
-            lost = on_any_rank([server.name in faults for server in over], ranks)
+            lost = self._highest([int(server.name in faults) for server in over])
             for server in (s for s, flag in zip(over, lost, strict=True) if flag):
                 server.close()
                 faults.setdefault(server.name, RendezvousError("another trainer rank could not join it"))

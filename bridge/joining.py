@@ -6,15 +6,17 @@ import logging
 import os
 import secrets
 import socket
+import struct
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from bridge import flight
 from bridge.config import BridgeConfig
 from bridge.environment import Ranks
 from bridge.errors import (
@@ -37,6 +39,12 @@ logger = logging.getLogger(__name__)
 RETRY_S = 0.5
 _beside: tuple[object, dist.ProcessGroup] | None = None  # the default group, and ours of the same ranks
 IMPATIENT_S = 5.0
+RANKS_TAG = 9
+SESSION = ">4I"  # 16 bytes, as numbers that ``highest`` can carry
+
+
+class RankMissing(PeerLost):
+    """A rank of the trainer's own, without which no server can be met."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,7 @@ def ask_admission(
     Raises:
         MappingError: the mapping is missing or damaged, or was exported without a rendezvous.
         RendezvousError: the daemon cannot be reached in time, or refuses.
+        RankMissing: another trainer rank did not come.
     """
     timeout_s = config.connect_timeout_s if patient else min(IMPATIENT_S, config.connect_timeout_s)
     session = ""
@@ -83,7 +92,8 @@ def ask_admission(
             )
         except Exception as err:  # noqa: BLE001 - raised below; until then the other ranks wait for us
             failure = err
-    session = _agree(session, ranks)
+    # The others wait for all the steps of a try: connecting, a greeting of two, asking, the answer.
+    session = _agree(session, ranks, timeout_s=config.ranks_timeout_s + 5 * timeout_s)
     if failure is not None:
         raise failure
     if not session:
@@ -153,66 +163,99 @@ def _ask(
         raise
 
 
-def _agree(session: str, ranks: Ranks) -> str:
-    """Give every trainer rank rank 0's session id; "" is a failure."""
-    if ranks.world_size == 1:
-        return session
-    data = bytes.fromhex(session).ljust(16, b"\0")
-    wire = torch.tensor(list(data), dtype=torch.uint8)
-    with _together(ranks):
-        dist.broadcast(wire, src=0, group=_host_group())
-    agreed = bytes(wire.tolist())
-    return agreed.hex() if any(agreed) else ""
+def _agree(session: str, ranks: Ranks, *, timeout_s: float) -> str:
+    """Give every trainer rank rank 0's session id; "" is a failure. The others pass ""."""
+    words = struct.unpack(SESSION, bytes.fromhex(session).ljust(16, b"\0"))
+    agreed = highest(words, ranks, timeout_s=timeout_s)
+    return struct.pack(SESSION, *agreed).hex() if any(agreed) else ""
 
 
-def any_rank(flag: bool, ranks: Ranks) -> bool:
-    """Whether ``flag`` is set on any trainer rank."""
-    return on_any_rank([flag], ranks)[0]
+def any_rank(flag: bool, ranks: Ranks, *, timeout_s: float) -> bool:
+    """Whether ``flag`` is set on any trainer rank; raises as ``highest`` does."""
+    return bool(highest([int(flag)], ranks, timeout_s=timeout_s)[0])
 
 
-def on_any_rank(flags: Sequence[bool], ranks: Ranks) -> list[bool]:
-    """Which of the ``flags`` are set on any trainer rank."""
-    return list(map(bool, highest(list(map(int, flags)), ranks)))
-
-
-def highest(values: Sequence[int], ranks: Ranks) -> list[int]:
+def highest(values: Sequence[int], ranks: Ranks, *, timeout_s: float) -> list[int]:
     """The highest of each of the ``values`` on any trainer rank; every rank calls it.
 
+    Rank 0 collects them and answers, for only who waits for each rank by itself knows which did not come.
+
     Raises:
-        PeerLost: a rank is gone, or has not called it within the group's own timeout.
+        RankMissing: a rank is gone, or has not called it within ``timeout_s``; rank 0's error names it. The
+            next call begins anew, on all ranks alike.
     """
+    global _beside
     if ranks.world_size == 1:
         return list(values)
-    wire = torch.tensor(values, dtype=torch.int64)
-    with _together(ranks):
-        dist.all_reduce(wire, op=dist.ReduceOp.MAX, group=_host_group())
-    return [int(value) for value in wire.tolist()]
-
-
-@contextmanager
-def _together(ranks: Ranks) -> Iterator[None]:
-    """Around a collective of the trainer's ranks: what torch says of a lost one, as an error of ours."""
+    flight.note("waits", what="the trainer's own ranks", rank=ranks.rank, ranks=ranks.world_size)
+    missing: list[int] = []
     try:
-        yield
+        group = _own_group(timeout_s)
+        if ranks.rank == 0:
+            return _collect(group, values, ranks.world_size, timeout_s, missing)
+        return _hand_in(group, values, timeout_s)
     except RuntimeError as err:
-        raise PeerLost(
+        _beside = None  # a Gloo group in which one wait has failed is of no use to anybody
+        who = (
+            f"trainer rank(s) {missing} did not come"
+            if missing
+            else "rank 0 did not answer: it, or a rank that its own error names, did not come"
+        )
+        raise RankMissing(
             f"the {ranks.world_size} trainer ranks could not agree on the next round (rank {ranks.rank} on "
-            f"{socket.gethostname()}); another rank is gone, or did not call: {rendezvous.first_line(err)}"
+            f"{socket.gethostname()}, pid {os.getpid()}): {who} within {timeout_s:g} s, or is gone. See what "
+            "that rank does; raise BRIDGE_RANKS_TIMEOUT_S if it only comes late "
+            f"({rendezvous.first_line(err)})"
         ) from err
 
 
-def _host_group() -> dist.ProcessGroup | None:
-    """All trainer ranks, by host memory: what they agree on must not wait for work that a GPU has queued.
+def _collect(
+    group: dist.ProcessGroup, values: Sequence[int], world_size: int, timeout_s: float, missing: list[int]
+) -> list[int]:
+    """Rank 0's part of ``highest``; puts into ``missing`` who did not come."""
+    deadline = time.monotonic() + timeout_s
+    agreed = torch.tensor(values, dtype=torch.int64)
+    theirs = {rank: torch.empty_like(agreed) for rank in range(1, world_size)}
+    coming = {rank: group.recv([wire], rank, RANKS_TAG) for rank, wire in theirs.items()}
+    lost: RuntimeError | None = None
+    for rank, work in coming.items():
+        try:
+            # Never 0, which would be no limit at all. Behind the first that is late this tells who has come.
+            work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
+        except RuntimeError as err:
+            missing.append(rank)
+            lost = lost or err
+            if time.monotonic() < deadline:
+                break  # this one is gone, and whoever is only late is not waited for
+    if lost is not None:
+        raise lost
+    for wire in theirs.values():
+        torch.maximum(agreed, wire, out=agreed)
+    for answer in [group.send([agreed], rank, RANKS_TAG) for rank in theirs]:
+        answer.wait(timedelta(seconds=timeout_s))
+    return [int(value) for value in agreed.tolist()]
 
-    None, the default group, where that can do it; else a Gloo group beside it, made by the first call.
+
+def _hand_in(group: dist.ProcessGroup, values: Sequence[int], timeout_s: float) -> list[int]:
+    """Any other rank's part of ``highest``."""
+    wire = torch.tensor(values, dtype=torch.int64)
+    agreed = torch.empty_like(wire)
+    answer = group.recv([agreed], 0, RANKS_TAG)
+    group.send([wire], 0, RANKS_TAG).wait(timedelta(seconds=timeout_s))
+    answer.wait(timedelta(seconds=timeout_s))
+    return [int(value) for value in agreed.tolist()]
+
+
+def _own_group(timeout_s: float) -> dist.ProcessGroup:
+    """All trainer ranks, by host memory, in a group of ours that the first call makes.
+
+    What they agree on must not wait for work that a GPU has queued, nor for as long as the trainer's own
+    group would; and a wait that failed must not break that group.
     """
     global _beside
-    backend = str(dist.get_backend())
-    if "gloo" in backend or "cpu" in backend:
-        return None
     world = dist.group.WORLD
     if _beside is None or _beside[0] is not world:
-        _beside = (world, dist.new_group(backend="gloo"))
+        _beside = (world, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)))
     return _beside[1]
 
 

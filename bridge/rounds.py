@@ -77,6 +77,14 @@ class _GiveUp:
 _Inbox = queue.Queue[Job | tuple[int, Event] | _Stop | _Commit | _GiveUp]
 
 
+def write_flight(config: BridgeConfig, why: str) -> None:
+    """Write this process's flight record to the log directory of the server that ``config`` names."""
+    if config.logdir is not None:
+        flight.write(why, config.logdir)
+    elif config.config_path is not None:
+        flight.write(why, Path(config.config_path).parent)
+
+
 class Session:
     """One epoch, seen from one trainer rank. Made by ``open``; ``closed`` says why it is over."""
 
@@ -217,6 +225,15 @@ class Session:
         )
         self.closed = reason
 
+    @property
+    def waits_for(self) -> str:
+        """What this rank waits for while no round is under way: every heartbeat says it, and ``status``."""
+        return self._control.doing
+
+    @waits_for.setter
+    def waits_for(self, what: str) -> None:
+        self._control.doing = what
+
     def beat(self) -> None:
         """Send a heartbeat now.
 
@@ -322,7 +339,7 @@ class Session:
             )
             self.closed = str(error)
             logger.error("version %d failed: %s", job.version, error)
-            self._write_flight(f"version {job.version} failed: {error}")
+            write_flight(self.config, f"version {job.version} failed: {error}")
             job.finish(None, error)
         except (torch.OutOfMemoryError, torch.AcceleratorError) as err:
             logger.exception("version %d: the GPU failed", job.version)
@@ -331,18 +348,12 @@ class Session:
             job.finish(None, DeviceError(f"{reason}; the server keeps its weights"))
         except Exception as err:  # the thread's edge: the caller gets it, typed
             logger.exception("version %d: a defect of the bridge", job.version)
-            self._write_flight(f"version {job.version}: {type(err).__name__}: {err}")
+            write_flight(self.config, f"version {job.version}: {type(err).__name__}: {err}")
             self.refuse_round(f"{type(err).__name__}: {err}")
             job.finish(None, ProtocolError(f"version {job.version}: {type(err).__name__}: {err}"))
         else:
             self.version, self.outdated = job.version, False
             job.finish(receipt, None)
-
-    def _write_flight(self, why: str) -> None:
-        if self.config.logdir is not None:
-            flight.write(why, self.config.logdir)
-        elif self.config.config_path is not None:
-            flight.write(why, Path(self.config.config_path).parent)
 
     def _check_carries_changes(self) -> None:
         """Every rank looks at all of them, so that all refuse alike, before anything has begun."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ from bridge.environment import Ranks
 from bridge.errors import MappingError, PeerLost, RoundAborted
 from bridge.fleet import Fleet
 from bridge.guard import Guarded, StepGuard
-from bridge.joining import any_rank
+from bridge.joining import any_rank, highest
 from bridge.names import canonical_names
 from bridge.param_mappings import export_param_mappings, load_param_mappings
 from bridge.parts import Round, collect_single
@@ -358,16 +359,19 @@ def handed_over(path: Path) -> None:
 def one_knows_that_the_epoch_is_over(path: Path) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     ranks = Ranks(rank=rank, world_size=world_size)
-    assert any_rank(rank == 1, ranks)
-    assert not any_rank(False, ranks)
+    assert any_rank(rank == 1, ranks, timeout_s=20)
+    assert not any_rank(False, ranks, timeout_s=20)
+    assert highest([rank, 7 - rank, 1 << 40], ranks, timeout_s=20) == [world_size - 1, 7, 1 << 40]
 
 
 def one_is_gone(path: Path) -> None:
     ranks = Ranks(rank=dist.get_rank(), world_size=dist.get_world_size())
-    assert not any_rank(False, ranks)
+    assert not any_rank(False, ranks, timeout_s=20)
     if ranks.rank == 0:
-        with pytest.raises(PeerLost, match=r"the 2 trainer ranks could not agree .* another rank is gone"):
-            any_rank(False, ranks)
+        began = time.monotonic()
+        with pytest.raises(PeerLost, match=r"the 2 trainer ranks could not agree .* rank\(s\) \[1\] did not"):
+            any_rank(False, ranks, timeout_s=20)
+        assert time.monotonic() - began < 10, "one that is gone need not be waited for"
     os._exit(0)  # there is nobody to end in order with
 
 
@@ -445,7 +449,8 @@ def assert_within(event: threading.Event) -> None:
         (declared, 2), (declared, 4), (wrapped, 2),
         (hsdp, 4), (tensor_parallel, 2), (fsdp_and_tensor_parallel, 4), (mesh_2d, 4), (refusals, 2),
         (data_parallel, 2), (single, 2), (guarded_step, 2), (handed_over, 2), (handed_over, 3),
-        (one_knows_that_the_epoch_is_over, 2), (meeting_anew, 2), (one_is_gone, 2),
+        (one_knows_that_the_epoch_is_over, 2), (one_knows_that_the_epoch_is_over, 4),
+        (meeting_anew, 2), (one_is_gone, 2),
     ],
     ids=lambda value: value.__name__ if callable(value) else str(value),
 )  # fmt: skip

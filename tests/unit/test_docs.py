@@ -355,6 +355,7 @@ def test_documented_defaults():
         "BRIDGE_CONNECT_TIMEOUT_S": "connect_timeout_s",
         "BRIDGE_COMMIT_TIMEOUT_S": "commit_timeout_s",
         "BRIDGE_STAGE_TIMEOUT_S": "stage_timeout_s",
+        "BRIDGE_RANKS_TIMEOUT_S": "ranks_timeout_s",
     }
     from bridge.config import BridgeConfig
 

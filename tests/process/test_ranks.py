@@ -1,0 +1,84 @@
+"""A rank of the trainer's own that stands still: the others say so, and do not wait for it for long."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from bridge.config import BridgeConfig
+from bridge.environment import Ranks
+from bridge.errors import PeerLost
+from bridge.fleet import Fleet
+from bridge.rounds import Session
+from tests.support.ranks import run_ranks
+from tests.support.serving import wait_until
+
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
+
+WAIT_S = 2.0
+SLACK_S = 10.0  # of a busy machine; torch's own groups wait for 1800
+
+
+class Said:
+    """A session, and all that its heartbeats could have said."""
+
+    def __init__(self) -> None:
+        self.closed, self.device, self.version = "", None, 3
+        self.said: list[str] = []
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "waits_for":
+            self.said.append(value)
+        super().__setattr__(name, value)
+
+
+def one_is_stopped(path: Path) -> None:
+    """Rank 1 is stopped between two rounds, and goes on later."""
+    ranks = Ranks(rank=dist.get_rank(), world_size=dist.get_world_size())
+    session = Said()
+    Session.open = lambda *_, **__: session  # type: ignore[method-assign, assignment]
+    (path / "logs").mkdir(exist_ok=True)
+    fleet = Fleet(BridgeConfig(logdir=path / "logs", ranks_timeout_s=WAIT_S), lambda: ranks)
+    fleet.ready(None)
+    pids: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(pids, os.getpid())
+    if ranks.rank == 1:
+        wait_until("to have been stopped", (path / "goes-on").exists, timeout_s=60)
+    else:
+        os.kill(pids[1], signal.SIGSTOP)
+    began = time.monotonic()
+    with pytest.raises(PeerLost) as caught:
+        fleet.ready(None)
+    assert time.monotonic() - began < WAIT_S + SLACK_S
+    said = str(caught.value)
+    assert f"the {ranks.world_size} trainer ranks could not agree" in said
+    assert f"(rank {ranks.rank} on " in said
+    assert "BRIDGE_RANKS_TIMEOUT_S" in said
+    if ranks.rank == 0:
+        assert "trainer rank(s) [1] did not come within 2 s" in said
+        assert "its own ranks to come to the next broadcast" in session.said
+        assert session.said[-1] == ""
+        (record,) = (path / "logs").glob(f"flight-*-{os.getpid()}.jsonl")
+        head, *events = map(json.loads, record.read_text().splitlines())
+        assert head["why"] == said
+        assert any(e["event"] == "waits" and e["what"] == "the trainer's own ranks" for e in events)
+        (path / "goes-on").touch()
+        os.kill(pids[1], signal.SIGCONT)
+    else:
+        assert re.search(r"rank 0 did not answer: it, or a rank that its own error names", said)
+    # The trainer's own group is whole, and the next call begins anew, on all ranks alike.
+    dist.barrier()
+    assert fleet.ready(None)[0].session is session  # type: ignore[comparison-overlap]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_rank_that_is_stopped_is_named(world_size: int, tmp_path: Path) -> None:
+    run_ranks(one_is_stopped, world_size, tmp_path)
