@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bridge import flight
 from bridge.errors import BridgeError, ConfigError, PeerLost, RendezvousError
 from bridge.protocol import mapping
 from bridge.protocol.mapping import CONFIG_NAME
@@ -138,6 +139,8 @@ class Supervisor:
             except BridgeError as err:
                 logger.error("%s", err)
                 self._why = str(err)
+                flight.note("ends", error=f"{type(err).__name__}: {err}")
+                flight.write(f"the launcher ends by {type(err).__name__}: {err}", self.launch.logdir)
                 return err.exit_code
             finally:
                 self._shut_down()
@@ -173,6 +176,7 @@ class Supervisor:
         self._relay.follow(command.name, log)
         child = process.start(command, log)
         self.children[command.name] = child
+        flight.note("started", child=command.name, pid=child.pid)
         logger.info("started %s, log %s: %s", child.describe(), log, command.pasteable())
 
     # --- waiting ---------------------------------------------------------------------------------------
@@ -212,6 +216,7 @@ class Supervisor:
                 break
             if pid in by_pid:  # else an orphan that we adopted
                 by_pid[pid].end(status)
+                flight.note("ended", child=by_pid[pid].command.name, how=by_pid[pid].describe())
         self._relay.pump()
 
     def _step(self) -> None:
@@ -264,6 +269,7 @@ class Supervisor:
                 f"the end of {log}"
             )
         pause_s = restarts.take()
+        flight.note("restart", child="vllm", count=restarts.count, limit=restarts.limit, pause_s=pause_s)
         logger.error(
             "%s%s; starting it again in %g s (%d of %d), see the end of %s",
             child.describe(),
@@ -370,6 +376,7 @@ class Supervisor:
                 f"allows; ending vLLM with it; see the end of {log}"
             )
         restarts.take()  # at once: nobody can send meanwhile
+        flight.note("restart", child="daemon", count=restarts.count, limit=restarts.limit)
         logger.warning(
             "%s; restarting it (%d of %d); vLLM serves on with the weights it has",
             child.describe(),
@@ -481,6 +488,7 @@ class Supervisor:
 
     def _announce(self, status: dict[str, Any], took_s: float) -> None:
         self._ready = True
+        flight.note("ready", took_s=round(took_s, 3))
         self._observe(every_s=0.0)
         if self.launch.node_rank:
             ranks = [row["rank"] for row in status["ranks"]]

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from bridge import flight
 from bridge.errors import TransferError
 from vllm_patching.channel import ChannelClosed
 from vllm_patching.control_page import ControlPage, RankSlot
@@ -157,6 +158,7 @@ class Boundary:
             engines, members = self._engines(), self._registry.members()
             slots = self._slots()
             failures = [slot.failures for slot in slots]
+            flight.note("vLLM asked", behind=before)
             ask()
             self._wake(engines)
             deadline = time.monotonic() + self.timeout_s
@@ -175,6 +177,7 @@ class Boundary:
                     self._wake(engines)
                     next_wake = now + WAKE_INTERVAL_S
                 pause.wait(POLL_S)
+            flight.note("vLLM answered", behind=before)
 
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:

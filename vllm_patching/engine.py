@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bridge import flight
 from bridge.errors import TransferError
 from vllm_patching import compat
 from vllm_patching.control_page import ControlPage
@@ -42,6 +43,7 @@ class EngineBridge:
         self.engine = engine
         self.control: ControlPage | None = None
         self.version = 0
+        self._answered = 0  # the version of the newest batch whose tokens have come
         self.salted = salted
         self.hold = Hold(engine)
 
@@ -78,10 +80,12 @@ class EngineBridge:
             TransferError: a rank could not flip; ends the engine core, and vLLM with it.
         """
         if self.control is not None and (failed := self.control.failed_ranks()):
-            raise TransferError(
+            why = (
                 f"rank(s) {failed} could not flip to version {self.version}, and others may serve it: the "
                 "engine ends; see the worker's error in vllm.log"
             )
+            flight.write(why)  # vLLM catches what ends its loop, so nobody else would
+            raise TransferError(why)
 
     def before_schedule(self) -> None:
         """Called before a batch is scheduled, which will be stamped."""
@@ -92,6 +96,7 @@ class EngineBridge:
         if version <= self.version:
             return
         self.version = version
+        flight.note("commit asked", version=version)
         if self.salted:
             for request in compat.waiting_requests(self.engine.scheduler):
                 self.salt(request)
@@ -99,6 +104,12 @@ class EngineBridge:
     def label(self, scheduler_output: Any) -> None:
         """Name the version this batch ran under, for vLLM's own ``WeightVersionSpan`` (0.32 and later)."""
         self.engine._weight_version = str(scheduler_output.bridge_commit)
+        if scheduler_output.bridge_commit != self._answered:  # once per version: this runs for every batch
+            self._note_done(scheduler_output.bridge_commit, how="the first batch under it has answered")
+
+    def _note_done(self, version: int, *, how: str) -> None:
+        self._answered = version
+        flight.note("commit done", version=version, how=how)
 
     def salt(self, request: Any) -> None:
         """Tie a request's prefix-cache blocks to the current version."""
@@ -119,6 +130,7 @@ class EngineBridge:
         self.adopt(self.requested)
         self.commit_now()
         self.engine._weight_version = str(self.version)
+        self._note_done(self.version, how="every worker was told, as no batch runs")
 
     def commit_now(self) -> None:
         """Let every worker flip behind the batches it has been given; one that has flipped does nothing."""
@@ -158,6 +170,8 @@ def attach(engine: Any, kind: type[EngineBridge] = EngineBridge) -> None:
     registration.exit_with_parent = True
     registration.on_wake = lambda: engine.input_queue.put_nowait(compat.wake_request())
     registration.watch()
+    flight.name_process("engine", index)
+    flight.note("engine hooked", index=index, ranks=world_size)
     cache = "salted" if salted else "kept"
     logger.info("engine core %d hooked: %d rank(s), prefix cache %s", index, world_size, cache)
 

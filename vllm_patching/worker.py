@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
+from bridge import flight
 from bridge.errors import BridgeError
 from bridge.wire import cuda
 from vllm_patching import adapters, compat, loading, lora_compat
@@ -69,6 +70,8 @@ class WorkerBridge:
         if stamp <= self.version:
             return
         if tokens and self._forward_seen and not self._at_entry:
+            if self._pending != stamp:
+                flight.note("flip put off", rank=self.rank, version=stamp, batch=self.batch)
             self._pending = stamp
         else:
             self.commit(stamp)
@@ -94,15 +97,14 @@ class WorkerBridge:
         self._within = False
         self._write_log()
         if self._pending:
-            assert self.slot is not None, "no commit can be requested before the daemon has answered"
             logger.error(
                 "rank %d: batch %d ran without announcing its forward, so version %d was not flipped in",
                 self.rank,
                 self.batch,
                 self._pending,
             )
+            self._fail(f"batch {self.batch} ran without announcing its forward", self._pending)
             self._pending = 0
-            self.slot.fail()
 
     def commit(self, version: int) -> None:
         """Make the staged half live. Never raises: failures go to the control page and the log."""
@@ -110,30 +112,40 @@ class WorkerBridge:
         self._pending = 0
         if version <= self.version:
             return
+        flight.note("flip begun", rank=self.rank, version=version, batch=self.batch)
         try:
             self.arena.quiesce()
             start = time.perf_counter_ns()
             self.arena.flip(1 - self.arena.active)
             if self.shelves is not None:
                 self.shelves.flipped()
-        except (OSError, RuntimeError, BridgeError):  # RuntimeError: torch's, of a lost device
+        except (OSError, RuntimeError, BridgeError) as err:  # RuntimeError: torch's, of a lost device
             logger.exception("rank %d: version %d could not be flipped in", self.rank, version)
-            self.slot.fail()
+            self._fail(f"{type(err).__name__}: {err}", version)
             return
         flip_ns = time.perf_counter_ns() - start
         self.version = version
         first = self.batch + (not self._within)  # the first batch under this version
         self.slot.record(version=version, batch=first, flip_ns=flip_ns, active=self.arena.active)
         self._unlogged = {"rank": self.rank, "batch": first, "version": version, "flip_ns": flip_ns}
+        flight.note("flipped", **self._unlogged)
+
+    def _fail(self, why: str, version: int) -> None:
+        """Tell the others that this rank differs, and only then write down what came before."""
+        assert self.slot is not None, "no commit can be requested before the daemon has answered"
+        self.slot.fail()
+        flight.note("flip failed", rank=self.rank, version=version, why=why)
+        flight.write(f"rank {self.rank} could not flip to version {version}: {why}")
 
     def quiesce(self) -> bool:
         """Wait until nothing on the device reads a weight any more; False, and counted, if that failed."""
         assert self.slot is not None, "no hold can be requested before the daemon has answered"
         try:
             self.arena.quiesce()
-        except (RuntimeError, BridgeError):  # torch's, of a lost device
+        except (RuntimeError, BridgeError) as err:  # torch's, of a lost device
             logger.exception("rank %d: the device did not come to rest", self.rank)
             self.slot.fail()
+            flight.write(f"the device of rank {self.rank} did not come to rest: {err}")
             return False
         return True
 
@@ -272,6 +284,8 @@ def publish(worker: Any) -> None:
     registration = Registration(hello, fds=fds, who=f"vLLM worker rank {rank}")
     worker.bridge.slot = registration.connect().slot(rank)
     registration.watch()
+    flight.name_process("worker", rank)
+    flight.note("published", rank=rank, bytes=arena.nbytes, arena=arena.kind)
     logger.info("rank %d published %d MiB (%s)", rank, arena.nbytes >> 20, arena.kind)
 
 

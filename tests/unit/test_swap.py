@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from bridge import flight
 from bridge.errors import TransferError
 from tests.support.serving import wait_until
 from vllm_patching.boundary import Boundary
@@ -113,6 +114,18 @@ def test_the_first_version_has_the_checkpoint_before_it(server: Server) -> None:
         swap.restore(None)
     publish(swap, 1)
     assert swap.restore(None) == 0
+
+
+def test_what_vllm_was_asked_and_did_not_answer_is_kept_among_the_last_events(server: Server) -> None:
+    boundary = Boundary(server, timeout_s=0.3, first_death=lambda: "")  # type: ignore[arg-type]
+    flight._events.clear()
+    boundary.commit(1, if_late="")
+    server.commits = False
+    with pytest.raises(TransferError, match="did not commit"):
+        boundary.commit(2, if_late="")
+    kept = [(event["event"], event["behind"]) for event in flight.events()]
+    one, two = "version 1 was staged", "version 2 was staged"
+    assert kept == [("vLLM asked", one), ("vLLM answered", one), ("vLLM asked", two)]
 
 
 def test_a_rollback_can_be_rolled_back(server: Server) -> None:

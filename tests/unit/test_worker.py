@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from bridge import flight
 from vllm_patching.control_page import ControlPage
 from vllm_patching.cpu_arena import CpuArena
 from vllm_patching.worker import WorkerBridge
@@ -103,3 +107,49 @@ def test_weights_that_are_read_early_flip_at_the_entry(tmp_path: Path) -> None:
     assert torch.equal(arena.live(0, 4096), arena.half(1))
     assert served(worker) == 1
     worker.close()
+
+
+@pytest.fixture
+def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where flight records of this process go, which has kept no event yet."""
+    monkeypatch.setenv("BRIDGE_LOGDIR", str(tmp_path))
+    monkeypatch.setattr(flight, "_who", ("worker", 0))
+    flight._events.clear()
+    return tmp_path / f"flight-worker-0-{os.getpid()}.jsonl"
+
+
+def test_a_flip_is_kept_among_the_last_events_and_a_batch_without_one_is_not(
+    worker: WorkerBridge, records: Path
+) -> None:
+    run_batch(worker, 0)
+    run_batch(worker, 1)
+    kept = [(e["event"], e["rank"], e["version"], e["batch"]) for e in flight.events()]
+    assert kept == [("flip put off", 0, 1, 2), ("flip begun", 0, 1, 2), ("flipped", 0, 1, 2)]
+    for _ in range(50):
+        run_batch(worker, 1)
+    assert len(flight.events()) == 3
+    assert not records.exists()
+
+
+def test_a_flip_that_fails_leaves_a_record(
+    worker: WorkerBridge, records: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: int) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(worker.arena, "flip", refuse)
+    run_batch(worker, 0)
+    run_batch(worker, 1)
+    head, *events = recorded(records)
+    assert head["why"] == "rank 0 could not flip to version 1: OSError: [Errno 12] Cannot allocate memory"
+    assert [event["event"] for event in events] == ["flip put off", "flip begun", "flip failed"]
+
+
+def test_a_forward_that_was_not_announced_leaves_a_record(worker: WorkerBridge, records: Path) -> None:
+    run_batch(worker, 0)
+    run_batch(worker, 1, announces=False)
+    assert "version 1: batch 2 ran without announcing its forward" in recorded(records)[0]["why"]
+
+
+def recorded(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,0 +1,81 @@
+"""What a launcher leaves behind when it ends everything by an error: who was started, who died, how often."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from bridge import flight
+from bridge.errors import PeerLost
+from launch import process
+from launch.commands import Command
+from launch.options import ServerView
+from launch.process import Child
+from launch.supervisor import Launch, Limits, Supervisor
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Supervisor:
+    """One whose children are processes that nobody started, and which ends nothing."""
+    monkeypatch.setattr(flight, "_who", ("launcher", None))
+    flight._events.clear()
+    monkeypatch.setattr(process, "become_subreaper", lambda: None)
+    pids = iter(range(100, 200))
+
+    def start(command: Command, _: Path) -> Child:
+        popen: Any = SimpleNamespace(pid=next(pids), returncode=None)
+        return Child(command, popen)
+
+    monkeypatch.setattr(process, "start", start)
+    monkeypatch.setattr(Supervisor, "_shut_down", lambda self: self._relay.close())
+    return Supervisor(
+        Launch(
+            vllm=Command(name="vllm", argv=(), env={}),
+            daemon=Command(name="daemon", argv=(), env={}),
+            trainer=None,
+            server=ServerView(bind_host="127.0.0.1", connect_host="127.0.0.1", port=1),
+            public_url="http://127.0.0.1:1",
+            run_dir=tmp_path / "run",
+            logdir=tmp_path,
+            limits=Limits(start_timeout_s=5, shutdown_timeout_s=5, max_daemon_restarts=1),
+        )
+    )
+
+
+def test_a_launcher_that_gives_up_leaves_a_record(
+    supervisor: Supervisor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deaths = iter([(100, signal.SIGKILL), (102, 75 << 8)])
+
+    died: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "waitpid", lambda *_: died.pop() if died else (0, 0))
+
+    def live(_: object) -> int:
+        supervisor._start(supervisor.launch.daemon)
+        supervisor._start(supervisor.launch.vllm)
+        for death in deaths:
+            died.append(death)
+            supervisor._step()
+        raise AssertionError("the second death is the end")
+
+    monkeypatch.setattr(supervisor, "_live", live)
+    assert supervisor.run() == PeerLost.exit_code
+    (record,) = tmp_path.glob("flight-*")
+    assert record.name == f"flight-launcher-{os.getpid()}.jsonl"
+    head, *events = [json.loads(line) for line in record.read_text().splitlines()]
+    assert head["why"].startswith("the launcher ends by PeerLost: daemon (pid 102) ended with exit code 75")
+    assert [(e["event"], e.get("child"), e.get("pid") or e.get("count") or e.get("how")) for e in events] == [
+        ("started", "daemon", 100),
+        ("started", "vllm", 101),
+        ("ended", "daemon", "daemon (pid 100) was killed by SIGKILL"),
+        ("restart", "daemon", 1),
+        ("started", "daemon", 102),
+        ("ended", "daemon", "daemon (pid 102) ended with exit code 75"),
+        ("ends", None, None),
+    ]
