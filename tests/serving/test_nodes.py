@@ -16,6 +16,7 @@ import pytest
 
 from tests.support.checks import Streams, flips
 from tests.support.fresh_load import differing, fresh_loads, live_digests
+from tests.support.full import only_in_full
 from tests.support.serving import UNBOUND, Server, alive, training, wait_until
 from vllm_patching import residue
 from vllm_patching.channel import ask
@@ -94,6 +95,7 @@ def whole(server: Server) -> bool:
     return status.get("nodes", {}).get("missing") == [] and len(status["pids"]["updaters"]) == 2
 
 
+@only_in_full("serving")  # a SLURM job has one server on two nodes always, and process tests its faults
 def test_one_server_on_two_nodes(checkpoint: Callable[..., Path], tmp_path: Path, wire: Wire) -> None:
     sets = [checkpoint("qwen3", "float32", seed) for seed in (0, 1)]
     fresh = fresh_loads(sets, flags=FLAGS, tp=2)

@@ -20,6 +20,7 @@ from tests.support.checks import (
     assert_labels_in_order,
     flips,
 )
+from tests.support.full import only_in_full
 from tests.support.serving import (
     UNBOUND,
     Trainers,
@@ -203,7 +204,7 @@ def test_a_round_of_some_parameters_is_laid_over_the_served_version(qwen3, train
     assert_equal(qwen3.server.api.greedy(), qwen3.fresh[2]["greedy"], tolerance=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["fsdp2", pytest.param("ddp", marks=only_in_full("serving"))])
 def test_rounds_of_two_ranks(qwen3, trainer, kind):
     trainer.must("close")
     with training(kind, qwen3.sets[0], logdir=qwen3.server.logdir, dtype="float32", ranks=2) as ranks:
