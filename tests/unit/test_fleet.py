@@ -494,6 +494,33 @@ def test_a_trainer_that_holds_another_version_lays_no_part_over_it(servers: Serv
     assert made.broadcast_single_param("bias", MODEL.bias).servers == ("a", "b", "c")
 
 
+def test_an_adapter_goes_to_one_that_missed_the_last_of_them(servers: Servers) -> None:
+    """As long as this trainer has sent no weights of the model: what it lies over is the same everywhere."""
+    fleet = trainer("available")._fleet
+    ready = fleet.ready(None)
+
+    def made_live(version: int, *places: str) -> None:
+        for place in places:
+            servers.sessions[place].version = version
+        fleet.remember(
+            Receipt(
+                version=version, bytes=1, transfer_s=0, stage_s=0, flip_s=0, transport="pull", servers=places
+            )
+        )
+
+    def takers() -> list[str]:
+        return [server.name for server in fleet.that_take_parts(ready, whole_adapter=True)]
+
+    made_live(1, "a", "b", "c")
+    made_live(2, "a", "c")
+    assert takers() == ["a", "b", "c"]
+    servers.sessions["b"].version = 7  # another trainer's, of whatever model
+    assert takers() == ["a", "c"]
+    servers.sessions["b"].version = 1
+    ready[0].sent_model = True
+    assert takers() == ["a", "c"]
+
+
 def test_all_come_back_to_one_version_or_none_does(servers: Servers) -> None:
     made = trainer("available")
     made.broadcast_weights(MODEL)
