@@ -6,7 +6,8 @@ seconds:
 
 * until the trainer has its receipt for the version on the survivor;
 * until the one that died serves that version, which it gets from its peer;
-* of that, its own start: from the new vLLM's first process to its answering ``/health``.
+* of that, until the launcher has started vLLM again, vLLM's own start (from its first process to its
+  answering ``/health``), and what comes behind.
 
     PYTHONPATH=tests python benchmarks/comeback.py --out benchmarks/results/comeback.json
 """
@@ -47,6 +48,7 @@ def vllm_of(server: Server, *, since: float) -> psutil.Process | None:
 
 def kill_in_a_round(trainers: Trainers, victim: Server, survivor: Server, seed: int) -> dict[str, float]:
     """One repetition; both servers serve the same version before and after it."""
+    trainers.must("broadcast")  # both are met, and have the updaters that the next round will have
     trainers.must("perturb", seed=seed)
     pids = victim.status()["pids"]
     os.kill(pids["updaters"][0], signal.SIGSTOP)
@@ -65,6 +67,7 @@ def kill_in_a_round(trainers: Trainers, victim: Server, survivor: Server, seed: 
         return bool(found)
 
     wait_until("the next vLLM", started, timeout_s=60, interval_s=0.05)
+    until_started_s = found[0].create_time() - clock
     wait_until("it to answer", victim.api.healthy, timeout_s=START_TIMEOUT_S, interval_s=0.05)
     start_s = time.time() - found[0].create_time()
 
@@ -77,7 +80,9 @@ def kill_in_a_round(trainers: Trainers, victim: Server, survivor: Server, seed: 
     return {
         "survivor_committed_s": committed_s,
         "back_s": back_s,
+        "until_started_s": until_started_s,
         "own_start_s": start_s,
+        "behind_its_start_s": back_s - until_started_s - start_s,
         "beyond_own_start_s": back_s - start_s,
     }
 
