@@ -108,7 +108,7 @@ def should_stop() -> bool:
     """Whether this job has been asked to end; every trainer rank calls it, between two rounds.
 
     Asked by the file ``BRIDGE_STOP_FILE``, which batch scripts make ahead of the time limit. All ranks get
-    the same answer, over the trainer's process group: what one of them sees, the others may see later.
+    the same answer, over a group of the trainer's ranks: what one of them sees, the others may see later.
 
     Raises:
         TopologyError: a launcher started several processes, but they have not met.

@@ -78,7 +78,8 @@ def _snapshot(named: Named) -> dict[str, torch.Tensor]:
             kept.clear()
         elif isinstance(tensor, nn.Parameter):
             kept[name] = tensor
-            parameters |= {where} if where else set()
+            if where is not None:
+                parameters.add(where)
         else:
             kept[name] = tensor.detach().clone()
     if fault:
@@ -194,8 +195,7 @@ class BridgeTrainerWeightTransferEngine(TrainerWeightTransferEngine):
 
     def _send(self) -> Receipt | None:
         if self._bridge is None:
-            for _ in self.source:
-                pass  # gathering is collective
+            self._only_gather()
             return None
         if self._module is not None:
             return self._bridge.broadcast_weights(self._module)
@@ -205,7 +205,11 @@ class BridgeTrainerWeightTransferEngine(TrainerWeightTransferEngine):
         """Take no part in a round that the other ranks have begun, and let none of them wait for this one."""
         if self._module is not None and self._bridge is not None:
             self._bridge.miss(reason)
-            return
+        else:
+            self._only_gather()
+
+    def _only_gather(self) -> None:
+        """Go through the source and send nothing: gathering is collective."""
         for _ in self.source:
             pass
 
