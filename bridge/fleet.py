@@ -42,8 +42,12 @@ class Server:
         self.catalogue: Catalogue | None = None
         self.base: tuple[str, int] | None = None  # run directory and version of what we last made live
         self.before: int | None = None  # the version that we had made live there before
-        self.rolled_back = False  # what it serves are older weights than those we sent last
         self.sent_model = False  # whether we have ever sent it weights of the model itself
+        self._sending_adapter = False
+        # How many rounds of ours, of the model and of an adapter, have made what it serves, at most; and what
+        # a rollback comes back to, of which at first we know nothing.
+        self._serves = self._newest = (0, 0)
+        self._kept = (-1, -1)
         self.tried = False
         self._session: Session | None = None
 
@@ -81,9 +85,25 @@ class Server:
             self._session.close()
             self._session = None
 
+    def send(self, shards: LocalShards) -> None:
+        """A round with ``shards`` begins."""
+        self._sending_adapter = bool(shards.layout.leading)
+        self.sent_model = self.sent_model or not self._sending_adapter
+
+    def is_rolled_back(self, *, adapter: bool) -> bool:
+        """Whether its weights, with ``adapter`` those of the model alone, are older than what we sent last."""
+        return self._serves[0] != self._newest[0] if adapter else self._serves != self._newest
+
     def remember(self, version: int, *, rolled_back: bool) -> None:
         """``version`` was made live there by us."""
-        self.rolled_back = rolled_back
+        if rolled_back:
+            self._serves, self._kept = self._kept, self._serves
+        else:
+            model, adapters = self._newest
+            # Not what is newest: an adapter comes to the weights of the model that are there.
+            of_model = self._serves[0] if self._sending_adapter else model + 1
+            now = (of_model, adapters + self._sending_adapter)
+            self._serves, self._kept, self._newest = now, self._serves, now
         if self._session is not None:
             run_dir = self._session.mapping.run_dir
             self.before = self.base[1] if self.base is not None and self.base[0] == run_dir else None
@@ -256,9 +276,10 @@ class Fleet:
 
         That is the one this trainer made live last, or, if it has made none, the checkpoint; on all of them
         the same. Of any other, a rollback's too, it need not hold the rest: a mixture would be nobody's.
-        ``whole_adapter`` says that the part is all that an adapter is: as long as this trainer has sent no
-        weights of the model, and all serve the same, whatever it is laid over is what the adapter belongs to.
-        One that missed some of our adapters lies over that model still.
+        ``whole_adapter`` says that the part is all that an adapter is: an earlier one may have been rolled
+        back, and as long as this trainer has sent no weights of the model, and all serve the same, whatever
+        it is laid over is what the adapter belongs to. One that missed some of our adapters lies over that
+        model still.
 
         Raises:
             ConfigError: one of them serves another, and the policy is "all", or none of them may.
@@ -274,7 +295,7 @@ class Fleet:
             session = server.session
             if adapters_only and server.base == (session.mapping.run_dir, session.version):
                 faults.pop(server.name, None)
-            elif server.rolled_back:
+            elif server.is_rolled_back(adapter=whole_adapter):
                 faults.setdefault(server.name, _at(server, "was rolled back to earlier weights"))
         fit = [server for server in servers if server.name not in faults]
         if faults and (self._policy == "all" or not fit):
@@ -330,7 +351,7 @@ class Fleet:
     ) -> Outcome:
         """Hand a broadcast to the sessions' threads; see ``Session.submit``."""
         for server, shards in parts:
-            server.sent_model = server.sent_model or not shards.layout.leading
+            server.send(shards)
         if not self.several:
             ((server, shards),) = parts
             if version is None and server.version < self._newest:

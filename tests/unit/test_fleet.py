@@ -30,11 +30,13 @@ from bridge.errors import (
     RoundAborted,
     TransferError,
 )
+from bridge.fleet import Server
 from bridge.guard import _active
 from bridge.job import Encoding, Job, Receipt, Vote
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol.ballot import Ballot, Policy, Verdict
 from bridge.protocol.mapping import CONFIG_NAME, Rendezvous
+from bridge.protocol.plan import Layout, Leading
 from bridge.rounds import Session
 from bridge.sharding import LocalShards
 from bridge.wire import peer_memory, rendezvous
@@ -492,6 +494,43 @@ def test_a_trainer_that_holds_another_version_lays_no_part_over_it(servers: Serv
         made.broadcast_single_param("bias", MODEL.bias)
     made.broadcast_weights(MODEL)
     assert made.broadcast_single_param("bias", MODEL.bias).servers == ("a", "b", "c")
+    made.rollback()
+    made.rollback()  # which takes the first one back
+    assert made.broadcast_single_param("bias", MODEL.bias).servers == ("a", "b", "c")
+
+
+def test_a_rollback_to_what_this_trainer_never_sent(servers: Servers) -> None:
+    made = trainer()
+    for server in made._fleet.ready(None):
+        server.remember(40, rolled_back=True)
+    servers.served.update(a=40, b=40, c=40)
+    for session in servers.sessions.values():
+        session.version = 40
+    with pytest.raises(ConfigError, match="the server at /run/b was rolled back to earlier weights"):
+        made.broadcast_single_param("bias", MODEL.bias)
+
+
+def test_what_is_rolled_back_may_be_an_adapter() -> None:
+    """The next adapter comes to the weights of the model that are there, if they are the newest."""
+    server = Server(BridgeConfig(logdir="/logs/a"))
+
+    def rolled_back(*rounds: str) -> tuple[bool, bool]:
+        for kind in rounds:
+            if kind == "back":
+                server.remember(1, rolled_back=True)
+                continue
+            lead = (Leading(source=0, shape=(4, 2)),) if kind == "adapter" else ()
+            layout = Layout(rank=0, vocabulary="", shards=(), leading=lead)
+            server.send(LocalShards(layout=layout, tensors=[], contiguous=()))
+            server.remember(1, rolled_back=False)
+        return server.is_rolled_back(adapter=False), server.is_rolled_back(adapter=True)
+
+    assert rolled_back("adapter", "back") == (True, False)
+    assert rolled_back("model", "adapter") == (False, False)
+    assert rolled_back("adapter", "back") == (True, False)
+    assert rolled_back("back") == (False, False)
+    assert rolled_back("model", "back") == (True, True)
+    assert rolled_back("model", "adapter", "model", "back", "back", "back") == (True, True)
 
 
 def test_an_adapter_goes_to_one_that_missed_the_last_of_them(servers: Servers) -> None:
