@@ -91,7 +91,7 @@ class Server:
         self.sent_model = self.sent_model or not self._sending_adapter
 
     def is_rolled_back(self, *, adapter: bool) -> bool:
-        """Whether its weights, with ``adapter`` those of the model alone, are older than what we sent last."""
+        """Whether its weights, with ``adapter`` the model's alone, are older than what we sent last."""
         return self._serves[0] != self._newest[0] if adapter else self._serves != self._newest
 
     def remember(self, version: int, *, rolled_back: bool) -> None:

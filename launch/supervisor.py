@@ -43,8 +43,11 @@ ORPHAN_GRACE_S = 5.0
 URL_NAME = "server.url"  # in the log directory, while the server is ready
 KILL_TIMEOUT_S = 10.0
 HEAD_WORD_S = 10.0
-# vLLM's API server ends by itself behind its engine, if nothing in it hangs or it is told to stay.
-OUTLIVE_S = 60.0
+# vLLM's API server ends by itself behind its engine, if nothing in it hangs or it is told to stay; but an
+# idle one looks only every five seconds. So long it may tell its clients, then it is asked, then made to.
+LINGER_S = 1.0
+LINGER_ASKED_S = 5.0
+OUTLIVE_S = 60.0  # of an engine or workers that live, and that the daemon has lost
 SILENT_S = 180.0  # of a daemon that lives; longer than anything it may be busy with
 LOOK_S = 5.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -114,6 +117,8 @@ class Supervisor:
         self._observed_at = 0.0
         self._look_at = 0.0  # when the daemon is asked next whether vLLM is whole
         self._broken_since: float | None = None  # since when it is not
+        self._member_gone_at: float | None = None  # when the first of its engines and workers ended
+        self._asked_to_follow = False  # whether its API server was asked to end behind that one
         self._silent_since: float | None = None  # since when the daemon does not answer
         self._answered = True  # whether it has, since it was started again
         self._why = ""  # what ended everything, for the trainer's message
@@ -165,6 +170,7 @@ class Supervisor:
                     self._await_newest()
             if self._comeback is None and self._daemon_due is None:
                 self._daemon_restarts.forgive()
+            self._end_what_lingers(self.children["vllm"])
             self._look()
             trainer = self.children.get("trainer")
             if trainer is not None and not trainer.alive:
@@ -197,6 +203,7 @@ class Supervisor:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(previous_fd)
+            self._unwatch_all()
             self._selector.close()
             reader.close()
             writer.close()
@@ -204,8 +211,11 @@ class Supervisor:
     def _wait(self, timeout_s: float) -> None:
         """Wait for a signal or the timeout, reap whoever ended, repeat what the children wrote."""
         for key, _ in self._selector.select(timeout_s):
-            assert isinstance(key.fileobj, socket.socket)
-            key.fileobj.recv(4096)
+            if isinstance(key.fileobj, socket.socket):
+                key.fileobj.recv(4096)
+            else:
+                self._unwatch(key.fd)
+                self._member_gone_at = self._member_gone_at or time.monotonic()
         by_pid = {child.pid: child for child in self.children.values()}
         while True:
             try:
@@ -242,6 +252,26 @@ class Supervisor:
         if self._daemon_due is not None and self._comeback is None:
             self._welcome_back(self._daemon_due)
 
+    def _watch(self, status: dict[str, Any]) -> None:
+        """Hear of the death of each of vLLM's engines and workers, which are not our children, at once."""
+        if self.launch.nnodes > 1:  # there the daemons end what is left
+            return
+        for pid in (*status["pids"]["engines"], *status["pids"]["workers"]):
+            try:
+                self._selector.register(os.pidfd_open(pid), selectors.EVENT_READ, pid)
+            except OSError as err:  # gone already, or a kernel without: the daemon says so within OUTLIVE_S
+                logger.info("vLLM's process %d cannot be watched: %s", pid, err)
+
+    def _unwatch(self, fd: int) -> None:
+        self._selector.unregister(fd)
+        os.close(fd)
+
+    def _unwatch_all(self) -> None:
+        for key in list(self._selector.get_map().values()):
+            if key.data is not None:
+                self._unwatch(key.fd)
+        self._member_gone_at, self._asked_to_follow = None, False
+
     def _follower_ended(self, child: Child) -> None:
         """A follower's daemon ends in order, or for good, when the server does; else it is started again."""
         if child.exit_code == 0:
@@ -252,6 +282,7 @@ class Supervisor:
 
     def _vllm_died(self, child: Child) -> None:
         log = self.launch.logdir / "vllm.log"
+        self._unwatch_all()
         if self.launch.node_rank:
             # vLLM notices before us that node 0 has ended; our daemon knows whether that was in order.
             self._wait_until(lambda: not self.children["daemon"].alive, HEAD_WORD_S, hurry_after=0)
@@ -271,10 +302,10 @@ class Supervisor:
         pause_s = restarts.take()
         flight.note("restart", child="vllm", count=restarts.count, limit=restarts.limit, pause_s=pause_s)
         logger.error(
-            "%s%s; starting it again in %g s (%d of %d), see the end of %s",
+            "%s%s; starting it again %s (%d of %d), see the end of %s",
             child.describe(),
             first,
-            pause_s,
+            f"in {pause_s:g} s" if pause_s else "once it has let go",
             restarts.count,
             restarts.limit,
             log,
@@ -299,6 +330,7 @@ class Supervisor:
             raise ConfigError(f"the daemon cannot serve the vLLM that was started again: {status['detail']}")
         if status is not None and status["complete"] and probe.is_healthy(self.launch.server):
             self._comeback, self._behind = None, status["state"] == "recovering"
+            self._watch(status)
             self._server_restarts.ready()
             self._write_url()
             if self._daemon_due is not None:  # it was restarted meanwhile, and waited for this vLLM
@@ -348,6 +380,20 @@ class Supervisor:
             )
             self._silent_since = None
             daemon.signal(signal.SIGKILL)
+
+    def _end_what_lingers(self, vllm: Child) -> None:
+        """Ask an API server whose engine or worker has ended to do so too; ``_step`` sees it dead then."""
+        if self._member_gone_at is None or not vllm.alive:
+            return
+        passed_s = time.monotonic() - self._member_gone_at
+        if passed_s > LINGER_S + LINGER_ASKED_S:
+            logger.error("vllm (pid %d) does not end behind its engine or worker; killing it", vllm.pid)
+            self._member_gone_at = None
+            vllm.signal(signal.SIGKILL)
+        elif passed_s > LINGER_S and not self._asked_to_follow:
+            logger.error("an engine or worker of vllm (pid %d) has ended; so must it", vllm.pid)
+            self._asked_to_follow = True
+            vllm.signal(signal.SIGTERM)
 
     def _end_what_outlives(self, vllm: Child, now: float, status: dict[str, Any]) -> None:
         """Kill an API server whose engine or workers have been gone for long; ``_step`` sees it dead then."""
@@ -488,6 +534,7 @@ class Supervisor:
 
     def _announce(self, status: dict[str, Any], took_s: float) -> None:
         self._ready = True
+        self._watch(status)
         flight.note("ready", took_s=round(took_s, 3))
         self._observe(every_s=0.0)
         if self.launch.node_rank:

@@ -52,7 +52,7 @@ def differs(ours: Mapping, theirs: Mapping) -> str:
 
 
 class Borrowing:
-    """Asks the peers after each publication."""
+    """Asks the peers for each vLLM that is there anew."""
 
     def __init__(self, daemon: Daemon, peers: Sequence[Path]) -> None:
         """``peers`` are the log directories of servers that the same trainer feeds; our own is skipped."""
@@ -60,14 +60,24 @@ class Borrowing:
         self._own = os.fspath(daemon.args.logdir.absolute())
         self._peers = [peer for peer in peers if os.fspath(peer.absolute()) != self._own]
         self._stopping = threading.Event()  # of the vLLM that is there; each has one of its own
+        self._expected = False
         self.asking = False
 
+    def expect(self) -> None:
+        """The workers of a vLLM that was there before are back, and it will publish.
+
+        Peers are asked already: their helper takes seconds to start, and so does the rest of vLLM.
+        """
+        if not self._expected:
+            self._expected = True
+            self.begin()
+
     def begin(self) -> None:
-        """vLLM has published: see whether a peer has a newer version, and get it."""
-        self._stopping.set()
+        """See whether a peer has a newer version than vLLM has, and get it; no matter if that goes on."""
         here = self._daemon
-        if not self._peers:
+        if not self._peers or (self.asking and not self._stopping.is_set()):
             return
+        self._stopping.set()
         if (here.swap is not None and here.swap.keeps_what_is_staged) or (
             here.mapping is not None and here.mapping.adapters
         ):
@@ -90,13 +100,14 @@ class Borrowing:
 
     def close(self) -> None:
         """The daemon ends, or its vLLM has."""
+        self._expected = False
         self._stopping.set()
 
     def _run(self, stopping: threading.Event) -> None:
         attempt = 0
         try:
             while not self._borrow(stopping):
-                attempt += 1
+                attempt += self._daemon.published  # before, it cannot have it
                 if attempt == ATTEMPTS:
                     self._stop_asking(stopping)
                     logger.warning(

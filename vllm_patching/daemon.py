@@ -176,6 +176,8 @@ class Daemon:
         elif self.registry.complete and not self.published:
             self._first_death = self.given_up = ""
             self._publish()
+        elif self.registry.has_all_workers and not self.published and self.mapping is not None:
+            self.borrowing.expect()
 
     def _take(self, event: Any) -> None:
         """Do what one event asks for; None is there for what has changed elsewhere."""

@@ -31,6 +31,7 @@ from vllm_patching.updater import die_with
 logger = logging.getLogger("vllm_patching.lender")  # __name__ is __main__ here
 
 CONNECT_TIMEOUT_S = 30.0
+KNOCK_TIMEOUT_S = 80.0  # the other server may be about to become ready; it waits a little longer for us
 
 
 def _receive_halves(channel: Channel) -> tuple[MappingDocument, list[torch.Tensor]]:
@@ -59,7 +60,7 @@ def lend(
         BridgeError: the other server refuses or is gone, or cannot be sent the same version.
     """
     session = Session.open(
-        BridgeConfig(logdir=str(to), connect_timeout_s=CONNECT_TIMEOUT_S),
+        BridgeConfig(logdir=str(to), connect_timeout_s=KNOCK_TIMEOUT_S),
         Ranks(),
         device=None,
         restores=version,

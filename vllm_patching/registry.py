@@ -195,7 +195,12 @@ class Registry:
     @property
     def complete(self) -> bool:
         """Whether every worker and every engine is registered."""
-        return len(self.engines) == self.num_engines and len(self.workers) == self.world_size
+        return len(self.engines) == self.num_engines and self.has_all_workers
+
+    @property
+    def has_all_workers(self) -> bool:
+        """Whether every worker is."""
+        return len(self.workers) == self.world_size
 
     def pids(self) -> dict[str, Any]:
         """Process ids for status and messages."""

@@ -111,7 +111,7 @@ def test_a_server_that_dies_comes_back_with_the_newest_version_from_its_peer(
         after = two.status()
         assert (after["weight_version"], after["pids"]["daemon"]) == (2, before["pids"]["daemon"])
         assert after["rendezvous"] == before["rendezvous"]
-        assert "starting it again in 1 s (1 of 3)" in two.text
+        assert "starting it again once it has let go (1 of 3)" in two.text
         assert "version 2 is lent to" in one.text
 
     third = {**second, "norm": torch.ones_like(second["norm"])}

@@ -148,8 +148,9 @@ def test_vllm_is_restarted_until_it_dies_too_often(launch):
     first["vllm"].kill()  # its engine is an orphan, and maps a file in /dev/shm
     poll_until("vLLM is back", lambda: launched.text.count("vLLM is back") == 1)
     second = launched.see_tree()
-    assert f"vllm (pid {first['vllm'].pid}) was killed by SIGKILL; starting it again in 1 s (1 of 2)" in (
-        launched.text
+    assert (
+        f"vllm (pid {first['vllm'].pid}) was killed by SIGKILL; starting it again once it has let go (1 of 2)"
+        in (launched.text)
     )
     assert second["vllm"].pid != first["vllm"].pid
     assert second["vllm"].cmdline() == argv
@@ -166,14 +167,34 @@ def test_vllm_is_restarted_until_it_dies_too_often(launch):
     assert f"vllm (pid {third['vllm'].pid}) was killed by SIGKILL, after 2 restart(s)" in launched.text
 
 
-def test_an_api_server_that_outlives_its_engine_is_ended_and_started_again(launch):
-    launched = launch("--server-restarts", "1", "--vllm-mode", "outlive")
+@pytest.mark.parametrize(
+    ("mode", "last_words"),
+    [
+        ("outlive", "an engine or worker of vllm (pid {}) has ended; so must it"),
+        ("deaf", "vllm (pid {}) does not end behind its engine or worker; killing it"),
+    ],
+)
+def test_an_api_server_that_outlives_its_engine_is_ended_and_started_again(launch, mode, last_words):
+    launched = launch("--server-restarts", "1", "--vllm-mode", mode)
     first = launched.wait_ready()
     first["engine"].kill()
     poll_until("vLLM is back", lambda: "vLLM is back" in launched.text)
-    assert f"vllm (pid {first['vllm'].pid}) outlives its engine or workers by 1 s" in launched.text
+    assert last_words.format(first["vllm"].pid) in launched.text
     second = launched.see_tree()
     assert second["vllm"].pid != first["vllm"].pid
+    launched.process.send_signal(signal.SIGTERM)
+    assert launched.wait_end() == 0, launched.text
+
+
+def test_a_vllm_that_the_daemon_has_lost_is_ended_and_started_again(launch):
+    launched = launch("--server-restarts", "1", "--outlive", "1")
+    first = launched.wait_ready()
+    lost = Path(f"{launched.pids}.lost")
+    lost.touch()
+    poll_until("its end", lambda: "starting it again once it has let go (1 of 1)" in launched.text)
+    assert f"vllm (pid {first['vllm'].pid}) outlives its engine or workers by 1 s" in launched.text
+    lost.unlink()
+    poll_until("vLLM is back", lambda: "vLLM is back" in launched.text)
     launched.process.send_signal(signal.SIGTERM)
     assert launched.wait_end() == 0, launched.text
 
@@ -190,7 +211,7 @@ def test_sigterm_while_vllm_comes_back_ends_everything(launch):
     launched = launch("--server-restarts", "1")
     roles = launched.wait_ready()
     roles["vllm"].kill()
-    poll_until("the launcher to know", lambda: "starting it again in" in launched.text)
+    poll_until("the launcher to know", lambda: "starting it again" in launched.text)
     launched.process.send_signal(signal.SIGTERM)
     assert launched.wait_end() == 0, launched.text
     assert "vLLM is back" not in launched.text

@@ -72,7 +72,7 @@ def kill_an_engine_in_a_round(trainers: Trainers, weights: Path, victim: Server,
     after = victim.status()
     assert (after["weight_version"], after["pids"]["daemon"]) == (made, before["pids"]["daemon"])
     assert after["rendezvous"] == before["rendezvous"]
-    assert "starting it again in 1 s (1 of 3)" in victim.text()
+    assert "starting it again once it has let go (1 of 3)" in victim.text()
 
 
 def kill(server: Server) -> None:

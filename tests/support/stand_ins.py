@@ -43,7 +43,9 @@ def vllm(args: argparse.Namespace) -> int:
                 pass
 
         server = ThreadingHTTPServer(("127.0.0.1", args.port), Health)
-        if args.mode != "outlive":
+        if args.mode == "deaf":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if args.mode not in ("outlive", "deaf"):
             threading.Thread(target=lambda: (child.wait(), server.shutdown()), daemon=True).start()
         server.serve_forever()
     return 0
@@ -94,7 +96,8 @@ def daemon(args: argparse.Namespace) -> int:
         sock, _ = listener.accept()
         channel = Channel(sock)
         request, _ = channel.receive()
-        here = [pid for pid in pids() if lives(pid)] if args.mode == "ready" else []
+        lost = Path(f"{args.pids}.lost").exists()
+        here = [pid for pid in pids() if lives(pid)] if args.mode == "ready" and not lost else []
         shm |= residue.snapshot(here)
         channel.send(
             {
@@ -146,7 +149,7 @@ def launch(args: argparse.Namespace) -> int:
                 max_daemon_restarts=1,
                 max_server_restarts=args.server_restarts,
                 publish_grace_s=1.0,
-                outlive_s=1.0,
+                outlive_s=args.outlive,
                 silent_s=3.0,
             ),
         )
@@ -164,6 +167,7 @@ def main() -> int:
         parser.add_argument(name, default="ready")
     parser.add_argument("--server-restarts", type=int, default=0)
     parser.add_argument("--start-timeout", type=float, default=20.0)
+    parser.add_argument("--outlive", type=float, default=60.0)
     parser.add_argument("--shutdown-timeout", type=float, default=10.0)
     args = parser.parse_args()
     roles = {"vllm": vllm, "engine": engine, "daemon": daemon, "launch": launch}

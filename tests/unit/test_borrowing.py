@@ -58,3 +58,37 @@ def test_a_server_of_another_model_is_no_peer_and_its_version_is_not_waited_for(
     assert f"{peer} is of another model, and no peer" in caplog.text
     assert borrowing._borrow(threading.Event())
     assert caplog.text.count("is of another model") == 1
+
+
+def test_peers_are_asked_once_when_the_workers_are_back_and_again_behind_the_next_death(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon: Any = SimpleNamespace(
+        args=SimpleNamespace(logdir=tmp_path / "own"), mapping=OURS, swap=None, published=False,
+        events=queue.SimpleQueue(),
+    )  # fmt: skip
+    borrowing = Borrowing(daemon, [tmp_path / "other"])
+    runs: queue.SimpleQueue[int] = queue.SimpleQueue()
+    go_on = threading.Event()
+
+    def borrow(stopping: threading.Event) -> bool:
+        runs.put(id(stopping))
+        return go_on.wait(10)
+
+    monkeypatch.setattr(borrowing, "_borrow", borrow)
+    borrowing.expect()
+    first = runs.get(timeout=10)
+    borrowing.expect()
+    borrowing.begin()  # it has published, and the same question goes on
+    assert runs.empty()
+    go_on.set()
+    assert daemon.events.get(timeout=10) is None
+    assert not borrowing.asking
+    borrowing.expect()
+    assert runs.empty(), "one that found nothing is not begun again by the next event"
+    borrowing.begin()
+    assert runs.get(timeout=10)
+    borrowing.close()
+    borrowing.expect()
+    assert runs.get(timeout=10) != first
+    borrowing.close()
