@@ -35,7 +35,7 @@ class Restarts:
     def take(self) -> float:
         """One more; returns how long to pause before it, in seconds: only what dies again must wait."""
         self.count += 1
-        return float(min(LONGEST_PAUSE_S, 2.0 ** (self.count - 1))) if self.count > 1 else 0.0
+        return float(min(LONGEST_PAUSE_S, 2.0 ** (self.count - 2))) if self.count > 1 else 0.0
 
     def ready(self) -> None:
         """It is back."""

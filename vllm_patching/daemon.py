@@ -33,6 +33,7 @@ from vllm_patching.arguments import parse_args
 from vllm_patching.borrowing import Borrowing
 from vllm_patching.boundary import Boundary, end_engines
 from vllm_patching.channel import listen, socket_path
+from vllm_patching.control_page import ControlPage
 from vllm_patching.crew import Crew, Report
 from vllm_patching.epoch import Epoch, Limits
 from vllm_patching.events import (
@@ -93,6 +94,7 @@ class Daemon:
         self._final = False  # whether the server ends with the daemon
         self._closing = False
         self.published = False  # whether the vLLM that was published is still there, all of it
+        self._dead_page: ControlPage | None = None  # of a vLLM of which a part has died
         self.handled = threading.Condition()  # notified behind each event, for those who wait for a round
         self.filing = False  # whether a version is being staged from a file
         self.last_error: str | None = None
@@ -153,6 +155,16 @@ class Daemon:
         return self.nodes is not None and bool(self.given_up)
 
     @property
+    def _expected(self) -> bool:
+        """Whether vLLM will publish, unless it dies first: all workers are there, and of no dead one.
+
+        What takes seconds to start is started then: on one node, where nobody else has a word in it.
+        """
+        page = self.registry.control
+        here = page is not None and page is not self._dead_page and self.registry.has_all_workers
+        return here and not self.published and self.nodes is None
+
+    @property
     def rounds_ended(self) -> int:
         """How many rounds have ended, either way."""
         return self.committed + self.aborted
@@ -176,8 +188,11 @@ class Daemon:
         elif self.registry.complete and not self.published:
             self._first_death = self.given_up = ""
             self._publish()
-        elif self.registry.has_all_workers and not self.published and self.mapping is not None:
-            self.borrowing.expect()
+        elif self._expected:
+            if self.crew is None:
+                self.new_crew()
+            if self.mapping is not None:
+                self.borrowing.expect()
 
     def _take(self, event: Any) -> None:
         """Do what one event asks for; None is there for what has changed elsewhere."""
@@ -312,7 +327,8 @@ class Daemon:
         self.published = True
         if self.nodes is not None:
             self.nodes.publish()
-        self.new_crew()
+        if self.crew is None:
+            self.new_crew()
         self.lending.watch()
         self.borrowing.begin()
         if self.outdated:
@@ -355,11 +371,15 @@ class Daemon:
         """Replace the updaters by fresh ones, which hold no half-finished transfer; none without a vLLM."""
         if self.crew is not None:
             self.crew.end()
-        if not self.published:
+        page = self.registry.control
+        if self.published:
+            assert self.mapping is not None
+            num_ranks = self.mapping.num_inference_ranks
+        elif self._expected and page is not None:
+            num_ranks = page.num_ranks
+        else:
             self.crew = None  # the memory of a vLLM that is gone is free only without them
             return
-        assert self.mapping is not None
-        num_ranks = self.mapping.num_inference_ranks
         if self.nodes is None:
             self.crew = Crew(num_ranks, self.args.run_dir, self.events, on_gpu=self.on_gpu)
             return
@@ -389,7 +409,7 @@ class Daemon:
         if not self._first_death:
             # One death ends all of vLLM: the first is the cause, the others follow from it.
             self._first_death = self.last_error = self.given_up or f"{who} is gone"
-        self.published = False
+        self.published, self._dead_page = False, self.registry.control
         self.borrowing.close()
         self.lending.reclaim("vLLM is gone, and its memory must be free")
         if self.epoch is not None:

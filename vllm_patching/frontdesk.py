@@ -161,7 +161,13 @@ class FrontDesk:
         self._daemon.events.put(Lost(member.who))
 
     def _welcome_updater(self, hello: UpdaterHello, channel: Channel) -> None:
-        rank, crew, mapping = hello.rank, self._daemon.crew, self._daemon.mapping
+        rank, crew = hello.rank, self._daemon.crew
+        if (
+            head := self._head
+        ) is not None:  # it may have been started ahead, and is ended if that was in vain
+            with head.handled:
+                head.handled.wait_for(lambda: head.published or head.crew is not crew)
+        mapping = self._daemon.mapping
         process = crew.processes.get(rank) if crew is not None else None
         if crew is None or process is None or process.pid != hello.pid or mapping is None:
             self._refuse(channel, ProtocolError(f"pid {hello.pid} is not this daemon's updater"))

@@ -287,6 +287,8 @@ def _run(run_dir: Path, rank: int) -> int:
         raise ChannelClosed(f"nobody listens in {run_dir}: {err}") from err
     hello = {"type": "updater", "rank": rank, "pid": os.getpid(), "host": socket.gethostname()}
     channel.send(hello)
+    flight.note("waits", what="the welcome, which comes when vLLM is complete")
+    channel.sock.settimeout(None)  # the daemon ends us if it never is
     welcome, fds = channel.receive()
     if welcome.get("type") != "welcome":
         logger.error("the daemon refused updater %d: %s", rank, welcome)
@@ -296,7 +298,6 @@ def _run(run_dir: Path, rank: int) -> int:
     *memory, page_fd = fds
     slot = ControlPage(page_fd).slot(rank)
     halves = adopt(tuple(memory), mapping.ranks[rank].arena_bytes, welcome["gpu"], handles, kind)
-    channel.sock.settimeout(None)
     updater = Updater(rank, mapping, halves, channel, arena=kind, batches=lambda: slot.begun)
     updater.prepare()
     channel.send({"type": "ready"})

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ class Campaign:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Counts, and times to notice and to recover, in seconds."""
+    """Counts, of kills and stalls by role too, and times to notice and to recover, in seconds."""
     good = [row for row in rows if "failure" not in row]
     times = {
         key: {
@@ -119,10 +120,16 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         for key in ("noticed_s", "recovered_s")
         if good
     }
-    answers: dict[str, int] = {}
-    for row in good:
-        answers[row["answer"]] = answers.get(row["answer"], 0) + 1
-    return {"cases": len(rows), "failures": len(rows) - len(good), "answers": answers, **times}
+    of_processes = [row["fault"].split()[:2] for row in rows if row["fault"].startswith(("kill ", "stop "))]
+    return {
+        "cases": len(rows),
+        "failures": len(rows) - len(good),
+        "kills_and_stalls": len(of_processes),
+        "of_the_link": sum(row["transport"] == LINK for row in rows),
+        "by_role": dict(sorted(Counter(" ".join(fault) for fault in of_processes).items())),
+        "answers": dict(Counter(row["answer"] for row in good)),
+        **times,
+    }
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:

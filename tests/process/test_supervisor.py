@@ -161,7 +161,7 @@ def test_vllm_is_restarted_until_it_dies_too_often(launch):
     second["engine"].kill()  # vLLM's API server ends by itself then, and so does the stand-in
     poll_until("vLLM is back again", lambda: launched.text.count("vLLM is back") == 2)
     third = launched.see_tree()
-    assert "starting it again in 2 s (2 of 2)" in launched.text
+    assert "starting it again in 1 s (2 of 2)" in launched.text
     third["vllm"].kill()
     assert launched.wait_end() == 75, launched.text
     assert f"vllm (pid {third['vllm'].pid}) was killed by SIGKILL, after 2 restart(s)" in launched.text
