@@ -43,6 +43,7 @@ class Server:
         self.base: tuple[str, int] | None = None  # run directory and version of what we last made live
         self.before: int | None = None  # the version that we had made live there before
         self.sent_model = False  # whether we have ever sent it weights of the model itself
+        self.serves_anothers_model = False  # and we have sent it adapters
         self._sending_adapter = False
         # How many rounds of ours, of the model and of an adapter, have made what it serves, at most; and what
         # a rollback comes back to, of which at first we know nothing.
@@ -88,6 +89,8 @@ class Server:
     def send(self, shards: LocalShards) -> None:
         """A round with ``shards`` begins."""
         self._sending_adapter = bool(shards.layout.leading)
+        if self._sending_adapter and self.base is None and self.version:
+            self.serves_anothers_model = True
         self.sent_model = self.sent_model or not self._sending_adapter
 
     def is_rolled_back(self, *, adapter: bool) -> bool:
@@ -98,10 +101,13 @@ class Server:
         """``version`` was made live there by us."""
         if rolled_back:
             self._serves, self._kept = self._kept, self._serves
+            if self._newest == (0, 0):  # neither is ours
+                self._serves = self._kept = (-1, -1)
         else:
             model, adapters = self._newest
             # Not what is newest: an adapter comes to the weights of the model that are there.
             of_model = self._serves[0] if self._sending_adapter else model + 1
+            self.serves_anothers_model &= self._sending_adapter
             now = (of_model, adapters + self._sending_adapter)
             self._serves, self._kept, self._newest = now, self._serves, now
         if self._session is not None:
@@ -295,6 +301,8 @@ class Fleet:
             session = server.session
             if adapters_only and server.base == (session.mapping.run_dir, session.version):
                 faults.pop(server.name, None)
+            elif server.serves_anothers_model and not whole_adapter:
+                faults.setdefault(server.name, _at(server, "serves a model that this trainer did not send"))
             elif server.is_rolled_back(adapter=whole_adapter):
                 faults.setdefault(server.name, _at(server, "was rolled back to earlier weights"))
         fit = [server for server in servers if server.name not in faults]

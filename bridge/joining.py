@@ -37,6 +37,7 @@ from bridge.wire.meeting import Meeting
 logger = logging.getLogger(__name__)
 
 RETRY_S = 0.5
+LENDER_RETRY_S = 1.0  # it may stand at the door for long, beside a server that generates
 _beside: tuple[object, dist.ProcessGroup] | None = None  # the default group, and ours of the same ranks
 IMPATIENT_S = 5.0
 RANKS_TAG = 9
@@ -118,9 +119,9 @@ def _load(config: BridgeConfig) -> tuple[Mapping, Rendezvous]:
 def _ask_until_answered(
     config: BridgeConfig, ranks: Ranks, timeout_s: float, *, again: bool, restores: int
 ) -> tuple[Mapping, rendezvous.Store, str, rendezvous.Answer]:
-    deadline = time.monotonic() + timeout_s
+    deadline, retry_s = time.monotonic() + timeout_s, LENDER_RETRY_S if restores else RETRY_S
     while True:
-        left = max(RETRY_S, deadline - time.monotonic()) if again else timeout_s
+        left = max(retry_s, deadline - time.monotonic()) if again else timeout_s
         mapping, place = _load(config)
         try:
             store = rendezvous.reach_store(place.host, place.port, timeout_s=left)
@@ -128,10 +129,10 @@ def _ask_until_answered(
         except RendezvousRefused:
             raise
         except RendezvousError as err:
-            if not again or time.monotonic() + RETRY_S >= deadline:
+            if not again or time.monotonic() + retry_s >= deadline:
                 raise
             logger.info("trying again: %s", err)
-            threading.Event().wait(RETRY_S)
+            threading.Event().wait(retry_s)
         else:
             return mapping, store, session, answer
 

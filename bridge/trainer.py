@@ -342,8 +342,9 @@ class Bridge:
 
         It is kept until the next round begins. Numbers never come back: after version 7 this makes version 8,
         with the weights of 6, and another rollback version 9, with those of 7. The trainer's own weights stay
-        as they are, so a round of some parameters is refused until the next of all. All of several servers
-        come back to one version, or none does.
+        as they are, so a round of some parameters is refused until the next of all, or until what they made
+        is back; an adapter is not, if it was one that was rolled back. All of several servers come back to
+        one version, or none does.
 
         Args:
             to: the version whose weights are wanted; refused if the server holds another. Without it, a

@@ -26,6 +26,7 @@ from bridge.errors import ConfigError, MappingError
 from bridge.protocol import mapping as mapping_file
 from launch import commands, footprint, probe
 from launch.options import ServeOptions, ServerView, node_faults, read_server_args, split_faults
+from vllm_patching import linux
 from vllm_patching.channel import socket_path
 
 MIB = 1 << 20
@@ -74,6 +75,7 @@ def inspect(options: ServeOptions, around: Surroundings | None = None) -> list[F
         server = read_server_args(())
     checks: list[Callable[[], list[Finding]]] = [
         check_python,
+        check_linux,
         check_vllm,
         check_plugin,
         check_companions,
@@ -109,6 +111,16 @@ def check_python() -> list[Finding]:
         oldest = ".".join(map(str, OLDEST_PYTHON))
         return [Finding("python", "fault", f"{text}; at least {oldest} is needed, by vLLM too")]
     return [Finding("python", "ok", text)]
+
+
+def check_linux() -> list[Finding]:
+    """Processes can be waited for that are not our children."""
+    try:
+        os.close(linux.pidfd_open(os.getpid()))
+    except OSError as err:
+        text = f"Linux {platform.release()} has no pidfd_open ({err.strerror}); at least 5.3 is needed"
+        return [Finding("linux", "fault", text)]
+    return [Finding("linux", "ok", platform.release())]
 
 
 def check_vllm() -> list[Finding]:

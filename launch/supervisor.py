@@ -30,7 +30,7 @@ from launch.commands import PLUGIN_GROUP, PLUGIN_NAME, Command, placed
 from launch.options import ServerView
 from launch.output import Relay
 from launch.process import EXIT_SIGNAL_BASE, Child
-from vllm_patching import residue
+from vllm_patching import linux, residue
 from vllm_patching.channel import ask
 
 logger = logging.getLogger(__name__)
@@ -44,10 +44,9 @@ URL_NAME = "server.url"  # in the log directory, while the server is ready
 KILL_TIMEOUT_S = 10.0
 HEAD_WORD_S = 10.0
 # vLLM's API server ends by itself behind its engine, if nothing in it hangs or it is told to stay; but an
-# idle one looks only every five seconds. So long it may tell its clients, then it is asked, then made to.
+# idle one looks only every five seconds. So long it may tell its clients, then it is asked to end.
 LINGER_S = 1.0
-LINGER_ASKED_S = 5.0
-OUTLIVE_S = 60.0  # of an engine or workers that live, and that the daemon has lost
+OUTLIVE_S = 60.0  # and then made to; it may be waiting for the requests of another engine
 SILENT_S = 180.0  # of a daemon that lives; longer than anything it may be busy with
 LOOK_S = 5.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -117,7 +116,8 @@ class Supervisor:
         self._observed_at = 0.0
         self._look_at = 0.0  # when the daemon is asked next whether vLLM is whole
         self._broken_since: float | None = None  # since when it is not
-        self._member_gone_at: float | None = None  # when the first of its engines and workers ended
+        self._member_gone_at: float | None = None  # when the first of its engines and workers ended,
+        self._member_gone = 0  # and its pid
         self._asked_to_follow = False  # whether its API server was asked to end behind that one
         self._silent_since: float | None = None  # since when the daemon does not answer
         self._answered = True  # whether it has, since it was started again
@@ -215,7 +215,9 @@ class Supervisor:
                 key.fileobj.recv(4096)
             else:
                 self._unwatch(key.fd)
-                self._member_gone_at = self._member_gone_at or time.monotonic()
+                logger.error("vLLM's process %d, an engine or a worker, has ended", key.data)
+                if self._member_gone_at is None:
+                    self._member_gone, self._member_gone_at = key.data, time.monotonic()
         by_pid = {child.pid: child for child in self.children.values()}
         while True:
             try:
@@ -258,8 +260,8 @@ class Supervisor:
             return
         for pid in (*status["pids"]["engines"], *status["pids"]["workers"]):
             try:
-                self._selector.register(os.pidfd_open(pid), selectors.EVENT_READ, pid)
-            except OSError as err:  # gone already, or a kernel without: the daemon says so within OUTLIVE_S
+                self._selector.register(linux.pidfd_open(pid), selectors.EVENT_READ, pid)
+            except ProcessLookupError as err:  # the daemon says so too, within OUTLIVE_S
                 logger.info("vLLM's process %d cannot be watched: %s", pid, err)
 
     def _unwatch(self, fd: int) -> None:
@@ -385,13 +387,8 @@ class Supervisor:
         """Ask an API server whose engine or worker has ended to do so too; ``_step`` sees it dead then."""
         if self._member_gone_at is None or not vllm.alive:
             return
-        passed_s = time.monotonic() - self._member_gone_at
-        if passed_s > LINGER_S + LINGER_ASKED_S:
-            logger.error("vllm (pid %d) does not end behind its engine or worker; killing it", vllm.pid)
-            self._member_gone_at = None
-            vllm.signal(signal.SIGKILL)
-        elif passed_s > LINGER_S and not self._asked_to_follow:
-            logger.error("an engine or worker of vllm (pid %d) has ended; so must it", vllm.pid)
+        if time.monotonic() - self._member_gone_at > LINGER_S and not self._asked_to_follow:
+            logger.info("asking vllm (pid %d) to end behind process %d", vllm.pid, self._member_gone)
             self._asked_to_follow = True
             vllm.signal(signal.SIGTERM)
 

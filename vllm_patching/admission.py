@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.05
+TRAINER_FIRST_S = 2.0  # so long a peer's helper waits for a trainer that was told to come again
 BUCKET_BYTES = {False: 64 << 20, True: 256 << 20}  # on a GPU?
 
 T = TypeVar("T")
@@ -54,6 +56,7 @@ class Admission:
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
         self.epochs = 0
+        self._turned_away_at = -TRAINER_FIRST_S
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -91,14 +94,17 @@ class Admission:
         """Answer one who knocks, and open its epoch if it may come in."""
         here, who = self._daemon, f"a trainer (pid {request.pid} on {request.host})"
         refusal = self._refusal(request)
-        unready = "" if refusal else self._unreadiness()
+        unready = "" if refusal else self._unreadiness(request)
         if refusal or unready:
             borrows = here.epoch is not None and bool(here.epoch.request.restores)
             if borrows and not request.restores:
                 assert here.epoch is not None
                 here.epoch.fail("a trainer came, and does not wait for a peer's loan")
             reason, try_again = refusal or unready, bool(unready) or not here.published or borrows
-            logger.warning("refused %s: %s", who, reason)
+            if try_again and not request.restores:
+                self._turned_away_at = time.monotonic()
+            waits = bool(request.restores) and not here.published  # a peer's helper, which came early
+            logger.log(logging.DEBUG if waits else logging.WARNING, "refused %s: %s", who, reason)
             self._answer(rendezvous.Answer(session=request.session, refusal=reason, try_again=try_again))
         elif rendezvous.is_withdrawn(here.store, request):
             logger.info("%s did not wait for its answer", who)
@@ -170,9 +176,11 @@ class Admission:
             return f"the server is not complete: {here.last_error}"
         return ""
 
-    def _unreadiness(self) -> str:
-        """Why no round can begin yet; the trainer asks again."""
+    def _unreadiness(self, request: rendezvous.Request) -> str:
+        """Why no round can begin yet; whoever knocks asks again."""
         assert self._daemon.crew is not None
+        if request.restores and time.monotonic() - self._turned_away_at < TRAINER_FIRST_S:
+            return "a trainer was here before"
         try:
             self._daemon.crew.wait_all()  # before the answer: the trainer's deadlines start with it
         except TransferError as err:

@@ -95,7 +95,7 @@ class Borrowing:
         thread.start()
 
     def satisfied(self) -> None:
-        """A version has become live, and a newer one would be known: nothing need wait for the peers."""
+        """A trainer has made a version live: nothing need wait for the peers."""
         self.asking = False
 
     def close(self) -> None:
@@ -134,7 +134,8 @@ class Borrowing:
         offers = [(self._ask(peer, start=False), peer) for peer in tuple(self._peers)]
         newest = max([self._daemon.version, *(offer.version for offer, _ in offers if offer is not None)])
         if newest <= self._served:
-            return all(offer is not None or peer not in self._peers for offer, peer in offers)
+            known = all(offer is not None or peer not in self._peers for offer, peer in offers)
+            return known and not any(offer.in_round for offer, _ in offers if offer is not None)
         self._daemon.events.put(Learned(newest))
         held = {peer: offer.version for offer, peer in offers if offer is not None and not offer.refusal}
         if newest not in held.values():
@@ -145,7 +146,8 @@ class Borrowing:
         if offer is None or offer.refusal:
             return False
         logger.info("the peer at %s sends version %d", peer, offer.version)
-        return self._await(offer.version, peer, aborted, stopping)
+        # Behind it once more: meanwhile a round may have been made without this server.
+        return self._await(offer.version, peer, aborted, stopping) and self._borrow(stopping)
 
     @property
     def _served(self) -> int:
@@ -175,6 +177,8 @@ class Borrowing:
                 offer = self._ask(peer, start=False)
                 if offer is None or offer.borrower != self._own:
                     return self._daemon.live_version >= version
+                if offer.version > version:  # nobody wants this one any more, and our door refuses it then
+                    self._daemon.events.put(Learned(offer.version))
                 look = time.monotonic() + LOOK_S
         return True
 
@@ -193,7 +197,8 @@ class Borrowing:
             if place is None:
                 raise MappingError(f"{peer / CONFIG_NAME} names no rendezvous: it is an exported copy")
             store = rendezvous.reach_store(place.host, place.port, timeout_s=ASK_TIMEOUT_S)
-            loan = rendezvous.Loan(session=session, borrower=self._own, start=start)
+            ahead = not self._daemon.published
+            loan = rendezvous.Loan(session=session, borrower=self._own, start=start, ahead=ahead)
             rendezvous.ask(store, loan, place.secret, timeout_s=ASK_TIMEOUT_S, line=rendezvous.LOANS)
             offer = rendezvous.await_offer(store, session, place.secret, timeout_s=ASK_TIMEOUT_S)
         except BridgeError as err:

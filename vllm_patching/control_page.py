@@ -6,6 +6,7 @@ import mmap
 import os
 
 from bridge.errors import ConfigError
+from vllm_patching import linux
 
 
 class ControlPage:
@@ -53,7 +54,7 @@ class ControlPage:
     @classmethod
     def create(cls, num_ranks: int, num_engines: int = 1) -> ControlPage:
         """Allocate the page for ``num_ranks`` workers, of all ``num_engines`` engine cores together."""
-        fd = os.memfd_create("bridge-control", os.MFD_CLOEXEC)
+        fd = linux.memfd_create("bridge-control", linux.MFD_CLOEXEC)
         os.ftruncate(fd, cls._words_of(num_ranks, num_engines) * 8)
         for index, word in enumerate((cls.MAGIC, num_ranks, num_engines)):
             os.pwrite(fd, word.to_bytes(8, "little"), 8 * index)

@@ -17,6 +17,7 @@ import time
 import torch
 
 from bridge.errors import ConfigError
+from vllm_patching import linux
 
 ALIGNMENT = 1 << 30
 _MAP_FIXED = 0x10
@@ -69,7 +70,7 @@ def bytes_at(address: int, nbytes: int) -> torch.Tensor:
 def why_no_remap() -> str:
     """Why this kernel cannot move the page tables of shared memory, found by trying; "" if it can."""
     nbytes = mmap.PAGESIZE
-    fd = os.memfd_create("bridge-probe", os.MFD_CLOEXEC)
+    fd = linux.memfd_create("bridge-probe", linux.MFD_CLOEXEC)
     address = _MAP_FAILED
     try:
         os.ftruncate(fd, nbytes)
@@ -108,7 +109,7 @@ class CpuArena:
             _map_over(address, self._span, fd)
 
     def _allocate(self, index: int) -> int:
-        fd = os.memfd_create(f"bridge-half{index}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fd = linux.memfd_create(f"bridge-half{index}", linux.MFD_CLOEXEC | linux.MFD_ALLOW_SEALING)
         os.ftruncate(fd, self._span)  # sparse: only what is written exists
         return fd
 
@@ -180,7 +181,7 @@ class HostMemory:
             OSError: the kernel refuses, which the message says of ``which`` half.
         """
         self._nbytes = max(1, nbytes)
-        fd = os.memfd_create("bridge-half", os.MFD_CLOEXEC)
+        fd = linux.memfd_create("bridge-half", linux.MFD_CLOEXEC)
         self.fds = (fd,)
         os.ftruncate(fd, self._nbytes)
         result = _libc.mmap(None, self._nbytes, _READ_WRITE, mmap.MAP_SHARED, fd, 0)

@@ -152,6 +152,11 @@ class Crew:
                     raise TransferError(f"updaters of ranks {absent} were not ready within {timeout_s:g} s")
                 self._here.wait(DEATH_POLL_S)  # a process's death notifies nobody
 
+    @property
+    def has_died(self) -> bool:
+        """Whether an updater on this node has; of one that was not adopted yet nobody else says so."""
+        return any(process.poll() is not None for process in self.processes.values())
+
     def order(self, message: dict[str, Any], ranks: dict[int, dict[str, Any]] | None = None) -> None:
         """Send an order to all updaters; ``ranks`` adds fields per rank.
 

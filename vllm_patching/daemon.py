@@ -239,7 +239,8 @@ class Daemon:
                 receipt = epoch.receipt(flips)
                 self.last_round = msgspec.json.decode(receipt)
                 self.committed += 1
-                self.borrowing.satisfied()
+                if not epoch.request.restores:
+                    self.borrowing.satisfied()
                 epoch.on_committed(receipt, "")
                 logger.info("epoch %d: version %d is live: %s", epoch.epoch, version, receipt)
         if epoch.closed is not None:
@@ -327,7 +328,7 @@ class Daemon:
         self.published = True
         if self.nodes is not None:
             self.nodes.publish()
-        if self.crew is None:
+        if self.crew is None or self.crew.has_died:
             self.new_crew()
         self.lending.watch()
         self.borrowing.begin()

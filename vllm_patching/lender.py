@@ -51,10 +51,10 @@ def _receive_halves(channel: Channel) -> tuple[MappingDocument, list[torch.Tenso
     return mapping, halves
 
 
-def lend(
-    mapping: MappingDocument, halves: list[torch.Tensor], *, to: Path, version: int
-) -> Mapping[str, Any]:
+def lend(run_dir: Path, *, to: Path, version: int) -> Mapping[str, Any]:
     """Bring ``version`` to the server that publishes in ``to``; returns the receipt.
+
+    What is lent, GPU memory perhaps, is mapped only when the other server has let us in.
 
     Raises:
         BridgeError: the other server refuses or is gone, or cannot be sent the same version.
@@ -68,6 +68,7 @@ def lend(
     try:
         if session.mapping.adapters:
             raise ConfigError("it serves adapters that trainers send, which cannot be borrowed")
+        mapping, halves = _receive_halves(Channel.connect(run_dir, timeout_s=CONNECT_TIMEOUT_S))
         shards = read_back(mapping, halves, session.mapping)
         receipt = session.submit(shards, call=1, version=version).wait()
     except BridgeError as err:
@@ -91,9 +92,7 @@ def main() -> int:
     telemetry.configure(role="lender")
     torch.set_num_threads(1)  # it runs beside a server that generates
     try:
-        channel = Channel.connect(args.run_dir, timeout_s=CONNECT_TIMEOUT_S)
-        mapping, halves = _receive_halves(channel)
-        receipt = lend(mapping, halves, to=args.to, version=args.version)
+        receipt = lend(args.run_dir, to=args.to, version=args.version)
     except (BridgeError, OSError) as err:
         logger.error("version %d was not lent to %s: %s", args.version, args.to, err)
         return err.exit_code if isinstance(err, BridgeError) else 1

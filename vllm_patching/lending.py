@@ -45,6 +45,7 @@ class Lending:
         self._daemon = daemon
         self._process: subprocess.Popen[bytes] | None = None
         self._borrower = ""
+        self._ahead = False  # whether the borrower could not take it yet
         self.halves: tuple[int, ...] = ()  # what is lent, by rank
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -80,12 +81,19 @@ class Lending:
         refusal = self._refusal(loan)
         version = self._daemon.version  # the one that is live, unless it is refused
         if loan.start and not refusal:
+            self.reclaim(f"{loan.borrower} can take it now")
             try:
-                self._start(loan.borrower, version)
+                self._start(loan, version)
             except OSError as err:
                 refusal = f"no lender could be started: {err}"
         borrower = self._borrower if self.pid is not None else ""
-        offer = rendezvous.Offer(session=loan.session, version=version, refusal=refusal, borrower=borrower)
+        offer = rendezvous.Offer(
+            session=loan.session,
+            version=version,
+            refusal=refusal,
+            borrower=borrower,
+            in_round=self._daemon.in_round,
+        )
         if refusal:
             logger.info("version %d is not lent to %s: %s", version, loan.borrower, refusal)
         self._daemon.store.set(f"offer/{loan.session}", rendezvous.seal(offer, self._daemon.secret))
@@ -106,7 +114,7 @@ class Lending:
             return "its weights are served from memory that rounds write, so a loan could be torn"
         if here.mapping.adapters:
             return "it serves adapters that trainers send, which are not lent"
-        if self.pid is not None and loan.start:
+        if self.pid is not None and loan.start and (loan.ahead or not self._ahead):
             return f"it is sending its weights to {self._borrower} already"
         if here.epoch is not None and here.epoch.request.restores:
             return "it is being sent weights itself"
@@ -114,16 +122,16 @@ class Lending:
 
     # --- the helper ----------------------------------------------------------------------------------
 
-    def _start(self, borrower: str, version: int) -> None:
+    def _start(self, loan: rendezvous.Loan, version: int) -> None:
         here = self._daemon
         page = here.registry.control
         assert page is not None
         self.halves = tuple(page.slot(rank).active for rank in range(page.num_ranks))
-        self._borrower = borrower
+        self._borrower, self._ahead = loan.borrower, loan.ahead
         argv = [sys.executable, "-m", "vllm_patching.lender", "--run-dir", str(here.args.run_dir)]
-        argv += ["--to", borrower, "--version", str(version), "--daemon-pid", str(os.getpid())]
+        argv += ["--to", loan.borrower, "--version", str(version), "--daemon-pid", str(os.getpid())]
         self._process = subprocess.Popen(argv)
-        logger.info("version %d is lent to %s (lender pid %d)", version, borrower, self._process.pid)
+        logger.info("version %d is lent to %s (lender pid %d)", version, loan.borrower, self._process.pid)
 
     def before_write(self) -> None:
         """A round is about to write each rank's inactive half."""

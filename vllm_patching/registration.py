@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge.errors import BridgeError
+from vllm_patching import linux
 from vllm_patching.channel import Channel, ChannelClosed
 from vllm_patching.control_page import ControlPage
 
@@ -73,7 +74,7 @@ class Registration:
         threading.Thread(target=self._watch, name="bridge-registration", daemon=True).start()
 
     def _watch(self) -> None:
-        parent = os.pidfd_open(os.getppid())
+        parent = linux.pidfd_open(os.getppid())
         while True:
             assert self._channel is not None
             if parent in _readable(self._channel.sock.fileno(), parent):

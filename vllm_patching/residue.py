@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from vllm_patching import newest
+from vllm_patching import linux, newest
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def _wait(procs: list[psutil.Process], timeout_s: float) -> list[psutil.Process]
     try:
         for proc in procs:
             try:
-                fd = os.pidfd_open(proc.pid)
+                fd = linux.pidfd_open(proc.pid)
             except ProcessLookupError:
                 continue
             alive[fd] = proc

@@ -98,24 +98,27 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 class Loan(msgspec.Struct, frozen=True, kw_only=True):
     """A server's daemon asks a peer's for the version that is live there.
 
-    ``borrower`` is its log directory; without ``start`` it only asks what could be had.
+    ``borrower`` is its log directory; without ``start`` it only asks what could be had. ``ahead`` says that
+    it cannot take it yet, and gives way to one that can.
     """
 
     session: str
     borrower: str
     start: bool
+    ahead: bool = False
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True):
     """The peer's reply: ``version`` is the newest it knows; ``refusal`` says why it cannot be had, if so.
 
-    ``borrower`` is whom it is being sent to.
+    ``borrower`` is whom it is being sent to; ``in_round`` says that a newer one may be on its way.
     """
 
     session: str
     version: _Number = 0
     refusal: str = ""
     borrower: str = ""
+    in_round: bool = False
 
 
 class _Signed(msgspec.Struct, frozen=True):

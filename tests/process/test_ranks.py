@@ -23,7 +23,7 @@ from tests.support.serving import wait_until
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
 
-WAIT_S = 2.0
+WAIT_S = 4.0
 SLACK_S = 10.0  # of a busy machine; torch's own groups wait for 1800
 
 
@@ -52,7 +52,7 @@ def one_is_stopped(path: Path) -> None:
     dist.all_gather_object(pids, os.getpid())
     if ranks.rank == 1:
         wait_until("to have been stopped", (path / "goes-on").exists, timeout_s=60)
-    else:
+    elif ranks.rank == 0:
         os.kill(pids[1], signal.SIGSTOP)
     began = time.monotonic()
     with pytest.raises(PeerLost) as caught:
@@ -63,7 +63,7 @@ def one_is_stopped(path: Path) -> None:
     assert f"(rank {ranks.rank} on " in said
     assert "BRIDGE_RANKS_TIMEOUT_S" in said
     if ranks.rank == 0:
-        assert "trainer rank(s) [1] did not come within 2 s" in said
+        assert "trainer rank(s) [1] did not come within 4 s" in said
         assert "its own ranks to come to the next broadcast" in session.said
         assert session.said[-1] == ""
         (record,) = (path / "logs").glob(f"flight-*-{os.getpid()}.jsonl")

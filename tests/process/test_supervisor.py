@@ -167,19 +167,17 @@ def test_vllm_is_restarted_until_it_dies_too_often(launch):
     assert f"vllm (pid {third['vllm'].pid}) was killed by SIGKILL, after 2 restart(s)" in launched.text
 
 
-@pytest.mark.parametrize(
-    ("mode", "last_words"),
-    [
-        ("outlive", "an engine or worker of vllm (pid {}) has ended; so must it"),
-        ("deaf", "vllm (pid {}) does not end behind its engine or worker; killing it"),
-    ],
-)
-def test_an_api_server_that_outlives_its_engine_is_ended_and_started_again(launch, mode, last_words):
-    launched = launch("--server-restarts", "1", "--vllm-mode", mode)
+@pytest.mark.parametrize("mode", ["outlive", "deaf"])
+def test_an_api_server_that_outlives_its_engine_is_ended_and_started_again(launch, mode):
+    launched = launch("--server-restarts", "1", "--vllm-mode", mode, "--outlive", "4")
     first = launched.wait_ready()
+    vllm, engine = first["vllm"].pid, first["engine"].pid
     first["engine"].kill()
     poll_until("vLLM is back", lambda: "vLLM is back" in launched.text)
-    assert last_words.format(first["vllm"].pid) in launched.text
+    assert f"vLLM's process {engine}, an engine or a worker, has ended" in launched.text
+    assert f"asking vllm (pid {vllm}) to end behind process {engine}" in launched.text
+    made_to = f"vllm (pid {vllm}) outlives its engine or workers by 4 s"
+    assert (made_to in launched.text) == (mode == "deaf")
     second = launched.see_tree()
     assert second["vllm"].pid != first["vllm"].pid
     launched.process.send_signal(signal.SIGTERM)

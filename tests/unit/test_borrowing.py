@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import subprocess
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +14,12 @@ import pytest
 
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import CONFIG_NAME, Rendezvous
+from bridge.wire.rendezvous import Loan, Offer
 from tests.support.mappings import identity_mapping
+from vllm_patching.arena import REMAP
 from vllm_patching.borrowing import Borrowing, differs
+from vllm_patching.events import Learned
+from vllm_patching.lending import Lending
 
 OURS = identity_mapping(("checkpoint", {"a": (4, 2), "b": (3,)}))
 
@@ -68,11 +73,11 @@ def test_peers_are_asked_once_when_the_workers_are_back_and_again_behind_the_nex
         events=queue.SimpleQueue(),
     )  # fmt: skip
     borrowing = Borrowing(daemon, [tmp_path / "other"])
-    runs: queue.SimpleQueue[int] = queue.SimpleQueue()
+    runs: queue.SimpleQueue[threading.Event] = queue.SimpleQueue()
     go_on = threading.Event()
 
     def borrow(stopping: threading.Event) -> bool:
-        runs.put(id(stopping))
+        runs.put(stopping)
         return go_on.wait(10)
 
     monkeypatch.setattr(borrowing, "_borrow", borrow)
@@ -90,5 +95,88 @@ def test_peers_are_asked_once_when_the_workers_are_back_and_again_behind_the_nex
     assert runs.get(timeout=10)
     borrowing.close()
     borrowing.expect()
-    assert runs.get(timeout=10) != first
+    assert runs.get(timeout=10) is not first
     borrowing.close()
+
+
+class Peer:
+    """Stands where a peer's daemon answers; each loan that is begun is live at once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, served: int) -> None:
+        self.version, self.in_round = 5, False
+        self.page = SimpleNamespace(requested=served)
+        self.daemon: Any = SimpleNamespace(
+            args=SimpleNamespace(logdir=tmp_path / "own"), mapping=OURS, published=True, version=served,
+            live_version=served, aborted=0, epoch=None, events=queue.SimpleQueue(),
+            registry=SimpleNamespace(control=self.page),
+        )  # fmt: skip
+        self.borrowing = Borrowing(self.daemon, [tmp_path / "other"])
+        self.borrowing.asking = True
+        self.lent: list[int] = []
+        self.then: list[int] = []  # what it serves behind the first loan, the second, ..
+        monkeypatch.setattr(self.borrowing, "_ask", self._answer)
+
+    def _answer(self, _: Path, *, start: bool) -> Offer:
+        offer = Offer(session="", version=self.version, in_round=self.in_round, borrower="own")
+        if start:
+            self.lent.append(self.version)
+            self.daemon.version = self.daemon.live_version = self.page.requested = self.version
+            self.version = self.then.pop(0) if self.then else self.version
+        return offer
+
+
+def test_a_version_that_the_peer_has_left_meanwhile_is_not_the_last_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peer = Peer(monkeypatch, tmp_path, served=0)
+    peer.then = [6, 8]
+    assert peer.borrowing._borrow(threading.Event())
+    assert peer.lent == [5, 6, 8]
+    assert peer.daemon.events.get_nowait() == Learned(5)
+
+
+def test_a_round_under_way_at_the_peer_is_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peer = Peer(monkeypatch, tmp_path, served=5)
+    peer.in_round = True
+    assert not peer.borrowing._borrow(threading.Event())
+    peer.in_round = False
+    assert peer.borrowing._borrow(threading.Event())
+    assert peer.lent == []
+
+
+def test_a_loan_that_nobody_wants_any_more_is_known_to_our_door(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peer = Peer(monkeypatch, tmp_path, served=0)
+    peer.version = 7
+    monkeypatch.setattr("vllm_patching.borrowing.POLL_S", 0.01)
+    monkeypatch.setattr("vllm_patching.borrowing.LOOK_S", 0.0)
+    stopping, own = threading.Event(), peer.borrowing._own
+    offers = [Offer(session="", version=7, borrower=own), Offer(session="", version=7)]
+    monkeypatch.setattr(peer.borrowing, "_ask", lambda *_, **__: offers.pop(0))
+    assert not peer.borrowing._await(5, tmp_path / "other", 0, stopping)
+    assert peer.daemon.events.get_nowait() == Learned(7)
+
+
+def test_a_loan_ahead_gives_way_to_a_server_that_can_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    daemon: Any = SimpleNamespace(
+        nodes=None, published=True, mapping=OURS, swap=SimpleNamespace(torn=""), version=5, live_version=5,
+        registry=SimpleNamespace(workers={0: SimpleNamespace(hello={"arena": REMAP})}), epoch=None,
+        in_round=False, store={}, secret="s",
+    )  # fmt: skip
+    daemon.store = SimpleNamespace(set=lambda *_: None)
+    lending = Lending(daemon)
+    begun: list[str] = []
+
+    def start(loan: Loan, _: int) -> None:
+        begun.append(loan.borrower)
+        lending._process, lending._ahead = subprocess.Popen(["sleep", "60"]), loan.ahead
+        lending._borrower = loan.borrower
+
+    monkeypatch.setattr(lending, "_start", start)
+    for borrower, ahead in (("b", True), ("c", True), ("c", False), ("b", False)):
+        lending.consider(Loan(session="1", borrower=borrower, start=True, ahead=ahead))
+    assert begun == ["b", "c"]
+    lending.reclaim("the test ends")

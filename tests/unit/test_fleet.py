@@ -508,6 +508,31 @@ def test_a_rollback_to_what_this_trainer_never_sent(servers: Servers) -> None:
         session.version = 40
     with pytest.raises(ConfigError, match="the server at /run/b was rolled back to earlier weights"):
         made.broadcast_single_param("bias", MODEL.bias)
+    for server in made._fleet.servers:  # which brings back what was there; that is not this trainer's either
+        server.remember(41, rolled_back=True)
+    servers.served.update(a=41, b=41, c=41)
+    with pytest.raises(ConfigError, match="the server at /run/b was rolled back to earlier weights"):
+        made.broadcast_single_param("bias", MODEL.bias)
+
+
+def test_an_adapter_over_anothers_model_does_not_make_it_ours(servers: Servers) -> None:
+    """Parts of the model may follow only where the model is the checkpoint's or this trainer's."""
+    lead = Layout(rank=0, vocabulary="", shards=(), leading=(Leading(source=0, shape=(4, 2)),))
+    adapter = LocalShards(layout=lead, tensors=[], contiguous=())
+    for served, refused in ((40, True), (0, False)):
+        servers.served.update(a=served, b=served, c=served)
+        made = trainer()
+        fleet = made._fleet
+        for server in fleet.ready(None):
+            server.send(adapter)
+            servers.sessions[server.session.place].version = served + 1  # type: ignore[attr-defined]
+            server.remember(served + 1, rolled_back=False)
+        if refused:
+            with pytest.raises(ConfigError, match="serves a model that this trainer did not send"):
+                made.broadcast_single_param("bias", MODEL.bias)
+            made.broadcast_weights(MODEL)
+        assert made.broadcast_single_param("bias", MODEL.bias).servers == ("a", "b", "c")
+        made.close()
 
 
 def test_what_is_rolled_back_may_be_an_adapter() -> None:
