@@ -1,8 +1,8 @@
 """How long a server whose vLLM is killed in a round is away, and how long the others are held up.
 
-Two real servers on this host's CPU are fed by one trainer; each is the other's peer. In every repetition a
-round is begun, stands still in its middle on one of them, and there the engine core is killed. Measured, in
-seconds:
+Two real servers on this host's CPU are fed by one trainer; each is the other's peer. A round is begun, stands
+still in its middle on one of them, and there the engine core is killed. Every repetition has servers of its
+own: from the second death on, a launcher pauses before it starts vLLM again. Measured, in seconds:
 
 * until the trainer has its receipt for the version on the survivor;
 * until the one that died serves that version, which it gets from its peer;
@@ -87,7 +87,8 @@ def kill_in_a_round(trainers: Trainers, victim: Server, survivor: Server, seed: 
     }
 
 
-def measure(repeats: int) -> list[dict[str, float]]:
+def measure(seed: int) -> dict[str, float]:
+    """One repetition, with servers of its own."""
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         model = build_checkpoint("qwen3", root / "model", dtype="float32", seed=0)
@@ -95,7 +96,7 @@ def measure(repeats: int) -> list[dict[str, float]]:
         peers = f"--peers={os.pathsep.join(places)}"
         options: dict[str, Any] = {
             "flags": FLAGS,
-            "bridge_flags": [peers, f"--max-server-restarts={repeats}"],
+            "bridge_flags": [peers],
             "env": {"VLLM_CPU_OMP_THREADS_BIND": "nobind"},
         }
         env = {"BRIDGE_LOGDIRS": os.pathsep.join(places), "BRIDGE_COMMIT": "available"}
@@ -104,19 +105,18 @@ def measure(repeats: int) -> list[dict[str, float]]:
             training("plain", model, logdir=root, dtype="float32", env=env) as trainers,
         ):
             trainers.must("broadcast")
-            found = []
-            for repeat in range(repeats):
-                found.append(kill_in_a_round(trainers, one, two, repeat))
-                print(json.dumps(found[-1]), flush=True)
-            return found
+            return kill_in_a_round(trainers, one, two, seed)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    found = measure(args.repeats)
+    found = []
+    for repeat in range(args.repeats):
+        found.append(measure(repeat))
+        print(json.dumps(found[-1]), flush=True)
     document = {
         "what": (__doc__ or "").splitlines()[0],
         "command": ["benchmarks/comeback.py", *sys.argv[1:]],
