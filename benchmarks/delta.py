@@ -24,9 +24,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from stall import FLAGS, build_model, machine
-from support.serving import Trainers, serving, training
+from support.serving import Server, Trainers, serving, training
 
 SERVER, TRAINER = "10.213.0.1", "10.213.0.2"
 
@@ -55,15 +56,28 @@ def shaped_link(rate: str) -> Iterator[Sequence[str]]:
         ip("netns", "del", name)
 
 
-def rounds(trainers: Trainers, share: float, repeats: int, seed: int) -> dict[str, Any]:
-    """Rounds of either kind, behind one that they may be compared with; the bytes and seconds of each."""
+def processor_seconds(pids: Sequence[int]) -> float:
+    """What these processes have used of the processors so far."""
+    return sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in pids)
+
+
+def rounds(server: Server, trainers: Trainers, share: float, repeats: int, seed: int) -> dict[str, Any]:
+    """Rounds of either kind, behind one that they may be compared with; the bytes and seconds of each.
+
+    Also how long each end kept a processor busy: here the two share what would else be two hosts' processors.
+    """
     found: dict[str, list[dict[str, Any]]] = {"dense": [], "auto": []}
     for encoding, kept in found.items():
         trainers.must("broadcast", encoding=encoding)
         for repeat in range(repeats):
             trainers.must("change", share=share, seed=seed + repeat)
+            ends = {"trainer": trainers.pids(), "server": server.pids()}
+            before = {end: processor_seconds(pids) for end, pids in ends.items()}
             (receipt,) = trainers.must("broadcast", encoding=encoding)
             kept.append({key: receipt[key] for key in ("bytes", "stage_s", "total_s", "transport")})
+            kept[-1]["processor_s"] = {
+                end: round(processor_seconds(pids) - before[end], 2) for end, pids in ends.items()
+            }
     seconds = {what: statistics.median(r["total_s"] for r in kept) for what, kept in found.items()}
     nbytes = {what: statistics.median(r["bytes"] for r in kept) for what, kept in found.items()}
     return {
@@ -138,7 +152,9 @@ def over_the_link(args: argparse.Namespace) -> dict[str, Any]:
             training("plain", model, logdir=server.logdir, prefix=enter) as trainers,
         ):
             trainers.must("broadcast")
-            found = [rounds(trainers, share, args.repeats, 1000 * i) for i, share in enumerate(args.shares)]
+            found = [
+                rounds(server, trainers, share, args.repeats, 1000 * i) for i, share in enumerate(args.shares)
+            ]
     return {"rate": args.rate, "model_bytes": nbytes, "rounds": found}
 
 

@@ -1,13 +1,14 @@
 """A mixture of experts that is served as gibberish until its FSDP2 trainer has taught it a sentence.
 
-The server starts from dummy weights, with the experts divided between two GPUs:
+The server starts from dummy weights: two engines that step together, the experts divided between their GPUs.
 
     python -m bridge.launch serve --logdir runs/moe -- MODEL --load-format dummy \
-        --tensor-parallel-size 2 --enable-expert-parallel
+        --data-parallel-size 2 --enable-expert-parallel
     BRIDGE_LOGDIR=runs/moe torchrun --nproc-per-node=2 examples/moe_fsdp2.py MODEL
 
-MODEL is any mixture of experts; of a folder only config.json and the tokenizer are read. On a CPU leave
---enable-expert-parallel out (vLLM's kernel there dies of it) and take a small one, which this makes:
+MODEL is any mixture of experts; of a folder only config.json and the tokenizer are read. On a CPU take
+--tensor-parallel-size 2 and no --enable-expert-parallel (vLLM's kernel there dies of it, and has no way for
+engines to exchange tokens), and a small model, which this makes:
 
     python -m tests.support.models qwen3_moe MODEL
 """

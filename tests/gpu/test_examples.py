@@ -1,4 +1,4 @@
-"""The examples at size: experts divided between two GPUs, from dummy weights, and a dense model."""
+"""The examples at size: experts divided between two engines' GPUs, from dummy weights, and a dense model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.gpu.test_two_gpus import ON_FIRST, TOGETHER, TP2
+from tests.gpu.test_two_gpus import ON_FIRST, TOGETHER
 from tests.support.examples import says, sent_by, torchrun, versions_of
 from tests.support.models import build_checkpoint
 from tests.support.serving import serving_together
@@ -27,7 +27,9 @@ VOCAB = {"vocab_size": 32768, "initializer_range": 0.02}
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     root = tmp_path_factory.mktemp("examples")
-    experts = {"flags": (*TP2, "--load-format=dummy", "--enable-expert-parallel")}
+    experts = {
+        "flags": (*TOGETHER, "--load-format=dummy", "--data-parallel-size=2", "--enable-expert-parallel")
+    }
     changes = {"flags": TOGETHER, "bridge_flags": ["--transport=gloo"], **ON_FIRST}
     with serving_together(
         (build_checkpoint("qwen3_moe", root / "qwen3_moe", **MOE, **VOCAB), root / "moe", experts),

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.examples import ray, says, sent_by, torchrun, versions_of
 from tests.support.models import HIDDEN
-from tests.support.serving import UNBOUND, serving_together
+from tests.support.serving import COMPLETED, UNBOUND, serving_together
 
 F32 = ["--dtype=float32"]
 
@@ -21,10 +21,10 @@ pytestmark = [pytest.mark.serving, pytest.mark.timeout(1500, method="signal")]
 def servers(
     checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[SimpleNamespace]:
-    """A mixture of experts on two ranks, from dummy weights; a dense model that takes changes."""
+    """A mixture of experts on two engines that step together, from dummy weights; a dense one for changes."""
     root = tmp_path_factory.mktemp("examples")
     # Not --enable-expert-parallel: vLLM's CPU kernel dies of it at the first request (test_layouts).
-    dummy = {"flags": [*F32, "--load-format=dummy", "--tensor-parallel-size=2"], "env": UNBOUND}
+    dummy = {"flags": [*F32, "--load-format=dummy", "--data-parallel-size=2"], "env": COMPLETED}
     changes = {"flags": F32, "bridge_flags": ["--transport=gloo"], "env": UNBOUND}
     with serving_together(
         (checkpoint("qwen3_moe", "float32", 0), root / "moe", dummy),
