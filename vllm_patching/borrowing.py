@@ -111,8 +111,8 @@ class Borrowing:
                 if attempt == ATTEMPTS:
                     self._stop_asking(stopping)
                     logger.warning(
-                        "no peer sends a version newer than %d now, and not every one answers; they are "
-                        "asked again now and then",
+                        "no peer sends a version newer than %d now, and not every one answers or is between "
+                        "rounds; they are asked again now and then",
                         self._served,
                     )
                 if stopping.wait(PAUSE_S if attempt < ATTEMPTS else LONG_PAUSE_S):
