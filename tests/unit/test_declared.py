@@ -113,7 +113,7 @@ def trainers(draw: st.DrawFn) -> tuple[Tensors, DeclaredLayout]:
 
 
 @given(st.data(), trainers())
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_every_split_arrives_as_the_checkpoint_has_it(
     data: st.DataObject, trainer: tuple[Tensors, DeclaredLayout]
 ) -> None:

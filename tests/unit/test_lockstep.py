@@ -63,7 +63,7 @@ def serve_and_commit(server: LockstepServer, *, pauses: bool = False) -> None:
     assert not any(engine.core.scheduler.left for engine in server.engines)
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 2**32), engines=st.integers(2, 4), batches=st.integers(1, 3), pauses=st.booleans())
 def test_every_forward_runs_under_one_version_and_every_version_is_adopted(
     seed: int, engines: int, batches: int, pauses: bool

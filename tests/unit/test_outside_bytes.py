@@ -62,7 +62,7 @@ PRODUCT = sorted(
 )
 # The same inputs in every run: what is found stays found, and a run cannot fail by luck.
 fixed = settings(
-    derandomize=True, database=None, deadline=None, max_examples=40,
+    derandomize=True, database=None, max_examples=40,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 

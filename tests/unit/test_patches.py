@@ -66,7 +66,7 @@ def put(whole: dict[str, torch.Tensor], patch: SparsePatch) -> torch.Tensor:
     return new
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(patches(), min_size=1, max_size=3, unique_by=lambda patch: patch.name),
     st.sampled_from([1, 2, 4]),

@@ -226,7 +226,7 @@ def _place(
 
 
 @given(st.data(), st.integers(4, 400))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_plan_moves_what_the_writes_say(data: st.DataObject, bucket_bytes: int) -> None:
     mapping = data.draw(models())
     layouts = data.draw(meshes(mapping))

@@ -141,7 +141,7 @@ shapes = st.lists(st.integers(1, 8), max_size=4).map(tuple)
 
 
 @given(st.data(), shapes)
-@settings(deadline=None, max_examples=250)
+@settings(max_examples=250)
 def test_pieces_of_any_partition_equal_the_write(data: st.DataObject, shape: tuple[int, ...]) -> None:
     full = torch.arange(math.prod(shape)).view(shape)
     view = data.draw(views(shape))
@@ -164,7 +164,7 @@ def test_pieces_of_any_partition_equal_the_write(data: st.DataObject, shape: tup
 
 
 @given(st.data(), shapes)
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 def test_any_affine_view_is_cut_or_refused(data: st.DataObject, shape: tuple[int, ...]) -> None:
     """Strides that no torch view of the source has: diagonals, overlaps, walks across rows."""
     numel = math.prod(shape)

@@ -109,7 +109,7 @@ def networks(draw: st.DrawFn) -> tuple[dict[str, float], list[Transfer]]:
     return links, transfers
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(networks())
 @example(  # Once failed: the last is due within a rounding of when the second ends.
     (
