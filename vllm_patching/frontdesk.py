@@ -161,10 +161,8 @@ class FrontDesk:
         self._daemon.events.put(Lost(member.who))
 
     def _welcome_updater(self, hello: UpdaterHello, channel: Channel) -> None:
-        rank, crew = hello.rank, self._daemon.crew
-        if (
-            head := self._head
-        ) is not None:  # it may have been started ahead, and is ended if that was in vain
+        rank, crew, head = hello.rank, self._daemon.crew, self._head
+        if head is not None:  # it may have been started ahead, and is ended if that was in vain
             with head.handled:
                 head.handled.wait_for(lambda: head.published or head.crew is not crew)
         mapping = self._daemon.mapping
