@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,8 +28,9 @@ from typing import Any
 import psutil
 import torch
 from stall import FLAGS, build_model, machine
-from support.serving import Server, Trainers, serving, training
+from support.serving import Server, Trainers, serving, training, wait_until
 
+IDLE_S = 0.3  # so long hardly anything may be done
 SERVER, TRAINER = "10.213.0.1", "10.213.0.2"
 
 
@@ -61,6 +63,17 @@ def processor_seconds(pids: Sequence[int]) -> float:
     return sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in pids)
 
 
+def wait_idle(pids: Sequence[int]) -> None:
+    """vLLM's workers go on polling for a second behind a commit, on a core that the trainer here needs."""
+
+    def idle() -> bool:
+        before = processor_seconds(pids)
+        threading.Event().wait(IDLE_S)
+        return processor_seconds(pids) - before < IDLE_S / 5
+
+    wait_until("the server to be idle", idle, timeout_s=30)
+
+
 def rounds(server: Server, trainers: Trainers, share: float, repeats: int, seed: int) -> dict[str, Any]:
     """Rounds of either kind, behind one that they may be compared with; the bytes and seconds of each.
 
@@ -71,7 +84,10 @@ def rounds(server: Server, trainers: Trainers, share: float, repeats: int, seed:
         trainers.must("broadcast", encoding=encoding)
         for repeat in range(repeats):
             trainers.must("change", share=share, seed=seed + repeat)
-            ends = {"trainer": trainers.pids(), "server": server.pids()}
+            updaters = server.status()["pids"]["updaters"]
+            others = sorted({*server.pids()} - {*updaters})
+            ends = {"trainer": trainers.pids(), "updaters": updaters, "rest of the server": others}
+            wait_idle(others)
             before = {end: processor_seconds(pids) for end, pids in ends.items()}
             (receipt,) = trainers.must("broadcast", encoding=encoding)
             kept.append({key: receipt[key] for key in ("bytes", "stage_s", "total_s", "transport")})
