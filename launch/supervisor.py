@@ -116,9 +116,7 @@ class Supervisor:
         self._observed_at = 0.0
         self._look_at = 0.0  # when the daemon is asked next whether vLLM is whole
         self._broken_since: float | None = None  # since when it is not
-        self._member_gone_at: float | None = None  # when the first of its engines and workers ended,
-        self._member_gone = 0  # and its pid
-        self._asked_to_follow = False  # whether its API server was asked to end behind that one
+        self._gone: tuple[int, float] | None = None  # which of its engines and workers ended first, and when
         self._silent_since: float | None = None  # since when the daemon does not answer
         self._answered = True  # whether it has, since it was started again
         self._why = ""  # what ended everything, for the trainer's message
@@ -203,7 +201,6 @@ class Supervisor:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(previous_fd)
-            self._unwatch_all()
             self._selector.close()
             reader.close()
             writer.close()
@@ -216,8 +213,7 @@ class Supervisor:
             else:
                 self._unwatch(key.fd)
                 logger.error("vLLM's process %d, an engine or a worker, has ended", key.data)
-                if self._member_gone_at is None:
-                    self._member_gone, self._member_gone_at = key.data, time.monotonic()
+                self._gone = self._gone or (key.data, time.monotonic())
         by_pid = {child.pid: child for child in self.children.values()}
         while True:
             try:
@@ -272,7 +268,7 @@ class Supervisor:
         for key in list(self._selector.get_map().values()):
             if key.data is not None:
                 self._unwatch(key.fd)
-        self._member_gone_at, self._asked_to_follow = None, False
+        self._gone = None
 
     def _follower_ended(self, child: Child) -> None:
         """A follower's daemon ends in order, or for good, when the server does; else it is started again."""
@@ -385,11 +381,12 @@ class Supervisor:
 
     def _end_what_lingers(self, vllm: Child) -> None:
         """Ask an API server whose engine or worker has ended to do so too; ``_step`` sees it dead then."""
-        if self._member_gone_at is None or not vllm.alive:
+        if self._gone is None or not vllm.alive:
             return
-        if time.monotonic() - self._member_gone_at > LINGER_S and not self._asked_to_follow:
-            logger.info("asking vllm (pid %d) to end behind process %d", vllm.pid, self._member_gone)
-            self._asked_to_follow = True
+        pid, since = self._gone
+        if time.monotonic() - since > LINGER_S:
+            logger.info("asking vllm (pid %d) to end behind process %d", vllm.pid, pid)
+            self._unwatch_all()  # the others end with it
             vllm.signal(signal.SIGTERM)
 
     def _end_what_outlives(self, vllm: Child, now: float, status: dict[str, Any]) -> None:
@@ -576,6 +573,7 @@ class Supervisor:
         (self.launch.logdir / URL_NAME).unlink(missing_ok=True)
         self._observe(every_s=0.0)
         already_asked = len(self._stop_signals)
+        self._unwatch_all()  # they end because we ask them to
         self._ask_to_end()
         patience = self.limits.shutdown_timeout_s
         self._wait_until(lambda: self._all_ended(), patience, hurry_after=already_asked)

@@ -121,6 +121,7 @@ def test_sigterm_ends_everything_in_order(launch):
     launched.process.send_signal(signal.SIGTERM)
     assert launched.wait_end() == 0, launched.text
     assert f"[vllm] stand-in vLLM pid {roles['vllm'].pid}" in launched.text
+    assert "an engine or a worker, has ended" not in launched.text, "they were asked to"
     assert f"[daemon] stand-in daemon pid {roles['daemon'].pid}" in launched.text
     assert f"stand-in vLLM pid {roles['vllm'].pid}" in (launched.logdir / "vllm.log").read_text()
 
