@@ -4,7 +4,8 @@ In each cell a trainer broadcasts five sets of weights to a live server. After e
 parameter of every inference rank must be that of a fresh load of the same weights: by vLLM's own loader in
 processes of its own, unpatched (``tests/support/fresh_load.py``), once for each set and layout. No trainer
 rank's memory may rise above what it held before the first broadcast by more than two buckets and
-``SLACK_BYTES``; the largest parameters are larger than that, so no rank can have put one together.
+``SLACK_BYTES``, libraries' code apart; the largest parameters are larger than that, so no rank can have put
+one together.
 
 vLLM by itself cannot serve a pipeline, or a mixture of experts data parallel, on a CPU; what it lacks there
 is added by ``tests/support/layouts_on_cpu``.
