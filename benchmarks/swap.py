@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from support.models import write_tokenizer
-from support.serving import Api, Server, Trainers, free_port
+from support.serving import UNBOUND, Api, Server, Trainers, free_port
 
 SHAPES: dict[str, dict[str, int]] = {
     "8b": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
@@ -74,6 +75,7 @@ class Load:
     def __init__(self, api: Api, *, width: int, tokens: int) -> None:
         self.arrivals: list[float] = []
         self.failures: list[str] = []
+        self._ended: list[float] = []
         self._warm = threading.Event()
         self._tokens = tokens
         self._threads = [threading.Thread(target=self._watched, args=(api,), daemon=True)]
@@ -104,6 +106,7 @@ class Load:
         except OSError as err:
             self.failures.append(str(err))
             return
+        self._ended.append(time.monotonic())
         if len(choice["token_ids"]) != self._tokens:
             self.failures.append(f"sequence {index} ended after {len(choice['token_ids'])} tokens")
 
@@ -119,9 +122,17 @@ class Load:
             if thread.is_alive():
                 raise TimeoutError("a sequence did not end within 180 s")
 
+    @property
+    def full_until(self) -> float:
+        """When the first of the others ended: where many end together, the server answers them all at once."""
+        return min(self._ended, default=math.inf)
+
     def gaps(self) -> list[tuple[float, float]]:
-        """(start, length in seconds) between tokens, from where all sequences were under way."""
-        return [(a, b - a) for a, b in pairwise(self.arrivals[WARM_TOKENS // 2 :])]
+        """(start, length in seconds) between tokens, while all sequences were under way."""
+        full = [at for at in self.arrivals[WARM_TOKENS // 2 :] if at < self.full_until]
+        if len(full) < 2:
+            raise RuntimeError(f"{self._tokens} tokens are too few: one sequence ended before another was warm")
+        return [(a, b - a) for a, b in pairwise(full)]
 
     def rate(self, since: float, until: float) -> float:
         """Decode steps per second in a window."""
@@ -129,11 +140,16 @@ class Load:
 
 
 def stalls_ms(load: Load, events: list[tuple[float, float]]) -> list[float]:
-    """Per event, the longest gap that touches it, above the median gap of the stretch; milliseconds."""
+    """Per event, the longest gap that touches it, above the median gap of the stretch; milliseconds.
+
+    Events that reach to where sequences end are left out.
+    """
     gaps = load.gaps()
     median = statistics.median(length for _, length in gaps)
     found = []
     for start, end in events:
+        if end + AFTER_S > load.full_until:
+            continue
         touching = [length for begin, length in gaps if begin <= end + AFTER_S and begin + length >= start]
         found.append(1e3 * (max(touching, default=0.0) - median))
     return found
@@ -271,6 +287,10 @@ class Bench:
 def summary(found: dict[str, Any], nbytes: int) -> dict[str, Any]:
     """The figures that the bars speak of; milliseconds, GB/s, shares."""
     median = statistics.median
+
+    def of(values: list[float]) -> float | None:
+        return median(values) if values else None
+
     quiet = median(found[name]["steps_per_s"] for name in ("quiet", "quiet_again") if name in found)
     result: dict[str, Any] = {"model_bytes": nbytes, "quiet_steps_per_s": quiet}
     for what in found["idle"]:
@@ -278,9 +298,9 @@ def summary(found: dict[str, Any], nbytes: int) -> dict[str, Any]:
         idle_s = median(e.get("stage_s", e["end"] - e["start"]) for e in idle)
         result[what] = {
             "updates": len(spaced["stall_ms"]),
-            "stall_ms": median(spaced["stall_ms"]),
-            "stall_ms_worst": max(spaced["stall_ms"]),
-            "control_stall_ms": median(spaced["control_stall_ms"]) if spaced["control_stall_ms"] else None,
+            "stall_ms": of(spaced["stall_ms"]),
+            "stall_ms_worst": max(spaced["stall_ms"], default=None),
+            "control_stall_ms": of(spaced["control_stall_ms"]),
             "publish_to_committed_ms": median(spaced["update_ms"]),
             "idle_gb_per_s": nbytes / idle_s / 1e9,
             "idle_ms": 1e3 * median(e["end"] - e["start"] for e in idle),
@@ -291,9 +311,10 @@ def summary(found: dict[str, Any], nbytes: int) -> dict[str, Any]:
         }
     result["bridge"]["flip_ms"] = median(found["spaced_bridge"]["flip_ms"])
     result["bridge"]["not_blocking_call_ms"] = 1e3 * median(e["call_s"] for e in found["not_blocking"])
+    if "native" in result and result["bridge"]["stall_ms"] and result["native"]["stall_ms"]:
+        result["native_to_bridge_stall"] = result["native"]["stall_ms"] / result["bridge"]["stall_ms"]
     if "native" in result:
         result["same_answers"] = found["same_answers"]
-        result["native_to_bridge_stall"] = result["native"]["stall_ms"] / result["bridge"]["stall_ms"]
     memory = found["trainer_memory"]
     result["trainer_extra_bytes"] = [
         after["used_bytes"] - before["used_bytes"]
@@ -388,6 +409,7 @@ def main() -> int:
                   f"--gpu-memory-utilization={args.utilization}"]  # fmt: skip
     if not args.no_native:
         flags.append('--weight-transfer-config={"backend": "nccl"}')
+    quiet = UNBOUND if args.cpu else {}  # threads that spin leave two cores to nobody
     visible = [",".join(map(str, ids)) for ids in gpus]
     with tempfile.TemporaryDirectory(prefix="swap-") as directory:
         model = Path(directory) / "model"
@@ -396,6 +418,7 @@ def main() -> int:
             "VLLM_SERVER_DEV_MODE": "1",
             "BRIDGE_BENCHMARK_NATIVE": "1",  # both write the same weights, and only whole ones
             "CUDA_VISIBLE_DEVICES": visible[0],
+            **quiet,
         }
         server = Server(model, Path(directory) / "log", flags=flags, bridge_flags=args.bridge_flag, env=env)
         trainers = bench = None
@@ -406,7 +429,7 @@ def main() -> int:
                 model,
                 logdir=server.logdir,
                 ranks=args.trainers,
-                env={"CUDA_VISIBLE_DEVICES": visible[1]},
+                env={"CUDA_VISIBLE_DEVICES": visible[1], **quiet},
                 module="benchmarks.swap_trainer",
             )
             server.wait_ready(timeout_s=400)
