@@ -25,6 +25,8 @@ from bridge.wire import cuda
 
 TOTAL = 3 << 30  # bytes moved by one run; whole rows of either width
 REPEATS = 5
+LOCAL_MIB = (4, 16, 64)
+ENQUEUED, ENQUEUED_BYTES = 400, 64 << 10  # fewer than a stream holds, or enqueuing would wait for the copies
 # Rows of row-parallel weights of Qwen3-8B at TP 2: o_proj and down_proj; half of a row each.
 WIDTHS = (4 << 10, 12 << 10)
 LAYERS, ROWS, COLUMNS = 36, 4096, 12288
@@ -66,6 +68,10 @@ class Ways:
         found: dict[str, Callable[[], None]] = {
             f"pull contiguous, {n} stream(s)": partial(self.contiguous, n) for n in (1, 2, 4)
         }
+        for mib in LOCAL_MIB:
+            for n in (1, 2):
+                name = f"local in copies of {mib} MiB, {n} stream(s)"
+                found[name] = partial(self.local_copies, mib << 20, n)
         for w in WIDTHS:
             kib = f"{w >> 10} KiB"
             for n in (1, 2, 4, 8):
@@ -83,6 +89,11 @@ class Ways:
         for i in range(n):
             cuda.copy_rows(self.dst.data_ptr() + i * part, 0, self.src.data_ptr() + i * part, 0,
                            width=part, rows=1, stream=self.here[i])  # fmt: skip
+
+    def local_copies(self, nbytes: int, n: int) -> None:
+        for i in range(TOTAL // nbytes):
+            cuda.copy_rows(self.dst.data_ptr() + i * nbytes, 0, self.scratch.data_ptr() + i * nbytes, 0,
+                           width=nbytes, rows=1, stream=self.here[i % n])  # fmt: skip
 
     def strided(self, width: int, streams: list[torch.cuda.Stream]) -> None:
         """Half of each row of twice the width, in 16 jobs."""
@@ -122,6 +133,20 @@ class Ways:
                            width=part, rows=1, stream=self.here[0])  # fmt: skip
 
 
+def enqueuing(src: torch.Tensor, dst: torch.Tensor, streams: list[torch.cuda.Stream]) -> float:
+    """Seconds that the host needs to enqueue one copy, the streams by turns."""
+    found = []
+    for _ in range(REPEATS):
+        for index in (0, 1):
+            torch.cuda.synchronize(index)
+        start = time.perf_counter()
+        for i in range(ENQUEUED):
+            cuda.copy_rows(dst.data_ptr() + i * ENQUEUED_BYTES, 0, src.data_ptr() + i * ENQUEUED_BYTES, 0,
+                           width=ENQUEUED_BYTES, rows=1, stream=streams[i % len(streams)])  # fmt: skip
+        found.append((time.perf_counter() - start) / ENQUEUED)
+    return statistics.median(found[1:])
+
+
 def timed(way: Callable[[], None]) -> tuple[float, float, float]:
     """(start, end, seconds) of one run, by the wall clock, everything done."""
     for index in (0, 1):
@@ -146,7 +171,12 @@ def main() -> int:
     dst = torch.empty(TOTAL, dtype=torch.uint8, device=here)
     scratch = torch.empty(2 * TOTAL, dtype=torch.uint8, device=here)
     scratch[:1024].copy_(src[:1024])  # torch opens the way between the two
-    ways = Ways(src, dst, scratch).named()
+    made = Ways(src, dst, scratch)
+    ways = made.named()
+    enqueue_s = {
+        "pull": enqueuing(src, dst, made.here[:1]),
+        "local": enqueuing(scratch, dst, made.here[:1]),
+    }
     runs = {name: {"alone_s": [timed(way)[2] for _ in range(REPEATS)][1:]}
             for name, way in ways.items()}  # fmt: skip
     context = mp.get_context("spawn")
@@ -167,6 +197,7 @@ def main() -> int:
         "command": " ".join([Path(sys.executable).name, *sys.argv]),
         "hardware": torch.cuda.get_device_name(here),
         "bytes": TOTAL,
+        "enqueue_s": enqueue_s,
         "decode_step_ms": {"median": 1e3 * statistics.median(quiet), "max": 1e3 * max(quiet)},
         "ways": {},
     }

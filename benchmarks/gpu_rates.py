@@ -2,11 +2,12 @@
 
 Nothing here is fitted to what it is compared with: bare mechanisms come from ``copy-paths.json``,
 ``nccl-paths.json`` and the floors of ``swap-1x1-asked.json``; the time of a round without bytes, and of
-beginning a copy, from ``swap-1x1-32b.json``. The other rounds are predicted with these.
+beginning a copy on a link, from ``swap-1x1-32b.json``. The other rounds are predicted with these.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import statistics
@@ -18,11 +19,13 @@ from typing import Any
 from benchmarks.fluid import Link, Transfer, simulate
 from benchmarks.model_shapes import QWEN3_8B, QWEN3_32B, Model, Server, Trainer
 from benchmarks.strategies import plan_of
-from bridge.protocol.plan import Bucket, Copy, Plan
+from bridge.protocol.plan import Bucket, Copy, Lane, Plan
+from bridge.wire import turns
 
 RESULTS = Path(__file__).parent / "results"
 ITEMSIZE = 2
 MIB = 1 << 20
+KERNEL_MIB = 64  # long enough that enqueuing is none of the time
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Rates:
     nccl: float
     nccl_bucket_s: float
     all_gather: float
+    enqueue_s: float
+    kernel_s: float
     copy_s: float = 0.0
     round_s: float = 0.0
 
@@ -71,7 +76,8 @@ def read(name: str) -> dict[str, Any]:
 
 def measured() -> Rates:
     """The rates, from the files that the module's first lines name."""
-    ways = read("copy-paths.json")["ways"]
+    paths = read("copy-paths.json")
+    ways = paths["ways"]
     runs = {
         (run["call"], run["bucket_bytes"]): run["alone_gb_per_s"] * 1e9
         for run in read("nccl-paths.json")["runs"]
@@ -88,24 +94,27 @@ def measured() -> Rates:
         nccl=nccl,
         nccl_bucket_s=large - sizes[1] / nccl,
         all_gather=runs["padded all-gather", sizes[1]],
+        enqueue_s=statistics.mean(paths["enqueue_s"].values()),
+        # Between two copies of one stream; the other of two fills it.
+        kernel_s=KERNEL_MIB * MIB * (1 / alone(ways, 1) - 1 / alone(ways, 2)),
     )
     document = read(FITTED.file)["found"]
     transfer = statistics.median(r["transfer_s"] for r in document["not_blocking"])
     stage = statistics.median(r["stage_s"] for r in document["not_blocking"])
-    copies = [len(lane) for lane in _copies(_plan(FITTED)).values()]
+    (lane,) = _plan(FITTED).lanes
+    copies = sum(len(bucket.copies) for bucket in lane.buckets)
     bare = predict(FITTED, rates)
-    return Rates(**{**rates.__dict__, "copy_s": (transfer - bare) / copies[0], "round_s": stage - transfer})
+    return dataclasses.replace(rates, copy_s=(transfer - bare) / copies, round_s=stage - transfer)
+
+
+def alone(ways: dict[str, Any], streams: int) -> float:
+    """Bytes per second of copies within a GPU, one behind the other on so many streams."""
+    name = f"local in copies of {KERNEL_MIB} MiB, {streams} stream(s)"
+    return 1e9 * float(ways[name]["alone_gb_per_s"])
 
 
 def _plan(kind: Round) -> Plan:
     return plan_of(kind.model, Trainer(kind.trainers), Server(kind.tp))
-
-
-def _copies(plan: Plan) -> dict[tuple[int, int], list[Copy]]:
-    return {
-        (lane.trainer, lane.inference): [copy for bucket in lane.buckets for copy in bucket.copies]
-        for lane in plan.lanes
-    }
 
 
 def predict(kind: Round, rates: Rates) -> float:
@@ -113,33 +122,73 @@ def predict(kind: Round, rates: Rates) -> float:
     plan = _plan(kind)
     if kind.transport == "nccl":
         return rates.round_s + _by_nccl([b for lane in plan.lanes for b in lane.buckets], rates)
-    links: dict[Link, float] = {}
-    transfers = []
-    for (trainer, inference), copies in _copies(plan).items():
-        source = inference if kind.shared else kind.tp + trainer
-        source = trainer if kind.shared else source
-        transfers.append(_lane(links, rates, source, inference, copies))
-    return rates.round_s + simulate(links, transfers).seconds
+    made = _Round(kind, rates)
+    for inference in range(kind.tp):
+        made.receive([lane for lane in plan.lanes if lane.inference == inference])
+    return rates.round_s + simulate(made.links, made.transfers).seconds
 
 
-def _lane(
-    links: dict[Link, float], rates: Rates, source: int, target: int, copies: Sequence[Copy]
-) -> Transfer:
-    """All copies of a lane, which has a stream: its reads and writes of memory, and the link if there is one.
+class _Round:
+    """The copies of one round as ``bridge/wire/device_transport.py`` makes them.
 
-    A copy within a GPU reads and writes the same memory, so it is had at half the memory's own rate.
+    An updater's thread enqueues them one by one, bucket by bucket and lane by lane. Over a link a lane's
+    copies follow one another, each begun by the copy engine in ``copy_s``. Within a GPU they are kernels on
+    one stream, or two if there is no other lane, and made in parts (``bridge/wire/turns.py``).
     """
-    nbytes = ITEMSIZE * sum(math.prod(copy.size) for copy in copies)
-    rows = ITEMSIZE * sum(math.prod(copy.size) for copy in copies if len(copy.size) > 1)
-    for gpu in (source, target):
-        links["memory", gpu] = 2 * rates.local_copy
-    gaps = len(copies) * rates.copy_s
-    if source == target:
-        limit = nbytes / ((nbytes - rows) / rates.local_copy + rows / rates.local_rows)
-        return Transfer(nbytes, ((("memory", source), 2),), latency_s=gaps, limit=limit)
-    links["out", source] = links["in", target] = rates.copy_engine
-    uses = ((("memory", source), 1), (("memory", target), 1), (("out", source), 1), (("in", target), 1))
-    return Transfer(nbytes, uses, latency_s=gaps)
+
+    def __init__(self, kind: Round, rates: Rates) -> None:
+        self.links: dict[Link, float] = {}
+        self.transfers: list[Transfer] = []
+        self._kind, self._rates = kind, rates
+
+    def receive(self, lanes: Sequence[Lane]) -> None:
+        """All lanes of one updater, which begins with another trainer than the updater before it."""
+        start = lanes[0].inference % len(lanes)
+        lanes = [*lanes[start:], *lanes[:start]]
+        streams = 2 if len(lanes) == 1 else 1
+        before: dict[int, list[int]] = {lane.trainer: [] for lane in lanes}  # copies, by lane
+        thread: list[int] = []  # what it has to wait for
+        part_s = 0.0
+        for index in range(max(len(lane.buckets) for lane in lanes)):
+            for lane in (lane for lane in lanes if index < len(lane.buckets)):
+                local = self._kind.shared and lane.trainer == lane.inference
+                earlier = before[lane.trainer]
+                for copy in lane.buckets[index].copies:
+                    nbytes = ITEMSIZE * math.prod(copy.size)
+                    alone_s = max(nbytes / self._rates.local_copy, turns.COPY_S)
+                    if local and part_s and part_s + alone_s > turns.PART_S:
+                        thread, part_s = [*thread, *earlier[-streams:]], 0.0
+                    part_s += alone_s if local else 0.0
+                    enqueued = self._add(Transfer(self._rates.enqueue_s, (), tuple(thread), limit=1.0))
+                    thread = [enqueued]
+                    last = len(earlier) - (streams if local else 1)  # the one before on this copy's stream
+                    after = (enqueued, *([earlier[last]] if last >= 0 else []))
+                    if local:
+                        earlier.append(self._add(self._within(lane.inference, copy, nbytes, after)))
+                    else:
+                        earlier.append(self._add(self._across(lane, nbytes, after)))
+
+    def _add(self, transfer: Transfer) -> int:
+        self.transfers.append(transfer)
+        return len(self.transfers) - 1
+
+    def _memory(self, gpu: int) -> Link:
+        """Counted in bytes read or written: a copy does both, so a GPU's memory is twice as fast as it."""
+        self.links["memory", gpu] = 2 * self._rates.local_copy
+        return "memory", gpu
+
+    def _within(self, gpu: int, copy: Copy, nbytes: int, after: tuple[int, ...]) -> Transfer:
+        limit = self._rates.local_rows if len(copy.size) > 1 else self._rates.local_copy
+        uses = ((self._memory(gpu), 2),)
+        return Transfer(nbytes, uses, after, latency_s=self._rates.kernel_s, limit=limit)
+
+    def _across(self, lane: Lane, nbytes: int, after: tuple[int, ...]) -> Transfer:
+        target = lane.inference
+        source = lane.trainer if self._kind.shared else self._kind.tp + lane.trainer
+        out, into = ("out", source), ("in", target)
+        self.links[out] = self.links[into] = self._rates.copy_engine
+        uses = ((self._memory(source), 1), (self._memory(target), 1), (out, 1), (into, 1))
+        return Transfer(nbytes, uses, after, latency_s=self._rates.copy_s)
 
 
 def _by_nccl(buckets: Sequence[Bucket], rates: Rates) -> float:

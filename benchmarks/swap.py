@@ -124,14 +124,14 @@ class Load:
 
     @property
     def full_until(self) -> float:
-        """When the first of the others ended: where many end together, the server answers them all at once."""
+        """When the first of the others ended: many end together, and the server answers them all at once."""
         return min(self._ended, default=math.inf)
 
     def gaps(self) -> list[tuple[float, float]]:
         """(start, length in seconds) between tokens, while all sequences were under way."""
         full = [at for at in self.arrivals[WARM_TOKENS // 2 :] if at < self.full_until]
         if len(full) < 2:
-            raise RuntimeError(f"{self._tokens} tokens are too few: one sequence ended before another was warm")
+            raise RuntimeError(f"{self._tokens} tokens are too few: one sequence ended before another began")
         return [(a, b - a) for a, b in pairwise(full)]
 
     def rate(self, since: float, until: float) -> float:

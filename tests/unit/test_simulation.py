@@ -257,7 +257,7 @@ def test_lanes_in_turn_are_never_faster_than_all_at_once(lanes: Lanes) -> None:
 
 def test_rounds_on_gpus_are_predicted_within_a_fifth() -> None:
     found = {r["measured_in"]: r["ratio"] for r in gpu_rates.compare(gpu_rates.measured())}
-    # One is of an older version, one misses by little; see the benchmarks' README.
-    missed = [found.pop(name) for name in ("swap-2x2.json", "swap-2x2-shared.json")]
-    assert max(missed) < 0.8, "it is now predicted too: say so there, and compare it as the others"
+    # Of an older version, which summed every round and worked out each copy anew; see the benchmarks' README.
+    older = found.pop("swap-2x2.json")
+    assert older < 0.8, "it is now predicted too: say so there, and compare it as the others"
     assert all(0.8 < ratio < 1.2 for ratio in found.values()), found
