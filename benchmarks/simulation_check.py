@@ -1,9 +1,9 @@
 """Rounds between real trainer ranks and real updaters on one machine, beside what the simulation predicts.
 
-Each end is a process, as in a job, on a host of its own: a network namespace whose rates out and in are
-shaped by tc (it needs root). What the prediction knows is measured apart from the rounds, right before them:
-plain TCP through each rate, a bare Gloo pair, and what one thread copies, sums and reads from another
-process. The plan is the planner's, of a small model of Qwen3's shape.
+Each end is a process that keeps to one core, as in a job, on a host of its own: a network namespace whose
+rates out and in are shaped by tc (it needs root). What the prediction knows is measured apart from the
+rounds, right before them: plain TCP through each rate, a bare Gloo pair, and what one thread packs, unpacks,
+sums and reads from another process. The plan is the planner's, of a small model of Qwen3's shape.
 
     python -m benchmarks.simulation_check --out benchmarks/results/simulation-check.json
 """
@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -32,7 +33,8 @@ from benchmarks.model_shapes import Model, Server, Trainer, layouts_of, mapping_
 from benchmarks.shaped_hosts import Host, shaped_hosts
 from benchmarks.simulation_ends import follow
 from bridge.protocol import mapping as mappings
-from bridge.protocol.plan import Plan, build_plan
+from bridge.protocol.plan import Bucket, Copy, Plan, build_plan
+from bridge.wire.copy_jobs import rows_of
 
 SMALL = Model(
     "small",
@@ -47,8 +49,10 @@ SMALL = Model(
 )
 LARGER = dataclasses.replace(SMALL, name="larger", hidden=1024, intermediate=3072, layers=16, vocab=65536)
 BUCKET_BYTES = 2 << 20
-BARE_BYTES = 32 << 20
-MEMORY_BYTES = 64 << 20
+ITEMSIZE = 2
+BARE_BYTES, BARE_RUNS = 32 << 20, 9
+SMALL_COPIES, SMALL_BYTES = 512, 4 << 10
+MEMORY_BYTES = 128 << 20  # more than caches hold
 ANSWER_S = 180.0
 # Forked from a process that has imported torch and does nothing else.
 _context = multiprocessing.get_context("forkserver")
@@ -88,13 +92,19 @@ CASES = (
 # --- processes ------------------------------------------------------------------------------------------
 
 
+def core_of(role: str, number: int) -> int:
+    """A trainer rank and the updater of its number are on two."""
+    return number + (role == "updater")
+
+
 class End:
     """A process of ``simulation_ends.py``."""
 
-    def __init__(self, host: Host, **spec: Any) -> None:
+    def __init__(self, host: Host, core: int, **spec: Any) -> None:
+        """``core`` counts on from the last one to the first."""
         self.host = host
         self._orders, theirs = _context.Pipe()
-        arguments = ({**spec, "address": host.address}, host.namespace, theirs)
+        arguments = ({**spec, "core": core, "address": host.address}, host.namespace, theirs)
         self._process = _context.Process(target=follow, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
@@ -144,7 +154,7 @@ def ends() -> Iterator[list[End]]:
 def measure_link(rates: tuple[str, str], *, into: bool) -> float:
     """Payload bytes per second that one TCP connection gets through a rate."""
     with shaped_hosts({"a": FREE if into else rates, "b": rates if into else FREE}) as hosts, ends() as made:
-        giver, taker = End(hosts["a"], kind="bare"), End(hosts["b"], kind="bare")
+        giver, taker = End(hosts["a"], 0, kind="bare"), End(hosts["b"], 1, kind="bare")
         made += (giver, taker)
         port = taker.ask("listen")
         taker.order("take", nbytes=BARE_BYTES)
@@ -152,27 +162,65 @@ def measure_link(rates: tuple[str, str], *, into: bool) -> float:
         return float(taker.answer())
 
 
-def measure_machine() -> dict[str, float]:
-    """Bytes per second: a bare Gloo pair without a limit, and what one thread copies, sums and reads."""
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one thread needs for a kind of work: a copy, however small, and a byte, by the width of rows."""
+
+    copy_s: float
+    byte_s: dict[int, float]
+
+    def of(self, copies: Sequence[Copy]) -> float:
+        """Seconds."""
+        sizes = [(ITEMSIZE * math.prod(copy.size), width_of(copy)) for copy in copies]
+        return sum(self.copy_s + nbytes * self.byte_s[width] for nbytes, width in sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What a machine was measured to do."""
+
+    gloo: float  # bytes per second of a pair
+    sending: float  # of its core, at this rate
+    receiving: float
+    costs: dict[str, Cost]
+
+
+def width_of(copy: Copy) -> int:
+    """Bytes of the rows that a copy has at the trainer's; 0 if it is contiguous there."""
+    jobs = list(rows_of(copy))
+    return 0 if len(jobs) == jobs[0].rows == 1 else jobs[0].width * ITEMSIZE
+
+
+def measure_machine(widths: Sequence[int]) -> Machine:
+    """A bare Gloo pair without a limit, and what one thread does with rows of these widths."""
     with shaped_hosts({"a": FREE, "b": FREE}) as hosts, ends() as made:
-        one, other = End(hosts["a"], kind="bare"), End(hosts["b"], kind="bare")
+        one, other = End(hosts["a"], 0, kind="bare"), End(hosts["b"], 1, kind="bare")
         made += (one, other)
         port = one.ask("store")
         for rank, end in enumerate((one, other)):
             end.order("pair", host=hosts["a"].address, port=port, rank=rank)
         for end in (one, other):
             end.answer()
-        for _ in range(2):  # the first one warms up
+        runs = []
+        for _ in range(BARE_RUNS + 1):
             one.order("gloo", sends=True, nbytes=8 * BARE_BYTES, bucket_bytes=BUCKET_BYTES)
-            gloo = other.ask("gloo", sends=False, nbytes=8 * BARE_BYTES, bucket_bytes=BUCKET_BYTES)
-            one.answer()
+            gloo, receiving = other.ask("gloo", sends=False, nbytes=8 * BARE_BYTES, bucket_bytes=BUCKET_BYTES)
+            runs.append((gloo, one.answer()[1], receiving))
+        pair = sorted(runs[1:])[BARE_RUNS // 2]  # the first one warms up
         pid, address = one.ask("hold", nbytes=MEMORY_BYTES)
-        return {
-            "gloo": gloo,
-            "copy": one.ask("copying", nbytes=BUCKET_BYTES),
-            "sum": one.ask("summing", nbytes=BUCKET_BYTES),
-            "read": other.ask("reading", pid=pid, address=address, nbytes=MEMORY_BYTES),
-        }
+        holding = {"pulling": {"pid": pid, "address": address}}
+
+        def cost(doing: str) -> Cost:
+            def each(nbytes: int, bucket_bytes: int, width: int) -> float:
+                more = holding.get(doing, {})
+                return other.ask(doing, nbytes=nbytes, bucket_bytes=bucket_bytes, width=width, **more)  # type: ignore[no-any-return]
+
+            copy_s = each(SMALL_COPIES * SMALL_BYTES, SMALL_BYTES, 0)
+            whole = {width: each(MEMORY_BYTES, BUCKET_BYTES, width) for width in widths}
+            return Cost(copy_s, {width: (s - copy_s) / BUCKET_BYTES for width, s in whole.items()})
+
+        costs = {doing: cost(doing) for doing in ("packing", "unpacking", "summing", "showing", "pulling")}
+        return Machine(*pair, costs)
 
 
 # --- what is predicted ------------------------------------------------------------------------------------
@@ -181,20 +229,25 @@ def measure_machine() -> dict[str, float]:
 class _Model:
     """The transfers of one round, in the order in which the ends go through them."""
 
-    def __init__(self, case: Case, plan: Plan, links: dict[str, float], machine: dict[str, float]) -> None:
+    def __init__(self, case: Case, plan: Plan, links: dict[str, float], machine: Machine) -> None:
         self.case, self.plan, self.rates, self.machine = case, plan, links, machine
-        self.links: dict[Link, float] = {"cores": float(len(os.sched_getaffinity(0)))}
+        self.links: dict[Link, float] = {}
         self.transfers: list[Transfer] = []
 
-    def _add(
-        self, nbytes: float, uses: Sequence[tuple[Link, float]], after: Sequence[int], limit: float
-    ) -> int:
-        self.transfers.append(Transfer(nbytes, tuple(uses), tuple(after), limit=limit))
+    def _add(self, transfer: Transfer) -> int:
+        self.transfers.append(transfer)
         return len(self.transfers) - 1
 
-    def _work(self, nbytes: float, rate: float, after: Sequence[int]) -> int:
-        """Something that one thread does with so many bytes."""
-        return self._add(nbytes, [("cores", 1 / rate)], after, rate)
+    def _core(self, role: str, number: int) -> Link:
+        core = "core", core_of(role, number) % len(os.sched_getaffinity(0))
+        self.links[core] = 1.0
+        return core
+
+    def _work(self, core: Link, doing: Sequence[str], bucket: Bucket, after: Sequence[int]) -> int:
+        """What a thread does with a bucket."""
+        seconds = sum(self.machine.costs[what].of(bucket.copies) for what in doing)
+        share = ((core, seconds / bucket.nbytes),)  # by the byte, as what is sent: a core is shared fairly
+        return self._add(Transfer(bucket.nbytes, share, tuple(after), limit=bucket.nbytes / seconds))
 
     def _link(self, side: str, name: str, index: int, rate: str) -> list[tuple[Link, float]]:
         if not rate:
@@ -214,11 +267,8 @@ class _Model:
 
         An updater lets a trainer send a bucket once it has unpacked the one two before it on that lane.
         """
-        packing, unpacking = self.machine["copy"], self.machine["copy"]
-        both = 1 / (1 / unpacking + 1 / self.machine["sum"])
-        sends: dict[tuple[int, int, int], int] = {}  # (trainer, inference, bucket)
         lanes = self.plan.lanes
-        reserved: dict[tuple[int, int, int], int] = {}
+        reserved: dict[tuple[int, int, int], int] = {}  # (trainer, inference, bucket)
         order = [(i, lane) for i in range(self.plan.num_buckets) for lane in lanes if i < len(lane.buckets)]
         # Numbers are given first, as the ends wait for each other: pack, sum, send and unpack of a bucket.
         for number, (index, lane) in enumerate(order):
@@ -226,37 +276,45 @@ class _Model:
         by_trainer: defaultdict[int, list[int]] = defaultdict(list)
         by_updater: defaultdict[int, list[int]] = defaultdict(list)
         for index, lane in order:
-            trainer, inference = lane.trainer, lane.inference
-            base, nbytes = reserved[trainer, inference, index], lane.buckets[index].nbytes
+            trainer, inference, bucket = lane.trainer, lane.inference, lane.buckets[index]
+            base = reserved[trainer, inference, index]
             before = by_trainer[trainer]
             after = [before[-1] + 1] if before else []  # the thread packs, posts, sums
             after += [before[-2] + 2] if len(before) > 1 else []  # the buffer's last content has left
-            assert self._work(nbytes, packing, after) == base
-            self._work(nbytes, self.machine["sum"], [base])
+            sender = self._core("trainer", trainer)
+            receiver = self._core("updater", server * self.case.tp + inference)
+            assert self._work(sender, ["packing"], bucket, after) == base
+            self._work(sender, ["summing"], bucket, [base])
             out, _ = self.case.trainers[trainer]
             _, into = self.case.servers[server]
             uses = self._link("tx", "trainer", trainer, out) + self._link("rx", "server", server, into)
+            pair = "pair", server, trainer, inference
+            self.links[pair] = self.machine.gloo
+            uses += [
+                (pair, 1.0),
+                (sender, self.machine.sending / self.machine.gloo),
+                (receiver, self.machine.receiving / self.machine.gloo),
+            ]
             taken = [reserved[trainer, inference, index - 2] + 3] if index > 1 else []
-            sends[trainer, inference, index] = self._add(
-                nbytes, [*uses, ("cores", 0.0)], [base, *taken], self.machine["gloo"]
-            )
+            self._add(Transfer(bucket.nbytes, tuple(uses), (base, *taken)))
             earlier = by_updater[inference]
-            self._work(nbytes, both, [base + 2, *([earlier[-1] + 3] if earlier else [])])
+            after = [base + 2, *([earlier[-1] + 3] if earlier else [])]
+            self._work(receiver, ["unpacking", "summing"], bucket, after)
             by_trainer[trainer].append(base)
             by_updater[inference].append(base)
 
     def _pull(self) -> None:
         """Updaters read and sum, trainers sum, each bucket by bucket in a thread of its own."""
-        reading = 1 / (1 / self.machine["read"] + 1 / self.machine["sum"])
         last: dict[tuple[str, int], int] = {}
         for index in range(self.plan.num_buckets):
             for lane in (lane for lane in self.plan.lanes if index < len(lane.buckets)):
-                nbytes = lane.buckets[index].nbytes
-                for end, rate in (
-                    (("trainer", lane.trainer), self.machine["sum"]),
-                    (("updater", lane.inference), reading),
+                for role, number, doing in (
+                    ("trainer", lane.trainer, "showing"),
+                    ("updater", lane.inference, "pulling"),
                 ):
-                    last[end] = self._work(nbytes, rate, [last[end]] if end in last else [])
+                    after = [last[role, number]] if (role, number) in last else []
+                    core, bucket = self._core(role, number), lane.buckets[index]
+                    last[role, number] = self._work(core, [doing], bucket, after)
 
 
 # --- what is measured -------------------------------------------------------------------------------------
@@ -274,7 +332,7 @@ def run(case: Case, directory: Path, rounds: int) -> tuple[Plan, list[float], li
     with shaped_hosts(rates) as hosts, ends() as made:
         trainers = [
             End(
-                hosts[f"trainer {rank}"], kind="trainer", rank=rank,
+                hosts[f"trainer {rank}"], core_of("trainer", rank), kind="trainer", rank=rank,
                 mappings=[str(path)] * len(case.servers), layout=layouts[rank],
             )
             for rank in range(len(case.trainers))
@@ -282,7 +340,13 @@ def run(case: Case, directory: Path, rounds: int) -> tuple[Plan, list[float], li
         made += trainers
         servers = [
             [
-                End(hosts[f"server {i}"], kind="updater", rank=rank, mapping=str(path))
+                End(
+                    hosts[f"server {i}"],
+                    core_of("updater", i * case.tp + rank),
+                    kind="updater",
+                    rank=rank,
+                    mapping=str(path),
+                )
                 for rank in range(case.tp)
             ]
             for i in range(len(case.servers))
@@ -328,9 +392,10 @@ def check(case: Case, rounds: int) -> dict[str, Any]:
     wanted = {(rate, into) for hosts in (case.trainers, case.servers) for pair in hosts
               for into, rate in enumerate(pair) if rate}  # fmt: skip
     links = {rate: measure_link(("", rate) if into else (rate, ""), into=bool(into)) for rate, into in wanted}
-    machine = measure_machine()
     with tempfile.TemporaryDirectory(prefix="check-") as directory:
         plan, seconds, transports = run(case, Path(directory), rounds)
+    copies = [copy for lane in plan.lanes for bucket in lane.buckets for copy in bucket.copies]
+    machine = measure_machine(sorted({width_of(copy) for copy in copies}))
     expected = _Model(case, plan, links, machine).seconds()
     taken = statistics.median(seconds)
     return {
@@ -341,7 +406,7 @@ def check(case: Case, rounds: int) -> dict[str, Any]:
         "buckets": sum(len(lane.buckets) for lane in plan.lanes),
         "transports": transports,
         "links_bytes_per_s": links,
-        "machine_bytes_per_s": machine,
+        "machine": dataclasses.asdict(machine),
         "load_average": os.getloadavg()[0],
         "seconds": seconds,
         "measured_s": taken,
@@ -363,7 +428,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", nargs="+", default=[case.name for case in CASES])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--keep", action="store_true", help="what --out has of the other cases")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

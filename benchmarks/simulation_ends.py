@@ -9,6 +9,7 @@ import ctypes
 import math
 import os
 import socket
+import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,12 +22,13 @@ import torch
 
 from bridge.moving import Mover
 from bridge.protocol import mapping as mappings
-from bridge.protocol.plan import Layout
+from bridge.protocol.plan import Bucket, Copy, Layout, Shard
 from bridge.sharding import LocalShards
-from bridge.wire import peer_memory, rendezvous
+from bridge.wire import rendezvous
 from bridge.wire.checksum import checksum_of
 from bridge.wire.meeting import Meeting
 from bridge.wire.peer_memory import Nonce
+from bridge.wire.transport import PullSink, PullSource, pack, unpack
 from vllm_patching.channel import Channel
 from vllm_patching.intake import Join
 from vllm_patching.updater import Updater
@@ -200,11 +202,11 @@ class BareEnd:
         )
         return rank
 
-    def gloo(self, *, sends: bool, nbytes: int, bucket_bytes: int) -> float:
-        """Send or receive, two buckets under way at a time; bytes per second."""
+    def gloo(self, *, sends: bool, nbytes: int, bucket_bytes: int) -> tuple[float, float]:
+        """Send or receive, two buckets under way at a time; bytes, and a core's seconds, in a second."""
         buffers = [torch.ones(bucket_bytes, dtype=torch.uint8) for _ in range(2)]
         pending: list[Any] = []
-        start = time.perf_counter()
+        start, spent = time.perf_counter(), time.process_time()
         for index in range(nbytes // bucket_bytes):
             post = self._group.send if sends else self._group.recv
             pending.append(post([buffers[index % 2]], 0 if not sends else 1, index))
@@ -212,45 +214,108 @@ class BareEnd:
                 pending.pop(0).wait()
         for work in pending:
             work.wait()
-        return nbytes / (time.perf_counter() - start)
-
-    def copying(self, *, nbytes: int) -> float:
-        """Bytes per second that torch copies in one thread, memory warm."""
-        source, target = (torch.ones(nbytes, dtype=torch.uint8) for _ in range(2))
-        return _rate(nbytes, lambda: target.copy_(source))
-
-    def summing(self, *, nbytes: int) -> float:
-        """Bytes per second that the checksum takes in one thread."""
-        data = torch.ones(nbytes, dtype=torch.uint8)
-        return _rate(nbytes, lambda: checksum_of(data))
+        seconds = time.perf_counter() - start
+        return nbytes / seconds, (time.process_time() - spent) / seconds
 
     def hold(self, *, nbytes: int) -> tuple[int, int]:
-        """Keep memory for another process to read; pid and address."""
-        self._held = torch.ones(nbytes, dtype=torch.uint8)
+        """Keep a trainer's memory for another process to read; pid and address."""
+        self._held = torch.ones(nbytes // 2, dtype=torch.bfloat16)
         return os.getpid(), self._held.data_ptr()
 
-    def reading(self, *, pid: int, address: int, nbytes: int) -> float:
-        """Bytes per second that the kernel copies from that process into this one."""
-        mine = torch.ones(nbytes, dtype=torch.uint8)
-        runs = [(address, mine.data_ptr(), nbytes)]
-        return _rate(nbytes, lambda: peer_memory.pull(pid, runs, who=f"pid {pid}"))
+    def packing(self, *, nbytes: int, bucket_bytes: int, width: int) -> float:
+        """Seconds in which one thread packs a bucket: rows of ``width`` bytes, as far apart (0: no rows)."""
+        source, buffer = torch.ones(nbytes // 2, dtype=torch.bfloat16), _empty(bucket_bytes)
+        return _each(
+            _buckets(nbytes, bucket_bytes, width), lambda b: pack(b, [source], [torch.bfloat16], buffer)
+        )
+
+    def unpacking(self, *, nbytes: int, bucket_bytes: int, width: int) -> float:
+        """Seconds in which one thread puts a bucket in place."""
+        landing, buffer = _Landing(nbytes), _empty(bucket_bytes)
+        return _each(_buckets(nbytes, bucket_bytes, width), lambda b: unpack(b, buffer, landing))
+
+    def summing(self, *, nbytes: int, bucket_bytes: int, width: int) -> float:
+        """Seconds of the checksum over a buffer that was just written."""
+        buffer = _empty(bucket_bytes)
+        return _each(_buckets(nbytes, bucket_bytes, width), lambda _: checksum_of(buffer))
+
+    def showing(self, *, nbytes: int, bucket_bytes: int, width: int) -> float:
+        """Seconds in which a trainer sums a bucket where it lies, to be pulled."""
+        link: Any = None
+        source = PullSource(link, [torch.ones(nbytes // 2, dtype=torch.bfloat16)])
+        return _each(_buckets(nbytes, bucket_bytes, width), source.move)
+
+    def pulling(self, *, pid: int, address: int, nbytes: int, bucket_bytes: int, width: int) -> float:
+        """Seconds in which an updater reads a bucket from that process, and sums it."""
+        link: Any = SimpleNamespace(who=f"pid {pid}")
+        shard = Shard(source=0, offset=(0,), shape=(nbytes // 2,), dtype="bfloat16")
+        sink = PullSink(link, pid, Layout(rank=0, vocabulary="", shards=(shard,)))
+        landing = _Landing(nbytes)
+        sink._addresses = [address]
+        return _each(_buckets(nbytes, bucket_bytes, width), lambda bucket: sink.move(bucket, landing))
 
 
-def _rate(nbytes: int, work: Callable[[], object]) -> float:
-    best = math.inf
-    for _ in range(REPEATS + 1):
+class _Landing:
+    """A half of one target."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._half = torch.ones(nbytes // 2, dtype=torch.bfloat16)
+
+    def view(self, target: int, size: tuple[int, ...], offset: int, stride: tuple[int, ...]) -> torch.Tensor:  # noqa: ARG002
+        return self._half.as_strided(size, stride, offset)
+
+    def address(self, target: int) -> int:  # noqa: ARG002
+        return self._half.data_ptr()
+
+    def landed(self, target: int, count: int) -> None:
+        pass
+
+
+def _empty(nbytes: int) -> torch.Tensor:
+    return torch.ones(nbytes, dtype=torch.uint8)
+
+
+def _buckets(nbytes: int, bucket_bytes: int, width: int) -> list[Bucket]:
+    """As many as fit into ``nbytes`` of a trainer's memory, a copy each."""
+    numel, row = bucket_bytes // 2, width // 2
+    size = (numel // row, row) if row else (numel,)
+    apart = (2 * row, 1) if row else (1,)
+    together = (row, 1) if row else (1,)
+    span = 2 * numel if row else numel
+    return [
+        Bucket(
+            index=index,
+            copies=(
+                Copy(
+                    shard=0, target=0, size=size, src_offset=index * span, src_stride=apart,
+                    dst_offset=index * numel, dst_stride=together,
+                ),
+            ),
+            nbytes=bucket_bytes,
+        )
+        for index in range(nbytes // 2 // span)
+    ]  # fmt: skip
+
+
+def _each(buckets: list[Bucket], work: Callable[[Bucket], object]) -> float:
+    """Seconds for each bucket of a walk over memory that no cache holds."""
+    seconds = []
+    for _ in range(REPEATS + 1):  # the first one warms up
         start = time.perf_counter()
-        work()
-        best = min(best, time.perf_counter() - start)
-    return nbytes / best
+        for bucket in buckets:
+            work(bucket)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:]) / len(buckets)
 
 
 def follow(spec: dict[str, Any], namespace: str, orders: Connection) -> None:
-    """A process's whole life: enter its host, then follow orders (method, arguments) until there are none."""
+    """A process's whole life: enter its host, keep to its core, then follow orders until there are none."""
     libc = ctypes.CDLL(None, use_errno=True)
     with open(f"/run/netns/{namespace}") as file:
         if libc.setns(file.fileno(), _CLONE_NEWNET):
             raise OSError(ctypes.get_errno(), f"cannot enter the network namespace {namespace}")
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[spec["core"] % len(cores)]})
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     kinds: dict[str, Callable[[dict[str, Any]], Any]] = {

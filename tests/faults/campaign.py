@@ -2,6 +2,7 @@
 
     python -m tests.faults.campaign --cases 200 --seed 1 --out faults.json
     python -m tests.faults.campaign --links 50 --cases 0       the network between trainer and server
+    python -m tests.faults.campaign --restarts 50 --cases 0    what stands for vLLM, which is started again
     python -m tests.faults.campaign --seed 1 --case 17         that one case again
 
 Case ``k`` of a seed is the same in every run. A case that fails is reported with its traceback, its logs
@@ -32,12 +33,18 @@ WHO = ("trainer", "updater", "daemon", "engine", "worker", "api", "launcher")
 TRANSPORTS = ("gloo", "pull")
 LINK = "gloo over a link"
 FIRST_LINK = 1_000_000  # cases from here on are the link's
+FIRST_RESTART = 2_000_000  # and from here on those of a server that its launcher starts again
+RESTARTED, RESTARTS = " restarted", 4  # of one launch; pauses double
 NODE_DEATH_SHARE = 0.3  # of kills that end the server: each needs a fresh one
 
 
 def draw(seed: int, case: int) -> tuple[Fault, str]:
     """The fault of one case, and the transport it meets."""
     chance = random.Random(f"{seed}/{case}")
+    if case >= FIRST_RESTART:
+        transport, who = chance.choice(TRANSPORTS), chance.choice(("engine", "worker", "api"))
+        at = chance.choice([*POINTS, "idle"])
+        return Fault("kill", who, at, chance.randrange(4)), transport + RESTARTED
     if case >= FIRST_LINK:
         return Fault(chance.choice(list(LINKS)), at="before_begin"), LINK
     transport = chance.choice(TRANSPORTS)
@@ -67,17 +74,22 @@ class Campaign:
         self.made = 0
 
     def node(self, transport: str) -> Node:
+        known = self._nodes.get(transport)
+        if known is not None and transport.endswith(RESTARTED) and not known.restarts_left:
+            code = self._nodes.pop(transport).stop()
+            assert code == 0, f"a launcher ended with {code}"
         if transport not in self._nodes:
             for other in list(self._nodes):  # one at a time: a second one would only share the cores
                 self._nodes.pop(other).stop()
             self.made += 1
-            flags = ["--transport=pull" if transport == "pull" else "--transport=gloo"]
+            flags = ["--transport=pull" if transport.startswith("pull") else "--transport=gloo"]
             if transport == LINK:
                 self._link = self._link or Link(self._directory)
                 flags.append(f"--rendezvous-host={HERE}")
             self._nodes[transport] = Node(
                 self._directory / f"node{self.made}", deadline_s=self._deadline_s, flags=flags,
                 link=self._link if transport == LINK else None,
+                restarts=RESTARTS if transport.endswith(RESTARTED) else 0,
             )  # fmt: skip
         return self._nodes[transport]
 
@@ -126,6 +138,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "failures": len(rows) - len(good),
         "kills_and_stalls": len(of_processes),
         "of_the_link": sum(row["transport"] == LINK for row in rows),
+        "restarts_in_a_launch": sum(row["transport"].endswith(RESTARTED) for row in rows),
         "by_role": dict(sorted(Counter(" ".join(fault) for fault in of_processes).items())),
         "answers": dict(Counter(row["answer"] for row in good)),
         **times,
@@ -147,6 +160,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.faults.campaign")
     parser.add_argument("--cases", type=int, default=20)
     parser.add_argument("--links", type=int, default=0)
+    parser.add_argument("--restarts", type=int, default=0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--case", type=int, help="only this one")
     parser.add_argument("--deadline", type=float, default=4.0)
@@ -158,6 +172,7 @@ def main() -> int:
     os.environ.setdefault("XDG_RUNTIME_DIR", str(directory))
     campaign = Campaign(directory, args.deadline)
     wanted = [*range(args.cases), *range(FIRST_LINK, FIRST_LINK + args.links)]
+    wanted += range(FIRST_RESTART, FIRST_RESTART + args.restarts)
     if args.case is not None:
         wanted = [args.case]
     # By transport, as each change of it costs a fresh server; a case is the same in any order.

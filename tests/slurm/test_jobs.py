@@ -169,17 +169,20 @@ REQUEUED = [*BEFORE, (4, 5), *((step, step + 1) for step in range(5, 11))]
 
 
 def paused_job(
-    cluster: Cluster, directory: Path, model: Path, state: Path, *, nodes: int, servers: int
-) -> Job:
-    """Ten steps that may be requeued once, of which four are served."""
+    cluster: Cluster, directory: Path, model: Path, state: Path, *, nodes: int, servers: int,
+    het: bool = False,
+) -> Job:  # fmt: skip
+    """Ten steps that may be requeued once, of which four are served; ``het`` asks for two components."""
+    together = [f"--nodes={nodes}"]
+    apart = [f"--nodes={nodes - servers}", ":", f"--nodes={servers}", "--cpus-per-task=2"]
     job = Job(
         cluster,
         directory,
-        "train_and_serve.sbatch",
-        [f"--nodes={nodes}"],
+        "train_and_serve_het.sbatch" if het else "train_and_serve.sbatch",
+        apart if het else together,
         [TRAINER, str(model), str(state), "10"],
         MODEL=str(model),
-        SERVE_NODES=str(servers),
+        **({} if het else {"SERVE_NODES": str(servers)}),
         MAX_REQUEUES="1",
         PAUSE_AT="4",
     )
@@ -188,11 +191,12 @@ def paused_job(
     return job
 
 
+@pytest.mark.parametrize("het", [False, True] if FULL else [False])
 def test_a_requeued_job_goes_on_from_what_was_served(
-    breakable: Cluster, checkpoint: Callable[..., Path], tmp_path: Path
+    breakable: Cluster, checkpoint: Callable[..., Path], tmp_path: Path, het: bool
 ) -> None:
     model, state = checkpoint("qwen3", "float32", 0), tmp_path / "state"
-    job = paused_job(breakable, tmp_path / "job", model, state, nodes=4, servers=2)
+    job = paused_job(breakable, tmp_path / "job", model, state, nodes=4, servers=2, het=het)
     for name in breakable.names:  # jobs do not die with it, nor does the next signal
         breakable.replace_slurmd(name)
     ports = {api.url.rpartition(":")[2] for api in job.apis(model)}

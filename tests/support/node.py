@@ -229,7 +229,11 @@ def launch(args: argparse.Namespace) -> int:
             run_dir=run_dir,
             logdir=logdir,
             limits=Limits(
-                start_timeout_s=180, shutdown_timeout_s=20, max_daemon_restarts=10**6, publish_grace_s=120
+                start_timeout_s=180,
+                shutdown_timeout_s=20,
+                max_daemon_restarts=10**6,
+                publish_grace_s=120,
+                max_server_restarts=args.restarts,
             ),
         )
     ).run()
@@ -344,9 +348,14 @@ class Node:
         flags: Sequence[str] = (),
         link: Link | None = None,
         full_shm: bool = False,
+        restarts: int = 0,
     ) -> None:
-        """``link`` is what trainers live behind; ``full_shm``: nothing fits into the server's /dev/shm."""
+        """``link`` is what trainers live behind; ``full_shm``: nothing fits into the server's /dev/shm.
+
+        ``restarts`` is how often the launcher starts what stands for vLLM again.
+        """
         self.logdir, self.ranks, self.deadline_s = logdir, ranks, deadline_s
+        self._restarts = self.restarts_left = restarts
         self.run_dir = Path(
             os.environ.get("XDG_RUNTIME_DIR", logdir), f"node-{os.getpid()}-{time.monotonic_ns()}"
         )
@@ -368,11 +377,12 @@ class Node:
         command = [
             *self._prefix, sys.executable, "-m", "tests.support.node", "launch", f"--run-dir={self.run_dir}",
             f"--logdir={self.logdir}", f"--ranks={self.ranks}", f"--port={free_port()}",
-            f"--daemon-flags={' '.join(self._flags)}",
+            f"--daemon-flags={' '.join(self._flags)}", f"--restarts={self._restarts}",
         ]  # fmt: skip
         (self.logdir / "served.jsonl").unlink(missing_ok=True)
         (self.logdir / "vllm_bridge_config.json").unlink(missing_ok=True)
         self._read = self.seed = self.version = 0
+        self.restarts_left = self._restarts
         with (self.logdir / "launcher.log").open("ab") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=environment(), cwd=REPO
@@ -451,6 +461,11 @@ class Node:
         lasting["trainer"] = self.train().pid
         return {who: psutil.Process(pid).num_fds() for who, pid in lasting.items()}
 
+    def in_vllms_place(self) -> list[int]:
+        """Process ids of API server, engine and workers."""
+        pids = self.status()["pids"]
+        return [self.pid_of("api"), *pids["engines"], *pids["workers"]]
+
     def below(self) -> list[int]:
         """Process ids below the launcher."""
         return [process.pid for process in psutil.Process(self.process.pid).children(recursive=True)]
@@ -503,6 +518,7 @@ def suffer(made: Node, fault: Fault, *, seed: int) -> Outcome:
     """
     made.begin(seed)
     descriptors, tree, below = made.descriptors(), made.tree(), made.below()
+    former = made.in_vllms_place()
     old, before, new = made.seed, made.version, seed + 1
     recorded = {path: path.stat().st_mtime_ns for path in made.logdir.glob("flight-*.jsonl")}
     pid = made.pid_of(fault.who) if fault.who else 0
@@ -525,7 +541,9 @@ def suffer(made: Node, fault: Fault, *, seed: int) -> Outcome:
     assert not (unpickled := made.logdir / "unpickled.txt").exists(), unpickled.read_text()
     if "died" in answer:
         made.dismiss()
-    if fault.what == "kill" and fault.who in ENDS_THE_SERVER:
+    ends = fault.what == "kill" and fault.who in ENDS_THE_SERVER
+    restarted = ends and fault.who != "launcher" and made.restarts_left > 0
+    if ends and not restarted:
         code, expected = made.process.wait(60), -signal.SIGKILL if fault.who == "launcher" else 75
         assert code == expected, f"{fault}: the launcher ended with {code}"
         wait_until(f"{fault}: the end of all", lambda: not any(map(alive, below)), timeout_s=60)
@@ -535,16 +553,23 @@ def suffer(made: Node, fault: Fault, *, seed: int) -> Outcome:
         made.start()
         _recover(made, new + 1, patience_s)
         return Outcome(str(fault), _name(answer), noticed_s, time.monotonic() - began, made.descriptors())
+    if restarted:  # by the launcher, which goes on; what had belonged to the dead one goes with it
+        made.restarts_left -= 1
+        wait_until(f"{fault}: the end of the old one", lambda: not any(map(alive, former)), timeout_s=60)
     receipt = _recover(made, new + 1, patience_s)
     recovered_s = time.monotonic() - began
     # A broadcast that ends in an error may be live all the same, and is then made again under a new number.
     again = [(new + 1, version) for version in range(before + 1, receipt["version"] + 1)]
+    if restarted:  # a vLLM serves its checkpoint until it is brought the version
+        again.append((0, 0))
     seen = _assert_whole(made, fault, (old, before), (new, before + 1), *again)
     if "version" in answer:
         assert (new, before + 1) in seen, f"{fault}: a receipt for what was never served"
     wait_until("the processes to be as before", lambda: made.tree() == tree, timeout_s=30)
-    if fault.who in ("daemon", "trainer") and fault.what == "kill":
+    if fault.what == "kill" and fault.who in ("daemon", "trainer"):
         descriptors[fault.who] = made.descriptors()[fault.who]
+    if restarted:
+        descriptors["engine"] = made.descriptors()["engine"]
 
     def grown() -> dict[str, int]:
         now = made.descriptors()
@@ -604,7 +629,7 @@ def main() -> int:
     parser.add_argument("role", choices=("api", "launch"))
     for name in ("--run-dir", "--logdir", "--daemon-flags"):
         parser.add_argument(name, default="")
-    for name in ("--port", "--ranks"):
+    for name in ("--port", "--ranks", "--restarts"):
         parser.add_argument(name, type=int, default=0)
     args = parser.parse_args()
     return {"api": api, "launch": launch}[args.role](args)
