@@ -32,6 +32,8 @@ from bridge.sharding import LocalShards, current_gpu
 
 logger = logging.getLogger(__name__)
 
+FIRST_S = 30.0  # so long a server that was never met is waited for beside others, once
+
 
 class Server:
     """One server, as a trainer rank sees it from epoch to epoch."""
@@ -211,17 +213,24 @@ class Fleet:
         ranks = self._own_ranks()
         anew = self._agree(refusing=False, over=[server.is_over(device) for server in self.servers])
         over = [server for server, flag in zip(self.servers, anew, strict=True) if flag]
-        deadline = time.monotonic() + self._connect_timeout_s
+        new = {server.name for server in over if not server.tried}
+        began = time.monotonic()
         while True:
             faults = self._open(over, ranks, device)
             present = [server for server in self.servers if server.met]
-            if present or self._policy == "all":
+            if self._policy == "all" or not faults:
                 break
-            # All of them are away: without one there is no round, so the first that comes is waited for.
-            hope = any(_may_come(err) for err in faults.values()) and time.monotonic() < deadline
+            # Without one there is no round, so the first that comes is waited for; where there is one, what
+            # may have been started beside it a little while longer, but only once.
+            coming = {name for name, err in faults.items() if _may_come(err)}
+            if present:
+                coming &= new
+            limit_s = min(FIRST_S, self._connect_timeout_s) if present else self._connect_timeout_s
+            hope = bool(coming) and time.monotonic() - began < limit_s
             if not self._highest([int(hope)])[0]:
                 break
             threading.Event().wait(RETRY_S)
+            over = [server for server in over if not server.met]
         self._check_absent(faults)
         self._check_policy(present)
         return present
@@ -233,8 +242,8 @@ class Fleet:
         faults: dict[str, BridgeError] = {}
         for server in over:
             try:
-                # One that was not there lately must not hold up every round of the others.
-                server.open(ranks, device, patient=self._policy == "all" or not server.tried)
+                # One that is not there must not hold up the others.
+                server.open(ranks, device, patient=self._policy == "all")
             except RankMissing:
                 raise  # the other servers would be met in vain, each after the same wait
             except BridgeError as err:
@@ -297,6 +306,9 @@ class Fleet:
         wanted = max(self._made, default=0)
         what = f"version {wanted}" if wanted else "the checkpoint"
         faults = self._serving_another(servers, wanted)
+        if not wanted and self._newest:  # as after a requeue: what an earlier attempt had sent is gone
+            before = f"was served version {self._newest} before, and what it serves lacks that"
+            faults |= {server.name: _at(server, before) for server in servers}
         for server in servers:
             session = server.session
             if adapters_only and server.base == (session.mapping.run_dir, session.version):
@@ -362,8 +374,9 @@ class Fleet:
             server.send(shards)
         if not self.several:
             ((server, shards),) = parts
-            if version is None and server.version < self._newest:
-                version = self._newest + 1
+            newest = max([self._newest, *self._made])  # what its launcher's successor knows nothing of
+            if version is None and server.version < newest:
+                version = newest + 1
             return server.session.submit(shards, call=call, version=version, encoding=encoding)
         return self._submit(parts, call=call, version=version, encoding=encoding, policy=self._policy)
 

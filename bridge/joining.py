@@ -79,8 +79,8 @@ def ask_admission(
         The mapping, the answer, and a connection to the daemon's store.
 
     Raises:
-        MappingError: the mapping is missing or damaged, or was exported without a rendezvous.
-        RendezvousError: the daemon cannot be reached in time, or refuses.
+        MappingError: the mapping is damaged, or was exported without a rendezvous.
+        RendezvousError: there is no mapping in time, or the daemon cannot be reached in time, or refuses.
         RankMissing: another trainer rank did not come.
     """
     timeout_s = config.connect_timeout_s if patient else min(IMPATIENT_S, config.connect_timeout_s)
@@ -107,11 +107,16 @@ def ask_admission(
 
 
 def _load(config: BridgeConfig) -> tuple[Mapping, Rendezvous]:
-    mapping = mapping_file.load(config.mapping_path())
+    path = config.mapping_path()
+    if not path.exists():  # it is written once vLLM is complete
+        raise RendezvousError(
+            f"there is no mapping at {path}: the server is not ready yet, or its log directory is another "
+            "one, or not on a file system that this host sees"
+        )
+    mapping = mapping_file.load(path)
     if mapping.rendezvous is None:
         raise MappingError(
-            f"{config.mapping_path()} names no rendezvous: it is an exported copy; use the one in the "
-            "server's log directory"
+            f"{path} names no rendezvous: it is an exported copy; use the one in the server's log directory"
         )
     return mapping, mapping.rendezvous
 
@@ -122,8 +127,8 @@ def _ask_until_answered(
     deadline, retry_s = time.monotonic() + timeout_s, LENDER_RETRY_S if restores else RETRY_S
     while True:
         left = max(retry_s, deadline - time.monotonic()) if again else timeout_s
-        mapping, place = _load(config)
         try:
+            mapping, place = _load(config)
             store = rendezvous.reach_store(place.host, place.port, timeout_s=left)
             session, answer = _ask(store, place, mapping, ranks, left, restores)
         except RendezvousRefused:

@@ -20,6 +20,7 @@
 
 EX_CONFIG=2    # the launcher's code for "trying again will not help"
 EX_TEMPFAIL=75 # and for "trying again may help"
+RETRIES_FORGIVEN_AFTER=3600 # seconds; a server that has run for so long has all its SERVER_RETRIES again
 JOB_EPOCH=${SLURM_RESTART_COUNT:-0}
 # Of a job array, this task alone: the first one's id stands for all of them.
 job=$SLURM_JOB_ID
@@ -40,6 +41,7 @@ JOB_DIR=$LOGROOT/$SLURM_JOB_NAME-$SLURM_JOB_ID
 ATTEMPT=$JOB_DIR/attempt-$JOB_EPOCH
 mkdir -p "$ATTEMPT"
 BRIDGE_STOP_FILE=$ATTEMPT/stop # asks the trainers to end (bridge.should_stop)
+ln -sfn "$BRIDGE_STOP_FILE" "$JOB_DIR/stop" # of whichever attempt is the last, for trainers of another job
 export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHON TRAINERS_PER_NODE RENDEZVOUS_HOST START_TIMEOUT SHUTDOWN_TIMEOUT SERVE_FLAGS
 export JOB_EPOCH JOB_DIR BRIDGE_STOP_FILE BRIDGE_COMMIT BRIDGE_CONNECT_TIMEOUT_S
@@ -51,12 +53,14 @@ step=(srun --cpu-bind=none)
 servers=()     # pids of the steps, one for each server
 logdirs=()     # of the servers
 retries=()     # how often each server was started again
+began=()       # when each was started last, on bash's clock
+served=()      # whether each has ever answered
 server_step=() # what the steps of servers have in common
 server_first=0 # the node of the step's on which the first server starts
 server_hosts=  # of the trainers
 own_trainer=() # what the launcher of the only server starts beside it: -- and a command
 trainer=       # pid of the trainers' step
-read -ra vllm_flags <<<"$VLLM_FLAGS"
+read -rd '' -a vllm_flags <<<"$VLLM_FLAGS" || true # of all lines
 export -n VLLM_FLAGS # vLLM warns of variables that look like its own
 
 # start_servers FIRST COUNT PEERS [srun flag ...]: servers on COUNT nodes, from node FIRST of the step's on.
@@ -74,6 +78,7 @@ start_servers() {
     for ((index = 0; index < count / NODES_PER_SERVER; index++)); do
         logdirs+=("$ATTEMPT/server-$index")
         retries+=(0)
+        served+=(0)
         ln -sfn "$ATTEMPT/server-$index" "$JOB_DIR/server-$index" # of whichever attempt is the last
     done
     BRIDGE_LOGDIRS=$(IFS=:; echo "${logdirs[*]}")
@@ -93,17 +98,24 @@ start_server() {
     "${step[@]}" "${server_step[@]}" --relative=$((server_first + $1 * NODES_PER_SERVER)) \
         "$REPO/slurm/server.sh" "$1" "${logdirs[$1]}" "$server_hosts" "$MODEL" "${vllm_flags[@]}" \
         "${own_trainer[@]}" &
-    servers[$1]=$!
+    servers[$1]=$! began[$1]=$SECONDS
 }
+
+# hopeless: whether trying server "index" again cannot help. One that has served was configured well: what stops it now
+# (a file system that is away, memory that another job has taken) may pass.
+hopeless() { ((code == EX_CONFIG && !served[index])); }
 
 # start_again: after wait_for, that step of a server, if it failed and may do better. Sets "index" to the server's.
 start_again() {
     for index in "${!servers[@]}"; do
         [[ ${servers[index]} != "$ended" ]] || break
     done
-    ((code != 0 && code != EX_CONFIG && !warned && !urged && retries[index] < SERVER_RETRIES)) || return 1
+    ((code != 0 && !warned && !urged)) && ! hopeless || return 1
+    ((SECONDS - began[index] < RETRIES_FORGIVEN_AFTER)) || retries[index]=0
+    ((retries[index] < SERVER_RETRIES)) || return 1
     retries[index]=$((retries[index] + 1))
     say "server $index ended with $code; starting it again (${retries[index]} of $SERVER_RETRIES)"
+    ((retries[index] == 1)) || sleep $((2 ** (retries[index] - 1)))
     start_server "$index"
 }
 
@@ -112,6 +124,7 @@ start_again() {
 await_servers() {
     local deadline=$((SECONDS + START_TIMEOUT)) missing index
     while missing=$(away) && [[ -n $missing ]]; do
+        note_served
         if ((warned)); then
             end_steps "$EX_TEMPFAIL"
         elif all_live "${servers[@]}"; then
@@ -129,7 +142,16 @@ await_servers() {
             fi
         fi
     done
+    note_served
     say "serving at $(cat "${logdirs[@]/%//server.url}" | tr '\n' ' ')"
+}
+
+# note_served: which servers have answered by now.
+note_served() {
+    local index
+    for index in "${!logdirs[@]}"; do
+        [[ ! -e ${logdirs[index]}/server.url ]] || served[index]=1
+    done
 }
 
 # away: the log directories of servers that do not answer now, separated by blanks.
@@ -147,7 +169,8 @@ away() {
 survive() {
     local index
     ! start_again || return 0
-    ((!urged && (code != EX_CONFIG || warned))) || return 1
+    ((!urged)) || return 1
+    ((warned)) || ! hopeless || return 1
     unset "servers[index]"
     ((${#servers[@]} || (warned && trainer))) || return 1
     say "server $index ended with $code, and is given up; ${#servers[@]} serve on"

@@ -13,7 +13,7 @@ shift 3
 address=$("$PYTHON" -m bridge.nodes address $peers)
 # Offset 0 is torchrun's.
 port=$("$PYTHON" -m bridge.nodes port $((index + 1)))
-read -ra own_flags <<<"$SERVE_FLAGS"
+read -rd '' -a own_flags <<<"$SERVE_FLAGS" || true # of all lines
 unset BRIDGE_LOGDIRS # of all servers; the launcher tells its own trainer which one it has
 # A login session's is removed with that, and the server's sockets would be.
 [[ ${XDG_RUNTIME_DIR:-} != /run/user/* ]] || unset XDG_RUNTIME_DIR

@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.05
 TRAINER_FIRST_S = 2.0  # so long a peer's helper waits for a trainer that was told to come again
+# And for one that was sent away because of a loan, which comes again with its next round only.
+NEXT_ROUND_S = 600.0
 BUCKET_BYTES = {False: 64 << 20, True: 256 << 20}  # on a GPU?
 
 T = TypeVar("T")
@@ -56,7 +59,8 @@ class Admission:
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
         self.epochs = 0
-        self._turned_away_at = -TRAINER_FIRST_S
+        self._trainers_first_until = 0.0
+        self._answered: deque[tuple[float, str]] = deque()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -102,7 +106,8 @@ class Admission:
                 here.epoch.fail("a trainer came, and does not wait for a peer's loan")
             reason, try_again = refusal or unready, bool(unready) or not here.published or borrows
             if try_again and not request.restores:
-                self._turned_away_at = time.monotonic()
+                until = time.monotonic() + (NEXT_ROUND_S if borrows else TRAINER_FIRST_S)
+                self._trainers_first_until = max(self._trainers_first_until, until)
             waits = bool(request.restores) and not here.published  # a peer's helper, which came early
             logger.log(logging.DEBUG if waits else logging.WARNING, "refused %s: %s", who, reason)
             self._answer(rendezvous.Answer(session=request.session, refusal=reason, try_again=try_again))
@@ -117,6 +122,8 @@ class Admission:
         assert here.mapping is not None
         assert here.swap is not None
         self.epochs += 1
+        if not request.restores:
+            self._trainers_first_until = 0.0
         rendezvous.forget_epochs(here.store, self.epochs)
         # A peer brings the newest version itself; to a trainer that one is taken.
         base = request.restores - 1 if request.restores else here.version
@@ -179,7 +186,7 @@ class Admission:
     def _unreadiness(self, request: rendezvous.Request) -> str:
         """Why no round can begin yet; whoever knocks asks again."""
         assert self._daemon.crew is not None
-        if request.restores and time.monotonic() - self._turned_away_at < TRAINER_FIRST_S:
+        if request.restores and time.monotonic() < self._trainers_first_until:
             return "a trainer was here before"
         try:
             self._daemon.crew.wait_all()  # before the answer: the trainer's deadlines start with it
@@ -190,3 +197,4 @@ class Admission:
     def _answer(self, answer: rendezvous.Answer) -> None:
         sealed = rendezvous.seal(answer, self._daemon.secret)
         self._daemon.store.set(f"answer/{answer.session}", sealed)
+        rendezvous.forget_answers(self._daemon.store, self._answered, answer.session)

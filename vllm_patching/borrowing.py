@@ -2,12 +2,16 @@
 
 Runs in a thread of its own; what it learns goes into the daemon's queue. The peer's helper then comes to our
 rendezvous like a trainer. Whatever goes wrong, the trainer's next broadcast of the whole model brings it.
+
+A server that a trainer leaves out, as under ``commit=available``, hears nothing of the versions it misses. So
+one peer is asked now and then as long as vLLM is there, and a server that has fallen behind says so.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import random
 import secrets
 import threading
 import time
@@ -31,6 +35,7 @@ ATTEMPTS = 3  # after which the server is what it is, and asks now and then
 PAUSE_S = 2.0
 LONG_PAUSE_S = 30.0
 KNOCK_TIMEOUT_S = 90.0  # a helper that was just started imports torch
+WATCH_S = 30.0  # between questions whether this server has fallen behind; twice, and it has
 LOOK_S = 2.0  # between questions whether the helper is still on its way
 POLL_S = 0.2
 
@@ -104,23 +109,58 @@ class Borrowing:
         self._stopping.set()
 
     def _run(self, stopping: threading.Event) -> None:
-        attempt = 0
         try:
-            while not self._borrow(stopping):
-                attempt += self._daemon.published  # before, it cannot have it
-                if attempt == ATTEMPTS:
-                    self._stop_asking(stopping)
-                    logger.warning(
-                        "no peer sends a version newer than %d now, and not every one answers or is between "
-                        "rounds; they are asked again now and then",
-                        self._served,
-                    )
-                if stopping.wait(PAUSE_S if attempt < ATTEMPTS else LONG_PAUSE_S):
+            while self._get_newest(stopping):
+                self._stop_asking(stopping)
+                if not self._falls_behind(stopping):
                     return
+                self.asking = True
         except Exception:  # the thread's edge: without it the server is as good as without peers
             logger.exception("the peers could not be asked")
         finally:
             self._stop_asking(stopping)
+
+    def _get_newest(self, stopping: threading.Event) -> bool:
+        """Ask until there is nothing more to do; whether that is so, and not the end."""
+        attempt = 0
+        while not self._borrow(stopping):
+            attempt += self._daemon.published  # before, it cannot have it
+            if attempt == ATTEMPTS:
+                self._stop_asking(stopping)
+                logger.warning(
+                    "no peer sends a version newer than %d now, and not every one answers or is between "
+                    "rounds; they are asked again now and then",
+                    self._served,
+                )
+            if stopping.wait(PAUSE_S if attempt < ATTEMPTS else LONG_PAUSE_S):
+                return False
+        return not stopping.is_set()
+
+    def _falls_behind(self, stopping: threading.Event) -> bool:
+        """Wait until a peer has had a newer version for ``WATCH_S``, and it has not come; or for the end."""
+        behind_since = None  # our version when a peer was ahead of it
+        while not stopping.wait(WATCH_S):
+            here = self._daemon
+            if not self._peers:
+                return False
+            if not here.published:
+                continue
+            # One of them: each asking all others would be a crowd.
+            offer = self._ask(random.choice(self._peers), start=False)
+            if offer is None or offer.version <= here.version:
+                behind_since = None
+            elif behind_since == here.version:
+                logger.warning(
+                    "version %d is served here, and a peer has version %d; this server was left out, or its "
+                    "trainer cannot reach it",
+                    self._served,
+                    offer.version,
+                )
+                here.events.put(Learned(offer.version))
+                return True
+            else:
+                behind_since = here.version
+        return False
 
     def _stop_asking(self, stopping: threading.Event) -> None:
         if self._stopping is stopping:

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections import deque
 from typing import TYPE_CHECKING
 
 from bridge.errors import TransferError
@@ -49,6 +50,7 @@ class Lending:
         self.halves: tuple[int, ...] = ()  # what is lent, by rank
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
+        self._answered: deque[tuple[float, str]] = deque()
 
     @property
     def pid(self) -> int | None:
@@ -97,6 +99,7 @@ class Lending:
         if refusal:
             logger.info("version %d is not lent to %s: %s", version, loan.borrower, refusal)
         self._daemon.store.set(f"offer/{loan.session}", rendezvous.seal(offer, self._daemon.secret))
+        rendezvous.forget_answers(self._daemon.store, self._answered, loan.session)
 
     def _refusal(self, loan: rendezvous.Loan) -> str:
         here = self._daemon

@@ -18,6 +18,8 @@ import queue
 import re
 import socket
 import threading
+import time
+from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -46,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 _EPOCHS_KEY = re.compile(r"e(\d{1,18})/.")
 GREETING_TIMEOUT_S = 5.0
+ANSWERS_KEPT_S = 900.0  # longer than anybody waits for one
 REQUESTS, LOANS = "request", "loan"  # queues, which no value under a key of the same name disturbs
 
 
@@ -306,6 +309,22 @@ def forget_epochs(store: TCPStore, before: int) -> None:
                 store.delete_key(key)
     except (RuntimeError, ValueError) as err:
         logger.warning("what earlier epochs said stays in the rendezvous: %s", first_line(err))
+
+
+def forget_answers(store: TCPStore, answered: deque[tuple[float, str]], session: str) -> None:
+    """``session`` was answered; let go of what was answered long ago, which everybody has read who will.
+
+    ``answered`` is the caller's memory of when which session was answered.
+    """
+    now = time.monotonic()
+    answered.append((now, session))
+    while answered and now - answered[0][0] > ANSWERS_KEPT_S:
+        _, old = answered.popleft()
+        try:
+            for kind in ("answer", "offer", "withdrawn"):
+                store.delete_key(f"{kind}/{old}")
+        except (RuntimeError, ValueError) as err:
+            logger.warning("an old answer stays in the rendezvous: %s", first_line(err))
 
 
 def is_withdrawn(store: Store, request: Request) -> bool:

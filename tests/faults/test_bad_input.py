@@ -124,9 +124,9 @@ def test_mapping_of_an_earlier_run(node, tmp_path):
 
 def test_a_script_without_a_server_ends_with_a_message(tmp_path):
     script = "import bridge, torch\nbridge.broadcast_weights(torch.nn.Linear(2, 2))\n"
-    done = run([sys.executable, "-c", script], LOGDIR=str(tmp_path))
+    done = run([sys.executable, "-c", script], LOGDIR=str(tmp_path), BRIDGE_CONNECT_TIMEOUT_S="2")
     assert done.returncode != 0
-    assert "cannot read the mapping" in done.stderr
+    assert f"there is no mapping at {tmp_path}/vllm_bridge_config.json: the server is not" in done.stderr
 
 
 # --- the model -------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import subprocess
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +15,10 @@ import pytest
 
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import CONFIG_NAME, Rendezvous
-from bridge.wire.rendezvous import Loan, Offer
+from bridge.protocol.messages import PROTOCOL_VERSION
+from bridge.wire.rendezvous import Answer, Loan, Offer, Request, unseal
 from tests.support.mappings import identity_mapping
+from vllm_patching.admission import Admission
 from vllm_patching.arena import REMAP
 from vllm_patching.borrowing import Borrowing, differs
 from vllm_patching.events import Learned
@@ -158,6 +161,70 @@ def test_a_loan_that_nobody_wants_any_more_is_known_to_our_door(
     monkeypatch.setattr(peer.borrowing, "_ask", lambda *_, **__: offers.pop(0))
     assert not peer.borrowing._await(5, tmp_path / "other", 0, stopping)
     assert peer.daemon.events.get_nowait() == Learned(7)
+
+
+def test_a_server_that_is_left_out_says_so_once_a_peer_has_been_ahead_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peer = Peer(monkeypatch, tmp_path, served=5)
+    monkeypatch.setattr("vllm_patching.borrowing.WATCH_S", 0.01)
+    stopping = threading.Event()
+    # It is behind, but has the version when it looks again; then only what it lacks at two looks counts.
+    seen = iter([(5, 6), (6, 6), (6, 7), (7, 8), (7, 8)])
+
+    def ask(_: Path, *, start: bool) -> Offer:
+        assert not start
+        own, version = next(seen)
+        peer.daemon.version = peer.page.requested = own
+        return Offer(session="", version=version)
+
+    monkeypatch.setattr(peer.borrowing, "_ask", ask)
+    assert peer.borrowing._falls_behind(stopping)
+    assert list(seen) == []
+    assert peer.daemon.events.get_nowait() == Learned(8)
+    stopping.set()
+    assert not peer.borrowing._falls_behind(stopping)
+
+
+def test_a_trainer_that_met_a_loan_is_waited_for_until_its_next_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failed: list[str] = []
+    loan: Any = SimpleNamespace(
+        request=SimpleNamespace(restores=5), epoch=3, trainer="the helper of a peer", fail=failed.append
+    )
+    told: dict[str, bytes] = {}
+    daemon: Any = SimpleNamespace(
+        mapping=OURS, version=5, outdated="vLLM was started again", epoch=loan, published=True, secret="s",
+        registry=SimpleNamespace(complete=True), crew=SimpleNamespace(wait_all=lambda: None), last_error="",
+        store=SimpleNamespace(
+            set=told.__setitem__, check=lambda _: False, delete_key=lambda key: told.pop(key, None)
+        ),
+    )  # fmt: skip
+    door, opened = Admission(daemon), list[int]()
+    monkeypatch.setattr(door, "_open", lambda request: opened.append(request.restores))
+
+    def knock(session: str, restores: int) -> str:
+        door.consider(
+            Request(
+                session=session, protocol_version=PROTOCOL_VERSION, world_size=1, mapping_digest=OURS.digest,
+                host="node", pid=7, torch_version="2", restores=restores,
+            )
+        )  # fmt: skip
+        return unseal(told[f"answer/{session}"], "s", Answer).refusal if f"answer/{session}" in told else ""
+
+    assert "another trainer is connected" in knock("trainer", 0)
+    assert failed == ["a trainer came, and does not wait for a peer's loan"]
+    daemon.epoch = None
+    monkeypatch.setattr("vllm_patching.admission.TRAINER_FIRST_S", 0.0)
+    assert knock("helper", 5) == "a trainer was here before"
+    door._trainers_first_until = time.monotonic()  # minutes later, or once a trainer was let in
+    monkeypatch.setattr("bridge.wire.rendezvous.ANSWERS_KEPT_S", 0.0)
+    assert knock("helper again", 5) == ""
+    assert opened == [5]
+    daemon.epoch = loan
+    knock("another", 0)
+    assert set(told) == {"answer/another"}, "what was answered long ago is still there"
 
 
 def test_a_loan_ahead_gives_way_to_a_server_that_can_take_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,7 +131,7 @@ class FakeSession:
         vote: Vote | None = None,
         to: int | None = None,
     ) -> Job:
-        assert version is not None
+        version = self.version + 1 if version is None else version
         self.job = Job(shards, version=version, call=call, encoding=encoding, vote=vote, to=to)
         self.committed = False
         if self.closed:
@@ -142,9 +142,11 @@ class FakeSession:
 
     def stage(self) -> None:
         assert self.job is not None
-        assert self.job.vote is not None
         self.job.released.set()
-        self.job.vote.staged()
+        if self.job.vote is not None:
+            self.job.vote.staged()
+        else:  # the only server
+            self.commit()
 
     def fail(self, error: BridgeError) -> None:
         assert self.job is not None
@@ -208,6 +210,7 @@ def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Servers]:
     monkeypatch.setattr(Session, "open", made.open)
     for name in ("VLLM_ENABLE_SHARED_WEIGHTS", "NUM_INFERENCE_NODES", "RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("bridge.fleet.FIRST_S", 0.2)
     _answers.clear()
     _answers.update(dict.fromkeys("abc", FakeSession.stage))
     yield made
@@ -351,6 +354,44 @@ def test_with_none_there_the_first_that_comes_is_waited_for(servers: Servers) ->
     coming.join()
     assert receipt.servers == ("b",)
     assert receipt.absent == {"a": "vLLM starts again", "c": "vLLM starts again"}
+
+
+def test_a_server_that_was_never_met_is_waited_for_a_little_while_beside_others(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bridge.fleet.FIRST_S", 20.0)
+    servers.served["c"] = "vLLM starts"
+    made = trainer("available")
+    coming = threading.Timer(1.0, servers.served.update, [{"c": 0}])
+    coming.start()
+    assert made.broadcast_weights(MODEL).servers == ("a", "b", "c")
+    coming.join()
+    for session in servers.sessions.values():
+        session.closed = "gone"
+    servers.served["c"] = "vLLM starts again"
+    servers.patience.clear()
+    assert made.broadcast_weights(MODEL).servers == ("a", "b")
+    assert servers.patience == [("a", False), ("b", False), ("c", False)]  # once each
+
+
+def test_numbers_go_on_where_the_only_server_knows_nothing_of_them(servers: Servers) -> None:
+    made = bridge.Bridge(BridgeConfig(logdir="a"))
+    assert [made.broadcast_weights(MODEL).version for _ in range(2)] == [1, 2]
+    servers.sessions["a"].closed = "its launcher was replaced"
+    assert servers.served["a"] == 0
+    assert made.broadcast_weights(MODEL).version == 3
+
+
+@pytest.mark.parametrize("logdirs", [("a",), ("a", "b")])
+def test_no_part_is_laid_over_the_checkpoint_in_place_of_an_earlier_attempts_weights(
+    servers: Servers, logdirs: tuple[str, ...]
+) -> None:
+    made = bridge.Bridge(BridgeConfig(logdirs=logdirs, versions_after=7))
+    part = ("bias", MODEL.bias.detach())
+    with pytest.raises(ConfigError, match=r"was served version 7 before.* call broadcast_weights once"):
+        made.broadcast_single_param(*part)
+    assert made.broadcast_weights(MODEL).version == 8
+    assert made.broadcast_single_param(*part).version == 9
 
 
 def test_who_will_never_come_is_not_waited_for(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
