@@ -46,6 +46,8 @@ class Server:
         self.before: int | None = None  # the version that we had made live there before
         self.sent_model = False  # whether we have ever sent it weights of the model itself
         self.serves_anothers_model = False  # and we have sent it adapters
+        self.merged = False  # whether what it has of the model from us has adapters merged into it
+        self._sending_merged = False
         self._sending_adapter = False
         # How many rounds of ours, of the model and of an adapter, have made what it serves, at most; and what
         # a rollback comes back to, of which at first we know nothing.
@@ -88,8 +90,14 @@ class Server:
             self._session.close()
             self._session = None
 
-    def send(self, shards: LocalShards) -> None:
-        """A round with ``shards`` begins."""
+    @property
+    def has_our_adapter(self) -> bool:
+        """Whether an adapter that we sent by itself is there."""
+        return self._newest[1] > 0
+
+    def send(self, shards: LocalShards, *, merged: bool = False) -> None:
+        """A round with ``shards`` begins; ``merged`` if adapters are in them."""
+        self._sending_merged = merged or (self.merged and shards.partial)
         self._sending_adapter = bool(shards.layout.leading)
         if self._sending_adapter and self.base is None and self.version:
             self.serves_anothers_model = True
@@ -109,6 +117,8 @@ class Server:
             model, adapters = self._newest
             # Not what is newest: an adapter comes to the weights of the model that are there.
             of_model = self._serves[0] if self._sending_adapter else model + 1
+            if not self._sending_adapter:
+                self.merged = self._sending_merged
             self.serves_anothers_model &= self._sending_adapter
             now = (of_model, adapters + self._sending_adapter)
             self._serves, self._kept, self._newest = now, self._serves, now
@@ -308,7 +318,7 @@ class Fleet:
         faults = self._serving_another(servers, wanted)
         if not wanted and self._newest:  # as after a requeue: what an earlier attempt had sent is gone
             before = f"was served version {self._newest} before, and what it serves lacks that"
-            faults |= {server.name: _at(server, before) for server in servers}
+            faults = {server.name: _at(server, before) for server in servers} | faults
         for server in servers:
             session = server.session
             if adapters_only and server.base == (session.mapping.run_dir, session.version):
@@ -317,6 +327,8 @@ class Fleet:
                 faults.setdefault(server.name, _at(server, "serves a model that this trainer did not send"))
             elif server.is_rolled_back(adapter=whole_adapter):
                 faults.setdefault(server.name, _at(server, "was rolled back to earlier weights"))
+            elif whole_adapter and server.merged:
+                faults.setdefault(server.name, _at(server, "serves weights that adapters are merged into"))
         fit = [server for server in servers if server.name not in faults]
         if faults and (self._policy == "all" or not fit):
             raise ConfigError(
@@ -368,10 +380,24 @@ class Fleet:
         call: int,
         version: int | None,
         encoding: Encoding,
+        merged: bool = False,
     ) -> Outcome:
-        """Hand a broadcast to the sessions' threads; see ``Session.submit``."""
+        """Hand a broadcast to the sessions' threads; see ``Session.submit``.
+
+        ``merged``: the weights have adapters merged into them.
+
+        Raises:
+            ConfigError: they have, and an adapter that this trainer sent is served beside them: who asks for
+                that would get both.
+        """
+        if merged and (twice := [server.name for server, _ in parts if server.has_our_adapter]):
+            raise ConfigError(
+                f"weights with adapters merged were to be sent to {', '.join(twice)}, where an adapter of this "
+                "trainer is served beside them, and who asks for that would get both; send the model without "
+                "adapters='merge', or start the server anew"
+            )
         for server, shards in parts:
-            server.send(shards)
+            server.send(shards, merged=merged)
         if not self.several:
             ((server, shards),) = parts
             newest = max([self._newest, *self._made])  # what its launcher's successor knows nothing of

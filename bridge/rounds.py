@@ -110,6 +110,7 @@ class Session:
         self._answer = answer
         self._inbox: _Inbox = queue.Queue()
         self._under_way: Job | None = None
+        self._moving = False  # whether the background thread moves bytes, and hears nothing meanwhile
         self._staged_at = 0.0
         self._expired = False  # whether we have said that we wait no longer for other servers
         self._verdict_at = 0.0
@@ -202,8 +203,8 @@ class Session:
         """The verdict on what this session's server has staged (trainer rank 0): make it live."""
         self._inbox.put(_Commit())
 
-    def give_up(self, reason: str) -> None:
-        """The other verdict: end the epoch, and the round for the caller at once.
+    def give_up(self, reason: str, *, error: BridgeError | None = None) -> None:
+        """The other verdict: end the epoch, and the round for the caller at once, with ``error`` if given.
 
         The background thread may be held up by the server for as long as its deadlines allow, and learns of
         it behind them. The other trainer ranks are told here, so that none of them waits for that.
@@ -215,7 +216,7 @@ class Session:
         self._perform_safely([Send(tuple(sorted(self._joined.peers, reverse=True)), frame)])
         self._inbox.put(_GiveUp(reason))  # after that: our thread would tell the ranks in words of its own
         if self._under_way is not None and not self.in_place:
-            self._under_way.forsake(RoundAborted(reason))
+            self._under_way.forsake(error or RoundAborted(reason))
 
     def refuse_round(self, reason: str) -> None:
         """This rank cannot take part: end the epoch for everyone, so that nobody waits for it."""
@@ -272,6 +273,13 @@ class Session:
         if not isinstance(event, Frame) or event.opcode in ends:
             self._mover.interrupt()  # it may be waiting for a GPU, which hears nothing
         self._inbox.put((peer, event))
+        if self._moving and self.rank == 0 and (lost := self._lost(peer, event)) is not None:
+            # Our own thread may wait for whoever it was, by way of an updater, for as long as a slow transfer
+            # might take. No commit can have been asked for yet.
+            self._moving = False
+            write_flight(self.config, f"a round failed while its bytes were moved: {lost}")
+            self.give_up(str(lost), error=lost)
+            return
         job = self._under_way
         if job is None or job.vote is None or job.done or not isinstance(event, Frame) or self.in_place:
             return  # in place, what every rank has staged is served even then: the weights stay until it ends
@@ -279,6 +287,16 @@ class Session:
             # Other servers may go on without this one, for which our own thread may still be held up.
             self.closed = event.text
             job.forsake(RoundAborted(event.text))
+
+    def _lost(self, peer: int, event: Event) -> BridgeError | None:
+        """Why no round can go on, if ``event`` says that somebody is lost to it."""
+        if not isinstance(event, Frame):
+            return event
+        if event.opcode is Opcode.FAILED:
+            return RoundAborted(event.text)
+        if event.opcode is Opcode.SHUTDOWN:
+            return RoundAborted(f"{self._who(peer)} left in the middle of a round")
+        return None
 
     # --- the background thread ---------------------------------------------------------------------
 
@@ -534,13 +552,17 @@ class Session:
                 f"plan digests differ: trainer rank 0 has {plan_digest.hex()}, trainer rank {self.rank} has "
                 f"{plan.digest.hex()}; all ranks must read the same mapping file"
             )
-        self._mover.move(
-            plan,
-            job.shards,
-            joint=joint,
-            encoding=job.encoding,
-            before=lambda index: self._announce(job.version, index),
-        )
+        self._moving = True
+        try:
+            self._mover.move(
+                plan,
+                job.shards,
+                joint=joint,
+                encoding=job.encoding,
+                before=lambda index: self._announce(job.version, index),
+            )
+        finally:
+            self._moving = False
 
     def _announce(self, version: int, index: int) -> None:
         """Rank 0 tells the daemons which bucket is next."""

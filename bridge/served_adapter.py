@@ -27,7 +27,7 @@ from bridge.sharding import LocalShards, Part, device_of, make_shards, part_of
 PEFTS_DEFAULT = "default"  # the adapter's name where nobody gave one
 _MATRIX = re.compile(r"^(?:base_model\.model\.)?(.+\.lora_[AB])\.[^.]+\.(weight)$")
 # What a checkpoint of the adapter would be refused for too, or would not hold. By peft's LoraConfig.
-_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 _VARIANTS = {
     "use_dora": "DoRA",
     "lora_bias": "a bias of LoRA's own (lora_bias)",
@@ -143,6 +143,8 @@ def _fault(layer: Any, name: str) -> str:
         return f"adapter {name} is a variant of LoRA there (such as DoRA); only plain LoRA is sent"
     if getattr(layer, "lora_bias", {}).get(name):
         return f"adapter {name} has a bias there (lora_bias=True)"
+    if others := sorted(set(getattr(layer, "merged_adapters", ())) - {name}):
+        return f"has {', '.join(others)} merged into its weights, which the server's base model has not"
     if any(zero3.is_partitioned(tensor) for tensor in layer.parameters()):
         return "is partitioned by ZeRO-3; its matrices cannot be sent by themselves"
     return ""

@@ -200,6 +200,7 @@ class Bridge:
             blocking=blocking,
             version=version,
             encoding=encoding,
+            merged=merged is not None,
         )
 
     @overload
@@ -433,6 +434,7 @@ class Bridge:
         blocking: bool,
         version: int | None,
         encoding: Encoding = "dense",
+        merged: bool = False,
     ) -> Receipt | PendingBroadcast:
         if not blocking and zero3.steps_by_itself(module, parameters()):
             raise ConfigError(
@@ -444,7 +446,13 @@ class Bridge:
             servers = self._fleet.ready(device)
             try:
                 return self._send(
-                    servers, gather, module=module, blocking=blocking, version=version, encoding=encoding
+                    servers,
+                    gather,
+                    module=module,
+                    blocking=blocking,
+                    version=version,
+                    encoding=encoding,
+                    merged=merged,
                 )
             except BridgeError:
                 # The epoch had ended between two rounds, and the news came during this call.
@@ -474,6 +482,7 @@ class Bridge:
         blocking: bool,
         version: int | None,
         encoding: Encoding = "dense",
+        merged: bool = False,
     ) -> Receipt | PendingBroadcast:
         try:
             gathered = {server: self._gather(gather, server) for server in servers}
@@ -490,7 +499,13 @@ class Bridge:
             for tensor in ([*shards.owners, *shards.tensors] if guarded.held is None else guarded.held)
         ]
         parts = [(server, gathered[server][0]) for server in servers]
-        job = self._fleet.submit(parts, call=self._calls, version=version, encoding=encoding)
+        try:
+            job = self._fleet.submit(
+                parts, call=self._calls, version=version, encoding=encoding, merged=merged
+            )
+        except ConfigError as err:  # every rank finds the same
+            _refuse(servers, str(err))
+            raise
         guarded = Guarded.together([guarded for _, guarded in found])
         self._pending = PendingBroadcast(
             job, StepGuard(guarded, job.wait_released, module=module, holding=holding)

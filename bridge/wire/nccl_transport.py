@@ -51,8 +51,10 @@ def messages_of(bucket: Bucket, wire_dtypes: Sequence[torch.dtype]) -> Iterator[
                 small, end = [], 0
             yield Message(((copy, 0),), nbytes)
         elif nbytes:
-            small.append((copy, end))
-            end += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+            # Aligned where it begins, exact where it ends: of a single copy one end may use its own memory.
+            start = -(-end // _ALIGNMENT) * _ALIGNMENT
+            small.append((copy, start))
+            end = start + nbytes
     if small:
         yield Message(tuple(small), end)
 

@@ -154,6 +154,25 @@ def test_one_of_two_trainer_ranks(node, victim):
             process.kill()
 
 
+def test_a_rank_that_fails_while_the_others_bytes_move(node):
+    """It lives on, so no connection tells the others; they must not wait for it as for a slow transfer."""
+    with training("fsdp2", node.sets[0], ranks=2, logdir=node.server.logdir) as trainers:
+        served = begin(node, trainers)
+        before = node.server.status()["weight_version"]
+        trainers.must("break_moves", rank=1)
+        began = time.monotonic()
+        trainers.send("broadcast")
+        answers = trainers.answers(timeout_s=PATIENCE_S)
+        assert time.monotonic() - began < DEADLINE_S - 1, "an updater waited for what will never come"
+        assert all("no memory for a snapshot" in answer["error"] for answer in answers), answers
+        wait_until("the round to end", lambda: node.server.status()["trainer"] is None, timeout_s=PATIENCE_S)
+        assert node.server.status()["weight_version"] == before
+        assert greedy(node.server) == served
+        trainers.must("break_moves", rank=-1)
+        assert trainers.must("broadcast")[0]["version"] == before + 1
+        assert greedy(node.server) != served
+
+
 def test_updater(node):
     with training("plain", node.sets[0], logdir=node.server.logdir, dtype="float32") as trainers:
         served = begin(node, trainers)

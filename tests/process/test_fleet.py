@@ -11,6 +11,7 @@ import pytest
 import torch.distributed as dist
 
 import bridge
+from bridge import fleet
 from bridge.config import BridgeConfig
 from bridge.environment import Ranks
 from bridge.errors import RendezvousError, RoundAborted
@@ -29,6 +30,7 @@ class Met:
         self.opened: list[str] = []
         self.unreachable = unreachable
         Session.open = self._open  # type: ignore[method-assign, assignment]  # a process of its own
+        fleet.FIRST_S = 0.0
         ranks = Ranks(rank=dist.get_rank(), world_size=dist.get_world_size())
         self.fleet = Fleet(BridgeConfig(logdirs=("a", "b"), commit=policy), lambda: ranks)
 

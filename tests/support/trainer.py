@@ -361,6 +361,19 @@ class Trainer:
 
         return dict(msgspec.to_builtins(bridge.notify_update(self.model)))
 
+    def break_moves(self, rank: int) -> dict[str, Any]:
+        """From now on no bytes can be moved on this rank, as if its GPU had no memory left; -1 mends all."""
+        from bridge.errors import DeviceError
+        from bridge.moving import Mover
+
+        def broken(*_: Any, **__: Any) -> None:
+            raise DeviceError("there is no memory for a snapshot")
+
+        self._move = getattr(self, "_move", Mover.move)
+        mine = rank == int(os.environ.get("RANK", "0"))
+        Mover.move = broken if mine else self._move  # type: ignore[method-assign]
+        return {}
+
     def heartbeat(self) -> dict[str, Any]:
         import bridge
 

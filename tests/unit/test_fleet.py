@@ -599,6 +599,33 @@ def test_what_is_rolled_back_may_be_an_adapter() -> None:
     assert rolled_back("model", "adapter", "model", "back", "back", "back") == (True, True)
 
 
+def test_no_adapter_comes_over_weights_that_it_is_merged_into_nor_the_other_way_round(
+    servers: Servers,
+) -> None:
+    lead = Layout(rank=0, vocabulary="", shards=(), leading=(Leading(source=0, shape=(4, 2)),))
+    adapter = LocalShards(layout=lead, tensors=[], contiguous=())
+    made = bridge.Bridge(BridgeConfig(logdir="a"))
+    fleet = made._fleet
+    for _ in range(2):
+        made.broadcast_weights(MODEL)  # meets it
+        (server,) = fleet.servers
+        shards = LocalShards(layout=Layout(rank=0, vocabulary="", shards=()), tensors=[], contiguous=())
+        fleet.submit([(server, shards)], call=1, version=None, encoding="dense", merged=True)
+        server.remember(server.version, rolled_back=False)
+        with pytest.raises(ConfigError, match="serves weights that adapters are merged into"):
+            fleet.that_take_parts([server], whole_adapter=True)
+        made.broadcast_single_param("bias", MODEL.bias)  # the rest is merged still
+        with pytest.raises(ConfigError, match="serves weights that adapters are merged into"):
+            fleet.that_take_parts([server], whole_adapter=True)
+    made.broadcast_weights(MODEL)
+    assert fleet.that_take_parts([server], whole_adapter=True) == [server]
+    server.send(adapter)
+    server.remember(server.version, rolled_back=False)
+    with pytest.raises(ConfigError, match="an adapter of this trainer is served beside them"):
+        fleet.submit([(server, shards)], call=1, version=None, encoding="dense", merged=True)
+    made.broadcast_weights(MODEL)
+
+
 def test_an_adapter_goes_to_one_that_missed_the_last_of_them(servers: Servers) -> None:
     """As long as this trainer has sent no weights of the model: what it lies over is the same everywhere."""
     fleet = trainer("available")._fleet

@@ -131,6 +131,21 @@ def test_variants_are_refused(config: dict[str, Any], words: str) -> None:
         gathered(adapted(**config), served("policy"))
 
 
+def test_what_began_by_changing_the_base_model_is_refused() -> None:
+    model = adapted()
+    model.peft_config["default"].init_lora_weights = "lora_ga"  # set by itself it needs gradients of a model
+    with pytest.raises(MappingError, match="init_lora_weights='lora_ga', which changes the base model's"):
+        gathered(model, served("policy"))
+
+
+def test_another_adapter_that_is_merged_into_the_base_model_is_refused() -> None:
+    model = adapted()
+    model.add_adapter("sft", peft.LoraConfig(r=4, target_modules=["up"]))
+    model.merge_adapter(["sft"])
+    with pytest.raises(MappingError, match="up: has sft merged into its weights"):
+        gathered(model, served("policy"), adapter="default")
+
+
 def test_float16_is_not_cast_to_bfloat16() -> None:
     with pytest.raises(MappingError, match="is float16, which is not cast to the server's bfloat16"):
         gathered(adapted(dtype=torch.float16), served("policy", dtype="bfloat16"))
