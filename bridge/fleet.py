@@ -392,9 +392,9 @@ class Fleet:
         """
         if merged and (twice := [server.name for server, _ in parts if server.has_our_adapter]):
             raise ConfigError(
-                f"weights with adapters merged were to be sent to {', '.join(twice)}, where an adapter of this "
-                "trainer is served beside them, and who asks for that would get both; send the model without "
-                "adapters='merge', or start the server anew"
+                f"weights with adapters merged were to be sent to {', '.join(twice)}, where an adapter of "
+                "this trainer is served beside them, and who asks for that would get both; send the model "
+                "without adapters='merge', or start the server anew"
             )
         for server, shards in parts:
             server.send(shards, merged=merged)
