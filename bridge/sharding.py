@@ -324,19 +324,26 @@ def collect(
         for name, tensor in tensors.items()
         if name not in known and name not in unused and id(tensor) not in sent
     ]
-    faults += untied(tensors, vocabulary)
+    # Of a model the same shards are sent round after round, whatever becomes of the values.
+    faults += untied(tensors, vocabulary, by_value=not isinstance(named, nn.Module))
     faults += layout.strangers(tensors) if layout else []
     boxes = _Boxes()
     present = [(i, s, part_of(tensors[s.name], boxes)) for i, s in wanted if s.name in tensors]
     return make_shards(present, mapping, vocabulary, rank, faults, layout)
 
 
-def untied(tensors: Mapping[str, torch.Tensor], vocabulary: Vocabulary) -> list[str]:
-    """Faults of tensors that are two here and one on the server, which would drop one of them."""
+def untied(tensors: Mapping[str, torch.Tensor], vocabulary: Vocabulary, *, by_value: bool) -> list[str]:
+    """Faults of tensors that are two here and one on the server, which would drop one of them.
+
+    ``by_value``: two of equal values are one too, as copies of tied ones are.
+    """
     return [
         f"{name}: the server has no weights of its own there, it is tied to {kept}; here they are two tensors"
         for name, kept in vocabulary.tied.items()
-        if name in tensors and kept in tensors and not _is_one(tensors[name], tensors[kept])
+        if name in tensors
+        and kept in tensors
+        and not _is_one(tensors[name], tensors[kept])
+        and not (by_value and _are_equal(tensors[name], tensors[kept]))
     ]
 
 
@@ -348,6 +355,18 @@ def _is_one(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors, perhaps of a state dict, are one as far as this rank's memory can tell."""
     nothing = all(_held_memory(tensor).numel() == 0 for tensor in (a, b))
     return nothing or memory_of(a) == memory_of(b)
+
+
+def _are_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether this rank holds the same part of both, with the same values."""
+    ours, theirs = _held_memory(a), _held_memory(b)
+    return (
+        type(a) is type(b)
+        and a.shape == b.shape
+        and getattr(a, "placements", None) == getattr(b, "placements", None)
+        and (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device)
+        and torch.equal(ours, theirs)
+    )
 
 
 def memory_of(tensor: torch.Tensor) -> object:

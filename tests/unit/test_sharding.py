@@ -129,7 +129,8 @@ def test_a_head_that_is_not_tied_here_is_not_dropped() -> None:
     assert len(collect({"embed": embed, "head": embed, "w": w}, TIED, rank=0).tensors) == 2
     # As in a state dict, where one parameter is two tensors of the same memory.
     assert len(collect({"embed": embed, "head": embed.detach(), "w": w}, TIED, rank=0).tensors) == 2
-    for head in (torch.ones(8, 4), embed[:4], torch.ones(0, 4)):
+    assert len(collect({"embed": embed, "head": embed.clone(), "w": w}, TIED, rank=0).tensors) == 2
+    for head in (torch.zeros(8, 4), embed[:4], torch.ones(0, 4), torch.ones(8, 4).bfloat16()):
         with pytest.raises(
             MappingError, match=r"head: the server has no weights of its own .* tied to embed"
         ):
