@@ -4,6 +4,7 @@
     python -m tests.faults.campaign --links 50 --cases 0       the network between trainer and server
     python -m tests.faults.campaign --restarts 50 --cases 0    what stands for vLLM, which is started again
     python -m tests.faults.campaign --seed 1 --case 17         that one case again
+    python -m tests.faults.campaign --seed 1 --what drop --keep --out faults.json    all of these again
 
 Case ``k`` of a seed is the same in every run. A case that fails is reported with its traceback, its logs
 stay, and the next one begins on a fresh server.
@@ -145,9 +146,9 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+def _write(path: Path, rows: list[dict[str, Any]], commands: list[str]) -> None:
     document = {
-        "command": f"python -m tests.faults.campaign {' '.join(sys.argv[1:])}",
+        "commands": commands,
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
         "load_average": round(os.getloadavg()[0], 1),
         "summary": summary(rows),
@@ -163,11 +164,15 @@ def main() -> int:
     parser.add_argument("--restarts", type=int, default=0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--case", type=int, help="only this one")
+    parser.add_argument("--what", default="", help="only faults of this name")
+    parser.add_argument("--keep", action="store_true", help="what --out has of other cases")
     parser.add_argument("--deadline", type=float, default=4.0)
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no further case after so many")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    began, rows = time.monotonic(), []
+    began = time.monotonic()
+    rows: list[dict[str, Any]] = []
+    commands = [" ".join(["python -m tests.faults.campaign", *sys.argv[1:]])]
     directory = Path(tempfile.mkdtemp(prefix="campaign-"))
     os.environ.setdefault("XDG_RUNTIME_DIR", str(directory))
     campaign = Campaign(directory, args.deadline)
@@ -175,6 +180,12 @@ def main() -> int:
     wanted += range(FIRST_RESTART, FIRST_RESTART + args.restarts)
     if args.case is not None:
         wanted = [args.case]
+    if args.what:
+        wanted = [case for case in wanted if draw(args.seed, case)[0].what == args.what]
+    if args.keep:
+        known = json.loads(args.out.read_text())
+        rows += [row for row in known["cases"] if row["case"] not in wanted]
+        commands = [*known.get("commands", [known.get("command")]), *commands]
     # By transport, as each change of it costs a fresh server; a case is the same in any order.
     try:
         for case in sorted(wanted, key=lambda case: (draw(args.seed, case)[1], case)):
@@ -186,7 +197,7 @@ def main() -> int:
             if "failure" in row:
                 print(row["failure"], flush=True)
             if args.out:
-                _write(args.out, rows)
+                _write(args.out, rows, commands)
     finally:
         campaign.end()
     print(json.dumps(summary(rows), indent=1), f"logs in {directory}")

@@ -131,6 +131,8 @@ class _Injector:
                 order: dict[str, Any] = json.loads(self._order.read_text())
             except (OSError, ValueError):
                 return None
+            if order["what"] in BUCKETS:  # not the frame that announces it
+                return None
             side, wanted_way, wanted = POINTS[order["at"]]
             if (side, wanted_way, wanted) != (self._side, way, opcode):
                 return None

@@ -544,6 +544,8 @@ def suffer(made: Node, fault: Fault, *, seed: int) -> Outcome:
         made.link.set()
     assert "version" in answer or "error" in answer or fault.who == "trainer", f"{fault}: silence, {answer}"
     assert answer.get("typed", True), f"{fault}: {answer}"
+    if fault.what in faults.BUCKETS:
+        assert "error" in answer, f"{fault}: nobody noticed, {answer}"
     written = [p for p in made.logdir.glob("flight-*.jsonl") if recorded.get(p) != p.stat().st_mtime_ns]
     assert "error" not in answer or written, f"{fault}: no flight record"
     assert not (unpickled := made.logdir / "unpickled.txt").exists(), unpickled.read_text()
