@@ -135,6 +135,7 @@ class Job:
     def _conclude(self, receipt: Receipt | None, error: BridgeError | None) -> None:
         with self._concluding:
             if self.finished.is_set():
+                _forget_frames(error)
                 return
             self.receipt, self.error = receipt, error
             _forget_frames(error)

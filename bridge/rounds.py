@@ -291,7 +291,7 @@ class Session:
     def _lost(self, peer: int, event: Event) -> BridgeError | None:
         """Why no round can go on, if ``event`` says that somebody is lost to it."""
         if not isinstance(event, Frame):
-            return event
+            return type(event)(str(event))  # not the same: our own thread raises that one
         if event.opcode is Opcode.FAILED:
             return RoundAborted(event.text)
         if event.opcode is Opcode.SHUTDOWN:

@@ -589,7 +589,10 @@ def suffer(made: Node, fault: Fault, *, seed: int) -> Outcome:
 
     # What was closed over a link that was cut ends with the kernel's next try, which comes ever later.
     settle_s = 90 if fault.what == "cut" else 15
-    wait_until(f"{fault}: no more descriptors than before", lambda: not grown(), timeout_s=settle_s)
+    try:
+        wait_until(f"{fault}: no more descriptors than before", lambda: not grown(), timeout_s=settle_s)
+    except TimeoutError as err:
+        raise AssertionError(f"{fault}: descriptors have come and stay: {grown()}") from err
     return Outcome(str(fault), _name(answer), noticed_s, recovered_s, made.descriptors())
 
 
