@@ -169,6 +169,7 @@ away() {
 survive() {
     local index
     ! start_again || return 0
+    hopeless || ((code != EX_CONFIG)) || code=$EX_TEMPFAIL
     ((!urged)) || return 1
     ((warned)) || ! hopeless || return 1
     unset "servers[index]"

@@ -112,7 +112,7 @@ class Borrowing:
         try:
             while self._get_newest(stopping):
                 self._stop_asking(stopping)
-                if not self._falls_behind(stopping):
+                if not self._falls_behind(stopping) or self._stopping is not stopping:
                     return
                 self.asking = True
         except Exception:  # the thread's edge: without it the server is as good as without peers
