@@ -583,9 +583,16 @@ def suffer(made: Node, fault: Fault, *, seed: int) -> Outcome:
     if restarted:
         descriptors["engine"] = made.descriptors()["engine"]
 
+    _assert_closed(made, fault, descriptors)
+    return Outcome(str(fault), _name(answer), noticed_s, recovered_s, made.descriptors())
+
+
+def _assert_closed(made: Node, fault: Fault, before: dict[str, int]) -> None:
+    """No lasting process holds more descriptors than ``before``."""
+
     def grown() -> dict[str, int]:
         now = made.descriptors()
-        return {who: n - descriptors[who] for who, n in now.items() if n > descriptors[who] + SLACK}
+        return {who: n - before[who] for who, n in now.items() if n > before[who] + SLACK}
 
     # What was closed over a link that was cut ends with the kernel's next try, which comes ever later.
     settle_s = 90 if fault.what == "cut" else 15
@@ -593,7 +600,6 @@ def suffer(made: Node, fault: Fault, *, seed: int) -> Outcome:
         wait_until(f"{fault}: no more descriptors than before", lambda: not grown(), timeout_s=settle_s)
     except TimeoutError as err:
         raise AssertionError(f"{fault}: descriptors have come and stay: {grown()}") from err
-    return Outcome(str(fault), _name(answer), noticed_s, recovered_s, made.descriptors())
 
 
 def _let_go_on(made: Node, fault: Fault, pid: int, patience_s: float) -> None:

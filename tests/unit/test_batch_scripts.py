@@ -108,6 +108,23 @@ def test_a_server_that_ends_is_started_again(tmp_path: Path, fail: int, starts: 
     assert ("server 0 ended with 9, and is given up; 1 serve on" in output) == (fail == 9)
 
 
+@pytest.mark.parametrize(("retries", "code"), [("1", 0), ("0", 75)])
+def test_a_server_that_had_served_may_do_so_again_whatever_its_code(
+    tmp_path: Path, retries: str, code: int
+) -> None:
+    script = f"""
+        train() {{ until (($(grep -cx "srun 0" calls) == 2)); do sleep 0.05; done; }}
+        start_servers 0 1 ""
+        await_servers
+        train & trainer=$!
+        kill -USR1 "${{servers[0]}}"
+        ((SERVER_RETRIES)) || kill "$trainer"
+        {"work" if retries == "1" else 'wait_for "${servers[@]}"; survive || end_steps "$code"'}"""
+    found, calls, output = run(tmp_path, script, MODEL="m", SERVER_RETRIES=retries)
+    assert (found, calls.count("srun 0")) == (code, 1 + int(retries)), output
+    assert ("server 0 ended with 2; starting it again (1 of 1)" in output) == (code == 0)
+
+
 @pytest.mark.parametrize(("fail", "code", "starts"), [(1, 0, 2), (9, 9, 3)])
 def test_a_server_that_ends_before_all_are_ready_is_started_again(
     tmp_path: Path, fail: int, code: int, starts: int
