@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import bridge
-from bridge.errors import MappingError, RendezvousRefused, TopologyError
+from bridge.errors import MappingError, RendezvousError, RendezvousRefused, TopologyError
 from bridge.protocol import mapping as mapping_file
 from tests.support.serving import UNBOUND, environment, free_port, serving
 from vllm_patching.channel import socket_path
@@ -77,8 +77,9 @@ def connect(path: Path) -> bridge.Bridge:
 
 
 def test_missing_mapping(tmp_path):
-    with pytest.raises(MappingError, match="is the server ready") as caught:
-        connect(tmp_path / "vllm_bridge_config.json")
+    path = tmp_path / "vllm_bridge_config.json"
+    with pytest.raises(RendezvousError, match="there is no mapping at") as caught:
+        bridge.Bridge.connect(bridge.BridgeConfig(config_path=str(path), connect_timeout_s=2.0))
     assert str(tmp_path) in str(caught.value)
 
 

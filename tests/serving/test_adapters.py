@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.support.checks import Streams, ask_document, assert_equal, assert_labels_in_order
+from tests.support.full import only_in_full
 from tests.support.serving import UNBOUND, Api, Server, Trainers, serving, serving_together, training
 
 peft = pytest.importorskip("peft")
@@ -110,6 +111,7 @@ def test_versions_of_the_adapter_and_of_the_base_in_turns(served, trainer):
     check(served, 0, "wide")
 
 
+@only_in_full("serving")  # streams live through versions of the model always, and so do an adapter's versions
 def test_streams_of_the_adapter_live_through_its_versions(served, trainer):
     streams = Streams(Api(served.server.port, "policy"), width=4, tokens=300)
     versions = [send(served, trainer, name)["version"] for name in ("narrow", "wide") * 4]
