@@ -69,11 +69,11 @@ class Job:
 
     def wait(self, what: str, check: Callable[[], object], *, timeout_s: float = JOB_TIMEOUT_S) -> None:
         def done() -> bool:
+            state = self.told("State")  # before: it may become what is waited for meanwhile
             if check():
                 return True
-            assert self.told("State") in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), self.text()[
-                -6000:
-            ]
+            goes_on = state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
+            assert goes_on, f"{state}: {self.text()[-6000:]}"
             return False
 
         wait_until(f"job {self.id}: {what} (output {self.output})", done, timeout_s=timeout_s, interval_s=0.5)
