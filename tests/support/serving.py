@@ -127,7 +127,7 @@ class Server:
     def __init__(self, model: Path, logdir: Path, *, flags: Sequence[str] = (), bridge: bool = True,
                  bridge_flags: Sequence[str] = (), env: dict[str, str] | None = None,
                  prefix: Sequence[str] = (), console: str = "console.log") -> None:  # fmt: skip
-        self.model, self.logdir = model, logdir
+        self.model, self.logdir, self.bridge = model, logdir, bridge
         logdir.mkdir(parents=True, exist_ok=True)
         self.port = free_port()
         self.api = Api(self.port, str(model))
@@ -206,7 +206,12 @@ class Server:
         return [p.pid for p in psutil.Process(self.process.pid).children(recursive=True)]
 
     def stop(self, *, timeout_s: float = 60.0) -> int:
+        from vllm_patching import residue
+
+        mapped: set[Path] = set()
         if self.process.poll() is None:
+            # A plain vLLM whose workers are slow to end kills them, and nobody unlinks what they shared.
+            mapped = set() if self.bridge else residue.snapshot(self.pids())
             self.process.send_signal(signal.SIGTERM)
         try:
             return self.process.wait(timeout_s)
@@ -214,6 +219,8 @@ class Server:
             self.process.kill()
             self.process.wait()
             raise
+        finally:
+            residue.sweep(mapped)
 
 
 @contextmanager
