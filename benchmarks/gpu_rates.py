@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,24 +149,20 @@ class _Round:
         before: dict[int, list[int]] = {lane.trainer: [] for lane in lanes}  # copies, by lane
         thread: list[int] = []  # what it has to wait for
         part_s = 0.0
-        for index in range(max(len(lane.buckets) for lane in lanes)):
-            for lane in (lane for lane in lanes if index < len(lane.buckets)):
-                local = self._kind.shared and lane.trainer == lane.inference
-                earlier = before[lane.trainer]
-                for copy in lane.buckets[index].copies:
-                    nbytes = ITEMSIZE * math.prod(copy.size)
-                    alone_s = max(nbytes / self._rates.local_copy, turns.COPY_S)
-                    if local and part_s and part_s + alone_s > turns.PART_S:
-                        thread, part_s = [*thread, *earlier[-streams:]], 0.0
-                    part_s += alone_s if local else 0.0
-                    enqueued = self._add(Transfer(self._rates.enqueue_s, (), tuple(thread), limit=1.0))
-                    thread = [enqueued]
-                    last = len(earlier) - (streams if local else 1)  # the one before on this copy's stream
-                    after = (enqueued, *([earlier[last]] if last >= 0 else []))
-                    if local:
-                        earlier.append(self._add(self._within(lane.inference, copy, nbytes, after)))
-                    else:
-                        earlier.append(self._add(self._across(lane, nbytes, after)))
+        for lane, copy in _in_order(lanes):
+            local = self._kind.shared and lane.trainer == lane.inference
+            earlier = before[lane.trainer]
+            nbytes = ITEMSIZE * math.prod(copy.size)
+            alone_s = max(nbytes / self._rates.local_copy, turns.COPY_S)
+            if local and part_s and part_s + alone_s > turns.PART_S:
+                thread, part_s = [*thread, *earlier[-streams:]], 0.0
+            part_s += alone_s if local else 0.0
+            enqueued = self._add(Transfer(self._rates.enqueue_s, (), tuple(thread), limit=1.0))
+            thread = [enqueued]
+            last = len(earlier) - (streams if local else 1)  # the one before on this copy's stream
+            after = (enqueued, *([earlier[last]] if last >= 0 else []))
+            made = self._within(lane, copy, nbytes, after) if local else self._across(lane, nbytes, after)
+            earlier.append(self._add(made))
 
     def _add(self, transfer: Transfer) -> int:
         self.transfers.append(transfer)
@@ -177,9 +173,9 @@ class _Round:
         self.links["memory", gpu] = 2 * self._rates.local_copy
         return "memory", gpu
 
-    def _within(self, gpu: int, copy: Copy, nbytes: int, after: tuple[int, ...]) -> Transfer:
+    def _within(self, lane: Lane, copy: Copy, nbytes: int, after: tuple[int, ...]) -> Transfer:
         limit = self._rates.local_rows if len(copy.size) > 1 else self._rates.local_copy
-        uses = ((self._memory(gpu), 2),)
+        uses = ((self._memory(lane.inference), 2),)
         return Transfer(nbytes, uses, after, latency_s=self._rates.kernel_s, limit=limit)
 
     def _across(self, lane: Lane, nbytes: int, after: tuple[int, ...]) -> Transfer:
@@ -189,6 +185,14 @@ class _Round:
         self.links[out] = self.links[into] = self._rates.copy_engine
         uses = ((self._memory(source), 1), (self._memory(target), 1), (out, 1), (into, 1))
         return Transfer(nbytes, uses, after, latency_s=self._rates.copy_s)
+
+
+def _in_order(lanes: Sequence[Lane]) -> Iterator[tuple[Lane, Copy]]:
+    """All copies, bucket by bucket through all lanes."""
+    for index in range(max(len(lane.buckets) for lane in lanes)):
+        for lane in lanes:
+            if index < len(lane.buckets):
+                yield from ((lane, copy) for copy in lane.buckets[index].copies)
 
 
 def _by_nccl(buckets: Sequence[Bucket], rates: Rates) -> float:

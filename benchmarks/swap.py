@@ -311,10 +311,11 @@ def summary(found: dict[str, Any], nbytes: int) -> dict[str, Any]:
         }
     result["bridge"]["flip_ms"] = median(found["spaced_bridge"]["flip_ms"])
     result["bridge"]["not_blocking_call_ms"] = 1e3 * median(e["call_s"] for e in found["not_blocking"])
-    if "native" in result and result["bridge"]["stall_ms"] and result["native"]["stall_ms"]:
-        result["native_to_bridge_stall"] = result["native"]["stall_ms"] / result["bridge"]["stall_ms"]
     if "native" in result:
         result["same_answers"] = found["same_answers"]
+        ours, theirs = (result[what]["stall_ms"] for what in ("bridge", "native"))
+        if ours and theirs:
+            result["native_to_bridge_stall"] = theirs / ours
     memory = found["trainer_memory"]
     result["trainer_extra_bytes"] = [
         after["used_bytes"] - before["used_bytes"]

@@ -197,7 +197,7 @@ class Fleet:
             self.servers[0].session.refuse_round(reason)
 
     def _agree(self, *, refusing: bool, over: Sequence[bool]) -> list[bool]:
-        newest = max([self._newest, self.version, *self._made])
+        newest = self._newest_known
         refused, self._newest, *anew = self._highest([int(refusing), newest, *map(int, over)])
         if refused and not refusing:
             raise RoundAborted(
@@ -295,6 +295,11 @@ class Fleet:
     def _made(self) -> list[int]:
         """The versions that this trainer has made live last, of those servers where it has."""
         return [server.base[1] for server in self.servers if server.base is not None]
+
+    @property
+    def _newest_known(self) -> int:
+        """The highest number that this rank knows of, whatever servers do that were started anew."""
+        return max([self._newest, self.version, *self._made])
 
     def that_take_parts(self, servers: Sequence[Server], *, whole_adapter: bool = False) -> list[Server]:
         """Those of ``servers`` over whose version a part of the weights may be laid.
@@ -400,9 +405,8 @@ class Fleet:
             server.send(shards, merged=merged)
         if not self.several:
             ((server, shards),) = parts
-            newest = max([self._newest, *self._made])  # what its launcher's successor knows nothing of
-            if version is None and server.version < newest:
-                version = newest + 1
+            if version is None and server.version < self._newest_known:
+                version = self._newest_known + 1
             return server.session.submit(shards, call=call, version=version, encoding=encoding)
         return self._submit(parts, call=call, version=version, encoding=encoding, policy=self._policy)
 
@@ -416,7 +420,7 @@ class Fleet:
         policy: Policy,
         to: int | None = None,
     ) -> Outcome:
-        wanted = max([self._newest, self.version, *self._made]) + 1 if version is None else version
+        wanted = self._newest_known + 1 if version is None else version
 
         def begin() -> None:
             self._newest = max(self._newest, wanted)

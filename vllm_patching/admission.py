@@ -9,7 +9,6 @@ import logging
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
@@ -60,7 +59,7 @@ class Admission:
         self._daemon = daemon
         self.epochs = 0
         self._trainers_first_until = 0.0
-        self._answered: deque[tuple[float, str]] = deque()
+        self._answers = rendezvous.Answers("answer")
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -195,6 +194,4 @@ class Admission:
         return ""
 
     def _answer(self, answer: rendezvous.Answer) -> None:
-        sealed = rendezvous.seal(answer, self._daemon.secret)
-        self._daemon.store.set(f"answer/{answer.session}", sealed)
-        rendezvous.forget_answers(self._daemon.store, self._answered, answer.session)
+        self._answers.give(self._daemon.store, answer, self._daemon.secret)

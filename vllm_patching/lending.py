@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections import deque
 from typing import TYPE_CHECKING
 
 from bridge.errors import TransferError
@@ -50,7 +49,7 @@ class Lending:
         self.halves: tuple[int, ...] = ()  # what is lent, by rank
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
-        self._answered: deque[tuple[float, str]] = deque()
+        self._offers = rendezvous.Answers("offer")
 
     @property
     def pid(self) -> int | None:
@@ -98,8 +97,7 @@ class Lending:
         )
         if refusal:
             logger.info("version %d is not lent to %s: %s", version, loan.borrower, refusal)
-        self._daemon.store.set(f"offer/{loan.session}", rendezvous.seal(offer, self._daemon.secret))
-        rendezvous.forget_answers(self._daemon.store, self._answered, loan.session)
+        self._offers.give(self._daemon.store, offer, self._daemon.secret)
 
     def _refusal(self, loan: rendezvous.Loan) -> str:
         here = self._daemon

@@ -311,20 +311,26 @@ def forget_epochs(store: TCPStore, before: int) -> None:
         logger.warning("what earlier epochs said stays in the rendezvous: %s", first_line(err))
 
 
-def forget_answers(store: TCPStore, answered: deque[tuple[float, str]], session: str) -> None:
-    """``session`` was answered; let go of what was answered long ago, which everybody has read who will.
+class Answers:
+    """What a daemon tells those who ask; let go of once everybody has read it who will."""
 
-    ``answered`` is the caller's memory of when which session was answered.
-    """
-    now = time.monotonic()
-    answered.append((now, session))
-    while answered and now - answered[0][0] > ANSWERS_KEPT_S:
-        _, old = answered.popleft()
-        try:
-            for kind in ("answer", "offer", "withdrawn"):
-                store.delete_key(f"{kind}/{old}")
-        except (RuntimeError, ValueError) as err:
-            logger.warning("an old answer stays in the rendezvous: %s", first_line(err))
+    def __init__(self, kind: str) -> None:
+        """``kind`` is what their keys begin with."""
+        self._kind = kind
+        self._given: deque[tuple[float, str]] = deque()  # when, and to which session
+
+    def give(self, store: TCPStore, message: Answer | Offer, secret: str) -> None:
+        """Answer ``message.session``."""
+        store.set(f"{self._kind}/{message.session}", seal(message, secret))  # type: ignore[arg-type]  # bytes too
+        now = time.monotonic()
+        self._given.append((now, message.session))
+        while now - self._given[0][0] > ANSWERS_KEPT_S:
+            _, old = self._given.popleft()
+            try:
+                for kind in (self._kind, "withdrawn"):
+                    store.delete_key(f"{kind}/{old}")
+            except (RuntimeError, ValueError) as err:
+                logger.warning("an old answer stays in the rendezvous: %s", first_line(err))
 
 
 def is_withdrawn(store: Store, request: Request) -> bool:

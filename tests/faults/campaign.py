@@ -77,8 +77,7 @@ class Campaign:
     def node(self, transport: str) -> Node:
         known = self._nodes.get(transport)
         if known is not None and transport.endswith(RESTARTED) and not known.restarts_left:
-            code = self._nodes.pop(transport).stop()
-            assert code == 0, f"a launcher ended with {code}"
+            self._end(transport)
         if transport not in self._nodes:
             for other in list(self._nodes):  # one at a time: a second one would only share the cores
                 self._nodes.pop(other).stop()
@@ -114,10 +113,13 @@ class Campaign:
         row["took_s"] = round(time.monotonic() - started, 1)
         return row
 
+    def _end(self, transport: str) -> None:
+        code = self._nodes.pop(transport).stop()
+        assert code == 0, f"a launcher ended with {code}"
+
     def end(self) -> None:
-        while self._nodes:
-            code = self._nodes.popitem()[1].stop()
-            assert code == 0, f"a launcher ended with {code}"
+        for transport in list(self._nodes):
+            self._end(transport)
         if self._link is not None:
             self._link.__exit__()
 

@@ -355,7 +355,7 @@ class Node:
         ``restarts`` is how often the launcher starts what stands for vLLM again.
         """
         self.logdir, self.ranks, self.deadline_s = logdir, ranks, deadline_s
-        self._restarts = self.restarts_left = restarts
+        self._restarts = restarts
         self.run_dir = Path(
             os.environ.get("XDG_RUNTIME_DIR", logdir), f"node-{os.getpid()}-{time.monotonic_ns()}"
         )
