@@ -28,7 +28,7 @@ from typing import Any
 import psutil
 from stall import machine
 from support.models import build_checkpoint
-from support.serving import Server, Trainers, serving_together, training, wait_until
+from support.serving import Server, Trainers, serving_together, stop, training, wait_until
 
 START_TIMEOUT_S = 600.0
 FLAGS = ["--dtype=float32"]
@@ -51,7 +51,7 @@ def kill_in_a_round(trainers: Trainers, victim: Server, survivor: Server, seed: 
     trainers.must("broadcast")  # both are met, and have the updaters that the next round will have
     trainers.must("perturb", seed=seed)
     pids = victim.status()["pids"]
-    os.kill(pids["updaters"][0], signal.SIGSTOP)
+    stop(pids["updaters"][0])
     trainers.send("broadcast")
     wait_until("a round in the middle", lambda: victim.status()["state"] == "round", timeout_s=60)
     began, clock = time.monotonic(), time.time()

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.support.checks import own_answers
-from tests.support.serving import REPO, UNBOUND, prompts, serving, training, wait_until
+from tests.support.serving import REPO, UNBOUND, prompts, serving, stop, training, wait_until
 
 pytestmark = [pytest.mark.faults, pytest.mark.serving, pytest.mark.timeout(900, method="signal")]
 
@@ -57,7 +57,7 @@ def test_a_flip_that_fails_late_ends_the_engine_before_a_token_leaves(
 
         threading.Thread(target=ask, daemon=True).start()
         wait_until("the first tokens", lambda: len(got) > 3, timeout_s=60)
-        os.kill(worker, signal.SIGSTOP)
+        stop(worker)
         trainers.must("load", path=str(sets[1]))
         (failed,) = trainers.command("broadcast")
         assert "version 2 was staged" in failed["error"]

@@ -17,7 +17,7 @@ import pytest
 
 from tests.support.checks import Streams
 from tests.support.models import build_checkpoint
-from tests.support.serving import UNBOUND, Server, Trainers, alive, serving, training, wait_until
+from tests.support.serving import UNBOUND, Server, Trainers, alive, serving, stop, training, wait_until
 
 pytestmark = [pytest.mark.faults, pytest.mark.serving, pytest.mark.timeout(900, method="signal")]
 
@@ -76,7 +76,7 @@ def stop_midway(node: SimpleNamespace, trainers: Trainers) -> int:
         return bool(status["writing"] and status["bucket"] >= 50)
 
     wait_until("a round in the middle of writing", writes, timeout_s=30, interval_s=0.001)
-    os.kill(updater, signal.SIGSTOP)
+    stop(updater)
     status = server.status()
     assert status["state"] == "round", "the round was over before it could be stopped; make it longer"
     assert status["requested_version"] == status["weight_version"]
@@ -130,7 +130,7 @@ def test_a_trainer_that_dies_before_the_first_byte_disturbs_nobody(node):
     with train(node) as trainers:
         publish(node, trainers, 0)
         (updater,) = server.status()["pids"]["updaters"]
-        os.kill(updater, signal.SIGSTOP)
+        stop(updater)
         trainers.send("broadcast")
         wait_until("a round", lambda: server.status()["state"] == "round", timeout_s=30)
         assert greedy(server) == node.by_set[0], "the engine serves until the updaters have leave to write"

@@ -24,6 +24,7 @@ from tests.support.serving import (
     Trainers,
     alive,
     serving,
+    stop,
     training,
     wait_until,
 )
@@ -58,14 +59,14 @@ class Held:
             "the first round must have been made: this one must not stand in the meeting"
         )
         (self.updater,) = self.before["pids"]["updaters"]
-        os.kill(self.updater, signal.SIGSTOP)
+        stop(self.updater)
         trainers.send("broadcast")
         wait_until("a round in the middle", lambda: server.status()["state"] == "round", timeout_s=30)
         self.since = time.monotonic()
 
-    def kill(self, pid: int, *, number: int = signal.SIGKILL) -> None:
+    def kill(self, pid: int) -> None:
         """End ``pid``, and let the updater go on where it stood."""
-        os.kill(pid, number)
+        os.kill(pid, signal.SIGKILL)
         self.release()
 
     def release(self) -> None:
@@ -213,7 +214,8 @@ def test_a_silent_trainer_ends_the_round_not_the_server(node):
         served = begin(node, trainers)
         held = Held(node.server, trainers)
         (pid,) = trainers.pids()
-        held.kill(pid, number=signal.SIGSTOP)
+        stop(pid)
+        held.release()
         try:
             assert_old_version(node, held, served, "trainer rank 0", f"pid {pid}")
         finally:

@@ -24,7 +24,7 @@ from bridge.errors import ConfigError, RendezvousError
 from bridge.trainer import Bridge
 from bridge.wire import rendezvous
 from tests.support.mappings import SOURCES, half_of, parallel_mapping
-from tests.support.serving import alive, free_port, wait_until
+from tests.support.serving import alive, free_port, stop, wait_until
 from tests.support.small_server import Small
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
@@ -95,7 +95,7 @@ def test_a_server_that_dies_comes_back_with_the_newest_version_from_its_peer(
 
         # Killed in the middle of a round, which stands because an updater does.
         before = two.status()
-        os.kill(before["pids"]["updaters"][0], signal.SIGSTOP)
+        stop(before["pids"]["updaters"][0])
         pending = bridge.broadcast_weights(second, blocking=False)
         wait_until("a round in the middle", in_state(two, "round"), timeout_s=20)
         began = time.monotonic()
@@ -168,7 +168,7 @@ def test_a_late_server_gets_the_version_from_a_peer_whose_rounds_go_on(
         late = start("late", tp=2, peers=str(tmp_path / "one"))
         wait_until("a loan", lambda: "is lent to" in one.text, timeout_s=START_S)
         lender = int(one.text.rpartition("(lender pid ")[2].partition(")")[0])
-        os.kill(lender, signal.SIGSTOP)  # it reads the half that is live, for ever
+        stop(lender)  # it reads the half that is live, for ever
         assert late.status()["state"] == "recovering"
         bridge.broadcast_weights(states[1])  # writes the other half
         assert alive(lender)

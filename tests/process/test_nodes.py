@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from bridge.config import BridgeConfig
 from bridge.environment import Ranks
 from bridge.errors import BridgeError
 from tests.support.nodes import Daemon, Server, expected, weights
-from tests.support.serving import wait_until
+from tests.support.serving import stop, wait_until
 
 pytestmark = [pytest.mark.processes, pytest.mark.faults, pytest.mark.timeout(600, method="signal")]
 
@@ -67,7 +66,7 @@ def test_a_follower_lost_in_a_round_costs_that_round(
 ) -> None:
     version = send(trainer, weights(1))
     updater = server.head.status()["pids"]["updaters"][1]
-    os.kill(updater, signal.SIGSTOP)  # a round that does not end by itself
+    stop(updater)  # a round that does not end by itself
     pending = trainer.broadcast_weights(weights(2), blocking=False)
     wait_until("the round", lambda: server.head.status()["state"] == "round", timeout_s=SOON_S)
     if what == "killed":

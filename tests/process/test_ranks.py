@@ -19,7 +19,7 @@ from bridge.errors import PeerLost
 from bridge.fleet import Fleet
 from bridge.rounds import Session
 from tests.support.ranks import run_ranks
-from tests.support.serving import wait_until
+from tests.support.serving import stop, wait_until
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
 
@@ -53,7 +53,7 @@ def one_is_stopped(path: Path) -> None:
     if ranks.rank == 1:
         wait_until("to have been stopped", (path / "goes-on").exists, timeout_s=60)
     elif ranks.rank == 0:
-        os.kill(pids[1], signal.SIGSTOP)
+        stop(pids[1])
     began = time.monotonic()
     with pytest.raises(PeerLost) as caught:
         fleet.ready(None)

@@ -21,6 +21,7 @@ from tests.support.serving import (
     alive,
     serving,
     serving_together,
+    stop,
     training,
     wait_until,
 )
@@ -45,7 +46,7 @@ def version(server: Server) -> int:
 def stop_an_updater(server: Server) -> int:
     """A round stands in the middle on this server from now on; the stopped process."""
     pid = int(server.status()["pids"]["updaters"][0])
-    os.kill(pid, signal.SIGSTOP)
+    stop(pid)
     return pid
 
 

@@ -17,7 +17,7 @@ import pytest
 from tests.support.checks import Streams, flips
 from tests.support.fresh_load import differing, fresh_loads, live_digests
 from tests.support.full import only_in_full
-from tests.support.serving import UNBOUND, Server, alive, training, wait_until
+from tests.support.serving import UNBOUND, Server, alive, stop, training, wait_until
 from vllm_patching import residue
 from vllm_patching.channel import ask
 
@@ -123,9 +123,7 @@ def test_one_server_on_two_nodes(checkpoint: Callable[..., Path], tmp_path: Path
             trainers.must("load", path=str(sets[0]))
             assert trainers.must("broadcast")[0]["version"] == 8
             trainers.must("load", path=str(sets[1]))
-            os.kill(
-                head.status()["pids"]["updaters"][1], signal.SIGSTOP
-            )  # a round that does not end by itself
+            stop(head.status()["pids"]["updaters"][1])  # a round that does not end by itself
             trainers.send("broadcast")
             wait_until("the round", lambda: head.status()["state"] == "round", timeout_s=SOON_S)
             os.kill(daemon_of(run_dir), signal.SIGKILL)

@@ -14,7 +14,16 @@ import pytest
 
 from tests.support.checks import SINGLE, Streams, assert_equal, assert_labels_in_order
 from tests.support.full import only_in_full
-from tests.support.serving import UNBOUND, Server, Trainers, serving, serving_together, training, wait_until
+from tests.support.serving import (
+    UNBOUND,
+    Server,
+    Trainers,
+    serving,
+    serving_together,
+    stop,
+    training,
+    wait_until,
+)
 
 pytestmark = [pytest.mark.serving, pytest.mark.timeout(1500, method="signal")]
 
@@ -144,7 +153,7 @@ def test_a_single_parameter_after_a_round_that_was_given_up(servers, trainers, f
     publish(node, 1)
     before = node.server.status()
     (updater,) = before["pids"]["updaters"]
-    os.kill(updater, signal.SIGSTOP)
+    stop(updater)
     node.trainer.send("broadcast")
     wait_until("a round", lambda: node.server.status()["state"] == "round", timeout_s=30)
     _, filled = halves(node.server)

@@ -26,6 +26,7 @@ from tests.support.serving import (
     Trainers,
     serving,
     serving_together,
+    stop,
     training,
     wait_until,
 )
@@ -93,7 +94,7 @@ def test_a_version_that_a_round_has_begun_to_overwrite_does_not_come_back(qwen3,
     publish(qwen3, trainer, 1)
     served = publish(qwen3, trainer, 2)["version"]
     (updater,) = qwen3.server.status()["pids"]["updaters"]
-    os.kill(updater, signal.SIGSTOP)
+    stop(updater)
     trainer.must("broadcast", blocking=False)
     os.kill(updater, signal.SIGKILL)
     (lost,) = trainer.command("wait")
@@ -158,7 +159,7 @@ def test_the_next_step_waits_until_the_weights_have_been_read(qwen3, trainer):
     publish(qwen3, trainer, 0)
     trainer.must("load", path=str(qwen3.sets[1]))
     (updater,) = qwen3.server.status()["pids"]["updaters"]
-    os.kill(updater, signal.SIGSTOP)  # the round stays open until we say so
+    stop(updater)  # the round stays open until we say so
     try:
         (sent,) = trainer.must("broadcast", blocking=False)
         assert sent["seconds"] < 1.0

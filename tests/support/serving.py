@@ -56,10 +56,31 @@ def wait_until(what: str, check: Callable[[], bool], *, timeout_s: float, interv
 
 def alive(pid: int) -> bool:
     """Whether a process exists and is no zombie."""
+    return state_of(Path(f"/proc/{pid}")) not in ("Z", "")
+
+
+def stop(pid: int, *, timeout_s: float = 10.0) -> None:
+    """SIGSTOP a process, and wait until none of its threads runs.
+
+    The signal takes effect when one thread meets it; on a busy machine the others run on until then, for
+    long enough to end what was to be held.
+    """
+    os.kill(pid, signal.SIGSTOP)
+    threads = Path(f"/proc/{pid}/task")
+    wait_until(
+        f"the threads of pid {pid} to stop",
+        lambda: all(state_of(thread) in ("T", "") for thread in threads.iterdir()),
+        timeout_s=timeout_s,
+        interval_s=0.001,
+    )
+
+
+def state_of(directory: Path) -> str:
+    """A process' or thread's state, one letter, from its folder in ``/proc``; "" if it is gone."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return (directory / "stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return False
+        return ""
 
 
 def prompts(count: int) -> list[list[int]]:
