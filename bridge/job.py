@@ -65,7 +65,7 @@ class Vote(Protocol):
         """It will not take the version."""
 
 
-def _forget_frames(error: BaseException | None) -> None:
+def forget_frames(error: BaseException | None) -> None:
     """An error lives as long as its caller keeps it, and must not keep the background thread's frames.
 
     They and those that called them hold an epoch's groups, sockets and snapshots. What the caller is to know
@@ -135,10 +135,10 @@ class Job:
     def _conclude(self, receipt: Receipt | None, error: BridgeError | None) -> None:
         with self._concluding:
             if self.finished.is_set():
-                _forget_frames(error)
+                forget_frames(error)
                 return
             self.receipt, self.error = receipt, error
-            _forget_frames(error)
+            forget_frames(error)
             self.released.set()
             self.finished.set()
         if error is not None and self.vote is not None:

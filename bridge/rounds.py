@@ -28,7 +28,7 @@ from bridge.errors import (
     RoundAborted,
     TransferError,
 )
-from bridge.job import Encoding, Job, Receipt, Vote
+from bridge.job import Encoding, Job, Receipt, Vote, forget_frames
 from bridge.joining import ask_admission, meet
 from bridge.moving import Mover
 from bridge.protocol.decoding import UNREADABLE
@@ -351,6 +351,8 @@ class Session:
             receipt = self._lead(job) if self.rank == 0 else self._follow(job)
         except BridgeError as err:
             error = self._root_cause(err)
+            if error is not err:
+                forget_frames(err)  # it came by an event, which a frame of its own holds
             reason = f"trainer rank {self.rank}: {error}" if error is err else str(error)
             self._perform_safely(
                 self._coordinator.abort(reason) if self.rank == 0 else self._member.on_failure(reason)

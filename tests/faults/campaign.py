@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.faults import FRAMES, LINKS, PLANS, POINTS, Fault
-from tests.support.link import HERE, Link
+from tests.support.link import Link
 from tests.support.node import ENDS_THE_SERVER, Node, suffer
 
 WHO = ("trainer", "updater", "daemon", "engine", "worker", "api", "launcher")
@@ -85,7 +85,7 @@ class Campaign:
             flags = ["--transport=pull" if transport.startswith("pull") else "--transport=gloo"]
             if transport == LINK:
                 self._link = self._link or Link(self._directory)
-                flags.append(f"--rendezvous-host={HERE}")
+                flags.append(f"--rendezvous-host={self._link.here}")
             self._nodes[transport] = Node(
                 self._directory / f"node{self.made}", deadline_s=self._deadline_s, flags=flags,
                 link=self._link if transport == LINK else None,

@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.serving, pytest.mark.timeout(900, 
 DEADLINE_S = 5.0
 PATIENCE_S = 3 * DEADLINE_S + 10
 REPAIR_S = 45.0
+ATTEMPTS = 5
 FLAGS = [
     "--staging=in-place",
     "--transport=gloo",
@@ -66,21 +67,29 @@ def publish(node: SimpleNamespace, trainers: Trainers, index: int) -> int:
 
 
 def stop_midway(node: SimpleNamespace, trainers: Trainers) -> int:
-    """Begin a round and stop its updater when it has begun to write; the updater's pid."""
+    """Begin a round and stop its updater when it has begun to write; the updater's pid.
+
+    Beside a busy test a round may be over before it is stopped: then the next one is.
+    """
     server = node.server
     (updater,) = server.status()["pids"]["updaters"]
-    trainers.send("broadcast")
 
     def writes() -> bool:
         status = server.status()
         return bool(status["writing"] and status["bucket"] >= 50)
 
-    wait_until("a round in the middle of writing", writes, timeout_s=30, interval_s=0.001)
-    stop(updater)
-    status = server.status()
-    assert status["state"] == "round", "the round was over before it could be stopped; make it longer"
-    assert status["requested_version"] == status["weight_version"]
-    return int(updater)
+    for _ in range(ATTEMPTS):
+        trainers.send("broadcast")
+        wait_until("a round in the middle of writing", writes, timeout_s=30, interval_s=0.001)
+        stop(updater)
+        status = server.status()
+        if status["state"] == "round":
+            assert status["requested_version"] == status["weight_version"]
+            return int(updater)
+        os.kill(updater, signal.SIGCONT)
+        (answer,) = trainers.answers(timeout_s=PATIENCE_S)
+        assert "version" in answer, answer
+    raise AssertionError(f"{ATTEMPTS} rounds were over before they could be stopped; make them longer")
 
 
 def await_torn(server: Server, *causes: str) -> dict[str, Any]:
@@ -116,7 +125,7 @@ def test_nothing_is_served_from_torn_weights(node):
         other.must("load", path=str(node.sets[1]))
         assert streams.produced == produced, "tokens came from torn weights"
         assert any(streams.alive()), "the requests wait"
-        assert publish(node, other, 1) == version + 2
+        assert publish(node, other, 1) > version + 1
         streams.stop()
         assert streams.failures == []
         assert streams.produced > produced

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.faults import Fault
-from tests.support.link import HERE, Link
+from tests.support.faults import FULL_SHM, Fault
+from tests.support.link import Link
 from tests.support.node import Node, node, suffer
 
 pytestmark = [pytest.mark.processes, pytest.mark.faults, pytest.mark.timeout(300, method="signal")]
@@ -37,6 +37,7 @@ FAULTS = [
     Fault("kill", "api", "staged"),
     Fault("kill", "launcher", "mid_bucket"),
 ]
+SHM_FAULTS = [Fault(FULL_SHM, "updater", "mid_bucket"), Fault(FULL_SHM, "daemon", "staged")]
 LINK_FAULTS = [Fault(what, at="before_begin") for what in ("cut", "slow link", "lossy link")]
 
 
@@ -47,17 +48,25 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
 
 
 @pytest.fixture(scope="module")
+def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """A server in whose /dev/shm there is little room."""
+    if os.geteuid() != 0:
+        pytest.skip("a /dev/shm of one server's own needs root")
+    flags = ["--transport=gloo"]
+    with node(tmp_path_factory.mktemp("crowded"), deadline_s=3.0, flags=flags, own_shm=True) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
 def far(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
-    """A server whose trainer lives behind a link, and whose /dev/shm is full."""
+    """A server whose trainer lives behind a link."""
     if os.geteuid() != 0 or not Path("/dev/net/tun").exists():
         pytest.skip("a network namespace with a link of our own needs root and /dev/net/tun")
     directory = tmp_path_factory.mktemp("far")
-    flags = ["--transport=gloo", f"--rendezvous-host={HERE}"]
-    with (
-        Link(directory) as link,
-        node(directory, deadline_s=3.0, flags=flags, link=link, full_shm=True) as made,
-    ):
-        yield made
+    with Link(directory) as link:
+        flags = ["--transport=gloo", f"--rendezvous-host={link.here}"]
+        with node(directory, deadline_s=3.0, flags=flags, link=link) as made:
+            yield made
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
@@ -70,3 +79,9 @@ def test_nothing_is_lost_by_the_network(far: Node, fault: Fault) -> None:
     outcome = suffer(far, fault, seed=100 * (1 + LINK_FAULTS.index(fault)))
     if fault.what == "slow link":
         assert outcome.answer == "receipt", outcome
+
+
+@pytest.mark.parametrize("fault", SHM_FAULTS, ids=str)
+def test_nothing_is_lost_by_a_full_shm(crowded: Node, fault: Fault) -> None:
+    outcome = suffer(crowded, fault, seed=100 * (1 + SHM_FAULTS.index(fault)))
+    assert outcome.answer != "receipt", outcome

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +15,16 @@ import bridge
 from bridge.config import BridgeConfig
 from bridge.environment import Ranks
 from bridge.errors import BridgeError
+from tests.support.faults import LINKS
+from tests.support.link import Link
 from tests.support.nodes import Daemon, Server, expected, weights
 from tests.support.serving import stop, wait_until
 
 pytestmark = [pytest.mark.processes, pytest.mark.faults, pytest.mark.timeout(600, method="signal")]
 
 SOON_S = 180.0
+WIRE = {"cut": LINKS["cut"], "slow": LINKS["slow link"], "lossy": {"loss": 0.05}}
+ROUNDS = 10  # enough for a packet to be lost
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +32,18 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("nodes"))
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Link]]:
+    """A server whose second node is behind a link."""
+    if os.geteuid() != 0 or not Path("/dev/net/tun").exists():
+        pytest.skip("a network namespace with a link of our own needs root and /dev/net/tun")
+    root = tmp_path_factory.mktemp("apart")
+    with Link(root) as link:
+        server = Server(root, link=link)
+        yield server, link
+        server.stop()
 
 
 @pytest.fixture
@@ -118,6 +135,39 @@ def test_a_restarted_head_gathers_its_nodes_again(server: Server) -> None:
         made = send(trainer, weights(5))
     assert made > before[0][0]
     assert_serves(server, made, weights(5))
+
+
+@pytest.mark.parametrize("what", WIRE)
+def test_the_wire_between_the_nodes(apart: tuple[Server, Link], what: str) -> None:
+    """Cut, it costs the round, on both; slow or lossy, it costs time."""
+    server, link = apart
+    with bridge.Bridge(
+        BridgeConfig(logdir=str(server.logdir), connect_timeout_s=SOON_S), ranks=Ranks()
+    ) as trainer:
+        version = send(trainer, weights(1))
+        assert_serves(server, version, weights(1))
+        link.set(**WIRE[what])
+        try:
+            if what == "cut":
+                with pytest.raises(BridgeError, match=r"node 1|rank 1"):
+                    send(trainer, weights(2))
+                assert_serves(server, version, weights(1))
+                wait_until(
+                    "the loss", lambda: server.head.status()["nodes"]["missing"] == [1], timeout_s=SOON_S
+                )
+            else:
+                for seed in range(2, 2 + ROUNDS):
+                    version = send(trainer, weights(seed))
+                    assert_serves(server, version, weights(seed))
+            packets = link.packets()
+            assert packets["late"] + packets["lost"] > 0, "nothing was done to the wire"
+        finally:
+            link.set()
+        server.wait_whole()
+        made = send(trainer, weights(0))
+    assert made > version
+    assert_serves(server, made, weights(0))
+    assert flips(server, 0) == flips(server, 1)
 
 
 def test_a_stranger_at_the_port_is_sent_away(server: Server) -> None:

@@ -19,6 +19,7 @@ These are the points of one server alone, whose daemon awaits no COMMIT.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import runpy
@@ -44,7 +45,8 @@ POINTS = {
     "staged": ("daemon", "send", "STAGED"),
     "committed": ("daemon", "send", "COMMITTED"),
 }
-SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
+FULL_SHM = "full_shm"  # nothing fits into the server's /dev/shm, where ``who``, which is killed, starts again
+SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, FULL_SHM: signal.SIGKILL}
 FRAMES = ("drop", "duplicate", "reorder", "corrupt", "stale", "delay")
 PLANS = ("other_plan",)  # BEGIN, with the digest of another one than the ranks compute
 CHANGES: dict[str, Callable[[Any], Any]] = {
@@ -78,9 +80,17 @@ class Fault:
 class Armed:
     """A fault that waits in ``directory``. A context manager: it must have fired by the end."""
 
-    def __init__(self, fault: Fault, directory: Path, *, pid: int = 0, link: Link | None = None) -> None:
-        """``pid`` is whom a signal goes to; ``link`` is what packets go through."""
-        self.fault = fault
+    def __init__(
+        self,
+        fault: Fault,
+        directory: Path,
+        *,
+        pid: int = 0,
+        link: Link | None = None,
+        shm: Path | None = None,
+    ) -> None:
+        """``pid`` is whom a signal goes to; ``link`` is what packets go through; ``shm``, what is filled."""
+        self.fault, self._shm = fault, shm
         self._link = link if fault.what in LINKS else None
         self._order, self._fired = directory / "fault.json", directory / "fired.json"
         self._fired.unlink(missing_ok=True)
@@ -93,7 +103,7 @@ class Armed:
             os.kill(pid, SIGNALS[fault.what])
             return
         partial = self._order.with_suffix(".new")
-        partial.write_text(json.dumps({**asdict(fault), "pid": pid}))
+        partial.write_text(json.dumps({**asdict(fault), "pid": pid, "shm": str(shm)}))
         partial.replace(self._order)
 
     def __enter__(self) -> Armed:
@@ -104,6 +114,9 @@ class Armed:
         if self._link is not None:
             packets = self._link.packets()
             return packets["late"] + packets["lost"] > 0
+        if self.fault.what == FULL_SHM:
+            assert self._shm is not None
+            return self._fired.exists() and os.statvfs(self._shm).f_bavail == 0
         return self._fired.exists()
 
     def __exit__(self, kind: Any, *_: object) -> None:
@@ -158,7 +171,7 @@ class _Injector:
                 opcode = getattr(event, "opcode", None)
                 order = self.take("deliver", opcode.name, event.index) if opcode is not None else None
                 if order and order["what"] in SIGNALS:
-                    os.kill(order["pid"], SIGNALS[order["what"]])
+                    _strike(order)
                 deliver(peer, event)
 
             start(group, *args, deliver=faulty_deliver, **kwargs)
@@ -177,7 +190,7 @@ class _Injector:
         order = self.take("send", frame.opcode.name, frame.index)
         what = order["what"] if order else ""
         if order and what in SIGNALS:
-            os.kill(order["pid"], SIGNALS[what])
+            _strike(order)
         elif order and what == "delay":
             time.sleep(order["seconds"])
         elif what == "drop":
@@ -212,6 +225,19 @@ class _Injector:
         self._order.unlink()
         self._fired.write_text(json.dumps({"at": time.monotonic(), "pid": os.getpid()}))
         return True
+
+
+def _strike(order: dict[str, Any]) -> None:
+    if order["what"] == FULL_SHM:  # ``empty`` undoes it
+        with Path(order["shm"], FULL_SHM).open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(bytes(4096)):
+                pass
+    os.kill(order["pid"], SIGNALS[order["what"]])
+
+
+def empty(directory: Path) -> None:
+    """Let things fit again."""
+    Path(directory, FULL_SHM).unlink()
 
 
 def install(side: str) -> None:

@@ -1,10 +1,10 @@
-"""A network link with faults between this namespace and one of its own, for a trainer to live in.
+"""A network link with faults between this namespace and one of its own, for a trainer or a node to live in.
 
 Two TUN devices, joined by a process that carries packets from one to the other: late, some of them, or none.
 It needs root, ``ip`` and /dev/net/tun, and no module of the kernel's (netem is not everywhere).
 
-``python -m tests.support.link NAMESPACE DIRECTORY`` is that process: it does what ``link.json`` says and
-counts in ``packets.json``.
+``python -m tests.support.link NAMESPACE DIRECTORY HERE THERE`` is that process: it does what ``link.json``
+says and counts in ``packets.json``.
 """
 
 from __future__ import annotations
@@ -25,22 +25,30 @@ from typing import Any
 
 from tests.support.serving import environment, wait_until
 
-HERE, THERE = "10.87.65.1", "10.87.65.2"
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI, _CLONE_NEWNET = 0x400454CA, 0x0001, 0x1000, 0x40000000
 REPO = Path(__file__).parents[2]
 
 
 class Link:
-    """The link, whole until told otherwise; a context manager. One at a time."""
+    """The link, whole until told otherwise; a context manager. One at a time in a process.
+
+    ``here`` is this end's address.
+    """
 
     def __init__(self, directory: Path) -> None:
-        self.namespace = f"bridge-{os.getpid()}"
+        pid = os.getpid()
+        self.namespace = f"bridge-{pid}"
+        subnet = f"10.{64 + pid % 64}.{pid // 64 % 250}"
+        self.here = f"{subnet}.1"
         self._order, self._count = directory / "link.json", directory / "packets.json"
         self._order.write_text("{}")
         self._number = 0
         _ip("netns", "add", self.namespace)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.link", self.namespace, str(directory)],
+            [
+                sys.executable, "-m", "tests.support.link", self.namespace, str(directory), self.here,
+                f"{subnet}.2",
+            ],
             env=environment(), cwd=REPO,
         )  # fmt: skip
         wait_until("the link", self._count.exists, timeout_s=60)
@@ -57,6 +65,10 @@ class Link:
     def packets(self) -> dict[str, int]:
         """Since the last change: carried, late and lost."""
         return dict(json.loads(self._count.read_text()))
+
+    def inside(self) -> tuple[str, ...]:
+        """What a command begins with that runs at the other end."""
+        return ("ip", "netns", "exec", self.namespace)
 
     def __enter__(self) -> Link:
         return self
@@ -85,23 +97,23 @@ def enter(namespace: str) -> None:
             raise OSError(ctypes.get_errno(), f"entering {namespace}")
 
 
-def _open(namespace: str) -> tuple[int, int]:
+def _open(namespace: str, ours_at: str, theirs_at: str) -> tuple[int, int]:
     """Both ends, up and with addresses."""
     here = f"vbt{os.getpid()}"[:15]
     ours = _tun(here)
-    _ip("addr", "add", HERE, "peer", THERE, "dev", here)
+    _ip("addr", "add", ours_at, "peer", theirs_at, "dev", here)
     _ip("link", "set", here, "up")
     enter(namespace)
     theirs = _tun("bridge0")
     _ip("link", "set", "lo", "up")
-    _ip("addr", "add", THERE, "peer", HERE, "dev", "bridge0")
+    _ip("addr", "add", theirs_at, "peer", ours_at, "dev", "bridge0")
     _ip("link", "set", "bridge0", "up")
     return ours, theirs
 
 
-def carry(namespace: str, directory: Path) -> None:
-    """Carry packets for ever."""
-    ours, theirs = _open(namespace)
+def carry(namespace: str, directory: Path, *addresses: str) -> None:
+    """Carry packets for ever between this end's address and the other's."""
+    ours, theirs = _open(namespace, *addresses)
     other = {ours: theirs, theirs: ours}
     order: dict[str, Any] = {"number": 0}
     count = {"number": 0, "carried": 0, "late": 0, "lost": 0}
@@ -139,4 +151,4 @@ def carry(namespace: str, directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    carry(sys.argv[1], Path(sys.argv[2]))
+    carry(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])

@@ -46,11 +46,7 @@ ENDS_THE_SERVER = ("launcher", "api", "engine", "worker")  # if they are killed
 SLACK = 2  # descriptors: a connection that is being answered
 REPO = Path(__file__).parents[2]
 
-FULL_SHM = (
-    "unshare", "--mount", "sh", "-c",
-    'mount -t tmpfs -o size=64k tmpfs /dev/shm && ! cat /dev/zero 2> /dev/null > /dev/shm/full && exec "$@"',
-    "sh",
-)  # fmt: skip
+OWN_SHM = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "sh")
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["bridge.rounds", "tests.support.node"])
@@ -347,10 +343,10 @@ class Node:
         deadline_s: float,
         flags: Sequence[str] = (),
         link: Link | None = None,
-        full_shm: bool = False,
+        own_shm: bool = False,
         restarts: int = 0,
     ) -> None:
-        """``link`` is what trainers live behind; ``full_shm``: nothing fits into the server's /dev/shm.
+        """``link`` is what trainers live behind; ``own_shm``: a small /dev/shm of the server's own.
 
         ``restarts`` is how often the launcher starts what stands for vLLM again.
         """
@@ -360,7 +356,7 @@ class Node:
             os.environ.get("XDG_RUNTIME_DIR", logdir), f"node-{os.getpid()}-{time.monotonic_ns()}"
         )
         logdir.mkdir(parents=True, exist_ok=True)
-        self._prefix = FULL_SHM if full_shm else ()
+        self._prefix = OWN_SHM if own_shm else ()
         self._flags = [
             f"--deadline={deadline_s:g}", f"--heartbeat-interval={deadline_s / 8:g}",
             f"--commit-timeout={2 * deadline_s:g}", *flags,
@@ -415,6 +411,11 @@ class Node:
             namespace = self.link.namespace if self.link else ""
             self._trainer = TrainerProcess(self.logdir, namespace, 2 * self.deadline_s)
         return self._trainer
+
+    @property
+    def shm(self) -> Path:
+        """The server's /dev/shm, as seen from here."""
+        return Path(f"/proc/{self.process.pid}/root/dev/shm")
 
     def dismiss(self) -> None:
         """End the trainer."""
@@ -531,7 +532,7 @@ def suffer(made: Node, fault: Fault, *, seed: int) -> Outcome:
     recorded = {path: path.stat().st_mtime_ns for path in made.logdir.glob("flight-*.jsonl")}
     pid = made.pid_of(fault.who) if fault.who else 0
     patience_s = 5 * made.deadline_s + 30  # commit timeout, deadlines, the search for a cause; a busy machine
-    with Armed(fault, made.logdir, pid=pid, link=made.link) as armed:
+    with Armed(fault, made.logdir, pid=pid, link=made.link, shm=made.shm) as armed:
         made.train().send("broadcast", seed=new)
         wait_until(f"{fault} to happen", lambda: armed.fired, timeout_s=60, interval_s=0.01)
         began = time.monotonic()
@@ -568,6 +569,8 @@ def suffer(made: Node, fault: Fault, *, seed: int) -> Outcome:
         wait_until(f"{fault}: the end of the old one", lambda: not any(map(alive, former)), timeout_s=60)
     receipt = _recover(made, new + 1, patience_s)
     recovered_s = time.monotonic() - began
+    if fault.what == faults.FULL_SHM:
+        faults.empty(made.shm)
     # A broadcast that ends in an error may be live all the same, and is then made again under a new number.
     again = [(new + 1, version) for version in range(before + 1, receipt["version"] + 1)]
     if restarted:  # a vLLM serves its checkpoint until it is brought the version
@@ -578,7 +581,7 @@ def suffer(made: Node, fault: Fault, *, seed: int) -> Outcome:
         flipped = ends and made.flipped(before + 1)
         assert (new, before + 1) in seen or flipped, f"{fault}: a receipt for what was never served"
     wait_until("the processes to be as before", lambda: made.tree() == tree, timeout_s=30)
-    if fault.what == "kill" and fault.who in ("daemon", "trainer"):
+    if fault.what in ("kill", faults.FULL_SHM) and fault.who in ("daemon", "trainer"):
         descriptors[fault.who] = made.descriptors()[fault.who]
     if restarted:
         descriptors["engine"] = made.descriptors()["engine"]

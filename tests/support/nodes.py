@@ -22,6 +22,7 @@ import torch
 from bridge.errors import RendezvousError
 from launch.commands import Command, daemon_command
 from launch.options import ServeOptions
+from tests.support.link import Link
 from tests.support.mappings import SOURCES, half_of, parallel_mapping
 from tests.support.ranks import _context
 from tests.support.serving import environment, wait_until
@@ -132,11 +133,22 @@ def engine(run_dir: str, workers: list[Connection], control: Connection) -> None
 class Daemon:
     """One node's daemon, as its launcher would start it."""
 
-    def __init__(self, node_rank: int, root: Path, *, nnodes: int = 2, launch_id: str = "one") -> None:
+    def __init__(
+        self,
+        node_rank: int,
+        root: Path,
+        *,
+        nnodes: int = 2,
+        launch_id: str = "one",
+        head: str = HERE,
+        prefix: tuple[str, ...] = (),
+    ) -> None:
+        """``head`` is the first node's address; the daemon's command begins with ``prefix``."""
+        self._prefix = prefix
         self.run_dir, self.log = root / f"run{node_rank}", root / f"daemon{node_rank}.log"
         options = ServeOptions(
             model="tests/parallel", vllm_args=("--tensor-parallel-size", "2"), logdir=root / "log",
-            nnodes=nnodes, node_rank=node_rank, master_addr=HERE, rendezvous_host=HERE,
+            nnodes=nnodes, node_rank=node_rank, master_addr=head, rendezvous_host=head,
             deadline_s=6.0, heartbeat_interval_s=0.5,
             commit_timeout_s=60.0, start_timeout_s=WAIT_S, transport="gloo",  # by the address it is told
         )  # fmt: skip
@@ -149,7 +161,10 @@ class Daemon:
     def start(self) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                self.command.argv, env={**environment(), **self.command.env}, stdout=log, stderr=log
+                [*self._prefix, *self.command.argv],
+                env={**environment(), **self.command.env},
+                stdout=log,
+                stderr=log,
             )
 
     def status(self) -> dict[str, Any]:
@@ -169,11 +184,13 @@ class Daemon:
 
 
 class Server:
-    """Two nodes."""
+    """Two nodes; of the second, daemon and updaters live at the other end of ``link``, if there is one."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, link: Link | None = None) -> None:
         self.root, self.logdir = root, root / "log"
-        self.head, self.follower = Daemon(0, root), Daemon(1, root)
+        head = link.here if link is not None else HERE
+        self.head = Daemon(0, root, head=head)
+        self.follower = Daemon(1, root, head=head, prefix=link.inside() if link is not None else ())
         for daemon in (self.head, self.follower):
             self._until(daemon, lambda daemon=daemon: bool(daemon.status()))  # type: ignore[misc]
         ends = [_context.Pipe() for _ in range(2)]
