@@ -430,6 +430,7 @@ class Supervisor:
 
     def _welcome_back(self, due: float) -> None:
         status = probe.daemon_status(self.launch.run_dir)
+        self._refuse_failure(status)
         if status is not None and status["state"] in ("ready", "round", "torn", "recovering"):
             self._daemon_due = None
             self._daemon_restarts.ready()

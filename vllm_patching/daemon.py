@@ -62,6 +62,7 @@ from vllm_patching.swap import DoubleStaging, InPlaceStaging, Swap
 logger = logging.getLogger("vllm_patching.daemon")  # __name__ is __main__ here
 
 MAX_IDLE_DEATHS = 5
+PUBLISH_RETRY_S = 2.0
 
 
 class Daemon:
@@ -93,6 +94,7 @@ class Daemon:
         self.given_up = ""
         self._final = False  # whether the server ends with the daemon
         self._closing = False
+        self._publish_due = 0.0  # the earliest time for another try, on the monotonic clock
         self.published = False  # whether the vLLM that was published is still there, all of it
         self._dead_page: ControlPage | None = None  # of a vLLM of which a part has died
         self.handled = threading.Condition()  # notified behind each event, for those who wait for a round
@@ -185,7 +187,7 @@ class Daemon:
         if self._over:
             if self.registry.engines:  # one that has come since, of a vLLM that is not whole
                 end_engines(self.registry, self.given_up)
-        elif self.registry.complete and not self.published:
+        elif self.registry.complete and not self.published and time.monotonic() >= self._publish_due:
             self._first_death = self.given_up = ""
             self._publish()
         elif self._expected:
@@ -313,10 +315,16 @@ class Daemon:
         data = mapping_file.encode(
             msgspec.structs.replace(mapping, rendezvous=meeting, run_dir=str(args.run_dir))
         )
+        path = args.logdir / CONFIG_NAME
+        try:
+            mapping_file.write_atomically(path, data)
+        except OSError as err:  # a file system that is full or away; vLLM serves on meanwhile
+            self._publish_later(f"the mapping cannot be written to {path}: {err}")
+            return
+        if (page := self.registry.control) is not None:  # an earlier daemon's note may have been deleted
+            self.newest.raise_to(page.requested)
         self._prepare_swap()  # before anybody can be told that the server is ready
         self.mapping = mapping_file.decode(data, origin="the mapping just built")
-        path = args.logdir / CONFIG_NAME
-        mapping_file.write_atomically(path, data)
         logger.info(
             "all %d rank(s) published; mapping %s (%d bytes), rendezvous %s:%d",
             mapping.num_inference_ranks,
@@ -336,6 +344,14 @@ class Daemon:
             logger.warning("%s", self.outdated)
         self.admission.watch()
         self._shm = residue.snapshot(self.vllm_pids)
+
+    def _publish_later(self, why: str) -> None:
+        if why != self.last_error:
+            logger.error("%s; trying again every %g s", why, PUBLISH_RETRY_S)
+        self.last_error, self._publish_due = why, time.monotonic() + PUBLISH_RETRY_S
+        again = threading.Timer(PUBLISH_RETRY_S, self.events.put, (None,))
+        again.daemon = True
+        again.start()
 
     def _prepare_swap(self) -> None:
         limits = self.limits

@@ -67,7 +67,7 @@ class NodeFailed:
 
 @dataclass(frozen=True)
 class Broken:
-    """A thread the daemon cannot do without has ended; the launcher starts another daemon."""
+    """The daemon cannot do its work any more, as of a thread that has ended; the launcher starts another."""
 
     why: str
 

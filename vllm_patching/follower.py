@@ -23,7 +23,14 @@ from typing import Any
 import msgspec
 
 from bridge import flight, telemetry
-from bridge.errors import BridgeError, ConfigError, PeerLost, RendezvousError, RendezvousRefused
+from bridge.errors import (
+    BridgeError,
+    ConfigError,
+    PeerLost,
+    RendezvousError,
+    RendezvousRefused,
+    TransferError,
+)
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import Mapping
 from bridge.protocol.messages import PROTOCOL_VERSION
@@ -31,9 +38,10 @@ from bridge.wire import rendezvous
 from vllm_patching import link as wire
 from vllm_patching import residue
 from vllm_patching.arguments import parse_args
+from vllm_patching.build import BUILD
 from vllm_patching.channel import listen, socket_path
 from vllm_patching.crew import Crew, Report
-from vllm_patching.events import ASKED, Lost, Stop
+from vllm_patching.events import ASKED, Broken, Lost, Stop
 from vllm_patching.frontdesk import FrontDesk, start_thread
 from vllm_patching.link import Link
 from vllm_patching.nodes import FILE_NAME, read_meeting
@@ -101,6 +109,8 @@ class Follower:
         self._watched = threading.Event()
         self._stopping = threading.Event()
         self._launch_file: Path = args.run_dir / residue.LAUNCH_FILE
+        # Left by an earlier daemon of this node; the file may be gone once it has been read.
+        self._launch = self._launch_file.read_text() if self._launch_file.exists() else ""
 
     # --- the one loop ----------------------------------------------------------------------------
 
@@ -126,6 +136,8 @@ class Follower:
                     raise PeerLost(f"node 0 has ended: {event.frame.why}")
                 if isinstance(event, _Failed):
                     raise event.error
+                if isinstance(event, Broken):
+                    raise TransferError(event.why)
                 self._handle(event)
         except BridgeError as err:
             logger.error("%s", err)
@@ -207,7 +219,8 @@ class Follower:
                     node_rank=args.node_rank,
                     nnodes=args.nnodes,
                     protocol_version=PROTOCOL_VERSION,
-                    launch=self._launch_file.read_text() if self._launch_file.exists() else "",
+                    build=BUILD,
+                    launch=self._launch,
                     host=socket.gethostname(),
                     pid=os.getpid(),
                 )
@@ -241,7 +254,8 @@ class Follower:
     def _join(self, met: _Met) -> None:
         met.link.set_deadline(met.welcome.deadline_s)
         met.link.beat(met.welcome.heartbeat_interval_s)
-        self._launch_file.write_text(met.welcome.launch)
+        self._launch = met.welcome.launch
+        self._launch_file.write_text(self._launch)
         self.address = met.link.address
         self.link, self.welcome, self._secret = met.link, met.welcome, met.secret
         self._told.clear()

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from bridge.errors import BridgeError, ConfigError, ProtocolError, TransferError
-from vllm_patching import introductions
+from vllm_patching import build, introductions
+from vllm_patching.build import OtherCode
 from vllm_patching.channel import Channel, PeerRefused, close_all, connections
-from vllm_patching.events import ASKED, Lost, Notified, Stop
+from vllm_patching.events import ASKED, Broken, Lost, Notified, Stop
 from vllm_patching.file_round import STAGE_FILE_TIMEOUT_S
 from vllm_patching.introductions import (
     EngineHello,
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HELLO_TIMEOUT_S = 30.0
+MEMBERS = ("worker", "engine")
+INTRODUCE_THEMSELVES = (*MEMBERS, "updater", "lender")
 FOLLOWS = "this node follows another; ask the daemon of node 0"
 
 
@@ -69,9 +72,13 @@ class FrontDesk:
         try:
             message, fds = channel.receive()
             try:
+                if message.get("type") in INTRODUCE_THEMSELVES:
+                    build.check(message, f"{message['type']} (pid {channel.pid})")
                 request = introductions.read(message)
             except BridgeError as err:
                 close_all(fds)
+                if isinstance(err, OtherCode):
+                    self._cannot_go_on(message["type"], channel.pid, err)
                 self._refuse(channel, err)
                 return
             if isinstance(request, WorkerHello | EngineHello):
@@ -88,6 +95,14 @@ class FrontDesk:
         except (BridgeError, TimeoutError) as err:
             logger.warning("a connection of pid %d ended: %s", channel.pid, err)
         channel.close()
+
+    def _cannot_go_on(self, kind: str, pid: int, err: OtherCode) -> None:
+        """A process of our own runs other code, as will those to come; only lenders can be done without."""
+        crew = self._daemon.crew
+        if kind in MEMBERS:
+            self._daemon.failed = self._daemon.last_error = str(err)
+        elif kind == "updater" and crew is not None and pid in {p.pid for p in crew.processes.values()}:
+            self._daemon.events.put(Broken(str(err)))
 
     def _refuse(self, channel: Channel, err: BridgeError) -> None:
         logger.warning("pid %d was refused: %s", channel.pid, err)

@@ -23,6 +23,7 @@ from bridge.environment import Ranks
 from bridge.errors import BridgeError, ConfigError, RendezvousError
 from bridge.protocol.mapping import Mapping as MappingDocument
 from bridge.rounds import Session
+from vllm_patching import build
 from vllm_patching.arena import adopt
 from vllm_patching.channel import Channel
 from vllm_patching.reading_back import read_back
@@ -36,7 +37,7 @@ KNOCK_TIMEOUT_S = 80.0  # the other server may be about to become ready; it wait
 
 def _receive_halves(channel: Channel) -> tuple[MappingDocument, list[torch.Tensor]]:
     """The mapping, and the live half of each rank, uint8 [arena_bytes]."""
-    channel.send({"type": "lender", "pid": os.getpid()})
+    channel.send({"type": "lender", "pid": os.getpid(), build.KEY: build.BUILD})
     welcome, _ = channel.receive()
     if welcome.get("type") != "welcome":
         raise RendezvousError(f"the daemon refused its lender: {welcome.get('error', welcome)}")

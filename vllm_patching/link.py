@@ -47,6 +47,7 @@ class Join(_Frame, frozen=True, kw_only=True):
     node_rank: int
     nnodes: int
     protocol_version: int
+    build: str
     launch: str
     host: str
     pid: int

@@ -26,6 +26,7 @@ from bridge.protocol.mapping import write_atomically
 from bridge.protocol.messages import PROTOCOL_VERSION
 from vllm_patching import introductions
 from vllm_patching import link as wire
+from vllm_patching.build import BUILD
 from vllm_patching.channel import connections
 from vllm_patching.crew import Crew, Report
 from vllm_patching.events import Lost, NodeFailed
@@ -324,6 +325,8 @@ class Nodes:
         wrong, gone, busy = "", "", ""
         if join.protocol_version != PROTOCOL_VERSION:
             wrong = f"it speaks protocol {join.protocol_version}, node 0 {PROTOCOL_VERSION}"
+        elif join.build != BUILD:
+            wrong = f"it runs other code than node 0: build {join.build}, and there {BUILD}"
         elif join.nnodes != self.nnodes:
             wrong = f"it was started with --nnodes {join.nnodes}, node 0 with --nnodes {self.nnodes}"
         elif not 0 < join.node_rank < self.nnodes:

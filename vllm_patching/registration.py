@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge.errors import BridgeError
-from vllm_patching import linux
+from vllm_patching import build, linux
 from vllm_patching.channel import Channel, ChannelClosed
 from vllm_patching.control_page import ControlPage
 
@@ -32,7 +32,7 @@ class Registration:
     """One process's standing introduction: a message, the descriptors that go with it, and a thread."""
 
     def __init__(self, hello: dict[str, Any], *, fds: tuple[int, ...] = (), who: str) -> None:
-        self._hello = {**hello, "pid": os.getpid(), "host": socket.gethostname()}
+        self._hello = {**hello, "pid": os.getpid(), "host": socket.gethostname(), build.KEY: build.BUILD}
         self._fds = fds
         self._who = who
         self._run_dir = Path(os.environ["BRIDGE_RUN_DIR"])
@@ -94,6 +94,7 @@ class Registration:
                 self.on_wake()
 
     def _reconnect(self, parent: int) -> bool:
+        said = ""
         while True:
             # The parent's end is the only deadline: a server without a daemon still serves.
             if _readable(parent, timeout_s=RETRY_S):
@@ -101,7 +102,10 @@ class Registration:
                 return False
             try:
                 self.connect()
-            except BridgeError:
+            except BridgeError as err:
+                if str(err) != said:
+                    logger.warning("%s; trying again", err)
+                    said = str(err)
                 continue
             logger.info("%s is registered with the restarted daemon", self._who)
             return True

@@ -66,7 +66,8 @@ def _state(daemon: Daemon, members: str) -> tuple[str, str]:
     if daemon.failed:
         return "failed", daemon.failed
     if daemon.mapping is None:
-        return "waiting", members
+        why = f"; {daemon.last_error}" if daemon.registry.complete and daemon.last_error else ""
+        return "waiting", members + why
     torn = "" if daemon.in_round or daemon.swap is None else daemon.swap.torn
     if torn and daemon.published:
         return "torn", torn

@@ -28,7 +28,7 @@ from bridge import flight, telemetry
 from bridge.errors import BridgeError, ProtocolError, TransferError
 from bridge.protocol.mapping import Mapping, RankMap
 from bridge.wire import rendezvous
-from vllm_patching import compat, update_files
+from vllm_patching import build, compat, update_files
 from vllm_patching.arena import Halves, adopt
 from vllm_patching.channel import Channel, ChannelClosed
 from vllm_patching.control_page import ControlPage
@@ -286,7 +286,7 @@ def _run(run_dir: Path, rank: int) -> int:
     except (FileNotFoundError, ConnectionRefusedError) as err:
         raise ChannelClosed(f"nobody listens in {run_dir}: {err}") from err
     hello = {"type": "updater", "rank": rank, "pid": os.getpid(), "host": socket.gethostname()}
-    channel.send(hello)
+    channel.send({**hello, build.KEY: build.BUILD})
     flight.note("waits", what="the welcome, which comes when vLLM is complete")
     channel.sock.settimeout(None)  # the daemon ends us if it never is
     welcome, fds = channel.receive()

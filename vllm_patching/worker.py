@@ -10,12 +10,11 @@ engine core ends before a token of that batch leaves, and the daemon ends it if 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from bridge import flight
 from bridge.errors import BridgeError
@@ -24,6 +23,7 @@ from vllm_patching import adapters, compat, loading, lora_compat
 from vllm_patching.adapters import Shelves
 from vllm_patching.arena import Arena
 from vllm_patching.control_page import RankSlot
+from vllm_patching.flip_log import FlipLog
 from vllm_patching.registration import Registration
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class WorkerBridge:
         self._unlogged: dict[str, int] = {}
         self._forward_seen = False
         self.slot: RankSlot | None = None
-        self._log: TextIO | None = log_path.open("a", buffering=1)
+        self._log = FlipLog(log_path)
 
     def before_batch(self, stamp: int, tokens: int) -> None:
         """Called at the entry of ``execute_model``, with the batch's stamp and its number of tokens.
@@ -95,7 +95,7 @@ class WorkerBridge:
     def after_batch(self) -> None:
         """Called at the exit of ``execute_model``; a flip still pending was missed by the forward."""
         self._within = False
-        self._write_log()
+        self._note_flip()
         if self._pending:
             logger.error(
                 "rank %d: batch %d ran without announcing its forward, so version %d was not flipped in",
@@ -162,20 +162,14 @@ class WorkerBridge:
     def close(self) -> None:
         """Release the memory and the log; nothing may use the weights any more."""
         self.arena.close()
-        if self._log is not None:
-            self._write_log()
-            self._log.close()
+        self._note_flip()
+        self._log.close()
 
-    def _write_log(self) -> None:
-        """Write down the last flip: behind the forward, which a flip already holds up."""
-        if self._log is None or not self._unlogged:
-            return
-        line, self._unlogged = self._unlogged, {}
-        try:
-            self._log.write(json.dumps(line) + "\n")
-        except OSError:
-            logger.exception("rank %d: no further flips are logged", self.rank)
-            self._log = None
+    def _note_flip(self) -> None:
+        """Have the last flip written down: behind the forward, which a flip already holds up."""
+        if self._unlogged:
+            self._log.add(self._unlogged)
+            self._unlogged = {}
 
 
 class Unpublished:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import bridge
 from bridge.config import BridgeConfig
 from bridge.environment import Ranks
 from bridge.errors import BridgeError
+from tests.support.checks import flips_of
 from tests.support.faults import LINKS
 from tests.support.link import Link
 from tests.support.nodes import Daemon, Server, expected, weights
@@ -63,8 +63,7 @@ def assert_serves(server: Server, version: int, state: dict[str, torch.Tensor]) 
 
 
 def flips(server: Server, rank: int) -> list[tuple[int, int]]:
-    lines = (server.logdir / f"flips-rank{rank}.jsonl").read_text().splitlines()
-    return [(row["batch"], row["version"]) for row in map(json.loads, lines)]
+    return flips_of(server.logdir, rank, up_to=server.head.status()["ranks"][rank]["version"])
 
 
 def test_versions_arrive_on_both_nodes_before_the_same_batch(server: Server, trainer: bridge.Bridge) -> None:

@@ -10,7 +10,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from tests.support.serving import Api, Server, prompts
+from tests.support.serving import Api, Server, prompts, wait_until
 
 SINGLE = "model.layers.1.mlp.down_proj.weight"
 
@@ -65,8 +65,22 @@ def edited(source: Path, target: Path, name: str, value: float) -> Path:
 
 def flips(server: Server, rank: int) -> list[tuple[int, int]]:
     """(batch, version) of every flip of one rank."""
-    lines = (server.logdir / f"flips-rank{rank}.jsonl").read_text().splitlines()
-    return [(row["batch"], row["version"]) for row in map(json.loads, lines)]
+    return flips_of(server.logdir, rank, up_to=server.status()["ranks"][rank]["version"])
+
+
+def flips_of(logdir: Path, rank: int, *, up_to: int) -> list[tuple[int, int]]:
+    """The same from a log directory; a thread writes them down, so the newest may take a moment."""
+    path = logdir / f"flips-rank{rank}.jsonl"
+
+    def read() -> list[tuple[int, int]]:
+        return [(row["batch"], row["version"]) for row in map(json.loads, path.read_text().splitlines())]
+
+    wait_until(
+        f"rank {rank}'s flip to version {up_to} in {path}",
+        lambda: up_to in (0, *(version for _, version in read())),
+        timeout_s=10,
+    )
+    return read()
 
 
 class Streams:

@@ -345,11 +345,14 @@ class Node:
         link: Link | None = None,
         own_shm: bool = False,
         restarts: int = 0,
+        code: Path = REPO,
     ) -> None:
         """``link`` is what trainers live behind; ``own_shm``: a small /dev/shm of the server's own.
 
-        ``restarts`` is how often the launcher starts what stands for vLLM again.
+        ``restarts`` is how often the launcher starts what stands for vLLM again. The server runs ``code``,
+        a checkout.
         """
+        self._code = code
         self.logdir, self.ranks, self.deadline_s = logdir, ranks, deadline_s
         self._restarts = restarts
         self.run_dir = Path(
@@ -381,7 +384,11 @@ class Node:
         self.restarts_left = self._restarts
         with (self.logdir / "launcher.log").open("ab") as log:
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, env=environment(), cwd=REPO
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self._code,
+                env=environment(PYTHONPATH=f"{self._code}{os.pathsep}{self._code / 'tests'}"),
             )
 
         def ready() -> bool:

@@ -45,7 +45,7 @@ from bridge.wire.peer_memory import Nonce, can_pull
 from bridge.wire.rendezvous import Answer, Loan, Offer, Request
 from launch import footprint
 from tests.support.mappings import SOURCES, dtype_name, parallel_mapping
-from vllm_patching import endpoints, introductions, link, update_files, weight_updates
+from vllm_patching import build, endpoints, introductions, link, update_files, weight_updates
 from vllm_patching import nodes as node_links
 from vllm_patching.channel import Channel
 from vllm_patching.control_page import ControlPage
@@ -149,7 +149,7 @@ def _logdir_file(data: bytes) -> Any:
         return node_links.read_meeting(path.parent)
 
 
-JOIN = link.Join(node_rank=1, nnodes=2, protocol_version=1, launch="", host="h", pid=7)
+JOIN = link.Join(node_rank=1, nnodes=2, protocol_version=1, build="b", launch="", host="h", pid=7)
 MEETING = node_links.Meeting(host="h", port=7, secret=SECRET, pid=7)
 
 # --- on one host --------------------------------------------------------------------------------------------
@@ -181,6 +181,7 @@ def hello(kind: str) -> dict[str, Any]:
     """What a worker or an engine core says of itself."""
     common = {
         "type": kind,
+        build.KEY: build.BUILD,
         "pid": 7,
         "host": "h",
         "hooks": {"x": True},

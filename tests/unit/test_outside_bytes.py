@@ -49,10 +49,10 @@ from bridge.wire.delta_transport import DeltaSink
 from bridge.wire.device_transport import DevicePullSink
 from bridge.wire.meeting import Meeting, Round
 from tests.support.parsers import DOCUMENT, LAYOUT, PARSERS, REQUEST, SECRET, Parser, feed, hello
-from vllm_patching import admission
+from vllm_patching import admission, build
 from vllm_patching.channel import MAX_FDS, MAX_MESSAGE_BYTES, Channel, ChannelClosed
 from vllm_patching.crew import Crew, Report
-from vllm_patching.events import Requested
+from vllm_patching.events import Broken, Requested
 from vllm_patching.frontdesk import FrontDesk
 from vllm_patching.registry import Registry
 
@@ -453,6 +453,9 @@ def test_more_descriptors_than_can_be_are_refused_and_closed(pair: tuple[Channel
     assert descriptors() == before
 
 
+UPDATER = {"type": "updater", "rank": 1, "pid": 7, "host": "h"}
+
+
 class Desk:
     """The daemon's front desk, and whoever comes to it."""
 
@@ -511,8 +514,27 @@ def test_an_updater_whose_worker_has_died_is_told_so() -> None:
     desk = Desk()
     desk.daemon.mapping = DOCUMENT
     desk.daemon.crew = SimpleNamespace(processes={1: SimpleNamespace(pid=7)})
-    answer = desk.hear({"type": "updater", "rank": 1, "pid": 7, "host": "h"})
+    answer = desk.hear({**UPDATER, build.KEY: build.BUILD})
     assert answer == {"type": "error", "error": "worker rank 1 is not registered any more"}
+
+
+def test_who_runs_other_code_is_not_talked_to() -> None:
+    desk = Desk()
+    desk.daemon.crew = SimpleNamespace(processes={1: SimpleNamespace(pid=os.getpid())})
+    for message in (UPDATER, {**UPDATER, build.KEY: "0123 with vllm 0.1"}):
+        answer = desk.hear(message)
+        assert answer["type"] == "error"
+        assert f"updater (pid {os.getpid()}) runs other code than this daemon: build " in answer["error"]
+        broken = desk.daemon.events.get_nowait()
+        assert isinstance(broken, Broken), "its successors would be refused too"
+        assert broken.why == answer["error"]
+    assert not desk.daemon.failed
+    answer = desk.hear({"type": "lender", "pid": 7})
+    assert "runs other code" in answer["error"]
+    assert desk.daemon.events.empty(), "the server goes on without lending"
+    answer = desk.hear({**hello("worker"), build.KEY: "0123"}, fds=2)
+    assert desk.daemon.failed == answer["error"]
+    assert "worker (pid" in answer["error"]
 
 
 def test_a_worker_that_dies_before_its_welcome_is_not_registered() -> None:

@@ -19,6 +19,7 @@ from bridge.protocol.messages import PROTOCOL_VERSION
 from bridge.wire.rendezvous import Loan
 from launch.topology import find_place
 from vllm_patching import link as wire
+from vllm_patching.build import BUILD
 from vllm_patching.control_page import ControlPage
 from vllm_patching.events import NodeFailed
 from vllm_patching.frontdesk import FOLLOWS, FrontDesk
@@ -29,7 +30,7 @@ from vllm_patching.nodes import Node, Nodes
 from vllm_patching.registry import Member, Registry
 
 Carry = Callable[[socket.socket, socket.socket], None]
-JOIN = wire.Join(node_rank=1, nnodes=2, protocol_version=1, launch="", host="there", pid=7)
+JOIN = wire.Join(node_rank=1, nnodes=2, protocol_version=1, build=BUILD, launch="", host="there", pid=7)
 
 
 def whole(source: socket.socket, target: socket.socket) -> None:
@@ -354,9 +355,10 @@ def test_who_comes_without_the_workers_of_a_running_server_is_sent_away(
     if refused is not None:
         assert said in refused.reason
         assert (refused.try_again, refused.misconfigured) == (False, False)
-    wrong = head.nodes._refusal(msgspec.structs.replace(join, nnodes=3))
-    assert wrong is not None
-    assert wrong.misconfigured
+    for change in ({"nnodes": 3}, {"build": "0123 with vllm 0.1"}):
+        wrong = head.nodes._refusal(msgspec.structs.replace(join, **change))
+        assert wrong is not None
+        assert wrong.misconfigured
 
 
 def test_a_defect_in_hearing_a_node_loses_the_node(

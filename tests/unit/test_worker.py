@@ -12,8 +12,11 @@ import pytest
 import torch
 
 from bridge import flight
+from tests.support.serving import wait_until
+from vllm_patching import flip_log
 from vllm_patching.control_page import ControlPage
 from vllm_patching.cpu_arena import CpuArena
+from vllm_patching.flip_log import FlipLog
 from vllm_patching.worker import WorkerBridge
 
 
@@ -107,6 +110,49 @@ def test_weights_that_are_read_early_flip_at_the_entry(tmp_path: Path) -> None:
     assert torch.equal(arena.live(0, 4096), arena.half(1))
     assert served(worker) == 1
     worker.close()
+
+
+def logged(path: Path) -> list[int]:
+    """The versions in a log of flips."""
+    return [json.loads(line)["version"] for line in path.read_text().splitlines() if line]
+
+
+def test_flips_are_logged_and_those_that_could_not_be_are_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A requeued job counts on from the highest version that it finds there."""
+    monkeypatch.setattr(flip_log, "RETRY_S", 0.01)
+    directory = tmp_path / "away"
+    log = FlipLog(directory / "flips.jsonl")
+    for version in (1, 2):
+        log.add({"version": version})
+    wait_until("a try", lambda: log._failing, timeout_s=10)
+    log.add({"version": 3})
+    directory.mkdir()
+    wait_until("the file", (directory / "flips.jsonl").exists, timeout_s=10)
+    log.add({"version": 4})
+    log.close()
+    assert logged(directory / "flips.jsonl") == [1, 2, 3, 4]
+    log = FlipLog(directory / "flips.jsonl")
+    log.add({"version": 5})
+    log.close()
+    assert logged(directory / "flips.jsonl") == [1, 2, 3, 4, 5]
+
+
+def test_a_batch_does_not_wait_for_a_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flip_log, "CLOSE_TIMEOUT_S", 0.1)
+    stuck = tmp_path / "flips.jsonl"
+    os.mkfifo(stuck)  # whoever opens it waits for a reader
+    arena = CpuArena(4096)
+    worker = WorkerBridge(rank=0, arena=arena, log_path=stuck)
+    worker.slot = ControlPage.create(1).slot(0)
+    for version in (1, 2, 3):
+        run_batch(worker, version)
+        assert worker.version == version
+    worker.close()
+    reader = os.open(stuck, os.O_RDONLY)  # lets the thread go
+    worker._log._thread.join(10)
+    os.close(reader)
 
 
 @pytest.fixture
