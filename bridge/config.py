@@ -15,6 +15,7 @@ from bridge.protocol.ballot import Policy
 from bridge.protocol.mapping import CONFIG_NAME
 
 Snapshot = Literal["host", "gpu"]
+Comparison = Literal["first", "always", "never"]
 
 # Flags of ``python -m bridge.launch serve``, whose values reach the trainer when the two sides meet.
 SERVER_DECIDES = {
@@ -97,6 +98,9 @@ class BridgeConfig(
     # cross to host memory in every round. "gpu": only what changed does, and what this rank sends is kept in
     # GPU memory once more, in the server's dtype.
     snapshot: Snapshot = "host"
+    # When trainer ranks that hold the same part of a parameter compare the numbers in it: in the first round
+    # with a server, in every one, or never. Each rank reads such parts of its own once for that.
+    compare_replicas: Comparison = "first"
     # Seconds for each step of meeting the server: it answers in milliseconds when it is up, but a daemon
     # that its supervisor just restarted needs some ten seconds to gather its workers again.
     connect_timeout_s: float = 60.0
@@ -193,6 +197,8 @@ def _fault(name: str, value: Any) -> str | None:
         return None if value in get_args(Policy) else f"one of {', '.join(get_args(Policy))}"
     if name == "snapshot":
         return None if value in get_args(Snapshot) else f"one of {', '.join(get_args(Snapshot))}"
+    if name == "compare_replicas":
+        return None if value in get_args(Comparison) else f"one of {', '.join(get_args(Comparison))}"
     if name == "versions_after":
         number = isinstance(value, int) and not isinstance(value, bool)
         return None if number and value >= 0 else "a version: a whole number, 0 or above"

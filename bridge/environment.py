@@ -37,6 +37,7 @@ VARIABLES: dict[str, tuple[str, ...]] = {
     "versions_after": ("BRIDGE_VERSIONS_AFTER",),
     "commit": ("BRIDGE_COMMIT",),
     "snapshot": ("BRIDGE_SNAPSHOT",),
+    "compare_replicas": ("BRIDGE_COMPARE_REPLICAS",),
     "stage_timeout_s": ("BRIDGE_STAGE_TIMEOUT_S",),
     "connect_timeout_s": ("BRIDGE_CONNECT_TIMEOUT_S",),
     "commit_timeout_s": ("BRIDGE_COMMIT_TIMEOUT_S",),

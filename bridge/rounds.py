@@ -16,7 +16,7 @@ from typing import Self
 import msgspec
 import torch
 
-from bridge import flight, telemetry
+from bridge import flight, replicas, telemetry
 from bridge.config import BridgeConfig
 from bridge.environment import Ranks
 from bridge.errors import (
@@ -34,6 +34,7 @@ from bridge.moving import Mover
 from bridge.protocol.decoding import UNREADABLE
 from bridge.protocol.mapping import Mapping
 from bridge.protocol.messages import DIGEST_BYTES, Frame, Opcode
+from bridge.protocol.plan import Layout
 from bridge.protocol.session import (
     Action,
     Close,
@@ -116,6 +117,7 @@ class Session:
         self._verdict_at = 0.0
         self._left = False  # whether the caller has given up waiting for the background thread
         self._early: list[tuple[int, Event]] = []
+        self._summed: set[tuple[int, bytes]] = set()  # layouts, by rank, whose sums were said in this epoch
         self._meeting = Meeting(store, mapping, epoch=answer.epoch, timeout_s=answer.deadline_s * 2)
         machine = {"epoch": answer.epoch, "version": answer.weight_version}
         self._coordinator = Coordinator(**machine, trainers=self.world_size, daemons=answer.num_daemons)
@@ -416,7 +418,38 @@ class Session:
         return self._drive(job, self._member.begin(job.version, self._publish(job), job.call, job.manner))
 
     def _publish(self, job: Job) -> bytes:
-        return self._meeting.publish_layout(job.shards.layout) if job.shards else bytes(DIGEST_BYTES)
+        if not job.shards:
+            return bytes(DIGEST_BYTES)
+        digest = self._meeting.publish_layout(job.shards.layout)
+        if self._compares(job.shards, [(self.rank, digest)]):
+            self._meeting.publish_sums(job.call, self.rank, replicas.sums(job.shards.tensors))
+            if self.rank:
+                self._summed.add((self.rank, digest))
+        return digest
+
+    def _compares(self, shards: LocalShards, layouts: Sequence[tuple[int, bytes]]) -> bool:
+        """Whether the ranks with these ``layouts`` say in this round what they hold; all find it alike."""
+        when = self.config.compare_replicas
+        if self.world_size == 1 or when == "never" or not shards.comparable:
+            return False
+        return when == "always" or (not shards.partial and not self._summed.issuperset(layouts))
+
+    def _compare_replicas(self, job: Job, digests: Sequence[bytes], layouts: Sequence[Layout]) -> None:
+        """Rank 0, which knows all layouts: whether what several ranks hold is the same.
+
+        Raises:
+            MappingError: it is not.
+        """
+        assert job.shards is not None
+        said = [(rank, d) for rank, d in enumerate(digests) if self._compares(job.shards, [(rank, d)])]
+        self._summed.update(said)
+        sums = {rank: self._meeting.take_sums(job.call, rank) for rank, _ in said}
+        if len(sums) < self.world_size:  # others have been compared, with what they held then
+            return
+        sources = self.mapping.vocabulary(layouts[0].vocabulary).sources
+        count = replicas.compare(layouts, [sums[rank] for rank in range(self.world_size)], sources)
+        if count:
+            logger.info("%d part(s) of the model are the same on all trainer ranks that hold them", count)
 
     def _drive(self, job: Job, actions: Sequence[Action]) -> Receipt:
         try:
@@ -536,7 +569,8 @@ class Session:
             encoding=job.encoding,
             bucket_bytes=self._answer.bucket_bytes,
         )
-        plan, _, _ = self._meeting.plan(joint)
+        plan, all_layouts, _ = self._meeting.plan(joint)
+        self._compare_replicas(job, layouts, all_layouts)
         self._announce_round(job, plan.digest, joint)
         self._move(job, joint, plan.digest)
 

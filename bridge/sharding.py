@@ -53,7 +53,8 @@ class LocalShards:
     ``computed`` are events on the collecting streams, one for each GPU: the values are there once they have
     passed. ``lasting`` is False where an owner's memory is no guide to a later broadcast's (ZeRO-3, DTensors
     in pieces).
-    ``partial`` is True where the server needs more, which stays as it is.
+    ``partial`` is True where the server needs more, which stays as it is. ``comparable`` is False where each
+    rank has worked the values out for this round, and may have rounded them in its own way.
     """
 
     layout: Layout
@@ -63,6 +64,7 @@ class LocalShards:
     computed: tuple[torch.cuda.Event, ...] = field(default=(), repr=False)
     lasting: bool = True
     partial: bool = False
+    comparable: bool = True
 
     def wait_computed(self, *, timeout_s: float) -> None:
         """Wait until the GPU has computed the values, as of when the shards were collected.

@@ -13,6 +13,7 @@ process, so a blocking call and a handle from ``blocking=False`` take the same p
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -394,6 +395,7 @@ class Bridge:
             return named, Guarded([*model.values(), *named.tensors])
         if merged is not None:
             sums = collect(merged, session.mapping, rank=session.rank, layout=layout)
+            sums = dataclasses.replace(sums, comparable=False)
             return sums, Guarded(merged.kept, hold=True)  # not the sums: no optimizer has them
         known = server.catalogue
         if known is not None and (shards := known.find(model, session.mapping, layout)) is not None:

@@ -55,7 +55,7 @@ class Meeting:
     def _key(self, *parts: object) -> str:
         return "/".join([f"e{self._epoch}", *map(str, parts)])
 
-    def _set(self, key: str, value: msgspec.Struct | list[str]) -> None:
+    def _set(self, key: str, value: msgspec.Struct | list[str] | list[int]) -> None:
         sealed = seal(value, f"{self._secret}/{key}")
         try:
             self._store.set(key, sealed)  # type: ignore[arg-type]  # bytes too, the stub says str
@@ -96,6 +96,17 @@ class Meeting:
         for old in _outlived(self._patches, latest):
             self._published.discard(old)
             self._delete(self._key("layout", old.hex()))
+
+    def publish_sums(self, call: int, rank: int, sums: list[int]) -> None:
+        """A trainer rank says what each of its shards adds up to, for the round of one call."""
+        self._set(self._key("sums", call, rank), sums)
+
+    def take_sums(self, call: int, rank: int) -> list[int]:
+        """What a rank has said of its shards before it was ready; nobody asks for it again."""
+        key = self._key("sums", call, rank)
+        found = self._get(key, f"trainer rank {rank} to say what its shards add up to", list[int])
+        self._delete(key)
+        return found
 
     def publish_round(
         self, layouts: Sequence[bytes], *, partial: bool, encoding: str, bucket_bytes: int

@@ -140,7 +140,7 @@ class Group(Protocol):
     def recv(self, tensors: list[torch.Tensor], peer: int, tag: int, /) -> dist.Work: ...
 
 
-def seal(message: msgspec.Struct | list[str], secret: str) -> bytes:
+def seal(message: msgspec.Struct | list[str] | list[int], secret: str) -> bytes:
     """Encode and sign with the job's secret (HMAC-SHA256)."""
     body = msgspec.msgpack.encode(message)
     return msgspec.msgpack.encode(_Signed(body, hmac.digest(secret.encode(), body, hashlib.sha256)))

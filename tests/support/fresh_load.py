@@ -19,6 +19,7 @@ from typing import Any
 
 from bridge.protocol import mapping as mapping_file
 from tests.support.serving import UNBOUND, Server, Trainers, environment, free_port
+from vllm_patching import residue
 
 TIMEOUT_S = 240.0
 PREFIX = "dp{dp}:pp{pp}:pcp0:tp{tp}:"  # how vLLM's weight checker names a rank
@@ -67,6 +68,9 @@ def fresh_loads(
         for process in ranks:
             process.kill()
             process.communicate()
+        # Ranks that end at the same time sometimes leave what they shared to one another, and so to nobody.
+        for shared in residue.SHM_DIR.glob(f"{port}-*"):
+            shared.unlink()
     return found
 
 

@@ -68,6 +68,10 @@ def test_fewer_than_fifteen_fields() -> None:
         ({"logdirs": ["a"], "logdir": "b"}, "names a server too"),
         ({"commit": "some"}, "commit is 'some'; it must be one of all, available"),
         ({"snapshot": "cpu"}, "snapshot is 'cpu'; it must be one of host, gpu"),
+        (
+            {"compare_replicas": "off"},
+            "compare_replicas is 'off'; it must be one of first, always, never",
+        ),
         ({"http_url": "host:8000"}, "http_url is 'host:8000'; it must be a URL"),
         ({"conect_timeout_s": 1}, r"no conect_timeout_s \(did you mean connect_timeout_s\?\)"),
         ({"checksums": False}, "every bucket is always compared"),
@@ -146,11 +150,12 @@ def test_every_field_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BRIDGE_LOGDIRS")
     monkeypatch.setenv("BRIDGE_COMMIT", "available")
     monkeypatch.setenv("BRIDGE_SNAPSHOT", "gpu")
+    monkeypatch.setenv("BRIDGE_COMPARE_REPLICAS", "always")
     monkeypatch.setenv("BRIDGE_VERSIONS_AFTER", "12")
     config = environment.bridge_config()
     assert config.versions_after == 12
     assert config.connect_timeout_s == config.stage_timeout_s == 7.0
-    assert (config.commit, config.snapshot) == ("available", "gpu")
+    assert (config.commit, config.snapshot, config.compare_replicas) == ("available", "gpu", "always")
     assert config.api_key == config.http_url == config.config_path == "http://x"
 
 
