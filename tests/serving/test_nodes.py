@@ -17,13 +17,13 @@ import pytest
 from tests.support.checks import Streams, flips
 from tests.support.fresh_load import differing, fresh_loads, live_digests
 from tests.support.full import only_in_full
-from tests.support.serving import UNBOUND, Server, alive, stop, training, wait_until
+from tests.support.serving import COMPLETED, Server, alive, stop, training, wait_until
 from vllm_patching import residue
 from vllm_patching.channel import ask
 
 pytestmark = [pytest.mark.serving, pytest.mark.faults, pytest.mark.timeout(1800, method="signal")]
 
-FLAGS = ["--dtype=float32", "--tensor-parallel-size=2"]
+SPLIT = {"tp": "--tensor-parallel-size=2", "pp": "--pipeline-parallel-size=2"}
 GRACE_S = 40
 # By the wire: of one kernel, the trainer's memory could be read from the second node too.
 TIMES = ["--transport=gloo", "--deadline=15", "--heartbeat-interval=1", f"--commit-timeout={GRACE_S}"]
@@ -69,10 +69,12 @@ def wire() -> Iterator[Wire]:
 
 
 @contextmanager
-def nodes(model: Path, logdir: Path, wire: Wire, run_dir: Path) -> Iterator[tuple[Server, Server]]:
+def nodes(
+    model: Path, logdir: Path, wire: Wire, run_dir: Path, flags: list[str]
+) -> Iterator[tuple[Server, Server]]:
     """Both launchers of one server, ready."""
     both = ["--nnodes=2", f"--master-addr={wire.address}", *TIMES]
-    options: dict[str, Any] = {"flags": FLAGS, "env": {**UNBOUND, "VLLM_SERVER_DEV_MODE": "1"}}
+    options: dict[str, Any] = {"flags": flags, "env": {**COMPLETED, "VLLM_SERVER_DEV_MODE": "1"}}
     head = Server(model, logdir, bridge_flags=[*both, "--node-rank=0"], **options)
     follower = Server(
         model, logdir, bridge_flags=[*both, "--node-rank=1", f"--run-dir={run_dir}"], prefix=wire.prefix,
@@ -96,13 +98,17 @@ def whole(server: Server) -> bool:
 
 
 @only_in_full("serving")  # a SLURM job has one server on two nodes always, and process tests its faults
-def test_one_server_on_two_nodes(checkpoint: Callable[..., Path], tmp_path: Path, wire: Wire) -> None:
+@pytest.mark.parametrize("split", SPLIT)
+def test_one_server_on_two_nodes(
+    checkpoint: Callable[..., Path], tmp_path: Path, wire: Wire, split: str
+) -> None:
+    flags = ["--dtype=float32", SPLIT[split]]
     sets = [checkpoint("qwen3", "float32", seed) for seed in (0, 1)]
-    fresh = fresh_loads(sets, flags=FLAGS, tp=2)
+    fresh = fresh_loads(sets, flags=flags, **{split: 2})
     assert differing(*fresh) == sorted(fresh[0]), "nothing may pass by being the same in both"
     run_dir = Path(os.environ["XDG_RUNTIME_DIR"]) / "node1"
     shm = set(residue.SHM_DIR.iterdir())  # whoever may make a network namespace has one of his own here
-    with nodes(sets[0], tmp_path / "live", wire, run_dir) as (head, follower):
+    with nodes(sets[0], tmp_path / "live", wire, run_dir, flags) as (head, follower):
         assert "node           1 of 2" in follower.text()
         assert head.status()["nodes"]["missing"] == []
         assert differing(live_digests(head), fresh[0]) == []
