@@ -28,7 +28,7 @@ from launch import probe, process
 from launch.comeback import Comeback, Restarts, session_of
 from launch.commands import PLUGIN_GROUP, PLUGIN_NAME, Command, placed
 from launch.options import ServerView
-from launch.output import Relay
+from launch.output import Relay, drop_unwritten
 from launch.process import EXIT_SIGNAL_BASE, Child
 from vllm_patching import linux, residue
 from vllm_patching.channel import ask
@@ -147,6 +147,7 @@ class Supervisor:
                 return err.exit_code
             finally:
                 self._shut_down()
+                drop_unwritten()
 
     def _live(self, on_ready: Callable[[], int] | None) -> int:
         self._start(self.launch.daemon)

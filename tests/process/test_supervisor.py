@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -48,17 +49,21 @@ def _lives(process: psutil.Process) -> bool:
 class Launched:
     """A launcher with stand-ins, and everything it could leave behind."""
 
-    def __init__(self, tmp_path: Path, *flags: str) -> None:
-        self.logdir = tmp_path
+    def __init__(
+        self, tmp_path: Path, *flags: str, prefix: tuple[str, ...] = (), output: Path | int | None = None
+    ) -> None:
+        self.logdir = tmp_path / "logs"
+        self.logdir.mkdir()
         self.run_dir = Path(f"/tmp/bridge-test-{uuid.uuid4().hex[:8]}")  # short, as socket paths must be
         self.shm_file = Path(f"/dev/shm/bridge-test-{uuid.uuid4().hex[:8]}")
-        self.output = tmp_path / "launcher.out"
+        self.output = output or tmp_path / "launcher.out"
         self.pids = tmp_path / "pids"
-        argv = [sys.executable, str(STAND_INS), "launch", "--run-dir", str(self.run_dir)]
-        argv += ["--logdir", str(tmp_path), "--shm-file", str(self.shm_file), "--pids", str(self.pids)]
+        argv = [*prefix, sys.executable, str(STAND_INS), "launch", "--run-dir", str(self.run_dir)]
+        argv += ["--logdir", str(self.logdir), "--shm-file", str(self.shm_file), "--pids", str(self.pids)]
         argv += ["--port", str(free_port()), *flags]
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-        with self.output.open("wb") as out:
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        env.pop("PYTHONUNBUFFERED", None)  # as users run it
+        with open(self.output, "wb") as out:
             self.process = subprocess.Popen(argv, stdout=out, stderr=subprocess.STDOUT, env=env)
         self.tree: list[psutil.Process] = []
 
@@ -95,8 +100,8 @@ class Launched:
 def launch(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
     started: list[Launched] = []
 
-    def start(*flags: str) -> Launched:
-        started.append(Launched(tmp_path, *flags))
+    def start(*flags: str, **options: Any) -> Launched:
+        started.append(Launched(tmp_path, *flags, **options))
         return started[-1]
 
     yield start
@@ -280,6 +285,25 @@ def test_stubborn_vllm_is_killed_after_the_shutdown_timeout(launch):
     launched.process.send_signal(signal.SIGTERM)
     assert launched.wait_end() == 0, launched.text
     assert "did not end in time; killing them" in launched.text
+
+
+@pytest.mark.parametrize("reason", ["full", "closed"])
+def test_a_launcher_whose_output_is_lost_serves_on_and_ends_in_order(launch, reason):
+    """As nohup.out on a full file system, and as a terminal that was closed."""
+    near, output = os.openpty() if reason == "closed" else (None, Path("/dev/full"))
+    launched = launch("--vllm-mode", "stubborn", "--shutdown-timeout", "1", output=output)
+    if near is not None:
+        os.close(near)
+    url = launched.logdir / "server.url"
+    poll_until("ready", url.exists)
+    first = launched.see_tree()
+    first["daemon"].kill()
+    log = launched.logdir / "daemon.log"
+    poll_until("a new daemon", lambda: log.read_text().count("stand-in daemon pid") == 2)
+    launched.see_tree()
+    launched.process.send_signal(signal.SIGTERM)
+    assert launched.wait_end() == 0
+    assert not url.exists()
 
 
 @pytest.mark.parametrize(
