@@ -104,6 +104,7 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         self._stop_signals: list[int] = []
         self._ready = False
+        self._url_due: bool | None = None  # whether the URL must be shown or hidden, which failed
         self._daemon_restarts = Restarts("the daemon", self.limits.max_daemon_restarts)
         self._server_restarts = Restarts("vLLM", self.limits.max_server_restarts)
         self._comeback: Comeback | None = None  # of a vLLM that died
@@ -309,7 +310,7 @@ class Supervisor:
             restarts.limit,
             log,
         )
-        (self.launch.logdir / URL_NAME).unlink(missing_ok=True)
+        self._show_url(False)
         self._observe(every_s=0.0)  # what its orphans map is theirs to leave behind
         self._comeback = Comeback(child, pause_s=pause_s, timeout_s=self.limits.start_timeout_s)
 
@@ -331,7 +332,7 @@ class Supervisor:
             self._comeback, self._behind = None, status["state"] == "recovering"
             self._watch(status)
             self._server_restarts.ready()
-            self._write_url()
+            self._show_url(True)
             if self._daemon_due is not None:  # it was restarted meanwhile, and waited for this vLLM
                 self._daemon_due = time.monotonic() + self.limits.start_timeout_s
             took_s = time.monotonic() - comeback.began
@@ -355,6 +356,8 @@ class Supervisor:
         if now < self._look_at:
             return
         self._look_at = now + min(LOOK_S, self.limits.outlive_s / 2)
+        if self._url_due is not None:
+            self._show_url(self._url_due)
         status = probe.daemon_status(self.launch.run_dir)
         self._end_what_is_deaf(self.children["daemon"], now, deaf=status is None)
         if self._comeback is not None or self._daemon_due is not None:
@@ -537,7 +540,7 @@ class Supervisor:
             logger.info("ready after %.1f s: this node has rank(s) %s of %s of %s", took_s, ranks,
                         status["world_size"], status["model"])  # fmt: skip
             return
-        self._write_url()
+        self._show_url(True)
         logger.info(
             "ready after %.1f s: %s serves %s on %s rank(s); mapping %s, rendezvous %s",
             took_s,
@@ -548,9 +551,23 @@ class Supervisor:
             status["rendezvous"],
         )
 
-    def _write_url(self) -> None:
+    def _show_url(self, shown: bool) -> None:
+        """Have clients told where the server is, or not; ``_look`` tries again what fails.
+
+        A log directory on a share may be away: nobody who is served needs it.
+        """
         path = self.launch.logdir / URL_NAME
-        mapping.write_atomically(path, f"{self.launch.public_url}\n".encode(), mode=0o644)
+        try:
+            if shown:
+                mapping.write_atomically(path, f"{self.launch.public_url}\n".encode(), mode=0o644)
+            else:
+                path.unlink(missing_ok=True)
+        except OSError as err:
+            if self._url_due is None:
+                logger.warning("%s cannot be %s: %s", path, "written" if shown else "removed", err.strerror)
+            self._url_due = shown
+        else:
+            self._url_due = None
 
     # --- the end ---------------------------------------------------------------------------------------
 
@@ -571,7 +588,7 @@ class Supervisor:
     def _shut_down(self) -> None:
         """End the whole tree within the shutdown timeout, by force if need be, and remove what it leaves."""
         began = time.monotonic()
-        (self.launch.logdir / URL_NAME).unlink(missing_ok=True)
+        self._show_url(False)
         self._observe(every_s=0.0)
         already_asked = len(self._stop_signals)
         self._unwatch_all()  # they end because we ask them to

@@ -306,6 +306,36 @@ def test_a_launcher_whose_output_is_lost_serves_on_and_ends_in_order(launch, rea
     assert not url.exists()
 
 
+def test_a_log_directory_that_is_away_is_in_nobodys_way(launch):
+    launched = launch("--server-restarts", "1", "--outlive", "2")
+    first = launched.wait_ready()
+    url, away = launched.logdir / "server.url", launched.logdir.with_name("away")
+
+    def unmount() -> None:
+        launched.logdir.rename(away)
+        launched.logdir.touch()  # whatever is done below it is an error now
+
+    def mount() -> None:
+        launched.logdir.unlink()
+        away.rename(launched.logdir)
+
+    unmount()
+    first["vllm"].kill()
+    poll_until("vLLM is back", lambda: "vLLM is back" in launched.text)
+    launched.see_tree()["daemon"].kill()
+    poll_until("the daemon is back", lambda: "the daemon is back" in launched.text)
+    launched.see_tree()
+    assert f"{url} cannot be removed: Not a directory" in launched.text
+    assert f"{launched.logdir / 'vllm.log'} cannot be written: Not a directory" in launched.text
+    (away / url.name).unlink()  # which could not be done
+    mount()
+    poll_until("clients are told where the server is", url.exists)
+    unmount()
+    launched.process.send_signal(signal.SIGTERM)
+    assert launched.wait_end() == 0, launched.text
+    assert launched.text.count(f"{url} cannot be removed") == 2, "said once each time"
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "said"),
     [
