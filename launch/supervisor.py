@@ -195,7 +195,10 @@ class Supervisor:
         writer.setblocking(False)
         self._selector.register(reader, selectors.EVENT_READ)
         previous_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        handlers = {s: signal.signal(s, lambda n, _: self._stop_signals.append(n)) for s in STOP_SIGNALS}
+        stops = set(STOP_SIGNALS)
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup
+            stops.remove(signal.SIGHUP)
+        handlers = {s: signal.signal(s, lambda n, _: self._stop_signals.append(n)) for s in stops}
         handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
         try:
             yield

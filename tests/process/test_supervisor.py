@@ -131,6 +131,15 @@ def test_sigterm_ends_everything_in_order(launch):
     assert f"stand-in vLLM pid {roles['vllm'].pid}" in (launched.logdir / "vllm.log").read_text()
 
 
+def test_a_launcher_under_nohup_does_not_end_with_its_terminal(launch):
+    launched = launch(prefix=("nohup",))
+    launched.wait_ready()
+    launched.process.send_signal(signal.SIGHUP)  # the lower number: of two that wait the first to be seen
+    launched.process.send_signal(signal.SIGTERM)
+    assert launched.wait_end() == 0, launched.text
+    assert "SIGTERM: shutting down" in launched.text
+
+
 def test_sigkill_of_the_launcher_leaves_nothing(launch):
     launched = launch()
     launched.wait_ready()
