@@ -31,7 +31,7 @@ from launch.options import ServerView
 from launch.output import Relay, drop_unwritten
 from launch.process import EXIT_SIGNAL_BASE, Child
 from vllm_patching import linux, residue
-from vllm_patching.channel import ask
+from vllm_patching.channel import ask, keep, socket_path
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +129,7 @@ class Supervisor:
             on_ready: called once the server is ready; its result is the exit code, and the end.
         """
         process.become_subreaper()
+        keep(self.launch.run_dir)
         with self._signals():
             try:
                 return self._live(on_ready)
@@ -372,6 +373,9 @@ class Supervisor:
         """Kill a daemon that lives and has long answered nobody; ``_step`` sees it dead then.
 
         One that was started again has the start timeout until its first answer.
+
+        Raises:
+            PeerLost: it cannot be asked, as somebody has deleted the run directory.
         """
         if not deaf:
             self._silent_since, self._answered = None, True
@@ -380,6 +384,12 @@ class Supervisor:
             return
         self._silent_since = self._silent_since or now
         if now - self._silent_since > self.limits.silent_s:
+            if not os.access(path := socket_path(self.launch.run_dir), os.F_OK):
+                raise PeerLost(
+                    f"the daemon (pid {daemon.pid}) lives, but {path} is gone: somebody has deleted the run "
+                    f"directory {self.launch.run_dir} of a running server, and nobody can reach it any more; "
+                    "ending everything. Start again with --run-dir where nothing is cleaned up"
+                )
             logger.error(
                 "the daemon (pid %d) has not answered for %g s; killing it", daemon.pid, self.limits.silent_s
             )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -140,6 +142,36 @@ def test_a_launcher_under_nohup_does_not_end_with_its_terminal(launch):
     assert "SIGTERM: shutting down" in launched.text
 
 
+def test_the_run_directory_is_locked_while_the_launcher_or_the_daemon_lives(launch):
+    """systemd-tmpfiles asks like this before it looks for old files in a directory."""
+
+    def is_free() -> bool:
+        fd = os.open(launched.run_dir, os.O_RDONLY)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(fd)
+        return True
+
+    launched = launch()
+    roles = launched.wait_ready()
+    os.kill(launched.process.pid, signal.SIGSTOP)  # nobody starts another daemon
+    roles["daemon"].kill()
+    poll_until("its end", lambda: not _lives(roles["daemon"]))
+    assert not is_free(), "of the launcher alone"
+    os.kill(launched.process.pid, signal.SIGCONT)
+    poll_until("the daemon is back", lambda: "the daemon is back" in launched.text)
+    again = launched.see_tree()
+    os.kill(again["daemon"].pid, signal.SIGSTOP)
+    launched.process.kill()
+    launched.process.wait()
+    assert not is_free(), "of the daemon alone"
+    os.kill(again["daemon"].pid, signal.SIGCONT)
+    launched.assert_nothing_left()
+
+
 def test_sigkill_of_the_launcher_leaves_nothing(launch):
     launched = launch()
     launched.wait_ready()
@@ -256,6 +288,17 @@ def test_a_daemon_that_answers_nobody_is_replaced(launch):
     assert roles["vllm"].is_running()
     launched.process.send_signal(signal.SIGTERM)
     assert launched.wait_end() == 0, launched.text
+
+
+def test_a_run_directory_that_is_deleted_is_the_end_and_is_named(launch):
+    launched = launch()
+    roles = launched.wait_ready()
+    shutil.rmtree(launched.run_dir)
+    assert launched.wait_end() == 75, launched.text
+    said = f"the daemon (pid {roles['daemon'].pid}) lives, but {launched.run_dir}/daemon.sock is gone"
+    assert said in launched.text
+    assert "--run-dir" in launched.text
+    assert "killing it" not in launched.text
 
 
 def test_a_daemon_that_answers_nobody_while_vllm_is_dead_is_replaced(launch):
