@@ -109,6 +109,7 @@ class Supervisor:
         self._server_restarts = Restarts("vLLM", self.limits.max_server_restarts)
         self._comeback: Comeback | None = None  # of a vLLM that died
         self._behind = False  # whether it is back, but not with the newest version
+        self._daemon_at: float | None = None  # when a dead daemon is started again
         self._daemon_due: float | None = None  # when a restarted daemon must answer again
         self._strangers = frozenset(residue.descendants(os.getpid()))  # inherited by exec, not ours to end
         self._shm_before = frozenset(residue.SHM_DIR.iterdir()) if residue.SHM_DIR.is_dir() else frozenset()
@@ -427,29 +428,36 @@ class Supervisor:
         if child.exit_code == ConfigError.exit_code:
             raise ConfigError(f"{child.describe()}: it refuses its configuration; see the end of {log}")
         restarts = self._daemon_restarts
-        if restarts.used_up:
-            raise PeerLost(
-                f"{child.describe()}, after {restarts.count} restart(s), as many as --max-daemon-restarts "
-                f"allows; ending vLLM with it; see the end of {log}"
+        if self._daemon_at is None:
+            if restarts.used_up:
+                raise PeerLost(
+                    f"{child.describe()}, after {restarts.count} restart(s), as many as "
+                    f"--max-daemon-restarts allows; ending vLLM with it; see the end of {log}"
+                )
+            pause_s = restarts.take()
+            self._daemon_at = time.monotonic() + pause_s
+            flight.note(
+                "restart", child="daemon", count=restarts.count, limit=restarts.limit, pause_s=pause_s
             )
-        restarts.take()  # at once: nobody can send meanwhile
-        flight.note("restart", child="daemon", count=restarts.count, limit=restarts.limit)
-        logger.warning(
-            "%s; restarting it (%d of %d); vLLM serves on with the weights it has",
-            child.describe(),
-            restarts.count,
-            restarts.limit,
-        )
-        self._start(self.launch.daemon)
-        self._silent_since, self._answered = None, False
-        if self._ready:
-            self._daemon_due = time.monotonic() + self.limits.start_timeout_s
+            logger.warning(
+                "%s; restarting it%s (%d of %d); vLLM serves on with the weights it has",
+                child.describe(),
+                f" in {pause_s:g} s" if pause_s else "",
+                restarts.count,
+                restarts.limit,
+            )
+            self._silent_since, self._answered = None, False
+            if self._ready:
+                self._daemon_due = self._daemon_at + self.limits.start_timeout_s
+        if time.monotonic() >= self._daemon_at:
+            self._daemon_at = None
+            self._start(self.launch.daemon)
 
     def _welcome_back(self, due: float) -> None:
         status = probe.daemon_status(self.launch.run_dir)
         if status is not None and status["state"] in ("ready", "round", "torn", "recovering"):
             self._daemon_due = None
-            self._daemon_restarts.ready()
+            self._daemon_restarts.ready(cured=True)
             logger.info(
                 "the daemon is back (pid %d), rendezvous %s", status["pids"]["daemon"], status["rendezvous"]
             )
