@@ -597,14 +597,20 @@ class Supervisor:
         return [pid for pid in residue.descendants(os.getpid()) if pid not in self._strangers]
 
     def _observe(self, *, every_s: float) -> None:
-        """Take note of the shared memory our tree maps; once a process is dead it cannot be asked."""
+        """Take note of the shared memory our tree maps; once a process is dead it cannot be asked.
+
+        What was removed is forgotten: a trainer may map files by the thousand.
+        """
         now = time.monotonic()
         if now - self._observed_at >= every_s:
             self._observed_at = now
             tree, vllm = self._tree(), self.children.get("vllm")
             served = {pid for pid in tree if vllm is not None and session_of(pid) == vllm.pid}
-            self._vllm_shm |= residue.snapshot(served) - self._shm_before
-            self._shm |= residue.snapshot(set(tree) - served) - self._shm_before
+            self._vllm_shm = self._present(self._vllm_shm | residue.snapshot(served))
+            self._shm = self._present(self._shm | residue.snapshot(set(tree) - served))
+
+    def _present(self, paths: set[Path]) -> set[Path]:
+        return {path for path in paths - self._shm_before if path.exists()}
 
     def _shut_down(self) -> None:
         """End the whole tree within the shutdown timeout, by force if need be, and remove what it leaves."""

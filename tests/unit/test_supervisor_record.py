@@ -20,6 +20,7 @@ from launch.commands import Command
 from launch.options import ServeOptions, ServerView
 from launch.process import Child
 from launch.supervisor import Launch, Limits, Supervisor
+from vllm_patching import residue
 
 
 @pytest.fixture
@@ -77,6 +78,23 @@ def test_a_daemon_that_dies_at_each_start_is_given_time(
         live()
     assert [round(after - before) for before, after in pairwise(deaths)] == [0, 1, 2, 4, 8]
     supervisor._relay.close()
+
+
+def test_shared_memory_is_remembered_as_long_as_it_is_there(
+    supervisor: Supervisor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lasting, passing = tmp_path / "lasting", tmp_path / "passing"
+    lasting.touch()
+    passing.touch()
+    mapped = {lasting, passing}
+    monkeypatch.setattr(supervisor, "_tree", lambda: [1])
+    monkeypatch.setattr(residue, "snapshot", lambda pids: mapped if pids else set())
+    supervisor._observe(every_s=0.0)
+    assert supervisor._shm == {lasting, passing}
+    mapped = set()
+    passing.unlink()
+    supervisor._observe(every_s=0.0)
+    assert supervisor._shm == {lasting}, "its process may be dead"
 
 
 def test_a_launcher_that_gives_up_leaves_a_record(
