@@ -93,7 +93,6 @@ def test_a_log_that_cannot_be_read_is_told_again_when_it_can(
     append(log, "before\n")
     assert told(relay, output) == ["[vllm] before"]
     caplog.set_level(logging.WARNING, "launch.output")
-    monkeypatch.setattr(logging.getLogger("launch"), "propagate", True)
 
     def stale(*_: object, **__: object) -> None:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
