@@ -1,7 +1,7 @@
 """Logging, set up once per process by whoever owns the process, never at import.
 
-A line reads ``INFO 12:34:56 [bridge trainer rank 1 pid 42 epoch 3 version 7] message``; with
-``BRIDGE_LOG_FORMAT=json`` it is one JSON object. The package only ever asks for loggers by module name;
+A line reads ``INFO 2026-11-30 12:34:56 [bridge trainer rank 1 pid 42 epoch 3 version 7] message``;
+with ``BRIDGE_LOG_FORMAT=json`` it is one JSON object. The package only ever asks for loggers by module name;
 trainers that configure logging themselves see the same records.
 """
 
@@ -39,7 +39,9 @@ def stand(*, epoch: int | None, version: int | None) -> None:
 
 class _Text(logging.Formatter):
     def __init__(self, who: str) -> None:
-        super().__init__("%(levelname)s %(asctime)s [bridge %(who)s] %(message)s", datefmt="%H:%M:%S")
+        super().__init__(
+            "%(levelname)s %(asctime)s [bridge %(who)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S"
+        )
         self._who = f"{who} pid {os.getpid()}"
 
     def format(self, record: logging.LogRecord) -> str:

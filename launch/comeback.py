@@ -1,4 +1,4 @@
-"""A vLLM that died is started again: how often, after which pause, and not before the dead one has let go."""
+"""What died is started again: how often, after which pause, and a vLLM not before the dead one has let go."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vllm_patching import residue
 logger = logging.getLogger(__name__)
 
 ASK_AGAIN_S = 5.0  # between SIGTERM and SIGKILL for what a dead vLLM has left running
-LONGEST_PAUSE_S = 60.0
+LONGEST_PAUSE_S = 30.0
 FORGIVEN_AFTER_S = 3600.0  # of a child that has lived for so long the count begins anew
 
 
@@ -25,6 +25,7 @@ class Restarts:
     def __init__(self, what: str, limit: int) -> None:
         self._what, self.limit = what, limit
         self.count = 0
+        self._in_a_row = 0  # the pause grows with these
         self._ready_since = time.monotonic()
 
     @property
@@ -35,17 +36,20 @@ class Restarts:
     def take(self) -> float:
         """One more; returns how long to pause before it, in seconds: only what dies again must wait."""
         self.count += 1
-        return float(min(LONGEST_PAUSE_S, 2.0 ** (self.count - 2))) if self.count > 1 else 0.0
+        self._in_a_row += 1
+        return float(min(LONGEST_PAUSE_S, 2.0 ** (self._in_a_row - 2))) if self._in_a_row > 1 else 0.0
 
-    def ready(self) -> None:
-        """It is back."""
+    def ready(self, *, cured: bool = False) -> None:
+        """It is back; ``cured``: as it would not be while it still has what it died of."""
         self._ready_since = time.monotonic()
+        if cured:
+            self._in_a_row = 0
 
     def forgive(self) -> None:
         """Called while it is there: after a long time of that, earlier deaths do not count."""
         if self.count and time.monotonic() - self._ready_since > FORGIVEN_AFTER_S:
             logger.info("%s has not died for %g s; restarts count anew", self._what, FORGIVEN_AFTER_S)
-            self.count = 0
+            self.count = self._in_a_row = 0
 
 
 class Comeback:

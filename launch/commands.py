@@ -30,6 +30,7 @@ KEPT_GROUPS = (
 # sun_path holds 107 bytes and a final zero; torch and ZeroMQ add a few of their own.
 MAX_SOCKET_PATH = 99
 _UUID_CHARS = 36
+LOGIN_DIR = Path("/run/user")  # systemd-logind's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +65,15 @@ class Command:
 
 
 def run_dir_parent(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where fresh run directories go: the user's own runtime directory, or the one for temporary files."""
+    """Where fresh run directories go: the user's own runtime directory, or the one for temporary files.
+
+    A login's runtime directory is removed with the user's last session, which a server is meant to outlive.
+    """
     runtime = environ.get("XDG_RUNTIME_DIR", "")
-    if runtime and os.access(runtime, os.W_OK | os.X_OK):
-        return Path(runtime)
-    return Path(tempfile.gettempdir())
+    usable = runtime and os.access(runtime, os.W_OK | os.X_OK)
+    if not usable or Path(runtime).resolve().is_relative_to(LOGIN_DIR):
+        return Path(tempfile.gettempdir())
+    return Path(runtime)
 
 
 def make_run_dir(options: ServeOptions) -> Path:

@@ -75,7 +75,7 @@ class ServeOptions:
     place_origin: str = "alone"
     start_timeout_s: float = 1800.0
     shutdown_timeout_s: float = 30.0
-    max_daemon_restarts: int = 3
+    max_daemon_restarts: int = 5  # with their pauses they outlast a disk that is full for ten seconds
     max_server_restarts: int = 3
     log_level: str = "INFO"
 

@@ -7,15 +7,19 @@ from the kernel when the launcher dies, by whatever means. The launcher adopts t
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from bridge.errors import ConfigError
 from launch.commands import Command
+
+logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -83,6 +87,14 @@ class Child:
         return f"{who} ended with exit code {self.exit_code}"
 
 
+def _appending(log: Path) -> BinaryIO:
+    try:
+        return log.open("ab")
+    except OSError as err:  # a share that is away: whoever must be started again must be all the same
+        logger.warning("%s cannot be written: %s; what would stand there is lost", log, err.strerror)
+        return Path(os.devnull).open("ab")
+
+
 def start(command: Command, log: Path) -> Child:
     """Start one child with both outputs appended to ``log``; call it from the main thread.
 
@@ -91,7 +103,7 @@ def start(command: Command, log: Path) -> Child:
     Raises:
         ConfigError: the program cannot be executed.
     """
-    with log.open("ab") as output:
+    with _appending(log) as output:
         try:
             popen = subprocess.Popen(
                 command.argv,

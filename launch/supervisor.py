@@ -28,10 +28,10 @@ from launch import probe, process
 from launch.comeback import Comeback, Restarts, session_of
 from launch.commands import PLUGIN_GROUP, PLUGIN_NAME, Command, placed
 from launch.options import ServerView
-from launch.output import Relay
+from launch.output import Relay, drop_unwritten
 from launch.process import EXIT_SIGNAL_BASE, Child
 from vllm_patching import linux, residue
-from vllm_patching.channel import ask
+from vllm_patching.channel import ask, keep, socket_path
 
 logger = logging.getLogger(__name__)
 
@@ -104,10 +104,12 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         self._stop_signals: list[int] = []
         self._ready = False
+        self._url_due: bool | None = None  # whether the URL must be shown or hidden, which failed
         self._daemon_restarts = Restarts("the daemon", self.limits.max_daemon_restarts)
         self._server_restarts = Restarts("vLLM", self.limits.max_server_restarts)
         self._comeback: Comeback | None = None  # of a vLLM that died
         self._behind = False  # whether it is back, but not with the newest version
+        self._daemon_at: float | None = None  # when a dead daemon is started again
         self._daemon_due: float | None = None  # when a restarted daemon must answer again
         self._strangers = frozenset(residue.descendants(os.getpid()))  # inherited by exec, not ours to end
         self._shm_before = frozenset(residue.SHM_DIR.iterdir()) if residue.SHM_DIR.is_dir() else frozenset()
@@ -128,6 +130,7 @@ class Supervisor:
             on_ready: called once the server is ready; its result is the exit code, and the end.
         """
         process.become_subreaper()
+        keep(self.launch.run_dir)
         with self._signals():
             try:
                 return self._live(on_ready)
@@ -147,6 +150,7 @@ class Supervisor:
                 return err.exit_code
             finally:
                 self._shut_down()
+                drop_unwritten()
 
     def _live(self, on_ready: Callable[[], int] | None) -> int:
         self._start(self.launch.daemon)
@@ -193,7 +197,10 @@ class Supervisor:
         writer.setblocking(False)
         self._selector.register(reader, selectors.EVENT_READ)
         previous_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        handlers = {s: signal.signal(s, lambda n, _: self._stop_signals.append(n)) for s in STOP_SIGNALS}
+        stops = set(STOP_SIGNALS)
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup
+            stops.remove(signal.SIGHUP)
+        handlers = {s: signal.signal(s, lambda n, _: self._stop_signals.append(n)) for s in stops}
         handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
         try:
             yield
@@ -308,7 +315,7 @@ class Supervisor:
             restarts.limit,
             log,
         )
-        (self.launch.logdir / URL_NAME).unlink(missing_ok=True)
+        self._show_url(False)
         self._observe(every_s=0.0)  # what its orphans map is theirs to leave behind
         self._comeback = Comeback(child, pause_s=pause_s, timeout_s=self.limits.start_timeout_s)
 
@@ -330,7 +337,7 @@ class Supervisor:
             self._comeback, self._behind = None, status["state"] == "recovering"
             self._watch(status)
             self._server_restarts.ready()
-            self._write_url()
+            self._show_url(True)
             if self._daemon_due is not None:  # it was restarted meanwhile, and waited for this vLLM
                 self._daemon_due = time.monotonic() + self.limits.start_timeout_s
             took_s = time.monotonic() - comeback.began
@@ -354,6 +361,8 @@ class Supervisor:
         if now < self._look_at:
             return
         self._look_at = now + min(LOOK_S, self.limits.outlive_s / 2)
+        if self._url_due is not None:
+            self._show_url(self._url_due)
         status = probe.daemon_status(self.launch.run_dir)
         self._end_what_is_deaf(self.children["daemon"], now, deaf=status is None)
         if self._comeback is not None or self._daemon_due is not None:
@@ -365,6 +374,9 @@ class Supervisor:
         """Kill a daemon that lives and has long answered nobody; ``_step`` sees it dead then.
 
         One that was started again has the start timeout until its first answer.
+
+        Raises:
+            PeerLost: it cannot be asked, as somebody has deleted the run directory.
         """
         if not deaf:
             self._silent_since, self._answered = None, True
@@ -373,6 +385,12 @@ class Supervisor:
             return
         self._silent_since = self._silent_since or now
         if now - self._silent_since > self.limits.silent_s:
+            if not os.access(path := socket_path(self.launch.run_dir), os.F_OK):
+                raise PeerLost(
+                    f"the daemon (pid {daemon.pid}) lives, but {path} is gone: somebody has deleted the run "
+                    f"directory {self.launch.run_dir} of a running server, and nobody can reach it any more; "
+                    "ending everything. Start again with --run-dir where nothing is cleaned up"
+                )
             logger.error(
                 "the daemon (pid %d) has not answered for %g s; killing it", daemon.pid, self.limits.silent_s
             )
@@ -410,30 +428,37 @@ class Supervisor:
         if child.exit_code == ConfigError.exit_code:
             raise ConfigError(f"{child.describe()}: it refuses its configuration; see the end of {log}")
         restarts = self._daemon_restarts
-        if restarts.used_up:
-            raise PeerLost(
-                f"{child.describe()}, after {restarts.count} restart(s), as many as --max-daemon-restarts "
-                f"allows; ending vLLM with it; see the end of {log}"
+        if self._daemon_at is None:
+            if restarts.used_up:
+                raise PeerLost(
+                    f"{child.describe()}, after {restarts.count} restart(s), as many as "
+                    f"--max-daemon-restarts allows; ending vLLM with it; see the end of {log}"
+                )
+            pause_s = restarts.take()
+            self._daemon_at = time.monotonic() + pause_s
+            flight.note(
+                "restart", child="daemon", count=restarts.count, limit=restarts.limit, pause_s=pause_s
             )
-        restarts.take()  # at once: nobody can send meanwhile
-        flight.note("restart", child="daemon", count=restarts.count, limit=restarts.limit)
-        logger.warning(
-            "%s; restarting it (%d of %d); vLLM serves on with the weights it has",
-            child.describe(),
-            restarts.count,
-            restarts.limit,
-        )
-        self._start(self.launch.daemon)
-        self._silent_since, self._answered = None, False
-        if self._ready:
-            self._daemon_due = time.monotonic() + self.limits.start_timeout_s
+            logger.warning(
+                "%s; restarting it%s (%d of %d); vLLM serves on with the weights it has",
+                child.describe(),
+                f" in {pause_s:g} s" if pause_s else "",
+                restarts.count,
+                restarts.limit,
+            )
+            self._silent_since, self._answered = None, False
+            if self._ready:
+                self._daemon_due = self._daemon_at + self.limits.start_timeout_s
+        if time.monotonic() >= self._daemon_at:
+            self._daemon_at = None
+            self._start(self.launch.daemon)
 
     def _welcome_back(self, due: float) -> None:
         status = probe.daemon_status(self.launch.run_dir)
         self._refuse_failure(status)
         if status is not None and status["state"] in ("ready", "round", "torn", "recovering"):
             self._daemon_due = None
-            self._daemon_restarts.ready()
+            self._daemon_restarts.ready(cured=True)
             logger.info(
                 "the daemon is back (pid %d), rendezvous %s", status["pids"]["daemon"], status["rendezvous"]
             )
@@ -537,7 +562,7 @@ class Supervisor:
             logger.info("ready after %.1f s: this node has rank(s) %s of %s of %s", took_s, ranks,
                         status["world_size"], status["model"])  # fmt: skip
             return
-        self._write_url()
+        self._show_url(True)
         logger.info(
             "ready after %.1f s: %s serves %s on %s rank(s); mapping %s, rendezvous %s",
             took_s,
@@ -548,9 +573,23 @@ class Supervisor:
             status["rendezvous"],
         )
 
-    def _write_url(self) -> None:
+    def _show_url(self, shown: bool) -> None:
+        """Have clients told where the server is, or not; ``_look`` tries again what fails.
+
+        A log directory on a share may be away: nobody who is served needs it.
+        """
         path = self.launch.logdir / URL_NAME
-        mapping.write_atomically(path, f"{self.launch.public_url}\n".encode(), mode=0o644)
+        try:
+            if shown:
+                mapping.write_atomically(path, f"{self.launch.public_url}\n".encode(), mode=0o644)
+            else:
+                path.unlink(missing_ok=True)
+        except OSError as err:
+            if self._url_due is None:
+                logger.warning("%s cannot be %s: %s", path, "written" if shown else "removed", err.strerror)
+            self._url_due = shown
+        else:
+            self._url_due = None
 
     # --- the end ---------------------------------------------------------------------------------------
 
@@ -559,19 +598,25 @@ class Supervisor:
         return [pid for pid in residue.descendants(os.getpid()) if pid not in self._strangers]
 
     def _observe(self, *, every_s: float) -> None:
-        """Take note of the shared memory our tree maps; once a process is dead it cannot be asked."""
+        """Take note of the shared memory our tree maps; once a process is dead it cannot be asked.
+
+        What was removed is forgotten: a trainer may map files by the thousand.
+        """
         now = time.monotonic()
         if now - self._observed_at >= every_s:
             self._observed_at = now
             tree, vllm = self._tree(), self.children.get("vllm")
             served = {pid for pid in tree if vllm is not None and session_of(pid) == vllm.pid}
-            self._vllm_shm |= residue.snapshot(served) - self._shm_before
-            self._shm |= residue.snapshot(set(tree) - served) - self._shm_before
+            self._vllm_shm = self._present(self._vllm_shm | residue.snapshot(served))
+            self._shm = self._present(self._shm | residue.snapshot(set(tree) - served))
+
+    def _present(self, paths: set[Path]) -> set[Path]:
+        return {path for path in paths - self._shm_before if path.exists()}
 
     def _shut_down(self) -> None:
         """End the whole tree within the shutdown timeout, by force if need be, and remove what it leaves."""
         began = time.monotonic()
-        (self.launch.logdir / URL_NAME).unlink(missing_ok=True)
+        self._show_url(False)
         self._observe(every_s=0.0)
         already_asked = len(self._stop_signals)
         self._unwatch_all()  # they end because we ask them to

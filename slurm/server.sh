@@ -15,8 +15,6 @@ address=$("$PYTHON" -m bridge.nodes address $peers)
 port=$("$PYTHON" -m bridge.nodes port $((index + 1)))
 read -rd '' -a own_flags <<<"$SERVE_FLAGS" || true # of all lines
 unset BRIDGE_LOGDIRS # of all servers; the launcher tells its own trainer which one it has
-# A login session's is removed with that, and the server's sockets would be.
-[[ ${XDG_RUNTIME_DIR:-} != /run/user/* ]] || unset XDG_RUNTIME_DIR
 
 # A --port among the flags comes later, and wins.
 exec "$PYTHON" -m bridge.launch serve --logdir "$logdir" --rendezvous-host "${RENDEZVOUS_HOST:-${address% *}}" \

@@ -8,6 +8,7 @@ launcher can ask for the status in milliseconds.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import socket
@@ -72,6 +73,18 @@ def connections(listener: socket.socket, who: str, ended: Callable[[], bool]) ->
 def socket_path(run_dir: Path) -> Path:
     """The daemon's socket below a run directory."""
     return run_dir / SOCKET_NAME
+
+
+def keep(run_dir: Path) -> None:
+    """Keep systemd-tmpfiles, which deletes what is ten days old, out of ``run_dir`` while this process lives.
+
+    It passes over a directory that somebody has locked. The descriptor is left open on purpose.
+    """
+    try:
+        fd = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as err:
+        logger.warning("%s is not safe from systemd-tmpfiles: %s", run_dir, err.strerror)
 
 
 class Channel:
@@ -234,6 +247,7 @@ def ask(run_dir: Path, request: dict[str, Any], *, timeout_s: float) -> dict[str
 def listen(run_dir: Path) -> socket.socket:
     """Open the daemon's listening socket, mode 0600, below ``run_dir`` (created 0700)."""
     run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    keep(run_dir)
     path = socket_path(run_dir)
     path.unlink(missing_ok=True)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -48,17 +51,21 @@ def _lives(process: psutil.Process) -> bool:
 class Launched:
     """A launcher with stand-ins, and everything it could leave behind."""
 
-    def __init__(self, tmp_path: Path, *flags: str) -> None:
-        self.logdir = tmp_path
+    def __init__(
+        self, tmp_path: Path, *flags: str, prefix: tuple[str, ...] = (), output: Path | int | None = None
+    ) -> None:
+        self.logdir = tmp_path / "logs"
+        self.logdir.mkdir()
         self.run_dir = Path(f"/tmp/bridge-test-{uuid.uuid4().hex[:8]}")  # short, as socket paths must be
         self.shm_file = Path(f"/dev/shm/bridge-test-{uuid.uuid4().hex[:8]}")
-        self.output = tmp_path / "launcher.out"
+        self.output = output or tmp_path / "launcher.out"
         self.pids = tmp_path / "pids"
-        argv = [sys.executable, str(STAND_INS), "launch", "--run-dir", str(self.run_dir)]
-        argv += ["--logdir", str(tmp_path), "--shm-file", str(self.shm_file), "--pids", str(self.pids)]
+        argv = [*prefix, sys.executable, str(STAND_INS), "launch", "--run-dir", str(self.run_dir)]
+        argv += ["--logdir", str(self.logdir), "--shm-file", str(self.shm_file), "--pids", str(self.pids)]
         argv += ["--port", str(free_port()), *flags]
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-        with self.output.open("wb") as out:
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        env.pop("PYTHONUNBUFFERED", None)  # as users run it
+        with open(self.output, "wb") as out:
             self.process = subprocess.Popen(argv, stdout=out, stderr=subprocess.STDOUT, env=env)
         self.tree: list[psutil.Process] = []
 
@@ -95,8 +102,8 @@ class Launched:
 def launch(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
     started: list[Launched] = []
 
-    def start(*flags: str) -> Launched:
-        started.append(Launched(tmp_path, *flags))
+    def start(*flags: str, **options: Any) -> Launched:
+        started.append(Launched(tmp_path, *flags, **options))
         return started[-1]
 
     yield start
@@ -124,6 +131,45 @@ def test_sigterm_ends_everything_in_order(launch):
     assert "an engine or a worker, has ended" not in launched.text, "they were asked to"
     assert f"[daemon] stand-in daemon pid {roles['daemon'].pid}" in launched.text
     assert f"stand-in vLLM pid {roles['vllm'].pid}" in (launched.logdir / "vllm.log").read_text()
+
+
+def test_a_launcher_under_nohup_does_not_end_with_its_terminal(launch):
+    launched = launch(prefix=("nohup",))
+    launched.wait_ready()
+    launched.process.send_signal(signal.SIGHUP)  # the lower number: of two that wait the first to be seen
+    launched.process.send_signal(signal.SIGTERM)
+    assert launched.wait_end() == 0, launched.text
+    assert "SIGTERM: shutting down" in launched.text
+
+
+def test_the_run_directory_is_locked_while_the_launcher_or_the_daemon_lives(launch):
+    """systemd-tmpfiles asks like this before it looks for old files in a directory."""
+
+    def is_free() -> bool:
+        fd = os.open(launched.run_dir, os.O_RDONLY)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(fd)
+        return True
+
+    launched = launch()
+    roles = launched.wait_ready()
+    os.kill(launched.process.pid, signal.SIGSTOP)  # nobody starts another daemon
+    roles["daemon"].kill()
+    poll_until("its end", lambda: not _lives(roles["daemon"]))
+    assert not is_free(), "of the launcher alone"
+    os.kill(launched.process.pid, signal.SIGCONT)
+    poll_until("the daemon is back", lambda: "the daemon is back" in launched.text)
+    again = launched.see_tree()
+    os.kill(again["daemon"].pid, signal.SIGSTOP)
+    launched.process.kill()
+    launched.process.wait()
+    assert not is_free(), "of the daemon alone"
+    os.kill(again["daemon"].pid, signal.SIGCONT)
+    launched.assert_nothing_left()
 
 
 def test_sigkill_of_the_launcher_leaves_nothing(launch):
@@ -244,6 +290,17 @@ def test_a_daemon_that_answers_nobody_is_replaced(launch):
     assert launched.wait_end() == 0, launched.text
 
 
+def test_a_run_directory_that_is_deleted_is_the_end_and_is_named(launch):
+    launched = launch()
+    roles = launched.wait_ready()
+    shutil.rmtree(launched.run_dir)
+    assert launched.wait_end() == 75, launched.text
+    said = f"the daemon (pid {roles['daemon'].pid}) lives, but {launched.run_dir}/daemon.sock is gone"
+    assert said in launched.text
+    assert "--run-dir" in launched.text
+    assert "killing it" not in launched.text
+
+
 def test_a_daemon_that_answers_nobody_while_vllm_is_dead_is_replaced(launch):
     """A dead vLLM is started again only when the daemon has let go of it, which a hung one never says."""
     launched = launch("--server-restarts", "1")
@@ -280,6 +337,55 @@ def test_stubborn_vllm_is_killed_after_the_shutdown_timeout(launch):
     launched.process.send_signal(signal.SIGTERM)
     assert launched.wait_end() == 0, launched.text
     assert "did not end in time; killing them" in launched.text
+
+
+@pytest.mark.parametrize("reason", ["full", "closed"])
+def test_a_launcher_whose_output_is_lost_serves_on_and_ends_in_order(launch, reason):
+    """As nohup.out on a full file system, and as a terminal that was closed."""
+    near, output = os.openpty() if reason == "closed" else (None, Path("/dev/full"))
+    launched = launch("--vllm-mode", "stubborn", "--shutdown-timeout", "1", output=output)
+    if near is not None:
+        os.close(near)
+    url = launched.logdir / "server.url"
+    poll_until("ready", url.exists)
+    first = launched.see_tree()
+    first["daemon"].kill()
+    log = launched.logdir / "daemon.log"
+    poll_until("a new daemon", lambda: log.read_text().count("stand-in daemon pid") == 2)
+    launched.see_tree()
+    launched.process.send_signal(signal.SIGTERM)
+    assert launched.wait_end() == 0
+    assert not url.exists()
+
+
+def test_a_log_directory_that_is_away_is_in_nobodys_way(launch):
+    launched = launch("--server-restarts", "1", "--outlive", "2")
+    first = launched.wait_ready()
+    url, away = launched.logdir / "server.url", launched.logdir.with_name("away")
+
+    def unmount() -> None:
+        launched.logdir.rename(away)
+        launched.logdir.touch()  # whatever is done below it is an error now
+
+    def mount() -> None:
+        launched.logdir.unlink()
+        away.rename(launched.logdir)
+
+    unmount()
+    first["vllm"].kill()
+    poll_until("vLLM is back", lambda: "vLLM is back" in launched.text)
+    launched.see_tree()["daemon"].kill()
+    poll_until("the daemon is back", lambda: "the daemon is back" in launched.text)
+    launched.see_tree()
+    assert f"{url} cannot be removed: Not a directory" in launched.text
+    assert f"{launched.logdir / 'vllm.log'} cannot be written: Not a directory" in launched.text
+    (away / url.name).unlink()  # which could not be done
+    mount()
+    poll_until("clients are told where the server is", url.exists)
+    unmount()
+    launched.process.send_signal(signal.SIGTERM)
+    assert launched.wait_end() == 0, launched.text
+    assert launched.text.count(f"{url} cannot be removed") == 2, "said once each time"
 
 
 @pytest.mark.parametrize(

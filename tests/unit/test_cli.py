@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import msgspec
@@ -270,6 +271,22 @@ def test_plugin_allow_list_extends_and_never_narrows():
     kept = commands.plugin_allow_list(None, http=True).split(",")
     installed = {e.name for e in importlib.metadata.entry_points(group="vllm.general_plugins")}
     assert set(kept) >= installed | {"weight_bridge"}
+
+
+def test_a_run_directory_does_not_go_with_the_users_login(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    of_login = tmp_path / "user"
+    monkeypatch.setattr(commands, "LOGIN_DIR", of_login)
+    (of_login / "1000").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(of_login)  # as /var/run is one
+
+    def parent(runtime: str) -> Path:
+        return commands.run_dir_parent({"XDG_RUNTIME_DIR": runtime}).relative_to(tmp_path)
+
+    assert parent(f"{tmp_path}/elsewhere") == Path("elsewhere")
+    assert parent(f"{of_login}/1000") == parent(f"{tmp_path}/link/1000") == Path("tmp")
+    assert parent(f"{tmp_path}/missing") == parent("") == Path("tmp")
 
 
 def test_dry_run_starts_nothing_and_shows_both_command_lines(tmp_path):

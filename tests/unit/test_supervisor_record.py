@@ -1,10 +1,12 @@
-"""What a launcher leaves behind when it ends everything by an error: who was started, who died, how often."""
+"""What a launcher does about deaths, and leaves behind when it ends everything by an error."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import time
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +17,10 @@ from bridge import flight
 from bridge.errors import PeerLost
 from launch import process
 from launch.commands import Command
-from launch.options import ServerView
+from launch.options import ServeOptions, ServerView
 from launch.process import Child
 from launch.supervisor import Launch, Limits, Supervisor
+from vllm_patching import residue
 
 
 @pytest.fixture
@@ -46,6 +49,52 @@ def supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Supervisor:
             limits=Limits(start_timeout_s=5, shutdown_timeout_s=5, max_daemon_restarts=1),
         )
     )
+
+
+def test_a_daemon_that_dies_at_each_start_is_given_time(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a full file system: some seconds of that must not use up the restarts."""
+    clock, deaths = [1000.0], []
+
+    def reap(_: float) -> None:
+        if (child := supervisor.children["daemon"]).alive:
+            child.end(1 << 8)
+            deaths.append(clock[0])
+
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(supervisor, "_wait", reap)
+    supervisor._daemon_restarts.limit = ServeOptions.max_daemon_restarts
+    supervisor._start(supervisor.launch.daemon)
+    supervisor._ready = True
+
+    def live() -> None:
+        while True:
+            supervisor._step()
+            clock[0] += 0.25
+            assert clock[0] < (supervisor._daemon_due or 0), "the workers have not been waited for yet"
+
+    with pytest.raises(PeerLost, match="as many as --max-daemon-restarts allows"):
+        live()
+    assert [round(after - before) for before, after in pairwise(deaths)] == [0, 1, 2, 4, 8]
+    supervisor._relay.close()
+
+
+def test_shared_memory_is_remembered_as_long_as_it_is_there(
+    supervisor: Supervisor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lasting, passing = tmp_path / "lasting", tmp_path / "passing"
+    lasting.touch()
+    passing.touch()
+    mapped = {lasting, passing}
+    monkeypatch.setattr(supervisor, "_tree", lambda: [1])
+    monkeypatch.setattr(residue, "snapshot", lambda pids: mapped if pids else set())
+    supervisor._observe(every_s=0.0)
+    assert supervisor._shm == {lasting, passing}
+    mapped = set()
+    passing.unlink()
+    supervisor._observe(every_s=0.0)
+    assert supervisor._shm == {lasting}, "its process may be dead"
 
 
 def test_a_launcher_that_gives_up_leaves_a_record(

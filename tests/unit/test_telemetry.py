@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +33,7 @@ def restored() -> Iterator[None]:
     loggers = {name: logging.getLogger(name) for name in telemetry.ROOTS}
     before = {name: (x.handlers[:], x.level, x.propagate) for name, x in loggers.items()}
     flight._events.clear()
+    telemetry.stand(epoch=None, version=None)  # a test before this module may have stood somewhere
     yield
     sys.excepthook, threading.excepthook = hooks
     flight._who = who
@@ -51,7 +53,10 @@ def test_a_line_says_who_and_about_what(
     monkeypatch.delenv("BRIDGE_LOG_FORMAT", raising=False)
     telemetry.configure(role="updater", rank=1)
     logging.getLogger("bridge.x").info("%d bytes", 3)
-    assert f"[bridge updater rank 1 pid {os.getpid()}] 3 bytes" in said(capsys)
+    level, _, rest = said(capsys).partition(" ")
+    when, _, rest = rest.partition(" [")
+    assert (level, rest) == ("INFO", f"bridge updater rank 1 pid {os.getpid()}] 3 bytes\n")
+    assert abs(datetime.now() - datetime.strptime(when, "%Y-%m-%d %H:%M:%S")) < timedelta(minutes=1)
     telemetry.stand(epoch=3, version=7)
     logging.getLogger("bridge.x").info("more")
     assert f"[bridge updater rank 1 pid {os.getpid()} epoch 3 version 7] more" in said(capsys)

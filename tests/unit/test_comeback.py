@@ -1,0 +1,34 @@
+"""How often what died is started again, and after which pause."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from launch import comeback
+from launch.comeback import Restarts
+
+
+def test_the_pause_grows_until_the_cause_is_gone() -> None:
+    restarts = Restarts("the daemon", 9)
+    assert [restarts.take() for _ in range(8)] == [0, 1, 2, 4, 8, 16, 30, 30]
+    restarts.ready()
+    assert restarts.take() == 30, "it may be ready and die again"
+    assert restarts.used_up
+    restarts.ready(cured=True)
+    assert restarts.used_up, "a pause less, no restart more"
+    assert [restarts.take(), restarts.take()] == [0, 1]
+
+
+def test_a_long_life_is_a_new_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    restarts = Restarts("vLLM", 2)
+    assert [restarts.take(), restarts.take()] == [0, 1]
+    restarts.ready()
+    restarts.forgive()
+    assert restarts.used_up
+    later = time.monotonic() + comeback.FORGIVEN_AFTER_S + 1
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    restarts.forgive()
+    assert not restarts.used_up
+    assert restarts.take() == 0
