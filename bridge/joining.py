@@ -33,6 +33,7 @@ from bridge.protocol.messages import PROTOCOL_VERSION
 from bridge.wire import nccl, peer_memory, rendezvous
 from bridge.wire.device_memory import DeviceNonce
 from bridge.wire.meeting import Meeting
+from bridge.wire.stores import GRACE_S
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def ask_admission(
         except Exception as err:  # noqa: BLE001 - raised below; until then the other ranks wait for us
             failure = err
     # The others wait for all the steps of a try: connecting, a greeting of two, asking, the answer.
-    session = _agree(session, ranks, timeout_s=config.ranks_timeout_s + 5 * timeout_s)
+    session = _agree(session, ranks, timeout_s=config.ranks_timeout_s + 5 * (timeout_s + GRACE_S))
     if failure is not None:
         raise failure
     if not session:

@@ -10,6 +10,7 @@ with its key: nobody without the secret can say where memory is to be read, and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 import blake3
@@ -46,6 +47,7 @@ class Meeting:
         self._mapping = mapping
         self._epoch = epoch
         self._timeout_s = timeout_s
+        store.set_timeout(timedelta(seconds=timeout_s))  # whatever it was for whoever asked to be let in
         self._secret = mapping.rendezvous.secret if mapping.rendezvous is not None else ""
         self._plans: dict[str, tuple[Plan, tuple[Layout, ...], Round]] = {}
         self._published: set[bytes] = set()
