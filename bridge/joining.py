@@ -30,7 +30,7 @@ from bridge.errors import (
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import Mapping, Rendezvous
 from bridge.protocol.messages import PROTOCOL_VERSION
-from bridge.wire import nccl, peer_memory, rendezvous
+from bridge.wire import nccl, peer_memory, rendezvous, sockets
 from bridge.wire.device_memory import DeviceNonce
 from bridge.wire.meeting import Meeting
 from bridge.wire.stores import GRACE_S
@@ -262,7 +262,10 @@ def _own_group(timeout_s: float) -> dist.ProcessGroup:
     global _beside
     world = dist.group.WORLD
     if _beside is None or _beside[0] is not world:
+        before = sockets.opened()
         _beside = (world, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)))
+        # A network that is away between two broadcasts is waited for as long as a rank is.
+        sockets.keep_alive(before, lost_after_s=timeout_s)
     return _beside[1]
 
 

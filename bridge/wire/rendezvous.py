@@ -371,6 +371,7 @@ def make_group(
     options = gloo._Options()
     options._devices = [gloo.create_device(hostname=address)]
     options._timeout = timedelta(seconds=timeout_s)
+    before = sockets.opened()
     try:
         store.set(f"{prefix}/came/{rank}", "")
         group = _form(store, prefix, lambda prefixed: gloo(prefixed, rank, size, options), timeout_s)
@@ -379,6 +380,7 @@ def make_group(
             f"group {prefix!r} of {size} ranks did not form within {timeout_s:g} s ({named(rank)} on "
             f"{socket.gethostname()}): {_missing(store, prefix, size, named)}{first_line(err)}"
         ) from err
+    sockets.keep_alive(before)  # of the data group, nothing goes through it between two rounds
     return group
 
 

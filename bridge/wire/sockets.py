@@ -13,6 +13,11 @@ import stat
 from collections.abc import Callable, Collection, Container, Iterator
 from pathlib import Path
 
+# Address translation and firewalls forget flows that are idle; the hastiest in use, after a minute or more.
+KEEPALIVE_IDLE_S = 30
+KEEPALIVE_INTERVAL_S = 10
+LOST_AFTER_S = 90.0  # an idle flow that nothing answers any more for so long is found broken by its next user
+_MOST_PROBES = 127  # the system's limit
 # Without the second, a user's ``socket.setdefaulttimeout`` would alter the socket that is looked at.
 _AS_IT_IS = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
 
@@ -43,6 +48,21 @@ def connections(which: Callable[[int], bool]) -> Iterator[socket.socket]:
             if one.proto == socket.IPPROTO_TCP:
                 one.getpeername()
                 yield one
+
+
+def keep_alive(since: Collection[int], *, lost_after_s: float = LOST_AFTER_S) -> None:
+    """Have the system ask after the other end of new connections while they are idle.
+
+    It answers even while the process there stands still. One that does not for ``lost_after_s`` seconds
+    breaks the connection.
+    """
+    probes = max(1, min(_MOST_PROBES, round((lost_after_s - KEEPALIVE_IDLE_S) / KEEPALIVE_INTERVAL_S)))
+    for connection in connections(lambda inode: inode not in since):
+        with contextlib.suppress(OSError):  # broken by now, as its user will learn
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, probes)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
 def await_hang_up(host: str, port: int, *, connect_s: float, limit_s: float) -> None:

@@ -80,6 +80,7 @@ class DaemonStore:
         )
         ours = self._sockets()
         self._sockets = lambda: ours
+        sockets.keep_alive(before)
 
     def _run(self, operation: Callable[[], T], what: str, limit_s: float) -> T:
         """``operation``'s result, or what it raises.
