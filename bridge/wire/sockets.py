@@ -53,10 +53,11 @@ def connections(which: Callable[[int], bool]) -> Iterator[socket.socket]:
 def keep_alive(since: Collection[int], *, lost_after_s: float = LOST_AFTER_S) -> None:
     """Have the system ask after the other end of new connections while they are idle.
 
-    It answers even while the process there stands still. One that does not for ``lost_after_s`` seconds
-    breaks the connection.
+    It answers even while the process there stands still. One that does not for ``lost_after_s`` seconds,
+    or ``LOST_AFTER_S`` if those are more, breaks the connection.
     """
-    probes = max(1, min(_MOST_PROBES, round((lost_after_s - KEEPALIVE_IDLE_S) / KEEPALIVE_INTERVAL_S)))
+    unanswered_s = max(lost_after_s, LOST_AFTER_S) - KEEPALIVE_IDLE_S
+    probes = max(1, min(_MOST_PROBES, round(unanswered_s / KEEPALIVE_INTERVAL_S)))
     for connection in connections(lambda inode: inode not in since):
         with contextlib.suppress(OSError):  # broken by now, as its user will learn
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
