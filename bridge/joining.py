@@ -30,9 +30,10 @@ from bridge.errors import (
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import Mapping, Rendezvous
 from bridge.protocol.messages import PROTOCOL_VERSION
-from bridge.wire import nccl, peer_memory, rendezvous
+from bridge.wire import nccl, peer_memory, rendezvous, sockets
 from bridge.wire.device_memory import DeviceNonce
 from bridge.wire.meeting import Meeting
+from bridge.wire.stores import GRACE_S
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def ask_admission(
         except Exception as err:  # noqa: BLE001 - raised below; until then the other ranks wait for us
             failure = err
     # The others wait for all the steps of a try: connecting, a greeting of two, asking, the answer.
-    session = _agree(session, ranks, timeout_s=config.ranks_timeout_s + 5 * timeout_s)
+    session = _agree(session, ranks, timeout_s=config.ranks_timeout_s + 5 * (timeout_s + GRACE_S))
     if failure is not None:
         raise failure
     if not session:
@@ -261,7 +262,10 @@ def _own_group(timeout_s: float) -> dist.ProcessGroup:
     global _beside
     world = dist.group.WORLD
     if _beside is None or _beside[0] is not world:
+        before = sockets.opened()
         _beside = (world, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)))
+        # A network that is away between two broadcasts is waited for as long as a rank is.
+        sockets.keep_alive(before, lost_after_s=timeout_s)
     return _beside[1]
 
 

@@ -10,6 +10,7 @@ with its key: nobody without the secret can say where memory is to be read, and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 import blake3
@@ -25,7 +26,8 @@ from bridge.wire.rendezvous import Store, fetch, seal, unseal
 
 T = TypeVar("T")
 KEPT_PLANS = 4  # a training run has one, or two; but each patch has one of its own
-KEPT_PATCHES = 2  # by the second round behind a patch's, every rank has read its layout
+# By the second round behind a layout's, every rank has read it. Patches hardly come again; others may.
+KEPT_PATCHES, KEPT_LAYOUTS = 2, KEPT_PLANS
 
 
 class Round(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,10 +47,12 @@ class Meeting:
         self._mapping = mapping
         self._epoch = epoch
         self._timeout_s = timeout_s
+        store.set_timeout(timedelta(seconds=timeout_s))  # whatever it was for whoever asked to be let in
         self._secret = mapping.rendezvous.secret if mapping.rendezvous is not None else ""
         self._plans: dict[str, tuple[Plan, tuple[Layout, ...], Round]] = {}
         self._published: set[bytes] = set()
         self._patches: list[bytes] = []
+        self._layouts: list[bytes] = []
         self._parts: list[str] = []
         self._last: tuple[Layout | None, bytes] = (None, b"")
 
@@ -86,14 +90,14 @@ class Meeting:
         if digest not in self._published:
             self._set(self._key("layout", digest.hex()), layout)
             self._published.add(digest)
-        if layout.patches:
-            self._forget_patches(digest)
+        self._forget_layouts(layout, digest)
         self._last = layout, digest
         return digest
 
-    def _forget_patches(self, latest: bytes) -> None:
-        """Let the daemon's store go of earlier patches: they are as many as rounds, and hardly come again."""
-        for old in _outlived(self._patches, latest):
+    def _forget_layouts(self, layout: Layout, latest: bytes) -> None:
+        """Let the daemon's store go of earlier ones: patches and rounds of parts may each have their own."""
+        kept, count = (self._patches, KEPT_PATCHES) if layout.patches else (self._layouts, KEPT_LAYOUTS)
+        for old in _outlived(kept, latest, count):
             self._published.discard(old)
             self._delete(self._key("layout", old.hex()))
 
@@ -123,8 +127,8 @@ class Meeting:
         return joint
 
     def _forget_parts(self, latest: str) -> None:
-        """As ``_forget_patches``, of the joint layouts of parts."""
-        for old in _outlived(self._parts, latest):
+        """As ``_forget_layouts``, of the joint layouts of parts."""
+        for old in _outlived(self._parts, latest, KEPT_PATCHES):
             self._delete(self._key("round", old))
 
     def plan(self, joint: str) -> tuple[Plan, tuple[Layout, ...], Round]:
@@ -164,9 +168,9 @@ class Meeting:
         return self._get(self._key("links", inference), what, list[str])
 
 
-def _outlived(kept: list[T], latest: T) -> list[T]:
-    """Put ``latest`` last among ``kept``; those that are one too many come out, and are returned."""
+def _outlived(kept: list[T], latest: T, count: int) -> list[T]:
+    """Put ``latest`` last among ``kept``; those beyond ``count`` come out, and are returned."""
     kept[:] = [*(known for known in kept if known != latest), latest]
-    old = kept[:-KEPT_PATCHES]
-    del kept[:-KEPT_PATCHES]
+    old = kept[:-count]
+    del kept[:-count]
     return old

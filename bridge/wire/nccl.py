@@ -21,7 +21,8 @@ import torch.distributed as dist
 from bridge.errors import BridgeError, PeerLost
 from bridge.wire import cuda
 from bridge.wire.device_memory import DeviceWhereabouts
-from bridge.wire.rendezvous import PrefixStore, Store, first_line
+from bridge.wire.rendezvous import first_line
+from bridge.wire.stores import PrefixStore, Store, TorchStore, raw
 
 # What torch reads when a group is made: whether an error ends the process, whether waits block, and whether
 # errors are looked into, which turns the first on again.
@@ -54,7 +55,7 @@ class Pair:
 
     def __init__(
         self,
-        store: Store,
+        store: TorchStore,
         *,
         device: torch.device,
         is_trainer: bool,
@@ -101,7 +102,7 @@ class Pair:
                 "--transport gloo does without NCCL"
             )
 
-    def _form(self, store: Store, timeout_s: float) -> None:
+    def _form(self, store: TorchStore, timeout_s: float) -> None:
         try:
             cuda.use(self.device)
             kind: Any = dist.ProcessGroupNCCL
@@ -143,9 +144,9 @@ class Pair:
             self._backend = self._group = None
 
 
-def store_of(store: Store, epoch: int, trainer: int, inference: int) -> Store:
+def store_of(store: Store, epoch: int, trainer: int, inference: int) -> TorchStore:
     """Where the two ends of one lane find each other."""
-    return PrefixStore(f"e{epoch}/nccl/{trainer}-{inference}", store)
+    return PrefixStore(f"e{epoch}/nccl/{trainer}-{inference}", raw(store))
 
 
 @contextlib.contextmanager

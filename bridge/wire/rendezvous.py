@@ -14,10 +14,8 @@ import hashlib
 import hmac
 import logging
 import os
-import queue
 import re
 import socket
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -29,13 +27,11 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-# torch.distributed exports the stores, but does not say so to type checkers.
-from torch.distributed import PrefixStore as PrefixStore  # type: ignore[attr-defined]
-from torch.distributed import Store as Store  # type: ignore[attr-defined]
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
 from bridge.errors import RendezvousError, RendezvousRefused
 from bridge.protocol.decoding import UNREADABLE
+from bridge.wire import sockets
+from bridge.wire.stores import GRACE_S, DaemonStore, PrefixStore, TCPStore, raw
+from bridge.wire.stores import Store as Store
 
 MAX_REQUEST_BYTES = 1 << 16  # some hundred, in fact; whoever reaches the port can write any number of them
 MAX_RANKS = 1 << 16
@@ -184,59 +180,26 @@ def serve_store(host: str, port: int) -> TCPStore:
         ) from err
 
 
-def reach_store(host: str, port: int, *, timeout_s: float) -> TCPStore:
+def reach_store(host: str, port: int, *, timeout_s: float) -> DaemonStore:
     """Connect to a daemon's store.
 
     Raises:
         RendezvousError: nobody answers there within ``timeout_s`` seconds.
     """
+    limit_s = min(timeout_s, GREETING_TIMEOUT_S)
     try:
         # The store's own connect retries for long after its timeout; a plain connect answers at once. Behind
-        # one that was answered it has little to wait for, but for a daemon that is dying: the next one is
-        # elsewhere, and whoever asks must look for it there.
-        socket.create_connection((host, port), timeout=timeout_s).close()
-        store = _greet(host, port, min(timeout_s, GREETING_TIMEOUT_S))
-        store.set_timeout(timedelta(seconds=timeout_s))
-        return store
+        # one that was answered it has little to wait for, but for a daemon that is dying or stopped: the next
+        # one is elsewhere, and whoever asks must look for it there.
+        sockets.await_hang_up(host, port, connect_s=timeout_s, limit_s=limit_s)
+        store = DaemonStore(host, port, timeout_s=limit_s)
     except (OSError, RuntimeError) as err:
         raise RendezvousError(
             f"no weight-updater daemon answers at {host}:{port} within {timeout_s:g} s: {first_line(err)}; "
             "is the server up, and is this its present mapping file?"
         ) from err
-
-
-def _greet(host: str, port: int, timeout_s: float) -> TCPStore:
-    """A client of the store, in a thread of its own: behind a daemon that is stopped it waits for ever.
-
-    The thread ends with that daemon.
-
-    Raises:
-        TimeoutError: nothing was heard.
-        RuntimeError: torch's; it was hung up on.
-    """
-    made: queue.SimpleQueue[TCPStore | Exception] = queue.SimpleQueue()
-
-    def connect() -> None:
-        try:
-            made.put(
-                TCPStore(
-                    host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
-                )
-            )
-        except Exception as err:  # noqa: BLE001 - raised by who waits
-            made.put(err)
-
-    threading.Thread(target=connect, name="bridge-greeting", daemon=True).start()
-    limit_s = 2 * timeout_s  # its own retries take longer than it was told
-    try:
-        found = made.get(timeout=limit_s)
-    except queue.Empty:
-        raise TimeoutError(
-            f"the connection was taken, and then nothing was heard for {limit_s:g} s; is the daemon stopped?"
-        ) from None
-    if isinstance(found, Exception):
-        raise found
-    return found
+    store.set_timeout(timedelta(seconds=timeout_s))
+    return store
 
 
 def first_line(err: BaseException) -> str:
@@ -349,12 +312,12 @@ def await_offer(store: Store, session: str, secret: str, *, timeout_s: float) ->
     return unseal(data, secret, Offer)
 
 
-def next_loan(store: Store, *, secret: str) -> Loan | None:
+def next_loan(store: TCPStore, *, secret: str) -> Loan | None:
     """As ``next_request``, of the other queue."""
     return _next(store, LOANS, secret, Loan)
 
 
-def next_request(store: Store, *, secret: str) -> Request | None:
+def next_request(store: TCPStore, *, secret: str) -> Request | None:
     """Take the oldest request, or None if there is none; does not wait.
 
     Raises:
@@ -363,7 +326,7 @@ def next_request(store: Store, *, secret: str) -> Request | None:
     return _next(store, REQUESTS, secret, Request)
 
 
-def _next(store: Store, line: str, secret: str, kind: type[T]) -> T | None:
+def _next(store: TCPStore, line: str, secret: str, kind: type[T]) -> T | None:
     if not store.queue_len(line):
         return None
     try:
@@ -408,15 +371,24 @@ def make_group(
     options = gloo._Options()
     options._devices = [gloo.create_device(hostname=address)]
     options._timeout = timedelta(seconds=timeout_s)
+    before = sockets.opened()
     try:
         store.set(f"{prefix}/came/{rank}", "")
-        group: Group = gloo(PrefixStore(prefix, store), rank, size, options)
+        group = _form(store, prefix, lambda prefixed: gloo(prefixed, rank, size, options), timeout_s)
     except RuntimeError as err:
         raise RendezvousError(
             f"group {prefix!r} of {size} ranks did not form within {timeout_s:g} s ({named(rank)} on "
             f"{socket.gethostname()}): {_missing(store, prefix, size, named)}{first_line(err)}"
         ) from err
+    sockets.keep_alive(before)  # of the data group, nothing goes through it between two rounds
     return group
+
+
+def _form(store: Store, prefix: str, make: Callable[[PrefixStore], Group], timeout_s: float) -> Group:
+    if not isinstance(store, DaemonStore):
+        return make(PrefixStore(prefix, raw(store)))
+    limit_s = 2 * timeout_s + GRACE_S  # Gloo waits for the others to come, and then for connections to them
+    return store.within(lambda raw: make(PrefixStore(prefix, raw)), f"forming {prefix}", limit_s=limit_s)
 
 
 def _missing(store: Store, prefix: str, size: int, named: Callable[[int], str]) -> str:

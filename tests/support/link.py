@@ -13,9 +13,11 @@ import ctypes
 import fcntl
 import heapq
 import json
+import math
 import os
 import random
 import select
+import socket
 import struct
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from typing import Any
 from tests.support.serving import environment, wait_until
 
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI, _CLONE_NEWNET = 0x400454CA, 0x0001, 0x1000, 0x40000000
+_SYN = 2
 REPO = Path(__file__).parents[2]
 
 
@@ -53,10 +56,19 @@ class Link:
         )  # fmt: skip
         wait_until("the link", self._count.exists, timeout_s=60)
 
-    def set(self, *, delay_s: float = 0.0, loss: float = 0.0, cut_after: int = -1) -> None:
-        """From now on packets come ``delay_s`` late, a share ``loss`` never, after so many none at all."""
+    def set(
+        self, *, delay_s: float = 0.0, loss: float = 0.0, cut_after: int = -1, forgets_s: float = math.inf
+    ) -> None:
+        """From now on packets come ``delay_s`` late, a share ``loss`` never, after so many none at all.
+
+        As firewalls do, it forgets TCP connections that are idle for ``forgets_s``, and carries nothing of
+        those any more.
+        """
         self._number += 1
-        order = {"number": self._number, "delay_s": delay_s, "loss": loss, "cut_after": cut_after}
+        order = {
+            "number": self._number, "delay_s": delay_s, "loss": loss, "cut_after": cut_after,
+            "forgets_s": forgets_s,
+        }  # fmt: skip
         partial = self._order.with_suffix(".new")
         partial.write_text(json.dumps(order))
         partial.replace(self._order)
@@ -111,6 +123,26 @@ def _open(namespace: str, ours_at: str, theirs_at: str) -> tuple[int, int]:
     return ours, theirs
 
 
+class _Flows:
+    """The TCP connections that a firewall knows."""
+
+    def __init__(self) -> None:
+        self._seen: dict[frozenset[bytes], float] = {}
+
+    def knows(self, packet: bytes, forgets_s: float) -> bool:
+        """Whether a packet is of a connection that is known, if of any; it keeps that one from being idle."""
+        if packet[0] >> 4 != 4 or packet[9] != socket.IPPROTO_TCP:
+            return True
+        tcp = (packet[0] & 15) * 4
+        ports = packet[tcp : tcp + 2], packet[tcp + 2 : tcp + 4]
+        flow = frozenset((packet[12:16] + ports[0], packet[16:20] + ports[1]))
+        now, begins = time.monotonic(), packet[tcp + 13] & _SYN
+        if not begins and now - self._seen.get(flow, -math.inf) > forgets_s:
+            return False
+        self._seen[flow] = now
+        return True
+
+
 def carry(namespace: str, directory: Path, *addresses: str) -> None:
     """Carry packets for ever between this end's address and the other's."""
     ours, theirs = _open(namespace, *addresses)
@@ -118,7 +150,7 @@ def carry(namespace: str, directory: Path, *addresses: str) -> None:
     order: dict[str, Any] = {"number": 0}
     count = {"number": 0, "carried": 0, "late": 0, "lost": 0}
     waiting: list[tuple[float, int, int, bytes]] = []
-    looked_at, serial = 0.0, 0
+    looked_at, serial, flows = 0.0, 0, _Flows()
     while True:
         now = time.monotonic()
         if now - looked_at > 0.02:
@@ -134,7 +166,8 @@ def carry(namespace: str, directory: Path, *addresses: str) -> None:
         for fd in select.select([ours, theirs], [], [], pause)[0]:
             packet = os.read(fd, 1 << 16)
             cut = 0 <= order.get("cut_after", -1) <= count["carried"]
-            if cut or random.random() < order.get("loss", 0.0):
+            known = flows.knows(packet, order.get("forgets_s", math.inf))
+            if cut or not known or random.random() < order.get("loss", 0.0):
                 count["lost"] += 1
                 continue
             delay_s = order.get("delay_s", 0.0)

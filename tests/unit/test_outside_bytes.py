@@ -333,7 +333,7 @@ def test_a_store_outlives_what_strangers_write_to_its_port() -> None:
             stranger.shutdown(socket.SHUT_WR)
             stranger.settimeout(0.3)
             stranger.recv(64)
-    stranger = rendezvous.reach_store("127.0.0.1", store.port, timeout_s=5)
+    stranger = rendezvous.reach_store("127.0.0.1", store.port, timeout_s=5).raw
     lines = ("ticket", rendezvous.REQUESTS, rendezvous.LOANS)  # the first as earlier releases had it
     for key in lines:  # a store hangs up on whoever adds to what is no number
         stranger.set(key, b"abc")  # type: ignore[arg-type]

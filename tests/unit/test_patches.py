@@ -18,7 +18,7 @@ from bridge.protocol.mapping import Mapping
 from bridge.protocol.plan import build_plan
 from bridge.sharding import LocalShards
 from bridge.wire import rendezvous
-from bridge.wire.meeting import KEPT_PATCHES, KEPT_PLANS, Meeting
+from bridge.wire.meeting import KEPT_LAYOUTS, KEPT_PATCHES, KEPT_PLANS, Meeting
 from tests.support.mappings import MISSING, SOURCES, half_of, parallel_mapping, run_copies
 
 NAMES = list(SOURCES)
@@ -217,3 +217,24 @@ def test_a_run_of_patches_leaves_no_layouts_or_plans_behind() -> None:
     assert kept == [digests[0], digests[3], digests[7]]
     assert len(kept) == KEPT_PATCHES + 1
     assert len(trainer._plans) == len(updater._plans) == KEPT_PLANS
+
+
+def test_rounds_of_ever_other_parameters_leave_no_layouts_behind() -> None:
+    """Of two trainer ranks; and all of the rounds come again."""
+    mapping = parallel_mapping(1)
+    store = rendezvous.serve_store("127.0.0.1", 0)
+    trainers = [Meeting(store, mapping, epoch=1, timeout_s=5) for _ in range(2)]
+    updater = Meeting(store, mapping, epoch=1, timeout_s=5)
+    whole = state()
+    subsets = [NAMES[:1], NAMES[1:3], *([name] for name in NAMES[3:8]), NAMES[:2], NAMES]
+    published = []
+    for names in [*subsets, *subsets]:
+        shards = collected(mapping, [(name, whole[name]) for name in names], world_size=2)
+        digests = [end.publish_layout(s.layout) for end, s in zip(trainers, shards, strict=True)]
+        joint = trainers[0].publish_round(
+            digests, partial=shards[0].partial, encoding="dense", bucket_bytes=1 << 20
+        )
+        assert len({end.plan(joint)[0].digest for end in (*trainers, updater)}) == 1
+        assert len([key for key in store.list_keys() if "/layout/" in key]) <= 2 * KEPT_LAYOUTS
+        published += digests
+    assert store.check([f"e1/layout/{digest.hex()}" for digest in published[-2 * KEPT_LAYOUTS :]])
