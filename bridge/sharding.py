@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.distributed.tensor.placement_types import Shard as ShardPlacement
@@ -113,9 +114,8 @@ class _Boxes:
             return [_Piece(box, box)]
         key = (tuple(tensor.shape), id(tensor.device_mesh), tensor.placements)
         if key not in self._known:
-            coordinate = tensor.device_mesh.get_coordinate()
-            sizes = tuple(tensor.device_mesh.shape)
-            self._known[key] = _pieces(tuple(tensor.shape), tensor.placements, sizes, coordinate)
+            sizes, place = tuple(tensor.device_mesh.shape), _place_in(tensor.device_mesh)
+            self._known[key] = _pieces(tuple(tensor.shape), tensor.placements, sizes, place)
         pieces = self._known[key]
         if isinstance(pieces, str):
             return pieces
@@ -124,6 +124,17 @@ class _Boxes:
         if pieces and (extent := tuple(map(sum, zip(*pieces[-1].within, strict=True)))) != tuple(local.shape):
             return f"holds a local shard of shape {tuple(local.shape)}, but its placements give {extent}"
         return pieces
+
+
+def _place_in(mesh: DeviceMesh) -> tuple[int, ...] | None:
+    """Which shard is this rank's, along each dimension of the mesh; None if it is not in it.
+
+    As collectives count, by which shards are made and gathered. torch sorts a group's ranks, so where those
+    of a mesh do not ascend its coordinates are others.
+    """
+    if mesh.get_coordinate() is None:
+        return None
+    return tuple(mesh.get_local_rank(dim) for dim in range(mesh.ndim))
 
 
 @dataclass(frozen=True)
@@ -138,25 +149,34 @@ def _pieces(
     shape: tuple[int, ...],
     placements: Sequence[Placement],
     mesh_sizes: Sequence[int],
-    coordinate: Sequence[int] | None,
+    place: Sequence[int] | None,
 ) -> list[_Piece] | str:
-    """Cut index ranges by torch's own rules, and see which runs of them are left at ``coordinate``.
+    """Cut index ranges by torch's own rules, and see which runs of them are left at ``place`` in the mesh.
 
     As a rule one; where several tensors are packed in one and each is cut (transformers' packed_colwise), one
     run of each.
     """
-    if coordinate is None:  # this rank is not in the mesh
+    if place is None:  # this rank is not in the mesh
         return []
     ranges: dict[int, torch.Tensor] = {}
+    strided: set[int] = set()
     for mesh_dim, placement in enumerate(placements):
         if placement.is_replicate():
             continue
         if not isinstance(placement, (ShardPlacement, _StridedShard)):
             return f"is placed as {placement}, which leaves no rank with its values; redistribute it first"
-        dim = placement.dim
-        whole = ranges.get(dim, torch.arange(shape[dim]).reshape([1] * dim + [-1]))
+        dim = placement.dim % len(shape)  # torch leaves a strided one's negative
+        if isinstance(placement, _StridedShard):
+            if dim in strided:  # as FSDP2 over packed rows; torch's own full_tensor() mixes them then
+                return (
+                    f"is placed as {tuple(placements)}, which cuts dimension {dim} twice in strides and does "
+                    "not say in which order; cut another one (shard_placement_fn of fully_shard)"
+                )
+            strided.add(dim)
+        alone = [-1 if d == dim else 1 for d in range(len(shape))]
+        whole = ranges.get(dim, torch.arange(shape[dim]).reshape(alone))
         parts, _ = placement._split_tensor(whole, mesh_sizes[mesh_dim], with_padding=False, contiguous=False)
-        ranges[dim] = parts[coordinate[mesh_dim]]
+        ranges[dim] = parts[place[mesh_dim]]
     runs = [[(0, 0, extent)] for extent in shape]
     for dim, kept in ranges.items():
         runs[dim] = _runs(kept.flatten().tolist())

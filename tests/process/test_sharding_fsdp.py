@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -276,6 +276,42 @@ def mesh_2d(path: Path) -> None:
         check_whole(model, reference)
 
 
+def any_order(path: Path) -> None:
+    """Meshes whose ranks do not ascend: torch's groups sort them, so coordinates are not shards' numbers."""
+    for order in ([0, 1, 3, 2], [3, 2, 1, 0], [2, 0, 3, 1]):
+        model = seeded()
+        fully_shard(model, mesh=DeviceMesh("cpu", order))
+        check_whole(model, seeded())
+    sizes = {"hidden": 8, "inner": 12, "vocab": 16}  # torch itself errs there where a dimension is uneven
+    for grid in ([[1, 0], [3, 2]], [[2, 0], [3, 1]], [[3, 2], [1, 0]]):
+        mesh = DeviceMesh("cpu", grid, mesh_dim_names=("a", "b"))
+        model = seeded(**sizes)
+        fully_shard(model, mesh=mesh)  # HSDP
+        check_whole(model, seeded(**sizes))
+        model = seeded(**sizes)
+        parallelize_module(model, mesh["b"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        fully_shard(model, mesh=mesh["a"])
+        check_whole(model, seeded(**sizes))
+        for placements in ((Shard(0), Shard(1)), (Shard(1), Replicate()), (Replicate(), Shard(0))):
+            model = nn.Module()
+            model.weight = nn.Parameter(distribute_tensor(seeded(**sizes).up.weight, mesh, placements))
+            reference = nn.Module()
+            reference.weight = seeded(**sizes).up.weight
+            check_whole(model, reference)
+
+
+def cut_twice_in_strides(path: Path) -> None:
+    """FSDP2 over packed_colwise: torch cannot tell its own shards' order, which full_tensor() shows."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    whole = torch.arange(96.0).reshape(16, 6)
+    model = nn.Module()
+    model.weight = nn.Parameter(distribute_tensor(whole, mesh["tp"], [_StridedShard(0, split_factor=2)]))
+    fully_shard(model, mesh=mesh["dp"])
+    assert not torch.equal(model.weight.full_tensor(), whole)
+    with pytest.raises(MappingError, match=r"weight: .* cuts dimension 0 twice in strides.*cut another one"):
+        collect(model, identity_mapping(("checkpoint", {"weight": (16, 6)})), rank=dist.get_rank())
+
+
 def refusals(path: Path) -> None:
     rank = dist.get_rank()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -447,7 +483,8 @@ def assert_within(event: threading.Event) -> None:
         (fsdp_uneven, 2), (fsdp_uneven, 3), (fsdp_uneven, 4), (fsdp_mixed_precision, 2), (fsdp_offloaded, 2),
         (fsdp_tied, 2), (fsdp_dim1, 2), (packed, 2), (fsdp_in_metas_order, 5),
         (declared, 2), (declared, 4), (wrapped, 2),
-        (hsdp, 4), (tensor_parallel, 2), (fsdp_and_tensor_parallel, 4), (mesh_2d, 4), (refusals, 2),
+        (hsdp, 4), (tensor_parallel, 2), (fsdp_and_tensor_parallel, 4), (mesh_2d, 4), (any_order, 4),
+        (cut_twice_in_strides, 4), (refusals, 2),
         (data_parallel, 2), (single, 2), (guarded_step, 2), (handed_over, 2), (handed_over, 3),
         (one_knows_that_the_epoch_is_over, 2), (one_knows_that_the_epoch_is_over, 4),
         (meeting_anew, 2), (one_is_gone, 2),
