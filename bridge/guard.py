@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -45,6 +45,17 @@ class Guarded:
         return made
 
 
+class Reader(Protocol):
+    """Whatever reads the weights."""
+
+    @property
+    def free(self) -> bool:
+        """Whether they may change."""
+
+    def wait_released(self) -> None:
+        """Wait until they may; what it raises comes out of ``optimizer.step()``."""
+
+
 class StepGuard:
     """While in force, an optimizer over any of the parameters waits before it steps.
 
@@ -55,7 +66,7 @@ class StepGuard:
     def __init__(
         self,
         guarded: Guarded,
-        wait: Callable[[], None],
+        reader: Reader,
         *,
         module: nn.Module | None = None,
         holding: Iterable[torch.Tensor] = (),
@@ -64,14 +75,14 @@ class StepGuard:
 
         Args:
             guarded: the weights that are being read.
-            wait: returns when they have been; what it raises comes out of ``optimizer.step()``.
+            reader: whoever reads them, and is waited for.
             module: its ``load_state_dict`` waits too.
             holding: what is kept alive meanwhile, so that no other object can get one of their ids.
         """
         global _active, _installed
         self._guarded = guarded
         self._holding = tuple(holding)
-        self._wait = wait
+        self._reader = reader
         self._module_hook = (
             None if module is None else module.register_load_state_dict_pre_hook(self._before_load)  # type: ignore[no-untyped-call]
         )
@@ -93,7 +104,7 @@ class StepGuard:
         return any(id(p) in guarded.ids for p in held) or any(_address(p) in guarded.storages for p in held)
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """Wait if ``optimizer`` is concerned; the guard is spent then, even if the wait raises."""
+        """Wait if ``optimizer`` is concerned; the guard is spent then, even if the round has failed."""
         if self.active and self.guards(optimizer):
             self._finish()
 
@@ -103,9 +114,10 @@ class StepGuard:
 
     def _finish(self) -> None:
         try:
-            self._wait()
+            self._reader.wait_released()
         finally:
-            self._deactivate()
+            if self._reader.free:  # else a signal cut the wait short, and the next step must wait again
+                self._deactivate()
 
     def _deactivate(self) -> None:
         global _active

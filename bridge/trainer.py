@@ -507,9 +507,7 @@ class Bridge:
             _refuse(servers, str(err))
             raise
         guarded = Guarded.together([guarded for _, guarded in found])
-        self._pending = PendingBroadcast(
-            job, StepGuard(guarded, job.wait_released, module=module, holding=holding)
-        )
+        self._pending = PendingBroadcast(job, StepGuard(guarded, job, module=module, holding=holding))
         if not blocking:
             return self._pending
         receipt = self._pending.wait()
@@ -527,7 +525,7 @@ class Bridge:
 
     def _finish_pending(self) -> None:
         """Wait for a broadcast that was left under way; raise its error unless its caller has seen it."""
-        pending, self._pending = self._pending, None
+        pending = self._pending
         if pending is None:
             return
         seen = pending._job.seen
@@ -538,6 +536,9 @@ class Bridge:
                 raise
         else:
             self._fleet.remember(receipt)
+        finally:
+            if pending.done:  # else a signal cut the wait short, and it is under way still
+                self._pending = None
 
     def miss(self, reason: str) -> None:
         """Take no part in the broadcast that the other ranks make; called in its place on this rank.
@@ -580,10 +581,13 @@ class Bridge:
         Raises:
             BridgeError: a broadcast with ``blocking=False`` failed, and nobody had asked for its outcome.
         """
+        pending = self._pending
         try:
             self._finish_pending()
         finally:
             self._fleet.close()
+            if pending is not None:
+                pending.unguard()
 
     def __enter__(self) -> Self:
         return self
