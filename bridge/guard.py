@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from bridge.sharding import local_tensor
+from bridge.unsharded import address
 
 # torch walks its table of hooks while it calls them, so a hook cannot take itself out. One hook therefore
 # stays for the life of the process; the guards come and go in a tuple of ours, replaced and never changed.
@@ -32,7 +32,7 @@ class Guarded:
         held = tuple(parameters)
         self.held = held if hold else None
         self.ids = frozenset(map(id, held))
-        self.storages = frozenset(filter(None, map(_address, held)))
+        self.storages = frozenset(filter(None, map(address, held)))
 
     @classmethod
     def together(cls, every: Sequence[Guarded]) -> Guarded:
@@ -101,7 +101,7 @@ class StepGuard:
         """Whether ``optimizer`` would change one of the weights."""
         held = [p for group in optimizer.param_groups for p in group["params"]]
         guarded = self._guarded
-        return any(id(p) in guarded.ids for p in held) or any(_address(p) in guarded.storages for p in held)
+        return any(id(p) in guarded.ids for p in held) or any(address(p) in guarded.storages for p in held)
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Wait if ``optimizer`` is concerned; the guard is spent then, even if the round has failed."""
@@ -131,9 +131,3 @@ class StepGuard:
         if self._module_hook is not None:
             self._module_hook.remove()
             self._module_hook = None
-
-
-def _address(tensor: torch.Tensor) -> int:
-    """Where the tensor's memory starts in this process; 0 if it has none."""
-    local = local_tensor(tensor)
-    return 0 if local.is_meta else local.untyped_storage().data_ptr()

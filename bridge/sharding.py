@@ -24,7 +24,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.distributed.tensor.placement_types import Shard as ShardPlacement
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from bridge import zero3
+from bridge import unsharded, zero3
 from bridge.declared import DeclaredLayout
 from bridge.errors import MappingError, TransferError
 from bridge.names import canonical_names, without_wrappers
@@ -248,8 +248,15 @@ class Part:
     patch: PatchShare | None = None
 
 
-def part_of(tensor: torch.Tensor, boxes: _Boxes | None = None) -> Part:
-    """What this rank holds of ``tensor``; ``boxes`` remembers geometries from one call to the next."""
+def part_of(
+    tensor: torch.Tensor, boxes: _Boxes | None = None, *, copies: frozenset[int] = frozenset()
+) -> Part:
+    """What this rank holds of ``tensor``; ``boxes`` remembers geometries from one call to the next.
+
+    ``copies`` is where memory starts that does not hold the parameters themselves (``unsharded``).
+    """
+    if unsharded.is_copy(tensor, copies):
+        return Part(fault=unsharded.FAULT)
     partitioned = zero3.is_partitioned(tensor)
     held = zero3.parts(tensor) if partitioned else _held(tensor, boxes or _Boxes())
     if isinstance(held, str):
@@ -348,7 +355,8 @@ def collect(
     faults += untied(tensors, vocabulary, by_value=not isinstance(named, nn.Module))
     faults += layout.strangers(tensors) if layout else []
     boxes = _Boxes()
-    present = [(i, s, part_of(tensors[s.name], boxes)) for i, s in wanted if s.name in tensors]
+    copies = frozenset[int]() if isinstance(named, nn.Module) else unsharded.memory()
+    present = [(i, s, part_of(tensors[s.name], boxes, copies=copies)) for i, s in wanted if s.name in tensors]
     return make_shards(present, mapping, vocabulary, rank, faults, layout)
 
 

@@ -25,6 +25,7 @@ from bridge.config import BridgeConfig
 from bridge.declared import DeclaredLayout
 from bridge.environment import Ranks
 from bridge.errors import MappingError, PeerLost, RoundAborted
+from bridge.fallback import gather_full
 from bridge.fleet import Fleet
 from bridge.guard import Guarded, StepGuard
 from bridge.job import Job
@@ -124,6 +125,79 @@ def fsdp_mixed_precision(path: Path) -> None:
     again = check_whole(model, seeded())
     assert {s.dtype for s in again.layout.shards} == {"float32"}
     assert again.fingerprint() == shards.fingerprint()
+
+
+def unsharded_by_name(path: Path) -> None:
+    """FSDP2's gathered copies, which a step leaves as they were, are told from parameters by name."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    kept = {"embed.weight", "lm_head.weight", "down.weight"}  # the root's, unsharded after evaluation
+
+    def evaluated() -> nn.Module:
+        model = seeded()
+        fully_shard(model.up)
+        fully_shard(model, ignored_params={model.up.bias})
+        with torch.no_grad():
+            model(torch.arange(4)[None])
+        return model
+
+    def kept_unsharded() -> nn.Module:
+        model = seeded()
+        fully_shard(model)
+        model.set_reshard_after_backward(False)
+        model(torch.arange(4)[None]).sum().backward()
+        return model
+
+    def over_tensor_parallel() -> nn.Module:
+        """There the copies are DTensors too."""
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        model = seeded(hidden=8, inner=12)
+        parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        fully_shard(model, mesh=mesh["dp"])
+        with torch.no_grad():
+            model(torch.arange(4)[None])
+        return model
+
+    def cut_after_forward() -> nn.Module:
+        """Into fewer parts than ranks."""
+        model = seeded(hidden=8, inner=12)
+        fully_shard(model.up, reshard_after_forward=2)
+        fully_shard(model)
+        with torch.no_grad():
+            model(torch.arange(4)[None])
+        return model
+
+    both = {"up.weight", "up.bias"}
+    for make, gathered in (
+        (evaluated, kept), (kept_unsharded, kept | both), (over_tensor_parallel, kept | both),
+        (cut_after_forward, kept | both),
+    ):  # fmt: skip
+        model = make()
+        named = {**dict(model.named_parameters()), "scale": model.scale}
+        mapping = identity_mapping(("checkpoint", shapes_of(named)))
+        views = {name: tensor.data for name, tensor in named.items()}
+        made = Round(rank=rank, world_size=world_size)
+        for name, tensor in named.items():
+            made.update_weight(name, tensor)
+        sends: list[Callable[[], object]] = [
+            lambda named=named, mapping=mapping: collect(named, mapping, rank=rank),
+            lambda views=views, mapping=mapping: collect(views, mapping, rank=rank),
+            lambda made=made, mapping=mapping: made.collect(mapping),
+        ]
+        for send in sends:
+            with pytest.raises(MappingError, match=r"copy that FSDP2 has gathered.*reshard") as caught:
+                send()
+            lines = str(caught.value).splitlines()[1:-1]
+            assert {line.split(":")[0].strip() for line in lines} == gathered, make
+        with pytest.raises(MappingError, match=r"embed\.weight: .*FSDP2 has gathered"):
+            collect_single("embed.weight", named["embed.weight"], mapping, rank=rank)
+        with pytest.raises(MappingError, match=r"embed\.weight: .*FSDP2 has gathered"):
+            gather_full(named, keep=rank == 0, mapping=mapping)
+        for state in (model.state_dict(), canonical_names(model)):  # both reshard
+            shapes = shapes_of(state)
+            collect(state, identity_mapping(("checkpoint", shapes)), rank=rank)
+    del torch.distributed._composable_state._module_state_mapping  # as another torch might
+    with pytest.raises(MappingError, match=r"torch 2.* does not say which .*pass the module itself"):
+        collect(model.state_dict(), mapping, rank=rank)
 
 
 def fsdp_offloaded(path: Path) -> None:
@@ -479,6 +553,7 @@ def guarded_step(path: Path) -> None:
     ("scenario", "world_size"),
     [
         (fsdp_uneven, 2), (fsdp_uneven, 3), (fsdp_uneven, 4), (fsdp_mixed_precision, 2), (fsdp_offloaded, 2),
+        (unsharded_by_name, 4),
         (fsdp_tied, 2), (fsdp_dim1, 2), (packed, 2), (fsdp_in_metas_order, 5),
         (declared, 2), (declared, 4), (wrapped, 2),
         (hsdp, 4), (tensor_parallel, 2), (fsdp_and_tensor_parallel, 4), (mesh_2d, 4), (any_order, 4),
