@@ -439,7 +439,8 @@ class Bridge:
         if not blocking and zero3.steps_by_itself(module, parameters()):
             raise ConfigError(
                 "blocking=False needs an optimizer step that can be made to wait, and DeepSpeed's ZeRO has "
-                "none; call with blocking=True"
+                "none (while DeepSpeed is in use, tensors by name may be its own); call with blocking=True, "
+                "or hand copies over by bridge.round(blocking=False)"
             )
         self._begin()
         for attempt in range(2):
