@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from bridge import guard, zero3
+from bridge.catalogue import Catalogue
 from bridge.declared import DeclaredLayout
 from bridge.errors import ConfigError, MappingError, RoundAborted
 from bridge.guard import Guarded, StepGuard
@@ -204,6 +205,35 @@ def test_a_parameter_that_is_not_contiguous_is_copied_and_marked() -> None:
     assert shards.contiguous == (False, True)
     assert shards.tensors[0].is_contiguous()
     assert torch.equal(shards.tensors[0], tensor)
+
+
+class Stream:
+    """Stands where a GPU's stream and an event on it are."""
+
+    def __init__(self, *_: object) -> None:
+        self.recorded: object = None
+
+    def record(self, stream: object) -> None:
+        self.recorded = stream
+
+
+@pytest.mark.parametrize("in_use", [True, False])
+def test_host_memory_is_waited_for_where_a_gpu_may_write_to_it(
+    monkeypatch: pytest.MonkeyPatch, in_use: bool
+) -> None:
+    """Pinned, copied into with non_blocking=True: the copy may be under way."""
+    streams = {3: Stream()}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: in_use)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "current_stream", streams.__getitem__)
+    monkeypatch.setattr(torch.cuda, "Event", Stream)
+    model = Lm()
+    mapping = mapping_of(model)
+    shards = collect(model, mapping, rank=0)
+    known = Catalogue(model, mapping, shards, Guarded(model.parameters())).find(model, mapping)
+    assert known is not None
+    for found in (shards, known):
+        assert [event.recorded for event in found.computed] == [streams[3]] * in_use
 
 
 def test_one_parameter() -> None:
