@@ -1,7 +1,8 @@
-"""Keeps the next optimizer step from changing weights that are still being read."""
+"""Keeps the next optimizer step from changing weights that are still being read, and notices other writes."""
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
@@ -43,6 +44,38 @@ class Guarded:
         made.ids = frozenset().union(*(one.ids for one in every))
         made.storages = frozenset().union(*(one.storages for one in every))
         return made
+
+
+_version_of = operator.attrgetter("_version")
+
+
+class WriteCounts:
+    """How often each weight has been written in place, as autograd counts: for writes that no guard sees.
+
+    Not counted are writes by ``.data``, by fused optimizers, by foreach functions over DTensors, in CUDA
+    graphs and in other processes.
+    """
+
+    def __init__(self, owners: Sequence[torch.Tensor], local: Sequence[torch.Tensor]) -> None:
+        """Count now. ``local`` is this rank's part of each of ``owners``: a DTensor's has its own count."""
+        self._watched = [owners] if local is owners else [owners, local]
+        self._counts = list(map(_counts, self._watched))
+
+    def written(self) -> list[int]:
+        """Places of those that were written since, until ``forget``."""
+        pairs = zip(map(_counts, self._watched), self._counts, strict=True)
+        return sorted({at for now, then in pairs for at in range(len(then)) if now[at] != then[at]})
+
+    def forget(self) -> None:
+        """Let go of the tensors."""
+        self._watched, self._counts = [], []
+
+
+def _counts(tensors: Sequence[torch.Tensor]) -> list[int]:
+    try:
+        return list(map(_version_of, tensors))
+    except RuntimeError:  # tensors made in inference mode have no count
+        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 class Reader(Protocol):

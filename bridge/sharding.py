@@ -27,6 +27,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from bridge import unsharded, zero3
 from bridge.declared import DeclaredLayout
 from bridge.errors import MappingError, TransferError
+from bridge.guard import WriteCounts
 from bridge.names import canonical_names, without_wrappers
 from bridge.patches import PatchShare
 from bridge.protocol.holders import CASTS
@@ -54,7 +55,8 @@ class LocalShards:
     ``computed`` are events on the collecting streams, one for each GPU: the values are there once they have
     passed. ``lasting`` is False where an owner's memory is no guide to a later broadcast's (ZeRO-3, DTensors
     in pieces).
-    ``partial`` is True where the server needs more, which stays as it is.
+    ``partial`` is True where the server needs more, which stays as it is. ``counts`` are of writes in place
+    to the owners; None if copies are sent.
     """
 
     layout: Layout
@@ -64,6 +66,29 @@ class LocalShards:
     computed: tuple[torch.cuda.Event, ...] = field(default=(), repr=False)
     lasting: bool = True
     partial: bool = False
+    counts: WriteCounts | None = field(default=None, repr=False)
+
+    def check_unwritten(self, mapping: MappingDocument, what: str) -> None:
+        """See that nobody has written to the weights since they were collected.
+
+        Raises:
+            TransferError: somebody has; says to which, and ``what`` that means.
+        """
+        if self.counts is None:
+            return
+        sources = mapping.vocabulary(self.layout.vocabulary).sources
+        written = {
+            sources[self.layout.shards[at].source].name
+            for at in self.counts.written()
+            if self.contiguous[at]  # else it is a copy that is read
+        }
+        if written:
+            names = ", ".join(sorted(written)[:_EXAMPLES]) + (", .." if len(written) > _EXAMPLES else "")
+            raise TransferError(
+                f"{len(written)} weight(s) were written in place while they were read ({names}), so {what}. "
+                "Only optimizer steps and load_state_dict wait by themselves: call wait_released() before "
+                "other writes (averages, copies from masters), or pass blocking=True; then send again"
+            )
 
     def wait_computed(self, *, timeout_s: float) -> None:
         """Wait until the GPU has computed the values, as of when the shards were collected.
@@ -84,6 +109,8 @@ class LocalShards:
         """Let go of the memory."""
         self.tensors.clear()
         self.owners.clear()
+        if self.counts is not None:
+            self.counts.forget()
 
     def fingerprint(self) -> list[tuple[int, int]]:
         """Address and bytes of each tensor; it changes when a shard has moved."""
@@ -441,7 +468,9 @@ def make_shards(
     if faults:
         raise faulty(faults, mapping, rank, vocabulary)
     layout = Layout(rank=rank, vocabulary=vocabulary.name, shards=tuple(shards))
-    return LocalShards(layout, locals_, tuple(contiguous), owners, mark_enqueued(locals_), lasting)
+    counts = WriteCounts(owners, locals_) if owners and len(owners) == len(locals_) else None
+    computed = mark_enqueued(locals_)
+    return LocalShards(layout, locals_, tuple(contiguous), owners, computed, lasting, counts=counts)
 
 
 def device_of(tensors: Iterable[torch.Tensor]) -> torch.device | None:

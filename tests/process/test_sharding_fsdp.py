@@ -21,10 +21,11 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from bridge.catalogue import Catalogue
 from bridge.config import BridgeConfig
 from bridge.declared import DeclaredLayout
 from bridge.environment import Ranks
-from bridge.errors import MappingError, PeerLost, RoundAborted
+from bridge.errors import MappingError, PeerLost, RoundAborted, TransferError
 from bridge.fallback import gather_full
 from bridge.fleet import Fleet
 from bridge.guard import Guarded, StepGuard
@@ -545,6 +546,33 @@ def guarded_step(path: Path) -> None:
     assert any(not torch.equal(a, b) for a, b in zip(before, shards.tensors, strict=True))
 
 
+def written_in_place(path: Path) -> None:
+    """A DTensor has a count, and its part one of its own; training until the step counts nothing."""
+    model = seeded()
+    fully_shard(model.up)
+    fully_shard(model)
+    mapping = identity_mapping(("checkpoint", shapes_of(canonical_names(seeded()))))
+
+    def find() -> LocalShards:
+        fresh = collect(model, mapping, rank=dist.get_rank())
+        again = Catalogue(model, mapping, fresh, Guarded([])).find(model, mapping)
+        assert again is not None
+        return again
+
+    for shards in (collect(model, mapping, rank=dist.get_rank()), find()):
+        model(torch.arange(4)[None]).sum().backward()
+        with torch.no_grad():
+            model(torch.arange(4)[None])
+        canonical_names(model)  # reshards
+        shards.check_unwritten(mapping, "all is well")
+    for write in (lambda p: p.mul_(0.5), lambda p: p.to_local().mul_(0.5)):
+        for shards in (collect(model, mapping, rank=dist.get_rank()), find()):
+            with torch.no_grad():
+                write(model.embed.weight)
+            with pytest.raises(TransferError, match=r"\(embed\.weight\)"):
+                shards.check_unwritten(mapping, "it was given up")
+
+
 # --- running them -------------------------------------------------------------------------------------------
 
 
@@ -558,7 +586,8 @@ def guarded_step(path: Path) -> None:
         (declared, 2), (declared, 4), (wrapped, 2),
         (hsdp, 4), (tensor_parallel, 2), (fsdp_and_tensor_parallel, 4), (mesh_2d, 4), (any_order, 4),
         (cut_twice_in_strides, 4), (refusals, 2),
-        (data_parallel, 2), (single, 2), (guarded_step, 2), (handed_over, 2), (handed_over, 3),
+        (data_parallel, 2), (single, 2), (guarded_step, 2), (written_in_place, 2),
+        (handed_over, 2), (handed_over, 3),
         (one_knows_that_the_epoch_is_over, 2), (one_knows_that_the_epoch_is_over, 4),
         (meeting_anew, 2), (one_is_gone, 2),
     ],
