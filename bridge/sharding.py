@@ -141,8 +141,10 @@ class _Boxes:
             return [_Piece(box, box)]
         key = (tuple(tensor.shape), id(tensor.device_mesh), tensor.placements)
         if key not in self._known:
-            sizes, place = tuple(tensor.device_mesh.shape), _place_in(tensor.device_mesh)
-            self._known[key] = _pieces(tuple(tensor.shape), tensor.placements, sizes, place)
+            mesh, placements = tensor.device_mesh, tensor.placements
+            self._known[key] = _mesh_fault(mesh, placements) or _pieces(
+                tuple(tensor.shape), placements, tuple(mesh.shape), _place_in(mesh)
+            )
         pieces = self._known[key]
         if isinstance(pieces, str):
             return pieces
@@ -162,6 +164,19 @@ def _place_in(mesh: DeviceMesh) -> tuple[int, ...] | None:
     if mesh.get_coordinate() is None:
         return None
     return tuple(mesh.get_local_rank(dim) for dim in range(mesh.ndim))
+
+
+def _mesh_fault(mesh: DeviceMesh, placements: Sequence[Placement]) -> str:
+    """Why shards that are cut along several dimensions of the mesh are in no one order, or ""."""
+    cut = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
+    for dim in cut if len(cut) > 1 else ():
+        places = mesh.mesh.argsort(dim).argsort(dim).movedim(dim, 0).flatten(1)  # a column for each group
+        if not places.eq(places[:, :1]).all():  # torch then scatters it otherwise than FSDP2 cuts it
+            return (
+                f"is cut along several dimensions of the mesh {mesh.mesh.tolist()}, whose groups along "
+                f"dimension {dim} sort their ranks differently; make the mesh of ascending ranks"
+            )
+    return ""
 
 
 @dataclass(frozen=True)

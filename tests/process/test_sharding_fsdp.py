@@ -376,6 +376,25 @@ def any_order(path: Path) -> None:
             check_whole(model, reference)
 
 
+def no_one_order(path: Path) -> None:
+    """A mesh in which torch's own ways of cutting differ: what one rank calls its part is another's."""
+    mesh = DeviceMesh("cpu", [[0, 3], [1, 2]], mesh_dim_names=("a", "b"))
+    model = seeded(hidden=8, inner=12)
+    fully_shard(model, mesh=mesh)  # HSDP cuts along one dimension
+    check_whole(model, seeded(hidden=8, inner=12))
+    whole = torch.arange(64.0).reshape(8, 8)
+    tensor = distribute_tensor(whole, mesh, [Shard(0), Shard(1)])
+    right = [torch.equal(tensor.full_tensor(), whole)]
+    gathered: list[list[bool]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(gathered, right)
+    assert gathered == [[True], [True], [False], [False]], "else torch has mended it"
+    mapping = identity_mapping(("checkpoint", {"a": (8, 8)}))
+    with pytest.raises(
+        MappingError, match=r"a: is cut along several .*\[\[0, 3\], \[1, 2\]\].*ascending ranks"
+    ):
+        collect({"a": tensor}, mapping, rank=dist.get_rank())
+
+
 def cut_twice_in_strides(path: Path) -> None:
     """FSDP2 over packed_colwise: torch cannot tell its own shards' order, which full_tensor() shows."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
@@ -585,7 +604,7 @@ def written_in_place(path: Path) -> None:
         (fsdp_tied, 2), (fsdp_dim1, 2), (packed, 2), (fsdp_in_metas_order, 5),
         (declared, 2), (declared, 4), (wrapped, 2),
         (hsdp, 4), (tensor_parallel, 2), (fsdp_and_tensor_parallel, 4), (mesh_2d, 4), (any_order, 4),
-        (cut_twice_in_strides, 4), (refusals, 2),
+        (no_one_order, 4), (cut_twice_in_strides, 4), (refusals, 2),
         (data_parallel, 2), (single, 2), (guarded_step, 2), (written_in_place, 2),
         (handed_over, 2), (handed_over, 3),
         (one_knows_that_the_epoch_is_over, 2), (one_knows_that_the_epoch_is_over, 4),
