@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -150,9 +151,16 @@ def _used(layer: Any) -> nn.Module:
 def _sum(weight: torch.Tensor, layer: Any) -> torch.Tensor:
     """As peft's own merge, but into a copy; adapters of a wider dtype are rounded with the sum, once."""
     total = weight.detach().clone()
-    for name in _to_add(layer):
-        delta = layer.get_delta_weight(name)
-        if isinstance(total, DTensor):
-            delta = delta.redistribute(total.device_mesh, total.placements)
-        total += delta
+    with _without_autocast(total.device.type):  # which would round B @ A to its dtype
+        for name in _to_add(layer):
+            delta = layer.get_delta_weight(name)
+            if isinstance(total, DTensor):
+                delta = delta.redistribute(total.device_mesh, total.placements)
+            total += delta
     return total
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)

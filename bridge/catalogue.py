@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from bridge.declared import DeclaredLayout
-from bridge.guard import Guarded
+from bridge.guard import Guarded, WriteCounts
 from bridge.protocol.mapping import Mapping
 from bridge.sharding import LocalShards
 from bridge.wire.transport import mark_enqueued
@@ -85,10 +85,12 @@ class Catalogue:
             return None
         held = [owner for reference in self._owners if (owner := reference()) is not None]
         # Of their own: a parameter whose .data is replaced while it is sent must not lead to other memory.
-        tensors = list(map(_data_of, self._local(held)))
+        local = self._local(held)
+        tensors = list(map(_data_of, local))
         if _geometries(tensors) != self._geometries:
             return None
-        return LocalShards(self._layout, tensors, self._contiguous, held, mark_enqueued(tensors))
+        computed, counts = mark_enqueued(tensors), WriteCounts(held, local)
+        return LocalShards(self._layout, tensors, self._contiguous, held, computed, counts=counts)
 
     def _local(self, owners: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         if not self._any_distributed:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from bridge import unsharded
 from bridge.config import BridgeConfig
 from bridge.environment import Ranks
 from bridge.errors import BridgeError, ConfigError, MappingError, RendezvousError, RoundAborted
@@ -114,6 +115,9 @@ def gather_full(
     loads. Without a ``mapping`` that is every tensor, tied ones under their first name.
     """
     named = canonical_names(model) if isinstance(model, nn.Module) else model
+    copies = unsharded.memory()
+    if faults := [f"{n}: {unsharded.FAULT}" for n, t in named.items() if unsharded.is_copy(t, copies)]:
+        raise MappingError("\n  ".join([f"{len(faults)} fault(s), and nothing was sent:", *faults]))
     chosen = _choose(named, mapping) if keep else frozenset()
     kept = {}
     for name, tensor in named.items():

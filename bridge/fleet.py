@@ -563,6 +563,10 @@ class _Together:
     def done(self) -> bool:
         return all(job.done for job in self._jobs.values())
 
+    @property
+    def free(self) -> bool:
+        return all(job.free for job in self._jobs.values())
+
     def wait_released(self) -> None:
         """Wait until every server has read the weights, or is left out; raises if the round failed before."""
         for job in self._jobs.values():

@@ -1,16 +1,17 @@
-"""Keeps the next optimizer step from changing weights that are still being read."""
+"""Keeps the next optimizer step from changing weights that are still being read, and notices other writes."""
 
 from __future__ import annotations
 
+import operator
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from bridge.sharding import local_tensor
+from bridge.unsharded import address
 
 # torch walks its table of hooks while it calls them, so a hook cannot take itself out. One hook therefore
 # stays for the life of the process; the guards come and go in a tuple of ours, replaced and never changed.
@@ -32,7 +33,7 @@ class Guarded:
         held = tuple(parameters)
         self.held = held if hold else None
         self.ids = frozenset(map(id, held))
-        self.storages = frozenset(filter(None, map(_address, held)))
+        self.storages = frozenset(filter(None, map(address, held)))
 
     @classmethod
     def together(cls, every: Sequence[Guarded]) -> Guarded:
@@ -45,6 +46,49 @@ class Guarded:
         return made
 
 
+_version_of = operator.attrgetter("_version")
+
+
+class WriteCounts:
+    """How often each weight has been written in place, as autograd counts: for writes that no guard sees.
+
+    Not counted are writes by ``.data``, by fused optimizers, by foreach functions over DTensors, in CUDA
+    graphs and in other processes.
+    """
+
+    def __init__(self, owners: Sequence[torch.Tensor], local: Sequence[torch.Tensor]) -> None:
+        """Count now. ``local`` is this rank's part of each of ``owners``: a DTensor's has its own count."""
+        self._watched = [owners] if local is owners else [owners, local]
+        self._counts = list(map(_counts, self._watched))
+
+    def written(self) -> list[int]:
+        """Places of those that were written since, until ``forget``."""
+        pairs = zip(map(_counts, self._watched), self._counts, strict=True)
+        return sorted({at for now, then in pairs for at in range(len(then)) if now[at] != then[at]})
+
+    def forget(self) -> None:
+        """Let go of the tensors."""
+        self._watched, self._counts = [], []
+
+
+def _counts(tensors: Sequence[torch.Tensor]) -> list[int]:
+    try:
+        return list(map(_version_of, tensors))
+    except RuntimeError:  # tensors made in inference mode have no count
+        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+class Reader(Protocol):
+    """Whatever reads the weights."""
+
+    @property
+    def free(self) -> bool:
+        """Whether they may change."""
+
+    def wait_released(self) -> None:
+        """Wait until they may; what it raises comes out of ``optimizer.step()``."""
+
+
 class StepGuard:
     """While in force, an optimizer over any of the parameters waits before it steps.
 
@@ -55,7 +99,7 @@ class StepGuard:
     def __init__(
         self,
         guarded: Guarded,
-        wait: Callable[[], None],
+        reader: Reader,
         *,
         module: nn.Module | None = None,
         holding: Iterable[torch.Tensor] = (),
@@ -64,14 +108,14 @@ class StepGuard:
 
         Args:
             guarded: the weights that are being read.
-            wait: returns when they have been; what it raises comes out of ``optimizer.step()``.
+            reader: whoever reads them, and is waited for.
             module: its ``load_state_dict`` waits too.
             holding: what is kept alive meanwhile, so that no other object can get one of their ids.
         """
         global _active, _installed
         self._guarded = guarded
         self._holding = tuple(holding)
-        self._wait = wait
+        self._reader = reader
         self._module_hook = (
             None if module is None else module.register_load_state_dict_pre_hook(self._before_load)  # type: ignore[no-untyped-call]
         )
@@ -90,10 +134,10 @@ class StepGuard:
         """Whether ``optimizer`` would change one of the weights."""
         held = [p for group in optimizer.param_groups for p in group["params"]]
         guarded = self._guarded
-        return any(id(p) in guarded.ids for p in held) or any(_address(p) in guarded.storages for p in held)
+        return any(id(p) in guarded.ids for p in held) or any(address(p) in guarded.storages for p in held)
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """Wait if ``optimizer`` is concerned; the guard is spent then, even if the wait raises."""
+        """Wait if ``optimizer`` is concerned; the guard is spent then, even if the round has failed."""
         if self.active and self.guards(optimizer):
             self._finish()
 
@@ -103,9 +147,10 @@ class StepGuard:
 
     def _finish(self) -> None:
         try:
-            self._wait()
+            self._reader.wait_released()
         finally:
-            self._deactivate()
+            if self._reader.free:  # else a signal cut the wait short, and the next step must wait again
+                self._deactivate()
 
     def _deactivate(self) -> None:
         global _active
@@ -119,9 +164,3 @@ class StepGuard:
         if self._module_hook is not None:
             self._module_hook.remove()
             self._module_hook = None
-
-
-def _address(tensor: torch.Tensor) -> int:
-    """Where the tensor's memory starts in this process; 0 if it has none."""
-    local = local_tensor(tensor)
-    return 0 if local.is_meta else local.untyped_storage().data_ptr()

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from bridge.errors import BridgeError
-from bridge.guard import StepGuard
+from bridge.guard import Reader, StepGuard
 from bridge.protocol.messages import ROLLBACK
 from bridge.sharding import LocalShards
 
@@ -149,6 +149,11 @@ class Job:
         """Whether the outcome is known."""
         return self.finished.is_set()
 
+    @property
+    def free(self) -> bool:
+        """Whether the weights may change."""
+        return self.released.is_set()
+
     # Both waits end by the deadlines of the background thread, which always calls finish().
 
     def wait_released(self) -> None:
@@ -174,15 +179,13 @@ class Job:
         return self.receipt
 
 
-class Outcome(Protocol):
+class Outcome(Reader, Protocol):
     """What a caller waits for: a ``Job``, or those of several servers."""
 
     seen: bool
 
     @property
     def done(self) -> bool: ...
-
-    def wait_released(self) -> None: ...
 
     def wait(self) -> Receipt: ...
 
@@ -219,4 +222,9 @@ class PendingBroadcast:
         try:
             return self._job.wait()
         finally:
+            self.unguard()
+
+    def unguard(self) -> None:
+        """End the protection, unless the weights are still read: a signal may have cut a wait short."""
+        if self._job.free:
             self._guard.remove()

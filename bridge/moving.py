@@ -149,6 +149,8 @@ class Mover:
             for source in sources:
                 source.open()
             self._walk(plan, lanes, sources, before)
+            # What follows are the checksums, without which nothing that came by host memory is staged.
+            shards.check_unwritten(self._mapping, "the round was given up")
             for source in sources:
                 source.close()
         finally:

@@ -15,7 +15,7 @@ from typing import overload
 import msgspec
 import torch
 
-from bridge import zero3
+from bridge import unsharded, zero3
 from bridge.declared import DeclaredLayout
 from bridge.errors import ConfigError
 from bridge.job import PendingBroadcast, Receipt
@@ -51,7 +51,7 @@ def snapshot(tensor: torch.Tensor, *, rank: int, world_size: int) -> Part:
         rank: this trainer rank.
         world_size: trainer ranks.
     """
-    part = part_of(tensor)
+    part = part_of(tensor, copies=unsharded.memory())
     held = part.boxes
     if held and is_plain(tensor):
         boxes = share(part.shape, rank=rank, world_size=world_size)
@@ -73,7 +73,8 @@ def collect_single(
     layout: DeclaredLayout | None = None,
 ) -> LocalShards:
     """``collect_parts`` for one tensor, which is not copied."""
-    return collect_parts([(name, part_of(tensor))], mapping, rank=rank, declared=layout)
+    part = part_of(tensor, copies=unsharded.memory())
+    return collect_parts([(name, part)], mapping, rank=rank, declared=layout)
 
 
 def collect_parts(

@@ -528,6 +528,8 @@ class Session:
         elif isinstance(action, Stage):
             self._move(job, action.joint, action.plan_digest)
         elif isinstance(action, Released):
+            if job.shards is not None:  # an updater may have read them itself, later than we looked
+                job.shards.check_unwritten(self.mapping, f"version {job.version} may be live and a mixture")
             job.released.set()
         elif isinstance(action, Staged):
             self._staged_at = time.monotonic()

@@ -18,14 +18,16 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.distributed.tensor.placement_types import Shard as ShardPlacement
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from bridge import zero3
+from bridge import unsharded, zero3
 from bridge.declared import DeclaredLayout
 from bridge.errors import MappingError, TransferError
+from bridge.guard import WriteCounts
 from bridge.names import canonical_names, without_wrappers
 from bridge.patches import PatchShare
 from bridge.protocol.holders import CASTS
@@ -53,8 +55,9 @@ class LocalShards:
     ``computed`` are events on the collecting streams, one for each GPU: the values are there once they have
     passed. ``lasting`` is False where an owner's memory is no guide to a later broadcast's (ZeRO-3, DTensors
     in pieces).
-    ``partial`` is True where the server needs more, which stays as it is. ``comparable`` is False where each
-    rank has worked the values out for this round, and may have rounded them in its own way.
+    ``partial`` is True where the server needs more, which stays as it is. ``counts`` are of writes in place
+    to the owners; None if copies are sent. ``comparable`` is False where each rank has worked the values out
+    for this round, and may have rounded them in its own way.
     """
 
     layout: Layout
@@ -65,6 +68,29 @@ class LocalShards:
     lasting: bool = True
     partial: bool = False
     comparable: bool = True
+    counts: WriteCounts | None = field(default=None, repr=False)
+
+    def check_unwritten(self, mapping: MappingDocument, what: str) -> None:
+        """See that nobody has written to the weights since they were collected.
+
+        Raises:
+            TransferError: somebody has; says to which, and ``what`` that means.
+        """
+        if self.counts is None:
+            return
+        sources = mapping.vocabulary(self.layout.vocabulary).sources
+        written = {
+            sources[self.layout.shards[at].source].name
+            for at in self.counts.written()
+            if self.contiguous[at]  # else it is a copy that is read
+        }
+        if written:
+            names = ", ".join(sorted(written)[:_EXAMPLES]) + (", .." if len(written) > _EXAMPLES else "")
+            raise TransferError(
+                f"{len(written)} weight(s) were written in place while they were read ({names}), so {what}. "
+                "Only optimizer steps and load_state_dict wait by themselves: call wait_released() before "
+                "other writes (averages, copies from masters), or pass blocking=True; then send again"
+            )
 
     def wait_computed(self, *, timeout_s: float) -> None:
         """Wait until the GPU has computed the values, as of when the shards were collected.
@@ -85,6 +111,8 @@ class LocalShards:
         """Let go of the memory."""
         self.tensors.clear()
         self.owners.clear()
+        if self.counts is not None:
+            self.counts.forget()
 
     def fingerprint(self) -> list[tuple[int, int]]:
         """Address and bytes of each tensor; it changes when a shard has moved."""
@@ -115,9 +143,10 @@ class _Boxes:
             return [_Piece(box, box)]
         key = (tuple(tensor.shape), id(tensor.device_mesh), tensor.placements)
         if key not in self._known:
-            coordinate = tensor.device_mesh.get_coordinate()
-            sizes = tuple(tensor.device_mesh.shape)
-            self._known[key] = _pieces(tuple(tensor.shape), tensor.placements, sizes, coordinate)
+            mesh, placements = tensor.device_mesh, tensor.placements
+            self._known[key] = _mesh_fault(mesh, placements) or _pieces(
+                tuple(tensor.shape), placements, tuple(mesh.shape), _place_in(mesh)
+            )
         pieces = self._known[key]
         if isinstance(pieces, str):
             return pieces
@@ -126,6 +155,30 @@ class _Boxes:
         if pieces and (extent := tuple(map(sum, zip(*pieces[-1].within, strict=True)))) != tuple(local.shape):
             return f"holds a local shard of shape {tuple(local.shape)}, but its placements give {extent}"
         return pieces
+
+
+def _place_in(mesh: DeviceMesh) -> tuple[int, ...] | None:
+    """Which shard is this rank's, along each dimension of the mesh; None if it is not in it.
+
+    As collectives count, by which shards are made and gathered. torch sorts a group's ranks, so where those
+    of a mesh do not ascend its coordinates are others.
+    """
+    if mesh.get_coordinate() is None:
+        return None
+    return tuple(mesh.get_local_rank(dim) for dim in range(mesh.ndim))
+
+
+def _mesh_fault(mesh: DeviceMesh, placements: Sequence[Placement]) -> str:
+    """Why shards that are cut along several dimensions of the mesh are in no one order, or ""."""
+    cut = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
+    for dim in cut if len(cut) > 1 else ():
+        places = mesh.mesh.argsort(dim).argsort(dim).movedim(dim, 0).flatten(1)  # a column for each group
+        if not places.eq(places[:, :1]).all():  # torch then scatters it otherwise than FSDP2 cuts it
+            return (
+                f"is cut along several dimensions of the mesh {mesh.mesh.tolist()}, whose groups along "
+                f"dimension {dim} sort their ranks differently; make the mesh of ascending ranks"
+            )
+    return ""
 
 
 @dataclass(frozen=True)
@@ -140,25 +193,34 @@ def _pieces(
     shape: tuple[int, ...],
     placements: Sequence[Placement],
     mesh_sizes: Sequence[int],
-    coordinate: Sequence[int] | None,
+    place: Sequence[int] | None,
 ) -> list[_Piece] | str:
-    """Cut index ranges by torch's own rules, and see which runs of them are left at ``coordinate``.
+    """Cut index ranges by torch's own rules, and see which runs of them are left at ``place`` in the mesh.
 
     As a rule one; where several tensors are packed in one and each is cut (transformers' packed_colwise), one
     run of each.
     """
-    if coordinate is None:  # this rank is not in the mesh
+    if place is None:  # this rank is not in the mesh
         return []
     ranges: dict[int, torch.Tensor] = {}
+    strided: set[int] = set()
     for mesh_dim, placement in enumerate(placements):
         if placement.is_replicate():
             continue
         if not isinstance(placement, (ShardPlacement, _StridedShard)):
             return f"is placed as {placement}, which leaves no rank with its values; redistribute it first"
-        dim = placement.dim
-        whole = ranges.get(dim, torch.arange(shape[dim]).reshape([1] * dim + [-1]))
+        dim = placement.dim % len(shape)  # torch leaves a strided one's negative
+        if isinstance(placement, _StridedShard):
+            if dim in strided:  # as FSDP2 over packed rows; torch's own full_tensor() mixes them then
+                return (
+                    f"is placed as {tuple(placements)}, which cuts dimension {dim} twice in strides and does "
+                    "not say in which order; cut another one (shard_placement_fn of fully_shard)"
+                )
+            strided.add(dim)
+        alone = [-1 if d == dim else 1 for d in range(len(shape))]
+        whole = ranges.get(dim, torch.arange(shape[dim]).reshape(alone))
         parts, _ = placement._split_tensor(whole, mesh_sizes[mesh_dim], with_padding=False, contiguous=False)
-        ranges[dim] = parts[coordinate[mesh_dim]]
+        ranges[dim] = parts[place[mesh_dim]]
     runs = [[(0, 0, extent)] for extent in shape]
     for dim, kept in ranges.items():
         runs[dim] = _runs(kept.flatten().tolist())
@@ -230,8 +292,15 @@ class Part:
     patch: PatchShare | None = None
 
 
-def part_of(tensor: torch.Tensor, boxes: _Boxes | None = None) -> Part:
-    """What this rank holds of ``tensor``; ``boxes`` remembers geometries from one call to the next."""
+def part_of(
+    tensor: torch.Tensor, boxes: _Boxes | None = None, *, copies: frozenset[int] = frozenset()
+) -> Part:
+    """What this rank holds of ``tensor``; ``boxes`` remembers geometries from one call to the next.
+
+    ``copies`` is where memory starts that does not hold the parameters themselves (``unsharded``).
+    """
+    if unsharded.is_copy(tensor, copies):
+        return Part(fault=unsharded.FAULT)
     partitioned = zero3.is_partitioned(tensor)
     held = zero3.parts(tensor) if partitioned else _held(tensor, boxes or _Boxes())
     if isinstance(held, str):
@@ -330,7 +399,8 @@ def collect(
     faults += untied(tensors, vocabulary, by_value=not isinstance(named, nn.Module))
     faults += layout.strangers(tensors) if layout else []
     boxes = _Boxes()
-    present = [(i, s, part_of(tensors[s.name], boxes)) for i, s in wanted if s.name in tensors]
+    copies = frozenset[int]() if isinstance(named, nn.Module) else unsharded.memory()
+    present = [(i, s, part_of(tensors[s.name], boxes, copies=copies)) for i, s in wanted if s.name in tensors]
     return make_shards(present, mapping, vocabulary, rank, faults, layout)
 
 
@@ -415,7 +485,9 @@ def make_shards(
     if faults:
         raise faulty(faults, mapping, rank, vocabulary)
     layout = Layout(rank=rank, vocabulary=vocabulary.name, shards=tuple(shards))
-    return LocalShards(layout, locals_, tuple(contiguous), owners, mark_enqueued(locals_), lasting)
+    counts = WriteCounts(owners, locals_) if owners and len(owners) == len(locals_) else None
+    computed = mark_enqueued(locals_)
+    return LocalShards(layout, locals_, tuple(contiguous), owners, computed, lasting, counts=counts)
 
 
 def device_of(tensors: Iterable[torch.Tensor]) -> torch.device | None:

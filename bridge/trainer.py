@@ -441,7 +441,8 @@ class Bridge:
         if not blocking and zero3.steps_by_itself(module, parameters()):
             raise ConfigError(
                 "blocking=False needs an optimizer step that can be made to wait, and DeepSpeed's ZeRO has "
-                "none; call with blocking=True"
+                "none (while DeepSpeed is in use, tensors by name may be its own); call with blocking=True, "
+                "or hand copies over by bridge.round(blocking=False)"
             )
         self._begin()
         for attempt in range(2):
@@ -509,9 +510,7 @@ class Bridge:
             _refuse(servers, str(err))
             raise
         guarded = Guarded.together([guarded for _, guarded in found])
-        self._pending = PendingBroadcast(
-            job, StepGuard(guarded, job.wait_released, module=module, holding=holding)
-        )
+        self._pending = PendingBroadcast(job, StepGuard(guarded, job, module=module, holding=holding))
         if not blocking:
             return self._pending
         receipt = self._pending.wait()
@@ -529,7 +528,7 @@ class Bridge:
 
     def _finish_pending(self) -> None:
         """Wait for a broadcast that was left under way; raise its error unless its caller has seen it."""
-        pending, self._pending = self._pending, None
+        pending = self._pending
         if pending is None:
             return
         seen = pending._job.seen
@@ -540,6 +539,9 @@ class Bridge:
                 raise
         else:
             self._fleet.remember(receipt)
+        finally:
+            if pending.done:  # else a signal cut the wait short, and it is under way still
+                self._pending = None
 
     def miss(self, reason: str) -> None:
         """Take no part in the broadcast that the other ranks make; called in its place on this rank.
@@ -582,10 +584,13 @@ class Bridge:
         Raises:
             BridgeError: a broadcast with ``blocking=False`` failed, and nobody had asked for its outcome.
         """
+        pending = self._pending
         try:
             self._finish_pending()
         finally:
             self._fleet.close()
+            if pending is not None:
+                pending.unguard()
 
     def __enter__(self) -> Self:
         return self

@@ -31,12 +31,23 @@ def full_shape(tensor: torch.Tensor) -> tuple[int, ...]:
 def steps_by_itself(module: nn.Module | None, tensors: Iterable[torch.Tensor]) -> bool:
     """Whether DeepSpeed's own optimizers write these parameters: no hook of torch's sees it coming.
 
-    Its engine and its ZeRO stages are recognised; the model inside an engine without ZeRO bears no mark.
+    Its engine and its ZeRO stages are recognised; the model inside an engine without ZeRO bears no mark. Nor
+    do tensors by name (without a ``module``), as those of a state dict, which lie in the buffers of ZeRO-1
+    and 2 all the same: while DeepSpeed is in use, they are taken for its own.
     """
     if any(base.__name__ == "DeepSpeedEngine" for base in type(module).__mro__):
         return True
+    held = list(tensors)
+    if module is None and held and _is_in_use():
+        return True
     marks = ("ds_id", "_z3_optimizer", "_zero_optimizer", "_hp_mapping")
-    return "deepspeed" in sys.modules and any(hasattr(t, mark) for t in tensors for mark in marks)
+    return "deepspeed" in sys.modules and any(hasattr(t, mark) for t in held for mark in marks)
+
+
+def _is_in_use() -> bool:
+    """Whether DeepSpeed is initialised, which every engine does; others may have imported it."""
+    comm = sys.modules.get("deepspeed.comm")
+    return comm is not None and bool(getattr(comm, "is_initialized", lambda: True)())
 
 
 def partition(tensor: torch.Tensor) -> torch.Tensor:

@@ -228,9 +228,16 @@ def packed_bytes(bucket: Bucket, wire_dtypes: Sequence[torch.dtype]) -> int:
 
 
 def mark_enqueued(tensors: Iterable[torch.Tensor]) -> tuple[torch.cuda.Event, ...]:
-    """An event behind all that is enqueued now, on the current stream of every GPU that has a tensor."""
+    """An event behind all that is enqueued now, on the current stream of every GPU that has a tensor.
+
+    For tensors in host memory it is the current GPU's, if this process uses one: they may be pinned, and
+    copied into with ``non_blocking=True``.
+    """
     events = []
-    for device in {tensor.get_device() for tensor in tensors} - {-1}:
+    devices = {tensor.get_device() for tensor in tensors}
+    if -1 in devices and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        devices.add(torch.cuda.current_device())
+    for device in devices - {-1}:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(device))
         events.append(event)

@@ -15,18 +15,21 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from bridge.catalogue import Catalogue
 from bridge.config import BridgeConfig
 from bridge.declared import DeclaredLayout
 from bridge.environment import Ranks
-from bridge.errors import MappingError, PeerLost, RoundAborted
+from bridge.errors import MappingError, PeerLost, RoundAborted, TransferError
+from bridge.fallback import gather_full
 from bridge.fleet import Fleet
 from bridge.guard import Guarded, StepGuard
+from bridge.job import Job
 from bridge.joining import any_rank, highest
 from bridge.names import canonical_names
 from bridge.param_mappings import export_param_mappings, load_param_mappings
@@ -123,6 +126,79 @@ def fsdp_mixed_precision(path: Path) -> None:
     again = check_whole(model, seeded())
     assert {s.dtype for s in again.layout.shards} == {"float32"}
     assert again.fingerprint() == shards.fingerprint()
+
+
+def unsharded_by_name(path: Path) -> None:
+    """FSDP2's gathered copies, which a step leaves as they were, are told from parameters by name."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    kept = {"embed.weight", "lm_head.weight", "down.weight"}  # the root's, unsharded after evaluation
+
+    def evaluated() -> nn.Module:
+        model = seeded()
+        fully_shard(model.up)
+        fully_shard(model, ignored_params={model.up.bias})
+        with torch.no_grad():
+            model(torch.arange(4)[None])
+        return model
+
+    def kept_unsharded() -> nn.Module:
+        model = seeded()
+        fully_shard(model)
+        model.set_reshard_after_backward(False)
+        model(torch.arange(4)[None]).sum().backward()
+        return model
+
+    def over_tensor_parallel() -> nn.Module:
+        """There the copies are DTensors too."""
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        model = seeded(hidden=8, inner=12)
+        parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        fully_shard(model, mesh=mesh["dp"])
+        with torch.no_grad():
+            model(torch.arange(4)[None])
+        return model
+
+    def cut_after_forward() -> nn.Module:
+        """Into fewer parts than ranks."""
+        model = seeded(hidden=8, inner=12)
+        fully_shard(model.up, reshard_after_forward=2)
+        fully_shard(model)
+        with torch.no_grad():
+            model(torch.arange(4)[None])
+        return model
+
+    both = {"up.weight", "up.bias"}
+    for make, gathered in (
+        (evaluated, kept), (kept_unsharded, kept | both), (over_tensor_parallel, kept | both),
+        (cut_after_forward, kept | both),
+    ):  # fmt: skip
+        model = make()
+        named = {**dict(model.named_parameters()), "scale": model.scale}
+        mapping = identity_mapping(("checkpoint", shapes_of(named)))
+        views = {name: tensor.data for name, tensor in named.items()}
+        made = Round(rank=rank, world_size=world_size)
+        for name, tensor in named.items():
+            made.update_weight(name, tensor)
+        sends: list[Callable[[], object]] = [
+            lambda named=named, mapping=mapping: collect(named, mapping, rank=rank),
+            lambda views=views, mapping=mapping: collect(views, mapping, rank=rank),
+            lambda made=made, mapping=mapping: made.collect(mapping),
+        ]
+        for send in sends:
+            with pytest.raises(MappingError, match=r"copy that FSDP2 has gathered.*reshard") as caught:
+                send()
+            lines = str(caught.value).splitlines()[1:-1]
+            assert {line.split(":")[0].strip() for line in lines} == gathered, make
+        with pytest.raises(MappingError, match=r"embed\.weight: .*FSDP2 has gathered"):
+            collect_single("embed.weight", named["embed.weight"], mapping, rank=rank)
+        with pytest.raises(MappingError, match=r"embed\.weight: .*FSDP2 has gathered"):
+            gather_full(named, keep=rank == 0, mapping=mapping)
+        for state in (model.state_dict(), canonical_names(model)):  # both reshard
+            shapes = shapes_of(state)
+            collect(state, identity_mapping(("checkpoint", shapes)), rank=rank)
+    del torch.distributed._composable_state._module_state_mapping  # as another torch might
+    with pytest.raises(MappingError, match=r"torch 2.* does not say which .*pass the module itself"):
+        collect(model.state_dict(), mapping, rank=rank)
 
 
 def fsdp_offloaded(path: Path) -> None:
@@ -276,6 +352,61 @@ def mesh_2d(path: Path) -> None:
         check_whole(model, reference)
 
 
+def any_order(path: Path) -> None:
+    """Meshes whose ranks do not ascend: torch's groups sort them, so coordinates are not shards' numbers."""
+    for order in ([0, 1, 3, 2], [3, 2, 1, 0], [2, 0, 3, 1]):
+        model = seeded()
+        fully_shard(model, mesh=DeviceMesh("cpu", order))
+        check_whole(model, seeded())
+    sizes = {"hidden": 8, "inner": 12, "vocab": 16}  # torch itself errs there where a dimension is uneven
+    for grid in ([[1, 0], [3, 2]], [[2, 0], [3, 1]], [[3, 2], [1, 0]]):
+        mesh = DeviceMesh("cpu", grid, mesh_dim_names=("a", "b"))
+        model = seeded(**sizes)
+        fully_shard(model, mesh=mesh)  # HSDP
+        check_whole(model, seeded(**sizes))
+        model = seeded(**sizes)
+        parallelize_module(model, mesh["b"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        fully_shard(model, mesh=mesh["a"])
+        check_whole(model, seeded(**sizes))
+        for placements in ((Shard(0), Shard(1)), (Shard(1), Replicate()), (Replicate(), Shard(0))):
+            model = nn.Module()
+            model.weight = nn.Parameter(distribute_tensor(seeded(**sizes).up.weight, mesh, placements))
+            reference = nn.Module()
+            reference.weight = seeded(**sizes).up.weight
+            check_whole(model, reference)
+
+
+def no_one_order(path: Path) -> None:
+    """A mesh in which torch's own ways of cutting differ: what one rank calls its part is another's."""
+    mesh = DeviceMesh("cpu", [[0, 3], [1, 2]], mesh_dim_names=("a", "b"))
+    model = seeded(hidden=8, inner=12)
+    fully_shard(model, mesh=mesh)  # HSDP cuts along one dimension
+    check_whole(model, seeded(hidden=8, inner=12))
+    whole = torch.arange(64.0).reshape(8, 8)
+    tensor = distribute_tensor(whole, mesh, [Shard(0), Shard(1)])
+    right = [torch.equal(tensor.full_tensor(), whole)]
+    gathered: list[list[bool]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(gathered, right)
+    assert gathered == [[True], [True], [False], [False]], "else torch has mended it"
+    mapping = identity_mapping(("checkpoint", {"a": (8, 8)}))
+    with pytest.raises(
+        MappingError, match=r"a: is cut along several .*\[\[0, 3\], \[1, 2\]\].*ascending ranks"
+    ):
+        collect({"a": tensor}, mapping, rank=dist.get_rank())
+
+
+def cut_twice_in_strides(path: Path) -> None:
+    """FSDP2 over packed_colwise: torch cannot tell its own shards' order, which full_tensor() shows."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    whole = torch.arange(96.0).reshape(16, 6)
+    model = nn.Module()
+    model.weight = nn.Parameter(distribute_tensor(whole, mesh["tp"], [_StridedShard(0, split_factor=2)]))
+    fully_shard(model, mesh=mesh["dp"])
+    assert not torch.equal(model.weight.full_tensor(), whole)
+    with pytest.raises(MappingError, match=r"weight: .* cuts dimension 0 twice in strides.*cut another one"):
+        collect(model, identity_mapping(("checkpoint", {"weight": (16, 6)})), rank=dist.get_rank())
+
+
 def refusals(path: Path) -> None:
     rank = dist.get_rank()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -407,13 +538,14 @@ def guarded_step(path: Path) -> None:
     fully_shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, foreach=True)
     other = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
-    released, stepped = threading.Event(), threading.Event()
+    stepped = threading.Event()
     with torch.no_grad():
         model(torch.arange(4)[None])  # leaves the root unsharded: other objects, and other memory
     shards = collect(
         model, identity_mapping(("checkpoint", shapes_of(canonical_names(seeded())))), rank=dist.get_rank()
     )
-    guard = StepGuard(Guarded(shards.tensors), lambda: assert_within(released))
+    job = Job(None, version=1, call=1, encoding="dense")
+    guard = StepGuard(Guarded(shards.tensors), job)
     model(torch.arange(4)[None]).sum().backward()
     other.step()
     before = [t.clone() for t in shards.tensors]
@@ -426,15 +558,38 @@ def guarded_step(path: Path) -> None:
     thread.start()
     assert not stepped.wait(0.2)
     assert all(torch.equal(a, b) for a, b in zip(before, shards.tensors, strict=True))
-    released.set()
+    job.released.set()
     thread.join(5)
     assert stepped.is_set()
     assert not guard.active
     assert any(not torch.equal(a, b) for a, b in zip(before, shards.tensors, strict=True))
 
 
-def assert_within(event: threading.Event) -> None:
-    assert event.wait(5)
+def written_in_place(path: Path) -> None:
+    """A DTensor has a count, and its part one of its own; training until the step counts nothing."""
+    model = seeded()
+    fully_shard(model.up)
+    fully_shard(model)
+    mapping = identity_mapping(("checkpoint", shapes_of(canonical_names(seeded()))))
+
+    def find() -> LocalShards:
+        fresh = collect(model, mapping, rank=dist.get_rank())
+        again = Catalogue(model, mapping, fresh, Guarded([])).find(model, mapping)
+        assert again is not None
+        return again
+
+    for shards in (collect(model, mapping, rank=dist.get_rank()), find()):
+        model(torch.arange(4)[None]).sum().backward()
+        with torch.no_grad():
+            model(torch.arange(4)[None])
+        canonical_names(model)  # reshards
+        shards.check_unwritten(mapping, "all is well")
+    for write in (lambda p: p.mul_(0.5), lambda p: p.to_local().mul_(0.5)):
+        for shards in (collect(model, mapping, rank=dist.get_rank()), find()):
+            with torch.no_grad():
+                write(model.embed.weight)
+            with pytest.raises(TransferError, match=r"\(embed\.weight\)"):
+                shards.check_unwritten(mapping, "it was given up")
 
 
 # --- running them -------------------------------------------------------------------------------------------
@@ -445,10 +600,13 @@ def assert_within(event: threading.Event) -> None:
     ("scenario", "world_size"),
     [
         (fsdp_uneven, 2), (fsdp_uneven, 3), (fsdp_uneven, 4), (fsdp_mixed_precision, 2), (fsdp_offloaded, 2),
+        (unsharded_by_name, 4),
         (fsdp_tied, 2), (fsdp_dim1, 2), (packed, 2), (fsdp_in_metas_order, 5),
         (declared, 2), (declared, 4), (wrapped, 2),
-        (hsdp, 4), (tensor_parallel, 2), (fsdp_and_tensor_parallel, 4), (mesh_2d, 4), (refusals, 2),
-        (data_parallel, 2), (single, 2), (guarded_step, 2), (handed_over, 2), (handed_over, 3),
+        (hsdp, 4), (tensor_parallel, 2), (fsdp_and_tensor_parallel, 4), (mesh_2d, 4), (any_order, 4),
+        (no_one_order, 4), (cut_twice_in_strides, 4), (refusals, 2),
+        (data_parallel, 2), (single, 2), (guarded_step, 2), (written_in_place, 2),
+        (handed_over, 2), (handed_over, 3),
         (one_knows_that_the_epoch_is_over, 2), (one_knows_that_the_epoch_is_over, 4),
         (meeting_anew, 2), (one_is_gone, 2),
     ],

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from bridge import zero3
-from bridge.errors import MappingError
+from bridge import Bridge, BridgeConfig, zero3
+from bridge.errors import ConfigError, MappingError
 from bridge.names import canonical_names
 from bridge.parts import Round
 from bridge.sharding import collect
@@ -43,7 +43,7 @@ class Net(nn.Module):
         return torch.einsum("bsh,eih->bsei", hidden, self.experts).sum() + self.bias.sum()
 
 
-def engine(world_size: int) -> Any:
+def engine(world_size: int, **zero: object) -> Any:
     os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK=str(dist.get_rank()))
     import deepspeed
 
@@ -52,6 +52,7 @@ def engine(world_size: int) -> Any:
     torch.manual_seed(3)
     model = Net()
     config = {**CONFIG, "train_batch_size": world_size}
+    config["zero_optimization"] = {**CONFIG["zero_optimization"], **zero}
     return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
 
 
@@ -135,9 +136,29 @@ def refusals(_: Path) -> None:
         collect(model, identity_mapping(("checkpoint", shapes_of(expected))), rank=dist.get_rank())
 
 
+def whole_in_flat_buffers(_: Path) -> None:
+    """ZeRO-1 and 2 step in place where nobody is asked, over what a state dict shows without a mark."""
+    before = Net()
+    assert not zero3.steps_by_itself(None, before.state_dict().values())
+    for stage in (1, 2):
+        model = engine(dist.get_world_size(), stage=stage)
+        assert not zero3.steps_by_itself(before, before.parameters()), "another model is not DeepSpeed's"
+        state = model.module.state_dict()
+        held = {name: tensor.clone() for name, tensor in state.items()}
+        with Bridge(BridgeConfig(logdir="unused")) as trainer:
+            for named in (model, model.module, state):
+                with pytest.raises(ConfigError, match=r"DeepSpeed.*blocking=True.*round\(blocking=False\)"):
+                    trainer.broadcast_weights(named, blocking=False)
+            with pytest.raises(ConfigError, match="DeepSpeed"):
+                trainer.broadcast_single_param("norm", state["norm"], blocking=False)
+        step(model)
+        assert not any(torch.equal(held[name], state[name]) for name in held), "they are its own memory"
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize(
-    ("scenario", "world_size"), [(partitioned, 2), (partitioned, 3), (gathered, 2), (refusals, 2)]
+    ("scenario", "world_size"),
+    [(partitioned, 2), (partitioned, 3), (gathered, 2), (refusals, 2), (whole_in_flat_buffers, 2)],
 )
 def test_ranks(scenario: Any, world_size: int, tmp_path: Path) -> None:
     run_ranks(scenario, world_size, tmp_path)

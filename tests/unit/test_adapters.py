@@ -88,6 +88,14 @@ def test_float32_adapters_of_bfloat16_weights_are_rounded_once() -> None:
     assert torch.equal(found, copy.deepcopy(model).merge_and_unload().up.weight)
 
 
+def test_sums_are_the_same_under_autocast() -> None:
+    model = adapted()
+    expected = merge(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = merge(model)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_only_adapted_weights_are_copied() -> None:
     model = adapted()
     own = {t.data_ptr() for t in model.parameters()}

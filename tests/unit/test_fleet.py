@@ -474,6 +474,35 @@ def test_the_step_waits_until_every_server_has_read(servers: Servers, policy: Po
     assert not any(guard is pending._guard for guard in _active)
 
 
+@pytest.mark.parametrize("blocking", [True, False])
+def test_a_broadcast_whose_wait_is_interrupted_is_still_under_way(servers: Servers, blocking: bool) -> None:
+    made = trainer("all")
+    made.broadcast_weights(MODEL)
+    job = servers.sessions["a"].job
+    _answers.update(a=interrupted)  # whose wait comes first
+    with pytest.raises(KeyboardInterrupt):
+        made.broadcast_weights(MODEL, blocking=blocking).wait()  # type: ignore[union-attr]
+    with pytest.raises(KeyboardInterrupt):
+        made.broadcast_weights(MODEL)
+    busy = servers.sessions["a"]
+    assert busy.job is not None
+    assert busy.job is not job
+    assert busy.job.version == 2, "no other was submitted in the middle of it"
+    del busy.job.finished.wait  # type: ignore[method-assign]
+    _answers.update(a=FakeSession.stage)
+    threading.Timer(0.05, busy.stage).start()
+    assert made.broadcast_weights(MODEL).version == 3
+    assert _active == ()
+
+
+def interrupted(session: FakeSession) -> None:
+    def interrupt(*_: object) -> bool:
+        raise KeyboardInterrupt
+
+    assert session.job is not None
+    session.job.finished.wait = interrupt  # type: ignore[method-assign]
+
+
 def test_a_server_that_was_given_up_holds_no_step_up(servers: Servers) -> None:
     made = trainer("available")
     _answers.update(b=None)  # type: ignore[arg-type]

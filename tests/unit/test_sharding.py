@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,9 +18,11 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from bridge import guard, zero3
+from bridge.catalogue import Catalogue
 from bridge.declared import DeclaredLayout
 from bridge.errors import ConfigError, MappingError, RoundAborted
 from bridge.guard import Guarded, StepGuard
+from bridge.job import Job, PendingBroadcast
 from bridge.names import canonical_names
 from bridge.param_mappings import export_param_mappings, load_param_mappings
 from bridge.parts import collect_parts, collect_single, snapshot
@@ -202,6 +207,35 @@ def test_a_parameter_that_is_not_contiguous_is_copied_and_marked() -> None:
     assert torch.equal(shards.tensors[0], tensor)
 
 
+class Stream:
+    """Stands where a GPU's stream and an event on it are."""
+
+    def __init__(self, *_: object) -> None:
+        self.recorded: object = None
+
+    def record(self, stream: object) -> None:
+        self.recorded = stream
+
+
+@pytest.mark.parametrize("in_use", [True, False])
+def test_host_memory_is_waited_for_where_a_gpu_may_write_to_it(
+    monkeypatch: pytest.MonkeyPatch, in_use: bool
+) -> None:
+    """Pinned, copied into with non_blocking=True: the copy may be under way."""
+    streams = {3: Stream()}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: in_use)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "current_stream", streams.__getitem__)
+    monkeypatch.setattr(torch.cuda, "Event", Stream)
+    model = Lm()
+    mapping = mapping_of(model)
+    shards = collect(model, mapping, rank=0)
+    known = Catalogue(model, mapping, shards, Guarded(model.parameters())).find(model, mapping)
+    assert known is not None
+    for found in (shards, known):
+        assert [event.recorded for event in found.computed] == [streams[3]] * in_use
+
+
 def test_one_parameter() -> None:
     mapping = mapping_of(Lm())
     shards = collect_single("_orig_mod.embed.weight", torch.ones(5, 4), mapping, rank=0)
@@ -342,8 +376,10 @@ class Wait:
     def __init__(self, model: nn.Module, error: Exception | None = None) -> None:
         self.model, self.error = model, error
         self.seen: list[torch.Tensor] = []
+        self.free = False
 
-    def __call__(self) -> None:
+    def wait_released(self) -> None:
+        self.free = True
         self.seen.append(self.model.weight.detach().clone())
         if self.error is not None:
             raise self.error
@@ -413,6 +449,63 @@ def test_two_guards_are_both_honoured() -> None:
         StepGuard(Guarded(model.parameters()), wait)
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     assert [len(wait.seen) for wait in waits] == [1, 1]
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.fixture
+def alarm() -> Iterator[None]:
+    """A signal in a moment, whose handler raises."""
+
+    def interrupt(*_: object) -> None:
+        raise Interrupted
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("waits", ["step", "load", "wait"])
+def test_a_wait_that_a_signal_ends_leaves_the_weights_guarded(alarm: None, waits: str) -> None:
+    model = trained_once(nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = model.weight.detach().clone()
+    job = Job(None, version=7, call=1, encoding="dense")
+    pending = PendingBroadcast(job, StepGuard(Guarded(model.parameters()), job, module=model))
+    call = {
+        "step": optimizer.step,
+        "load": lambda: model.load_state_dict(nn.Linear(3, 2).state_dict()),
+        "wait": pending.wait,
+    }
+    with pytest.raises(Interrupted):
+        call[waits]()
+    releaser = threading.Timer(0.1, lambda: (seen.append(model.weight.detach().clone()), job.released.set()))
+    seen: list[torch.Tensor] = []
+    releaser.start()
+    optimizer.step()  # which may not come before that
+    releaser.join()
+    assert torch.equal(seen[0], before), "it is still read"
+    assert not torch.equal(model.weight, before)
+    assert guard._active == ()
+
+
+def test_a_round_that_fails_behind_a_signal_ends_the_guard(alarm: None) -> None:
+    model = trained_once(nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    job = Job(None, version=7, call=1, encoding="dense")
+    pending = PendingBroadcast(job, StepGuard(Guarded(model.parameters()), job, holding=[model.weight]))
+    with pytest.raises(Interrupted):
+        pending.wait()
+    job.finish(None, RoundAborted("gone"))
+    with pytest.raises(RoundAborted, match="gone"):
+        pending.wait()
+    assert guard._active == ()
+    assert pending._guard._holding == ()
+    optimizer.step()
 
 
 def test_loading_a_checkpoint_waits_too() -> None:
