@@ -32,6 +32,7 @@ def restored() -> Iterator[None]:
     loggers = {name: logging.getLogger(name) for name in telemetry.ROOTS}
     before = {name: (x.handlers[:], x.level, x.propagate) for name, x in loggers.items()}
     flight._events.clear()
+    telemetry.stand(epoch=None, version=None)  # a round of another test may have run in this thread
     yield
     sys.excepthook, threading.excepthook = hooks
     flight._who = who
