@@ -214,11 +214,19 @@ class Cluster:
         slurmd = ["slurmd", "-D", "-N", name, "-f", str(self.root / "slurm.conf")]
         self._slurmds[name] = self._spawn(name, *self._inside(name), *slurmd)
 
+    def slurmd(self, name: str) -> int:
+        """The process id of a node's slurmd, as seen from here."""
+        (slurmd,) = psutil.Process(self._slurmds[name].pid).children()  # of nsenter
+        return slurmd.pid
+
+    def inside(self, name: str) -> list[psutil.Process]:
+        """All that runs on a node."""
+        return self._inits[name].children(recursive=True)
+
     def replace_slurmd(self, name: str) -> None:
         """Kill a node's slurmd and start another one. Returns when the controller has heard of it."""
         before = self._slurmd_start(name)
-        (slurmd,) = psutil.Process(self._slurmds[name].pid).children()  # of nsenter
-        slurmd.kill()
+        os.kill(self.slurmd(name), signal.SIGKILL)
         self._slurmds[name].wait(STOP_TIMEOUT_S)
         self._daemons.remove(self._slurmds[name])
         # By whole seconds: one that starts within the same would not be told from it.

@@ -271,6 +271,23 @@ def test_two_jobs_on_the_same_nodes_and_what_scancel_leaves(
 
 
 @only_in_full("slurm")
+def test_one_node_trains_and_serves(
+    cluster: Cluster, submit: Callable[..., Job], checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The launcher has the trainer beside the server, and ends with its exit code."""
+    model, state = checkpoint("qwen3", "float32", 0), tmp_path / "state"
+    words = [TRAINER, str(model), str(state), "10"]
+    job = submit("one", "train_and_serve.sbatch", ["--nodes=1"], words, MODEL=str(model))
+    job.wait_file("done")
+    job.wait_versions([(step, step) for step in range(1, 11)])
+    assert_served(job, model, state, servers=1)
+    job.release()
+    job.wait_end("COMPLETED")
+    assert job.exit_code == "0:0"
+    assert_nothing_left(cluster)
+
+
+@only_in_full("slurm")
 @pytest.mark.parametrize("lost", ["node1", "node3"])
 def test_a_lost_node_is_replaced_and_the_job_goes_on(
     breakable: Cluster, checkpoint: Callable[..., Path], tmp_path: Path, lost: str
