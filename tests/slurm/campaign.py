@@ -35,8 +35,8 @@ from tests.support.models import build_checkpoint
 from tests.support.serving import Api, stop, wait_until
 
 SERVERS = ("node3", "node4")
-# By role, what is in the command line of one on a server's node (of srun: on the batch script's). Not slurmstepd:
-# without it tasks go on, and srun never hears of their end, whatever we do.
+# By role, what is in the command line of one on a server's node (of srun: on the batch script's). Not
+# slurmstepd: without it tasks go on, and srun never hears of their end, whatever we do.
 ROLES = {
     "launcher": "bridge.launch serve",
     "daemon": "vllm_patching.daemon",
