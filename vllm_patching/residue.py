@@ -91,11 +91,15 @@ def end_processes(pids: Iterable[int], *, timeout_s: float) -> list[int]:
     Returns:
         The pids that had to be killed.
     """
-    procs = _tree(set(pids))
+    pids = set(pids)
+    sessions = _sessions(pids)
+    procs = _tree(pids, sessions)
     for proc in procs:
         _signal(proc, kill=False)
     alive = _wait(procs, timeout_s)
-    alive += [proc for proc in _tree({p.pid for p in procs}) if proc not in alive]  # started meanwhile
+    # Started meanwhile; of what has ended meanwhile, somebody else may have the number by now.
+    sessions = {sid for sid in sessions if not _leads_another(sid, procs)}
+    alive += [proc for proc in _tree({p.pid for p in alive}, sessions) if proc not in alive]
     stubborn = [proc for proc in alive if not is_tracker(proc.pid)]
     for proc in stubborn:
         _signal(proc, kill=True)
@@ -152,11 +156,22 @@ def _signal(proc: psutil.Process, *, kill: bool) -> None:
         pass  # which is what was wanted
 
 
-def _tree(pids: set[int]) -> list[psutil.Process]:
+def _sessions(pids: set[int]) -> set[int]:
+    """The sessions that these are in, without the caller's own."""
+    return {sid for pid in pids if (sid := _session(pid)) is not None} - {os.getsid(0)}
+
+
+def _leads_another(sid: int, procs: list[psutil.Process]) -> bool:
+    """Whether the session of this number is led by a process that is none of ``procs``."""
+    try:
+        return psutil.Process(sid) not in procs
+    except _GONE:
+        return False
+
+
+def _tree(pids: set[int], sessions: set[int]) -> list[psutil.Process]:
     """The living processes of these trees and sessions, without the caller's own."""
-    own = os.getsid(0)
     wanted = set(pids)
-    sessions = {sid for pid in pids if (sid := _session(pid)) is not None} - {own}
     for pid in psutil.pids():
         if _session(pid) in sessions:
             wanted.add(pid)

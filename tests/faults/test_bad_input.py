@@ -23,7 +23,7 @@ from bridge.protocol import mapping as mapping_file
 from tests.support.serving import UNBOUND, environment, free_port, serving
 from vllm_patching.channel import socket_path
 
-pytestmark = [pytest.mark.faults, pytest.mark.serving, pytest.mark.timeout(400, method="signal")]
+pytestmark = [pytest.mark.faults, pytest.mark.serving, pytest.mark.timeout(400)]
 
 UP = "model.layers.0.mlp.up_proj.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from tests.support.checks import own_answers
 from tests.support.serving import REPO, UNBOUND, prompts, serving, stop, training, wait_until
 
-pytestmark = [pytest.mark.faults, pytest.mark.serving, pytest.mark.timeout(900, method="signal")]
+pytestmark = [pytest.mark.faults, pytest.mark.serving, pytest.mark.timeout(900)]
 
 TOKENS = 400
 PATH = os.pathsep.join(map(str, (REPO / "tests" / "support" / "failing_flip", REPO, REPO / "tests")))

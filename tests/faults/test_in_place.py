@@ -19,7 +19,7 @@ from tests.support.checks import Streams
 from tests.support.models import build_checkpoint
 from tests.support.serving import UNBOUND, Server, Trainers, alive, serving, stop, training, wait_until
 
-pytestmark = [pytest.mark.faults, pytest.mark.serving, pytest.mark.timeout(900, method="signal")]
+pytestmark = [pytest.mark.faults, pytest.mark.serving, pytest.mark.timeout(900)]
 
 DEADLINE_S = 5.0
 PATIENCE_S = 3 * DEADLINE_S + 10

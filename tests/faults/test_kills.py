@@ -30,7 +30,7 @@ from tests.support.serving import (
 )
 from vllm_patching import residue
 
-pytestmark = [pytest.mark.faults, pytest.mark.serving, pytest.mark.timeout(1500, method="signal")]
+pytestmark = [pytest.mark.faults, pytest.mark.serving, pytest.mark.timeout(1500)]
 
 DEADLINE_S = 5.0
 TIMES = [f"--deadline={DEADLINE_S:g}", "--heartbeat-interval=0.5"]

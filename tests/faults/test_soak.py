@@ -12,7 +12,7 @@ import pytest
 from tests.faults.soak import KEEPER, RECOVER_S, growth, left_behind, soak, started
 from vllm_patching import residue
 
-pytestmark = [pytest.mark.faults, pytest.mark.serving, pytest.mark.timeout(1500, method="signal")]
+pytestmark = [pytest.mark.faults, pytest.mark.serving, pytest.mark.timeout(1500)]
 
 SEED = 15  # its first five faults hit both servers and the trainer; one starts vLLM again, the longest wait
 LEAST_FAULTS = 5

@@ -17,7 +17,7 @@ from bridge.wire.delta_transport import Chain, Crossing, DeltaSink, DeltaSource
 from bridge.wire.transport import DataLink, GlooSink, GlooSource, SendBuffers
 from tests.support.ranks import run_ranks
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300, method="signal")]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
 ROUNDS = 10
 SHARES = (0.0, 0.01, 0.001, 0.15, 1.0)  # one form after the other

@@ -13,7 +13,7 @@ import torch
 from bridge.protocol.plan import Copy
 from tests.support import gpu_peer
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(180, method="signal")]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(180)]
 
 SPAWN = multiprocessing.get_context("spawn")
 BYTES = 64 << 20

@@ -19,7 +19,7 @@ from vllm_patching.compat import installed_version
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.timeout(600, method="signal"),
+    pytest.mark.timeout(600),
     pytest.mark.skipif(0 < torch.cuda.device_count() < 2, reason="one GPU here, these tests need two"),
 ]
 

@@ -16,7 +16,7 @@ import torch
 from tests.support.models import build_checkpoint
 from tests.support.serving import Api, Server, serving, training
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900, method="signal")]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 
 GRAPHS = '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 8, 32]}'
 FLAGS = (

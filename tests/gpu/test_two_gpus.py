@@ -16,7 +16,7 @@ from tests.support.serving import Server, serving_together, training
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.timeout(900, method="signal"),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(0 < torch.cuda.device_count() < 2, reason="one GPU here, these tests need two"),
 ]
 

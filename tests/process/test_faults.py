@@ -12,7 +12,7 @@ from tests.support.faults import FULL_SHM, Fault
 from tests.support.link import Link
 from tests.support.node import Node, node, suffer
 
-pytestmark = [pytest.mark.processes, pytest.mark.faults, pytest.mark.timeout(300, method="signal")]
+pytestmark = [pytest.mark.processes, pytest.mark.faults, pytest.mark.timeout(300)]
 
 FAULTS = [
     Fault("kill", "trainer", "mid_bucket"),

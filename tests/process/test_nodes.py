@@ -20,7 +20,7 @@ from tests.support.link import Link
 from tests.support.nodes import Daemon, Server, expected, weights
 from tests.support.serving import stop, wait_until
 
-pytestmark = [pytest.mark.processes, pytest.mark.faults, pytest.mark.timeout(600, method="signal")]
+pytestmark = [pytest.mark.processes, pytest.mark.faults, pytest.mark.timeout(600)]
 
 SOON_S = 180.0
 WIRE = {"cut": LINKS["cut"], "slow": LINKS["slow link"], "lossy": {"loss": 0.05}}

@@ -41,7 +41,7 @@ from vllm_patching.channel import Channel
 from vllm_patching.intake import Join
 from vllm_patching.updater import Updater
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
 
 VERSIONS = 50
 TRAINERS = 2

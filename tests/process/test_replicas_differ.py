@@ -15,7 +15,7 @@ from bridge.errors import BridgeError
 from tests.support.node import Node, node, state_of
 from tests.support.ranks import run_ranks
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(180, method="signal")]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
 
 NAME = "norm"
 

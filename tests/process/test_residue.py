@@ -12,7 +12,7 @@ import pytest
 from tests.support.serving import alive, wait_until
 from vllm_patching import residue
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
 
 # An orphan like vLLM's behind a launcher that was killed, in a session of its own.
 STUBBORN = """

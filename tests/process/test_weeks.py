@@ -15,7 +15,7 @@ from tests.support.node import Node, node
 from tests.support.serving import REPO, alive, wait_until
 from vllm_patching import newest
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(300, method="signal")]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
 
 PACKAGES = ("bridge", "vllm_patching", "launch", "tests")
 

@@ -17,7 +17,7 @@ from tests.support.serving import UNBOUND, Api, Server, Trainers, serving, servi
 
 peft = pytest.importorskip("peft")
 
-pytestmark = [pytest.mark.serving, pytest.mark.timeout(1200, method="signal")]
+pytestmark = [pytest.mark.serving, pytest.mark.timeout(1200)]
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # What the files of the served adapter hold, and what the trainer sends: other ranks, other layers.

@@ -14,7 +14,7 @@ from tests.support.serving import COMPLETED, UNBOUND, serving_together
 
 F32 = ["--dtype=float32"]
 
-pytestmark = [pytest.mark.serving, pytest.mark.timeout(1500, method="signal")]
+pytestmark = [pytest.mark.serving, pytest.mark.timeout(1500)]
 
 
 @pytest.fixture(scope="module")

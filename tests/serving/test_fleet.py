@@ -26,7 +26,7 @@ from tests.support.serving import (
     wait_until,
 )
 
-pytestmark = [pytest.mark.serving, pytest.mark.timeout(1500, method="signal")]
+pytestmark = [pytest.mark.serving, pytest.mark.timeout(1500)]
 
 F32 = "--dtype=float32"
 TIMES = ["--deadline=5", "--heartbeat-interval=0.5"]

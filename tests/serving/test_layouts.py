@@ -23,7 +23,7 @@ from tests.support.serving import (
     training,
 )
 
-pytestmark = [pytest.mark.serving, pytest.mark.timeout(1500, method="signal")]
+pytestmark = [pytest.mark.serving, pytest.mark.timeout(1500)]
 
 F32 = ["--dtype=float32"]
 

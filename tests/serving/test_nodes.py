@@ -21,7 +21,7 @@ from tests.support.serving import COMPLETED, Server, alive, stop, training, wait
 from vllm_patching import residue
 from vllm_patching.channel import ask
 
-pytestmark = [pytest.mark.serving, pytest.mark.faults, pytest.mark.timeout(1800, method="signal")]
+pytestmark = [pytest.mark.serving, pytest.mark.faults, pytest.mark.timeout(1800)]
 
 SPLIT = {"tp": "--tensor-parallel-size=2", "pp": "--pipeline-parallel-size=2"}
 GRACE_S = 40

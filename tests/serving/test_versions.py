@@ -33,7 +33,7 @@ from tests.support.serving import (
 
 F32 = ["--dtype=float32"]
 
-pytestmark = [pytest.mark.serving, pytest.mark.timeout(1500, method="signal")]
+pytestmark = [pytest.mark.serving, pytest.mark.timeout(1500)]
 
 # --- float32, one rank, every feature ------------------------------------------------------------------
 

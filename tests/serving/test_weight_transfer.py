@@ -16,7 +16,7 @@ from tests.support.serving import UNBOUND, Server, Trainers, serving, training
 ENDPOINTS = {**UNBOUND, "VLLM_SERVER_DEV_MODE": "1"}
 FLAGS = ["--dtype=float32", "--weight-transfer-config", json.dumps({"backend": "bridge"})]
 
-pytestmark = [pytest.mark.serving, pytest.mark.timeout(1500, method="signal")]
+pytestmark = [pytest.mark.serving, pytest.mark.timeout(1500)]
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ SLURMD_KILLS = 20
 JOB_TIMEOUT_S = 900.0
 END_TIMEOUT_S = 180.0
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400, method="signal")]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400)]
 
 
 class Job:

@@ -15,7 +15,7 @@ from bridge.nodes import Shape
 from tests.slurm.cluster import Cluster
 from tests.support.serving import REPO, wait_until
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(180, method="signal")]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(180)]
 JOB_TIMEOUT_S = 60.0
 # Options of sbatch by component, and whether the variables alone can tell the GPUs.
 JOBS = {
