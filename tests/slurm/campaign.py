@@ -111,6 +111,8 @@ class Campaign:
         stop(pid)
         threading.Event().wait(STOPPED_S)
         try:
+            if role == "slurmd":  # nsenter stops with what it waits for
+                os.kill(psutil.Process(pid).ppid(), signal.SIGCONT)
             os.kill(pid, signal.SIGCONT)
         except ProcessLookupError:
             assert role == "updater", f"{role} was ended while it stood still"
