@@ -103,8 +103,12 @@ class Campaign:
         if role == "slurmd" and what == "kill":
             self.cluster.replace_slurmd(where)
             return
-        # The first of several: what is forked of one has the same command line for a moment.
-        pid = self.cluster.slurmd(where) if role == "slurmd" else self.processes(role, where)[0].pid
+        if role == "slurmd":
+            pid = self.cluster.slurmd(where)
+        else:  # the one before may have died in the case before
+            wait_until(f"the {role} of {where}", lambda: bool(self.processes(role, where)), timeout_s=120)
+            # The first of several: what is forked of one has the same command line for a moment.
+            pid = self.processes(role, where)[0].pid
         if what == "kill":
             os.kill(pid, signal.SIGKILL)
             return
