@@ -168,6 +168,7 @@ def main() -> int:
     parser.add_argument("--case", type=int, help="only this one")
     parser.add_argument("--what", default="", help="only faults of this name")
     parser.add_argument("--keep", action="store_true", help="what --out has of other cases")
+    parser.add_argument("--resume", action="store_true", help="only the cases that --out lacks")
     parser.add_argument("--deadline", type=float, default=4.0)
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no further case after so many")
     parser.add_argument("--out", type=Path)
@@ -184,7 +185,12 @@ def main() -> int:
         wanted = [args.case]
     if args.what:
         wanted = [case for case in wanted if draw(args.seed, case)[0].what == args.what]
-    if args.keep:
+    if args.resume:
+        known = json.loads(args.out.read_text())
+        rows, commands = known["cases"], [*known["commands"], *commands]
+        done = {row["case"] for row in rows}
+        wanted = [case for case in wanted if case not in done]
+    elif args.keep:
         known = json.loads(args.out.read_text())
         rows += [row for row in known["cases"] if row["case"] not in wanted]
         commands = [*known.get("commands", [known.get("command")]), *commands]

@@ -79,7 +79,7 @@ class Campaign:
             STEP_BY_STEP="1",
             SERVER_RETRIES="1000",
         )
-        self.step = 0
+        self.step, self._steps = 0, cases
 
     def processes(self, role: str, where: str) -> list[psutil.Process]:
         node = "node1" if role == "srun" else where
@@ -135,7 +135,7 @@ class Campaign:
             timeout_s=VERSION_TIMEOUT_S,
         )
         live_s = time.monotonic() - began
-        self.job.wait_file(f"paused{self.step}")
+        self.job.wait_file(f"paused{self.step}" if self.step < self._steps else "done")
         expected = trained_answers(self.model, self.state)
         wait_until(
             f"both servers to serve step {self.step}",
