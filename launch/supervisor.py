@@ -27,6 +27,7 @@ from bridge.protocol.mapping import CONFIG_NAME
 from launch import probe, process
 from launch.comeback import Comeback, Restarts, session_of
 from launch.commands import PLUGIN_GROUP, PLUGIN_NAME, Command, placed
+from launch.leftovers import Leftovers
 from launch.options import ServerView
 from launch.output import Relay, drop_unwritten
 from launch.process import EXIT_SIGNAL_BASE, Child
@@ -113,6 +114,7 @@ class Supervisor:
         self._daemon_due: float | None = None  # when a restarted daemon must answer again
         self._strangers = frozenset(residue.descendants(os.getpid()))  # inherited by exec, not ours to end
         self._shm_before = frozenset(residue.SHM_DIR.iterdir()) if residue.SHM_DIR.is_dir() else frozenset()
+        self._leftovers = Leftovers(self.launch.logdir, self.launch.run_dir)
         self._shm: set[Path] = set()
         self._vllm_shm: set[Path] = set()
         self._observed_at = 0.0
@@ -130,6 +132,7 @@ class Supervisor:
             on_ready: called once the server is ready; its result is the exit code, and the end.
         """
         process.become_subreaper()
+        self._leftovers.sweep()
         keep(self.launch.run_dir)
         with self._signals():
             try:
@@ -609,6 +612,7 @@ class Supervisor:
             served = {pid for pid in tree if vllm is not None and session_of(pid) == vllm.pid}
             self._vllm_shm = self._present(self._vllm_shm | residue.snapshot(served))
             self._shm = self._present(self._shm | residue.snapshot(set(tree) - served))
+            self._leftovers.note(self._vllm_shm)
 
     def _present(self, paths: set[Path]) -> set[Path]:
         return {path for path in paths - self._shm_before if path.exists()}
@@ -643,6 +647,7 @@ class Supervisor:
         for path in residue.sweep(self._shm | self._vllm_shm):
             logger.info("removed %s, left behind by vLLM", path)
         residue.remove_run_dir(self.launch.run_dir)
+        self._leftovers.forget()
         self._relay.close()
         logger.info("shut down in %.1f s", time.monotonic() - began)
 

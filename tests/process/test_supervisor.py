@@ -55,7 +55,7 @@ class Launched:
         self, tmp_path: Path, *flags: str, prefix: tuple[str, ...] = (), output: Path | int | None = None
     ) -> None:
         self.logdir = tmp_path / "logs"
-        self.logdir.mkdir()
+        self.logdir.mkdir(exist_ok=True)
         self.run_dir = Path(f"/tmp/bridge-test-{uuid.uuid4().hex[:8]}")  # short, as socket paths must be
         self.shm_file = Path(f"/dev/shm/bridge-test-{uuid.uuid4().hex[:8]}")
         self.output = output or tmp_path / "launcher.out"
@@ -177,6 +177,30 @@ def test_sigkill_of_the_launcher_leaves_nothing(launch):
     launched.wait_ready()
     launched.process.kill()
     assert launched.wait_end() == -signal.SIGKILL
+
+
+def test_what_a_launch_left_that_was_killed_with_all_it_had_started_goes_with_the_next_one(launch):
+    """As Slurm kills a step whose srun has died: nobody is there to clean up."""
+    killed = launch()
+    roles = killed.wait_ready()
+    killed.process.send_signal(signal.SIGSTOP)
+    for role in ("daemon", "vllm", "engine"):
+        roles[role].kill()
+    killed.process.kill()
+    killed.process.wait()
+    assert killed.shm_file.exists()
+    again = launch()
+    again.wait_ready()
+    assert not killed.shm_file.exists()
+    assert not killed.run_dir.exists()
+    assert f"removed {killed.shm_file}, left behind by an earlier launch that was killed" in again.text
+    third = launch()  # by mistake
+    poll_until("a word on it", lambda: "another launch with this log directory lives" in third.text)
+    for launched in (third, again):
+        launched.see_tree()
+        launched.process.terminate()
+        assert launched.wait_end() in (0, 128 + signal.SIGTERM)
+    assert list(again.logdir.glob("leftovers-*")) == []
 
 
 def test_sigkill_of_vllm_ends_the_rest_and_names_it(launch):
