@@ -33,18 +33,25 @@ def test_what_a_killed_process_named_is_unlinked_by_its_tracker() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
-        assert process.stdout is not None
-        pid, name = process.stdout.readline().split()
-        path = Path(residue.SHM_DIR, f"sem.{name.removeprefix('/')}")
-        assert path.exists()
-        (tracker,) = residue.descendants(process.pid)
-        assert residue.is_tracker(tracker)
-        assert not residue.is_tracker(process.pid)
-        # By somebody else's process: nobody ends his own children so.
-        ended = subprocess.run(
-            [sys.executable, "-c", ENDING, pid], capture_output=True, text=True, check=True, timeout=60
-        )
-        assert ended.stdout.strip() == f"[{pid}]", ended.stderr
-        assert process.wait(5) == -signal.SIGKILL
+        try:
+            assert process.stdout is not None
+            pid, name = process.stdout.readline().split()
+            path = Path(residue.SHM_DIR, f"sem.{name.removeprefix('/')}")
+            assert path.exists()
+            wait_until(
+                "its tracker",
+                lambda: [residue.is_tracker(p) for p in residue.descendants(process.pid)] == [True],
+                timeout_s=20,
+            )
+            (tracker,) = residue.descendants(process.pid)
+            assert not residue.is_tracker(process.pid)
+            # By somebody else's process: nobody ends his own children so.
+            ended = subprocess.run(
+                [sys.executable, "-c", ENDING, pid], capture_output=True, text=True, check=True, timeout=60
+            )
+            assert ended.stdout.strip() == f"[{pid}]", ended.stderr
+            assert process.wait(5) == -signal.SIGKILL
+        finally:
+            process.kill()  # or leaving the block would wait for it
     wait_until("the tracker's end", lambda: not alive(tracker), timeout_s=5)
     assert not path.exists()
