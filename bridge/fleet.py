@@ -82,6 +82,7 @@ class Server:
         self.close()
         self.tried = True
         self._session = Session.open(self.config, ranks, device=device, patient=patient)
+        self._session.resumes = self.base is not None
 
     def close(self) -> None:
         """End the session, if there is one."""

@@ -23,6 +23,7 @@ from bridge.errors import (
     BridgeError,
     ConfigError,
     DeviceError,
+    MappingError,
     PeerLost,
     ProtocolError,
     RoundAborted,
@@ -118,6 +119,7 @@ class Session:
         self._left = False  # whether the caller has given up waiting for the background thread
         self._early: list[tuple[int, Event]] = []
         self._summed: set[tuple[int, bytes]] = set()  # layouts, by rank, whose sums were said in this epoch
+        self.resumes = False  # whether this trainer has made versions live there, in an earlier epoch
         self._meeting = Meeting(store, mapping, epoch=answer.epoch, timeout_s=answer.deadline_s * 2)
         machine = {"epoch": answer.epoch, "version": answer.weight_version}
         self._coordinator = Coordinator(**machine, trainers=self.world_size, daemons=answer.num_daemons)
@@ -411,11 +413,13 @@ class Session:
         return err
 
     def _lead(self, job: Job) -> Receipt:
-        actions = self._coordinator.begin(job.version, self._publish(job), job.call, job.manner)
+        actions = self._coordinator.begin(job.version, self._publish(job), job.call, self._manner(job))
         return self._drive(job, actions)
 
     def _follow(self, job: Job) -> Receipt:
-        return self._drive(job, self._member.begin(job.version, self._publish(job), job.call, job.manner))
+        return self._drive(
+            job, self._member.begin(job.version, self._publish(job), job.call, self._manner(job))
+        )
 
     def _publish(self, job: Job) -> bytes:
         if not job.shards:
@@ -432,10 +436,21 @@ class Session:
         when = self.config.compare_replicas
         if self.world_size == 1 or when == "never" or not shards.comparable:
             return False
-        return when == "always" or (not shards.partial and not self._summed.issuperset(layouts))
+        whole = not shards.partial or bool(shards.layout.leading)  # an adapter is a part that comes whole
+        return when == "always" or (whole and not self._summed.issuperset(layouts))
+
+    def _manner(self, job: Job) -> str:
+        """What all ranks must want alike; a rank that compares would wait for one that does not."""
+        if job.shards is None or self.world_size == 1:
+            return job.manner
+        when = self.config.compare_replicas if job.shards.comparable else "not"
+        return f"{job.manner}, replicas compared: {when}"
 
     def _compare_replicas(self, job: Job, digests: Sequence[bytes], layouts: Sequence[Layout]) -> None:
         """Rank 0, which knows all layouts: whether what several ranks hold is the same.
+
+        Where a trainer goes on with a server it is not asked anew: what went apart since the first round
+        must not be served all day and end training with the next lost connection. It is said in the log.
 
         Raises:
             MappingError: it is not.
@@ -447,7 +462,13 @@ class Session:
         if len(sums) < self.world_size:  # others have been compared, with what they held then
             return
         sources = self.mapping.vocabulary(layouts[0].vocabulary).sources
-        count = replicas.compare(layouts, [sums[rank] for rank in range(self.world_size)], sources)
+        try:
+            count = replicas.compare(layouts, [sums[rank] for rank in range(self.world_size)], sources)
+        except MappingError as err:
+            if not self.resumes or self.config.compare_replicas == "always":
+                raise
+            logger.warning("sent all the same, as before this epoch: %s", err)
+            return
         if count:
             logger.info("%d part(s) of the model are the same on all trainer ranks that hold them", count)
 

@@ -30,8 +30,14 @@ def _taken() -> str:
     digest = blake3.blake3()
     for package in PACKAGES:
         for path in sorted(package.rglob("*.py")):
-            digest.update(f"{path.relative_to(package)}\0".encode())
-            digest.update(path.read_bytes())
+            parts = path.relative_to(package).with_suffix("").parts
+            if not all(part.isidentifier() for part in parts):
+                continue  # nobody imports it: an editor's lock, a notebook's copy
+            digest.update(f"{'.'.join(parts)}\0".encode())
+            try:
+                digest.update(path.read_bytes())
+            except OSError as err:  # it is being replaced: another code than anybody's
+                digest.update(f"unreadable: {err.errno}\0".encode())
     found = []
     for name in DISTRIBUTIONS:
         try:

@@ -319,7 +319,7 @@ class Daemon:
         try:
             mapping_file.write_atomically(path, data)
         except OSError as err:  # a file system that is full or away; vLLM serves on meanwhile
-            self._publish_later(f"the mapping cannot be written to {path}: {err}")
+            self._publish_later(f"the mapping cannot be written to {path}: {err.strerror}")
             return
         if (page := self.registry.control) is not None:  # an earlier daemon's note may have been deleted
             self.newest.raise_to(page.requested)

@@ -48,8 +48,20 @@ def _mapped(pid: int, shm_dir: Path) -> set[Path]:
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return set()
     # address perms offset dev inode path; a deleted file's path ends in " (deleted)" and needs no removal.
-    paths = (line.split(maxsplit=5)[5] for line in lines if f" {shm_dir}/" in line)
-    return {Path(path) for path in paths if not path.endswith(" (deleted)")}
+    found = [line.split(maxsplit=5)[4:] for line in lines if f" {shm_dir}/" in line]
+    paths = {Path(path) for _, path in found if not path.endswith(" (deleted)")}
+    # Whoever makes a semaphore maps it under another name, which glibc deletes once it has its own.
+    made = {int(inode) for inode, path in found if path.endswith(" (deleted)") and "/sem." in path}
+    return paths | (_named(made, shm_dir) if made else set())
+
+
+def _named(inodes: set[int], shm_dir: Path) -> set[Path]:
+    """The semaphores with these inodes."""
+    try:
+        entries = [entry for entry in os.scandir(shm_dir) if entry.name.startswith("sem.")]
+    except OSError:
+        return set()
+    return {Path(entry.path) for entry in entries if entry.inode() in inodes}
 
 
 def sweep(paths: Iterable[Path], *, shm_dir: Path = SHM_DIR) -> list[Path]:

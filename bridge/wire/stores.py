@@ -71,7 +71,8 @@ class DaemonStore:
         addresses = {info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
         before = sockets.opened()
         self._sockets: Callable[[], set[int]] = lambda: sockets.leading_to(addresses, port, since=before)
-        threading.Thread(target=_work, args=(self._jobs,), name="bridge-store", daemon=True).start()
+        self._thread = threading.Thread(target=_work, args=(self._jobs,), name="bridge-store", daemon=True)
+        self._thread.start()
         limit = timedelta(seconds=timeout_s)
         self.raw = self._run(
             lambda: TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit),
@@ -119,6 +120,7 @@ class DaemonStore:
         self._broken = f"the store at {self._where} {why}"
         sockets.shut(self._sockets())
         self._jobs.put(None)
+        self._thread.join(GRACE_S)  # or a process that ends now would abort: torch is in the thread still
 
     def within(self, operation: Callable[[TorchStore], T], what: str, *, limit_s: float) -> T:
         """What ``operation`` makes of torch's own store, of which it may use anything.
@@ -141,24 +143,28 @@ class DaemonStore:
 
     def set(self, key: str, value: str) -> None:
         """Set a key; ``value`` may be bytes, the stub says str."""
-        self.within(lambda raw: raw.set(key, value), f"setting {key}", limit_s=self._timeout_s)
+        self.within(lambda raw: raw.set(key, value), f"setting {key}", limit_s=self._timeout_s + GRACE_S)
 
     def get(self, key: str) -> bytes:
         """The value of a key that is set."""
-        return self.within(lambda raw: raw.get(key), f"reading {key}", limit_s=self._timeout_s)
+        return self.within(lambda raw: raw.get(key), f"reading {key}", limit_s=self._timeout_s + GRACE_S)
 
     def check(self, keys: list[str]) -> bool:
         """Whether all ``keys`` are set."""
         what = f"looking for {', '.join(keys)}"
-        return self.within(lambda raw: raw.check(keys), what, limit_s=self._timeout_s)
+        return self.within(lambda raw: raw.check(keys), what, limit_s=self._timeout_s + GRACE_S)
 
     def delete_key(self, key: str) -> bool:
         """Delete a key; whether there was one."""
-        return self.within(lambda raw: raw.delete_key(key), f"deleting {key}", limit_s=self._timeout_s)
+        return self.within(
+            lambda raw: raw.delete_key(key), f"deleting {key}", limit_s=self._timeout_s + GRACE_S
+        )
 
     def queue_push(self, key: str, value: bytes | str) -> None:
         """Put ``value`` into a queue."""
-        self.within(lambda raw: raw.queue_push(key, value), f"asking in {key}", limit_s=self._timeout_s)
+        self.within(
+            lambda raw: raw.queue_push(key, value), f"asking in {key}", limit_s=self._timeout_s + GRACE_S
+        )
 
 
 def _work(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:

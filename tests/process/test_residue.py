@@ -38,6 +38,7 @@ def test_what_a_killed_process_named_is_unlinked_by_its_tracker() -> None:
             pid, name = process.stdout.readline().split()
             path = Path(residue.SHM_DIR, f"sem.{name.removeprefix('/')}")
             assert path.exists()
+            assert path in residue.snapshot([process.pid]), "its maker maps it under another name"
             wait_until(
                 "its tracker",
                 lambda: [residue.is_tracker(p) for p in residue.descendants(process.pid)] == [True],
