@@ -47,6 +47,9 @@ def by_default(path: Path) -> None:
         receipt = trainer.broadcast_weights(state_of(2))
         assert receipt.version == 1
         assert trainer.broadcast_weights(state_of(3)).version == 2, "ranks are in step"
+        trainer._fleet.servers[0].close()  # as by a connection that was lost
+        assert trainer.broadcast_weights(went_apart(3)).version == 3, "what went apart meanwhile is a warning"
+        assert trainer.broadcast_weights(state_of(3)).version == 4
 
 
 def always(path: Path) -> None:
@@ -63,6 +66,15 @@ def never(path: Path) -> None:
         trainer.broadcast_weights(went_apart(8))
 
 
+def one_rank_only(path: Path) -> None:
+    when: Comparison = "never" if dist.get_rank() else "first"
+    with (
+        Bridge(config(path, when)) as trainer,
+        pytest.raises(BridgeError, match=r"replicas compared: (never|first)"),
+    ):
+        trainer.broadcast_weights(state_of(9))
+
+
 def run(scenario, server: Node, path: Path) -> None:  # type: ignore[no-untyped-def]
     (path / "server").symlink_to(server.logdir)
     run_ranks(scenario, 2, path)
@@ -76,6 +88,10 @@ def test_the_first_round_compares_them(server: Node, tmp_path: Path) -> None:
 def test_every_round_does_if_it_is_asked_to(server: Node, tmp_path: Path) -> None:
     run(always, server, tmp_path)
     assert [digest for _, digest in server.served()[-1]] == server.serves(7)
+
+
+def test_ranks_that_are_told_different_things_say_so(server: Node, tmp_path: Path) -> None:
+    run(one_rank_only, server, tmp_path)
 
 
 def test_none_does_if_it_is_asked_not_to(server: Node, tmp_path: Path) -> None:

@@ -218,7 +218,8 @@ def main() -> int:
     except Exception:  # noqa: BLE001 - the job is of no further use
         failure = traceback.format_exc()
         what, role, where, _ = draw(args.seed, len(rows))
-        rows.append({"case": len(rows), "fault": f"{what} {role}", "where": where, "failure": failure})
+        fault = f"{what} {role}" if len(rows) < args.cases else "the end of the job"
+        rows.append({"case": len(rows), "fault": fault, "where": where, "failure": failure})
         print(failure, campaign.job.text()[-6000:], flush=True)
     finally:
         campaign.job.cancel()
