@@ -25,6 +25,11 @@ SERVER_DECIDES = {
     "transport": "--transport",
     "prefix_cache": "--prefix-cache",
 }
+_CHOICES = {
+    "commit": get_args(Policy),
+    "snapshot": get_args(Snapshot),
+    "compare_replicas": get_args(Comparison),
+}
 _PATHS = ("config_path", "logdir", "update_dir")
 _TIMEOUTS = ("connect_timeout_s", "commit_timeout_s", "stage_timeout_s", "ranks_timeout_s")
 
@@ -193,12 +198,8 @@ def _fault(name: str, value: Any) -> str | None:
     if name == "logdirs":
         paths = isinstance(value, tuple) and all(isinstance(path, str) and path for path in value)
         return None if paths and len(set(value)) == len(value) else "a list of different paths"
-    if name == "commit":
-        return None if value in get_args(Policy) else f"one of {', '.join(get_args(Policy))}"
-    if name == "snapshot":
-        return None if value in get_args(Snapshot) else f"one of {', '.join(get_args(Snapshot))}"
-    if name == "compare_replicas":
-        return None if value in get_args(Comparison) else f"one of {', '.join(get_args(Comparison))}"
+    if name in _CHOICES:
+        return None if value in _CHOICES[name] else f"one of {', '.join(_CHOICES[name])}"
     if name == "versions_after":
         number = isinstance(value, int) and not isinstance(value, bool)
         return None if number and value >= 0 else "a version: a whole number, 0 or above"

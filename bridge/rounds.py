@@ -425,19 +425,19 @@ class Session:
         if not job.shards:
             return bytes(DIGEST_BYTES)
         digest = self._meeting.publish_layout(job.shards.layout)
-        if self._compares(job.shards, [(self.rank, digest)]):
+        if self._compares(job.shards, self.rank, digest):
             self._meeting.publish_sums(job.call, self.rank, replicas.sums(job.shards.tensors))
             if self.rank:
                 self._summed.add((self.rank, digest))
         return digest
 
-    def _compares(self, shards: LocalShards, layouts: Sequence[tuple[int, bytes]]) -> bool:
-        """Whether the ranks with these ``layouts`` say in this round what they hold; all find it alike."""
+    def _compares(self, shards: LocalShards, rank: int, layout: bytes) -> bool:
+        """Whether ``rank``, with this ``layout``, says in this round what it holds; all find it alike."""
         when = self.config.compare_replicas
         if self.world_size == 1 or when == "never" or not shards.comparable:
             return False
         whole = not shards.partial or bool(shards.layout.leading)  # an adapter is a part that comes whole
-        return when == "always" or (whole and not self._summed.issuperset(layouts))
+        return when == "always" or (whole and (rank, layout) not in self._summed)
 
     def _manner(self, job: Job) -> str:
         """What all ranks must want alike; a rank that compares would wait for one that does not."""
@@ -456,7 +456,7 @@ class Session:
             MappingError: it is not.
         """
         assert job.shards is not None
-        said = [(rank, d) for rank, d in enumerate(digests) if self._compares(job.shards, [(rank, d)])]
+        said = [(rank, d) for rank, d in enumerate(digests) if self._compares(job.shards, rank, d)]
         self._summed.update(said)
         sums = {rank: self._meeting.take_sums(job.call, rank) for rank, _ in said}
         if len(sums) < self.world_size:  # others have been compared, with what they held then

@@ -6,9 +6,7 @@ container or a control group. The next launch with the same log directory on the
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import socket
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +16,7 @@ import msgspec
 from bridge.protocol.decoding import UNREADABLE
 from bridge.protocol.mapping import write_atomically
 from vllm_patching import residue
+from vllm_patching.channel import is_kept
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ class Leftovers:
             logger.warning("what an earlier launch has left cannot be read from %s: %s", self._path, err)
             return
         run_dir = Path(note.run_dir)
-        if run_dir != self._run_dir and not _is_abandoned(run_dir):
+        if run_dir != self._run_dir and is_kept(run_dir):
             logger.warning("another launch with this log directory lives, in %s", run_dir)
             return
         found = {residue.SHM_DIR / name for name in note.shared_memory if "/" not in name}
@@ -72,18 +71,3 @@ class Leftovers:
             self._path.unlink(missing_ok=True)
         except OSError as err:
             logger.warning("%s cannot be removed: %s", self._path, err.strerror)
-
-
-def _is_abandoned(run_dir: Path) -> bool:
-    """Whether neither a launcher nor a daemon holds it; see ``channel.keep``."""
-    try:
-        fd = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return True  # it is gone, as after a restart of the host
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
-    return True

@@ -87,6 +87,21 @@ def keep(run_dir: Path) -> None:
         logger.warning("%s is not safe from systemd-tmpfiles: %s", run_dir, err.strerror)
 
 
+def is_kept(run_dir: Path) -> bool:
+    """Whether a living process keeps it; systemd-tmpfiles asks in the same way."""
+    try:
+        fd = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return False  # it is gone, as after a restart of the host
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
 class Channel:
     """One connection. Not thread-safe for sending; one reader and one writer thread are fine."""
 

@@ -185,13 +185,11 @@ def main() -> int:
         wanted = [args.case]
     if args.what:
         wanted = [case for case in wanted if draw(args.seed, case)[0].what == args.what]
-    if args.resume:
+    if args.keep or args.resume:
         known = json.loads(args.out.read_text())
-        rows, commands = known["cases"], [*known["commands"], *commands]
-        done = {row["case"] for row in rows}
-        wanted = [case for case in wanted if case not in done]
-    elif args.keep:
-        known = json.loads(args.out.read_text())
+        if args.resume:
+            done = {row["case"] for row in known["cases"]}
+            wanted = [case for case in wanted if case not in done]
         rows += [row for row in known["cases"] if row["case"] not in wanted]
         commands = [*known.get("commands", [known.get("command")]), *commands]
     # By transport, as each change of it costs a fresh server; a case is the same in any order.

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from bridge import joining
 from bridge.wire import rendezvous, sockets
 from tests.support.link import REPO, Link
+from tests.support.link import why_not as link_missing
 from tests.support.ranks import run_ranks
 from tests.support.serving import environment
 
@@ -88,8 +89,8 @@ sys.stdin.read()
 def test_what_idles_for_longer_than_a_firewall_remembers_carries_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if os.geteuid() != 0 or not Path("/dev/net/tun").exists():
-        pytest.skip("a network namespace with a link of our own needs root and /dev/net/tun")
+    if reason := link_missing():
+        pytest.skip(reason)
     with Link(tmp_path) as link:
         link.set(forgets_s=FORGETS_S)
         store = rendezvous.serve_store(link.here, 0)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.support.faults import FULL_SHM, Fault
 from tests.support.link import Link
+from tests.support.link import why_not as link_missing
 from tests.support.node import Node, node, suffer
 
 pytestmark = [pytest.mark.processes, pytest.mark.faults, pytest.mark.timeout(300)]
@@ -60,8 +60,8 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
 @pytest.fixture(scope="module")
 def far(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     """A server whose trainer lives behind a link."""
-    if os.geteuid() != 0 or not Path("/dev/net/tun").exists():
-        pytest.skip("a network namespace with a link of our own needs root and /dev/net/tun")
+    if reason := link_missing():
+        pytest.skip(reason)
     directory = tmp_path_factory.mktemp("far")
     with Link(directory) as link:
         flags = ["--transport=gloo", f"--rendezvous-host={link.here}"]

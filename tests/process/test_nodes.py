@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from bridge.errors import BridgeError
 from tests.support.checks import flips_of
 from tests.support.faults import LINKS
 from tests.support.link import Link
+from tests.support.link import why_not as link_missing
 from tests.support.nodes import Daemon, Server, expected, weights
 from tests.support.serving import stop, wait_until
 
@@ -37,8 +37,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Link]]:
     """A server whose second node is behind a link."""
-    if os.geteuid() != 0 or not Path("/dev/net/tun").exists():
-        pytest.skip("a network namespace with a link of our own needs root and /dev/net/tun")
+    if reason := link_missing():
+        pytest.skip(reason)
     root = tmp_path_factory.mktemp("apart")
     with Link(root) as link:
         server = Server(root, link=link)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import signal
@@ -18,6 +17,8 @@ from typing import Any
 
 import psutil
 import pytest
+
+from vllm_patching.channel import is_kept
 
 ROOT = Path(__file__).parents[2]
 STAND_INS = ROOT / "tests" / "support" / "stand_ins.py"
@@ -143,31 +144,19 @@ def test_a_launcher_under_nohup_does_not_end_with_its_terminal(launch):
 
 
 def test_the_run_directory_is_locked_while_the_launcher_or_the_daemon_lives(launch):
-    """systemd-tmpfiles asks like this before it looks for old files in a directory."""
-
-    def is_free() -> bool:
-        fd = os.open(launched.run_dir, os.O_RDONLY)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        finally:
-            os.close(fd)
-        return True
-
     launched = launch()
     roles = launched.wait_ready()
     os.kill(launched.process.pid, signal.SIGSTOP)  # nobody starts another daemon
     roles["daemon"].kill()
     poll_until("its end", lambda: not _lives(roles["daemon"]))
-    assert not is_free(), "of the launcher alone"
+    assert is_kept(launched.run_dir), "of the launcher alone"
     os.kill(launched.process.pid, signal.SIGCONT)
     poll_until("the daemon is back", lambda: "the daemon is back" in launched.text)
     again = launched.see_tree()
     os.kill(again["daemon"].pid, signal.SIGSTOP)
     launched.process.kill()
     launched.process.wait()
-    assert not is_free(), "of the daemon alone"
+    assert is_kept(launched.run_dir), "of the daemon alone"
     os.kill(again["daemon"].pid, signal.SIGCONT)
     launched.assert_nothing_left()
 

@@ -292,8 +292,7 @@ class Cluster:
                 self._slurmds[name].pid,
                 *(p.pid for p in psutil.Process(self._slurmds[name].pid).children()),
             }
-            processes = init.children(recursive=True)
-            found += [f"{name}: {_describe(p)}" for p in processes if p.pid not in own]
+            found += [f"{name}: {_describe(p)}" for p in self.inside(name) if p.pid not in own]
             for place in (Path("/dev/shm"), self.local):
                 held = Path(f"/proc/{init.pid}/root{place}")
                 found += [f"{name}: {place / path.name}" for path in held.iterdir()]

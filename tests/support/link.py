@@ -32,6 +32,13 @@ _SYN = 2
 REPO = Path(__file__).parents[2]
 
 
+def why_not() -> str:
+    """What is missing for a link here, or "" if nothing is."""
+    if os.geteuid() != 0 or not Path("/dev/net/tun").exists():
+        return "a network namespace with a link of our own needs root and /dev/net/tun"
+    return ""
+
+
 class Link:
     """The link, whole until told otherwise; a context manager. One at a time in a process.
 
