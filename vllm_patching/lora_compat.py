@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 
+from bridge.errors import UnsupportedVersion
 from vllm_patching import compat
 
 MANAGER_MODULE = "vllm.lora.model_manager"
@@ -55,14 +56,26 @@ def layer_of(manager: Any, module: str) -> str:
     """The name in vLLM, before layers are packed, of a module as transformers makes it; "" for none."""
     from vllm.lora.utils import parse_fine_tuned_lora_name
 
-    mapper: Any = getattr(manager.model, "hf_to_vllm_mapper", None)
-    if hasattr(mapper, "get_rename_mapper"):  # as vLLM does since 0.32
-        mapper = mapper.get_rename_mapper()
+    mapper = _without_packing(getattr(manager.model, "hf_to_vllm_mapper", None))
     try:
         name, _ = parse_fine_tuned_lora_name(f"base_model.model.{module}.lora_A.weight", mapper)
     except ValueError:  # the mapper drops it
         return ""
     return str(name)
+
+
+def _without_packing(mapper: Any) -> Any:
+    """What vLLM names adapters' modules by; a mapper of weights turns q_proj into what it is packed into."""
+    if mapper is None:
+        return None
+    for name in ("get_rename_mapper", "get_unstacked_mapper"):  # 0.32's and 0.26's
+        if hasattr(mapper, name):
+            return getattr(mapper, name)()
+    raise UnsupportedVersion(
+        f"this vLLM's {type(mapper).__name__} has neither get_rename_mapper nor get_unstacked_mapper, so "
+        "nobody knows what it calls the modules of adapters; "
+        'pass --adapters "" to serve them as their files are'
+    )
 
 
 def packed_layers(manager: Any) -> dict[str, list[str]]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.gpu.test_two_gpus import ON_FIRST, TOGETHER
-from tests.support.examples import says, sent_by, torchrun, versions_of
+from tests.support.examples import ray, says, sent_by, torchrun, versions_of
 from tests.support.models import build_checkpoint
 from tests.support.serving import serving_together
 
@@ -58,5 +58,15 @@ def test_one_parameter_at_a_time(servers: SimpleNamespace) -> None:
     prompt, text = "Three, four:", " knock at the door."
     words = ["--text", prompt + text, "--steps", "60", "--lr", "5e-4"]
     numbers = versions_of(torchrun(servers.moe, "per_parameter.py", *words))
+    assert numbers == list(range(numbers[0], numbers[0] + 60))
+    assert says(servers.moe, prompt, len(text)) == text
+
+
+def test_ranks_that_are_ray_actors(servers: SimpleNamespace) -> None:
+    """Each actor sees one GPU, as number 0."""
+    pytest.importorskip("ray")
+    prompt, text = "Five, six:", " pick up sticks."
+    words = ["--text", prompt + text, "--steps", "60", "--lr", "5e-4"]
+    numbers = versions_of(ray(servers.moe, "ray_actors.py", *words))
     assert numbers == list(range(numbers[0], numbers[0] + 60))
     assert says(servers.moe, prompt, len(text)) == text

@@ -25,7 +25,7 @@ FLAGS = (
     "--gpu-memory-utilization=0.1",
     "--dtype=bfloat16",
 )
-SERVER_ENV = {"CUDA_VISIBLE_DEVICES": "0"}
+SERVER_ENV = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]}
 SHAPE = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512}
 ON_GPU = {"TRAINER_DEVICE": "cuda"}
 SOAK = int(os.environ.get("BRIDGE_TEST_SOAK", "200"))
@@ -125,6 +125,20 @@ def test_one_parameter_is_laid_over_the_version_that_is_served(live: Server, set
             assert live.api.greedy() == by_part
             assert by_part not in seen
             seen.append(by_part)
+
+
+def test_adapters_merged_on_the_gpu(
+    live: Server, sets: list[Path], fresh: list[list[dict[str, Any]]]
+) -> None:
+    pytest.importorskip("peft")
+    with training("lora", sets[0], logdir=live.logdir, env=ON_GPU) as lora:
+        (receipt,) = lora.must("broadcast", adapters="merge")
+        assert receipt["transport"] == "pull-gpu"
+        served = live.api.greedy()
+        assert served not in fresh
+        lora.must("unload")
+        lora.must("broadcast")
+        assert live.api.greedy() == served
 
 
 def test_a_soak_leaves_memory_and_descriptors_as_they_were(live: Server, sets: list[Path]) -> None:

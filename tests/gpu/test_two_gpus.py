@@ -70,6 +70,64 @@ def test_twenty_versions_of_sharded_weights_at_tp_2(
             assert server.api.greedy() == expected[version % 2]
 
 
+def test_replicas_are_compared_on_their_gpus(
+    live: dict[str, Server], sets: list[Path], fresh: dict[str, Answers]
+) -> None:
+    server = live["tp2"]
+    with training("ddp", sets[1], logdir=server.logdir, env=ON_GPU, ranks=2) as trainers:
+        trainers.must("drift", rank=1)
+        answers = trainers.command("broadcast")
+        assert all("differ between trainer ranks" in answer.get("error", "") for answer in answers), answers
+        trainers.must("load", path=str(sets[1]))
+        receipts = trainers.must("broadcast")
+        assert [r["transport"] for r in receipts] == ["pull-gpu"] * 2
+    assert server.api.greedy() == fresh["two"]
+
+
+@pytest.mark.parametrize("op", ["broadcast", "round"])
+def test_partitions_of_zero_3(
+    live: dict[str, Server], sets: list[Path], fresh: dict[str, Answers], op: str
+) -> None:
+    """As they are, and gathered one parameter at a time."""
+    pytest.importorskip("deepspeed")
+    server = live["tp2"]
+    with training("plain", sets[0], logdir=server.logdir, env=ON_GPU) as plain:
+        plain.must("broadcast")
+    expected = [server.api.greedy(), fresh["two"]]
+    assert expected[0] != expected[1]
+    with training("zero3", sets[0], logdir=server.logdir, env=ON_GPU, ranks=2) as trainers:
+        for index in (1, 0, 1):
+            trainers.must("load", path=str(sets[index]))
+            receipts = trainers.must(op)
+            assert [r["transport"] for r in receipts] == ["pull-gpu"] * 2
+            assert server.api.greedy() == expected[index]
+
+
+def test_several_trainers_by_nccl(
+    live: dict[str, Server], sets: list[Path], fresh: dict[str, Answers]
+) -> None:
+    """Two ranks that hold halves, on one GPU: each has a communicator with the updater only."""
+    server = live["nccl"]
+    with training("plain", sets[0], logdir=server.logdir, env=ON_SECOND) as plain:
+        plain.must("broadcast")
+    expected = [server.api.greedy(), fresh["one"]]
+    assert expected[0] != expected[1]
+    with training("declared", sets[0], logdir=server.logdir, env=ON_SECOND, ranks=2) as trainers:
+        stop = threading.Event()
+        threads, failures = streams(server.api, 4, stop)
+        for version in range(20):
+            trainers.must("load", path=str(sets[version % 2]))
+            assert [r["transport"] for r in trainers.must("broadcast")] == ["nccl"] * 2
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+        assert not failures
+        for index in (0, 1):
+            trainers.must("load", path=str(sets[index]))
+            trainers.must("broadcast")
+            assert server.api.greedy() == expected[index]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_versions_that_nccl_brought(
     live: dict[str, Server], sets: list[Path], fresh: dict[str, Answers], dtype: str

@@ -58,7 +58,7 @@ def served(
              f"other={root / 'other'}"]  # fmt: skip
     options = {"flags": flags, "bridge_flags": ["--adapters=policy", "--http"], "env": UNBOUND}
     with serving(bases[0], root / "live", **options) as server:
-        yield SimpleNamespace(server=server, bases=bases, fresh=fresh, files=root / "files")
+        yield SimpleNamespace(server=server, bases=bases, fresh=fresh, tolerance=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def check(served: SimpleNamespace, base: int, policy: str) -> None:
     """The policy, the base model, and an adapter that nobody sends: all as fresh servers have them."""
     for name, model in ((policy, "policy"), ("", served.bases[0]), ("other", "other"), (policy, "policy")):
         live, fresh = answers(served.server, model), served.fresh[base][name]
-        assert_equal(live["greedy"], fresh["greedy"], tolerance=1e-4)
+        assert_equal(live["greedy"], fresh["greedy"], tolerance=served.tolerance)
         assert live["document"] == fresh["document"], (base, policy, name)
 
 

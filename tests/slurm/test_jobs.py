@@ -104,7 +104,9 @@ class Job:
         """(step, version) as the trainer told them, each of which was live on all servers."""
         return [
             (int(a), int(b))
-            for a, b in re.findall(r"^step (\d+): version (\d+) live after", self.text(), re.M)
+            for a, b in re.findall(
+                r"^(?:\[trainer\] )?step (\d+): version (\d+) live after", self.text(), re.M
+            )
         ]
 
     def release(self) -> None:

@@ -113,12 +113,12 @@ def with_adapter(checkpoint: Path, dtype: torch.dtype, *, seed: int, **config: A
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.copy_(torch.randn(parameter.shape) * 0.2)
-    return model
+    return model.to(os.environ.get("TRAINER_DEVICE", "cpu"))
 
 
 def partitioned(model: nn.Module) -> nn.Module:
     """The model under DeepSpeed's ZeRO-3, small parameters whole on every rank."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_ACCELERATOR", os.environ.get("TRAINER_DEVICE", "cpu"))
     import deepspeed
 
     # Else it compiles a collective of its own first, under a lock that a killed process leaves behind.
@@ -360,6 +360,13 @@ class Trainer:
         import bridge
 
         return dict(msgspec.to_builtins(bridge.notify_update(self.model)))
+
+    def drift(self, rank: int) -> dict[str, Any]:
+        """One element of one parameter is another on this rank: a replica that has gone astray."""
+        if rank == dist.get_rank():
+            with torch.no_grad():
+                next(self.model.parameters()).flatten()[7] += 1
+        return {}
 
     def break_moves(self, rank: int) -> dict[str, Any]:
         """From now on no bytes can be moved on this rank, as if its GPU had no memory left; -1 mends all."""

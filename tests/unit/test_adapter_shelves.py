@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import torch
 
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, UnsupportedVersion
 from bridge.protocol.mapping import RankMap, Source
 from vllm_patching import adapters, lora_compat
 from vllm_patching.adapters import Shelves, Shelving, shelving
@@ -249,3 +249,31 @@ def test_names_reach_the_worker_by_its_environment(monkeypatch: pytest.MonkeyPat
     assert adapters.wanted() == ()
     monkeypatch.setenv("BRIDGE_ADAPTERS", msgspec.json.encode(["a", "b"]).decode())
     assert adapters.wanted() == ("a", "b")
+
+
+class _Unstacked:
+    """vLLM 0.26's mapper of names, whose method for adapters is called otherwise."""
+
+    def __init__(self, mapper: Any) -> None:
+        self._mapper = mapper
+
+    def get_unstacked_mapper(self) -> Any:
+        return self._mapper.get_rename_mapper()
+
+
+def test_layers_are_named_before_they_are_packed() -> None:
+    """As vLLM reads adapters: a mapper of weights would say qkv_proj for all three."""
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    mapper = WeightsMapper(
+        orig_to_new_stacked={".q_proj": (".qkv_proj", "q")},
+        orig_to_new_prefix={"model.text.": "model.language_model."},
+    )
+    assert mapper._map_name("l.q_proj.weight") == "l.qkv_proj.weight"
+    for one in (mapper, _Unstacked(mapper)):
+        manager = SimpleNamespace(model=SimpleNamespace(hf_to_vllm_mapper=one))
+        assert lora_compat.layer_of(manager, "model.text.0.q_proj") == "model.language_model.0.q_proj"
+    assert lora_compat.layer_of(SimpleNamespace(model=SimpleNamespace()), "model.q_proj") == "model.q_proj"
+    unknown = SimpleNamespace(model=SimpleNamespace(hf_to_vllm_mapper=object()))
+    with pytest.raises(UnsupportedVersion, match=r'object has neither .* pass --adapters ""'):
+        lora_compat.layer_of(unknown, "model.q_proj")
