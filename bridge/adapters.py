@@ -149,7 +149,10 @@ def _used(layer: Any) -> nn.Module:
 
 
 def _sum(weight: torch.Tensor, layer: Any) -> torch.Tensor:
-    """As peft's own merge, but into a copy; adapters of a wider dtype are rounded with the sum, once."""
+    """As peft's own merge, but into a copy; adapters of a wider dtype are rounded with the sum, once.
+
+    So are an embedding's, as its forward does with unmerged adapters; peft's merge rounds B @ A before.
+    """
     total = weight.detach().clone()
     with _without_autocast(total.device.type):  # which would round B @ A to its dtype
         for name in _to_add(layer):

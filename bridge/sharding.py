@@ -492,6 +492,8 @@ def make_shards(
 
 def device_of(tensors: Iterable[torch.Tensor]) -> torch.device | None:
     """The GPU that this rank's part of ``tensors`` is on; None if all of it is in host memory."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call] # then none is: no walk to wait for
+        return None
     return next((held.device for held in map(_held_memory, tensors) if held.is_cuda), None)
 
 

@@ -35,17 +35,19 @@ def steps_by_itself(module: nn.Module | None, tensors: Iterable[torch.Tensor]) -
     do tensors by name (without a ``module``), as those of a state dict, which lie in the buffers of ZeRO-1
     and 2 all the same: while DeepSpeed is in use, they are taken for its own.
     """
+    if not _is_in_use():  # before the model is walked, for which the trainer would wait
+        return False
     if any(base.__name__ == "DeepSpeedEngine" for base in type(module).__mro__):
         return True
     held = list(tensors)
-    if module is None and held and _is_in_use():
+    if module is None and held:
         return True
     marks = ("ds_id", "_z3_optimizer", "_zero_optimizer", "_hp_mapping")
-    return "deepspeed" in sys.modules and any(hasattr(t, mark) for t in held for mark in marks)
+    return any(hasattr(t, mark) for t in held for mark in marks)
 
 
 def _is_in_use() -> bool:
-    """Whether DeepSpeed is initialised, which every engine does; others may have imported it."""
+    """Whether DeepSpeed is initialised, as every engine has it; transformers imports it wherever it is."""
     comm = sys.modules.get("deepspeed.comm")
     return comm is not None and bool(getattr(comm, "is_initialized", lambda: True)())
 

@@ -200,7 +200,7 @@ class Cluster:
             raise TimeoutError(f"{name} did not boot")
         (init,) = psutil.Process(node.pid).children()
         self._inits[name] = init
-        port, pid = f"{self._bridge}-{index}", str(init.pid)
+        port, pid = self._port_of(name), str(init.pid)
         _run("ip", "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", pid)
         _run("ip", "link", "set", port, "master", self._bridge, "up")
         inside = ["nsenter", "--target", pid, "--net", "ip"]
@@ -261,6 +261,13 @@ class Cluster:
             self._daemons.remove(slurmd)
         if init is not None:
             init.wait(STOP_TIMEOUT_S)
+        # The kernel removes it too, but later: the next cluster may want the name before.
+        remove = ["ip", "link", "del", self._port_of(name)]
+        subprocess.run(remove, env=self.env, capture_output=True, check=False)
+
+    def _port_of(self, name: str) -> str:
+        """The end of a node's cable that is here."""
+        return f"{self._bridge}-{self.names.index(name) + 1}"
 
     def _inside(self, name: str) -> list[str]:
         spaces = ["--net", "--uts", "--mount", "--ipc", "--pid"]
