@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,71 @@ class Mapping(msgspec.Struct, frozen=True, kw_only=True):
                 return vocabulary
         known = ", ".join(v.name for v in self.vocabularies)
         raise MappingError(f"mapping of {self.model!r} has no vocabulary {name!r}; it has: {known}")
+
+
+def matching(
+    mapping: Mapping, names: Container[str], fits: Callable[[Source], bool]
+) -> tuple[Vocabulary, list[str]]:
+    """The vocabulary that tensors of the model are sent by.
+
+    Args:
+        mapping: of the server.
+        names: of the tensors.
+        fits: whether the tensor of a source's name has its shape.
+
+    Returns:
+        The one that knows most of the names, of several the one that knows most of those by shape; and a
+        fault for each name that another fits as well, and sends elsewhere.
+    """
+
+    def known(vocabulary: Vocabulary) -> tuple[int, int]:
+        sources = [source for source in vocabulary.sources if source.name in names]
+        return len(sources), sum(map(fits, sources))
+
+    if len(mapping.of_the_model) == 1:
+        return mapping.of_the_model[0], []
+    scores = [(known(vocabulary), vocabulary) for vocabulary in mapping.of_the_model]
+    best = max(score for score, _ in scores)
+    first, *others = (vocabulary for score, vocabulary in scores if score == best)
+    return first, [
+        f"{name}: the server takes it by its {first.name} and by its {other.name} names, in one shape and in "
+        "different order, so nobody can tell which is meant; hand more of the model over with it, of which "
+        "they differ in names or shapes"
+        for other in others
+        for name in _differing(mapping, first, other)
+        if name in names
+    ]
+
+
+def _differing(mapping: Mapping, one: Vocabulary, other: Vocabulary) -> tuple[str, ...]:
+    """Sources of one name and shape that two vocabularies write to different places."""
+    key = (mapping.digest, one.name, other.name)
+    if mapping.digest and key in _differing_of:
+        return _differing_of[key]
+    shapes = {source.name: source.shape for source in other.sources}
+    ours, theirs = _places(mapping, one), _places(mapping, other)
+    found = tuple(
+        source.name
+        for source in one.sources
+        if shapes.get(source.name) == source.shape and ours.get(source.name) != theirs.get(source.name)
+    )
+    if mapping.digest:
+        _differing_of.clear()  # one server at a time
+        _differing_of[key] = found
+    return found
+
+
+_differing_of: dict[tuple[str, str, str], tuple[str, ...]] = {}
+
+
+def _places(mapping: Mapping, vocabulary: Vocabulary) -> dict[str, set[tuple[int, Write]]]:
+    """Where each source goes: its writes by inference rank, without its number."""
+    places: dict[str, set[tuple[int, Write]]] = {}
+    for rank in mapping.ranks:
+        for write in rank.writes.get(vocabulary.name, ()):
+            place = rank.rank, msgspec.structs.replace(write, source=0)
+            places.setdefault(vocabulary.sources[write.source].name, set()).add(place)
+    return places
 
 
 def compute_digest(mapping: Mapping) -> str:
