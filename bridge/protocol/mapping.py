@@ -116,11 +116,15 @@ class RankMap(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Rendezvous(msgspec.Struct, frozen=True, kw_only=True):
-    """Where trainers find the daemon's TCPStore, and the secret that admits them."""
+    """Where trainers find the daemon's TCPStore, and the secret that admits them.
+
+    ``launch`` is new with each launch of the server: a version's number means nothing in another.
+    """
 
     host: str
     port: int
     secret: str
+    launch: str = ""
 
 
 class ParamMapping(msgspec.Struct, frozen=True, kw_only=True):
