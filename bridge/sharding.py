@@ -416,7 +416,14 @@ def match(
     parts: Mapping[str, Part], mapping: MappingDocument, layout: DeclaredLayout | None, *, rank: int
 ) -> tuple[Vocabulary, list[str]]:
     """The vocabulary that the parts fit best, and a fault for each that fits another as well."""
-    return matching(mapping, parts, lambda s: place(parts[s.name], s, layout, rank=rank).shape == s.shape)
+
+    def fits(source: Source) -> bool:
+        part = parts[source.name]
+        if layout is not None or part.patch is not None:  # else it is placed already
+            part = place(part, source, layout, rank=rank)
+        return part.shape == source.shape
+
+    return matching(mapping, parts, fits)
 
 
 def untied(tensors: Mapping[str, torch.Tensor], vocabulary: Vocabulary, *, by_value: bool) -> list[str]:

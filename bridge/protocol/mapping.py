@@ -188,16 +188,12 @@ def matching(
         The one that knows most of the names, of several the one that knows most of those by shape; and a
         fault for each name that another fits as well, and sends elsewhere.
     """
-
-    def known(vocabulary: Vocabulary) -> tuple[int, int]:
-        sources = [source for source in vocabulary.sources if source.name in names]
-        return len(sources), sum(map(fits, sources))
-
-    if len(mapping.of_the_model) == 1:
-        return mapping.of_the_model[0], []
-    scores = [(known(vocabulary), vocabulary) for vocabulary in mapping.of_the_model]
-    best = max(score for score, _ in scores)
-    first, *others = (vocabulary for score, vocabulary in scores if score == best)
+    scores = []
+    for contested in _contested(mapping):
+        known = [source for source in contested if source.name in names]
+        scores.append((len(known), sum(map(fits, known))))
+    best = max(scores)
+    first, *others = (v for v, score in zip(mapping.of_the_model, scores, strict=True) if score == best)
     return first, [
         f"{name}: the server takes it by its {first.name} and by its {other.name} names, in one shape and in "
         "different order, so nobody can tell which is meant; hand more of the model over with it, of which "
@@ -206,6 +202,22 @@ def matching(
         for name in _differing(mapping, first, other)
         if name in names
     ]
+
+
+def _contested(mapping: Mapping) -> list[list[Source]]:
+    """By vocabulary of the model, the sources that some other does not have in their shape."""
+    if mapping.digest and mapping.digest in _contested_of:
+        return _contested_of[mapping.digest]
+    listed = [{(source.name, source.shape) for source in v.sources} for v in mapping.of_the_model]
+    common = set.intersection(*listed)
+    found = [[s for s in v.sources if (s.name, s.shape) not in common] for v in mapping.of_the_model]
+    if mapping.digest:
+        _contested_of.clear()  # one server at a time
+        _contested_of[mapping.digest] = found
+    return found
+
+
+_contested_of: dict[str, list[list[Source]]] = {}
 
 
 def _differing(mapping: Mapping, one: Vocabulary, other: Vocabulary) -> tuple[str, ...]:
