@@ -36,6 +36,7 @@ from support.serving import Server, Trainers, free_port
 from swap import AFTER_S, GRAPHS, NATIVE_TIMEOUT_S, SHAPES, WARM_TOKENS, Load, say, stalls_ms, write_shape
 
 NATIVE_VLLM = "0.26"
+QUIET_S = 2 * AFTER_S  # between events at least, so that none is found in another's gaps
 
 
 class Bench:
@@ -120,10 +121,11 @@ class Bench:
                 break
             self.seed += 1
             elements = self.change(what, self.seed)
-            time.sleep(max(0.0, since + self.args.pace * (len(events) + 1) - time.monotonic()))
+            time.sleep(max(QUIET_S, since + self.args.pace * (len(events) + 1) - time.monotonic()))
             events.append((system, {"elements": elements, **self.updates[system]()}))
             if system == "native":
                 self.change(what, self.seed)
+                time.sleep(QUIET_S)
                 self.native()
         load.finish()
         found: dict[str, Any] = {
@@ -172,7 +174,8 @@ def quiet(events: list[tuple[str, dict[str, Any]]]) -> list[tuple[float, float]]
     for (_, one), (_, other) in pairwise(events):
         end = other["start"] - 2 * AFTER_S
         start = end - (other["end"] - other["start"])
-        if start > one["end"] + (one["end"] - one["start"]) + AFTER_S:  # behind what is taken back, too
+        taken_back = one["end"] + QUIET_S + (one["end"] - one["start"])
+        if start > taken_back + AFTER_S:
             spans.append((start, end))
     return spans
 

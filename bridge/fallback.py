@@ -128,16 +128,17 @@ def gather_full(
 
 
 def _choose(named: dict[str, torch.Tensor], mapping: Mapping | None) -> frozenset[str]:
-    """The names to send: those of the vocabulary that knows most of them, each tied tensor once.
+    """The names to send: those of the vocabulary that fits them best, each tied tensor once.
 
-    A tensor that the server knows by no name is sent under its first name, for the server to refuse by name.
+    Where several do, the server says so. A tensor that it knows by no name is sent under its first name, for
+    the server to refuse by name.
     """
     ties: dict[object, list[str]] = {}
     for name, tensor in named.items():
         ties.setdefault(memory_of(tensor), []).append(name)
     if mapping is None:
         return frozenset(names[0] for names in ties.values())
-    best = max(mapping.of_the_model, key=lambda v: sum(s.name in named for s in v.sources))
+    best, _ = mapping_file.matching(mapping, named, lambda s: tuple(named[s.name].shape) == s.shape)
     unused = frozenset(best.unused)
     needed = {source.name for source in best.sources} - unused
     chosen: set[str] = set()

@@ -42,7 +42,7 @@ class Server:
         self.config = config
         self.name = config.logdir or config.config_path or ""
         self.catalogue: Catalogue | None = None
-        self.base: tuple[str, int] | None = None  # run directory and version of what we last made live
+        self.base: tuple[tuple[str, str], int] | None = None  # launch and version of what we last made live
         self.before: int | None = None  # the version that we had made live there before
         self.sent_model = False  # whether we have ever sent it weights of the model itself
         self.serves_anothers_model = False  # and we have sent it adapters
@@ -71,6 +71,12 @@ class Server:
     def version(self) -> int:
         """The version known to be live there; 0 before the first."""
         return self._session.version if self._session is not None else 0
+
+    @property
+    def launch(self) -> tuple[str, str]:
+        """Where it is, and which launch: another one may have the same run directory."""
+        mapping = self.session.mapping
+        return mapping.run_dir, mapping.rendezvous.launch if mapping.rendezvous else ""
 
     def is_over(self, device: torch.device | None) -> bool:
         """Whether it must be met anew, also because the weights have come to a GPU since."""
@@ -124,9 +130,9 @@ class Server:
             now = (of_model, adapters + self._sending_adapter)
             self._serves, self._kept, self._newest = now, self._serves, now
         if self._session is not None:
-            run_dir = self._session.mapping.run_dir
-            self.before = self.base[1] if self.base is not None and self.base[0] == run_dir else None
-            self.base = (run_dir, version)
+            launch = self.launch
+            self.before = self.base[1] if self.base is not None and self.base[0] == launch else None
+            self.base = (launch, version)
 
 
 class Fleet:
@@ -327,7 +333,7 @@ class Fleet:
             faults = {server.name: _at(server, before) for server in servers} | faults
         for server in servers:
             session = server.session
-            if adapters_only and server.base == (session.mapping.run_dir, session.version):
+            if adapters_only and server.base == (server.launch, session.version):
                 faults.pop(server.name, None)
             elif server.serves_anothers_model and not whole_adapter:
                 faults.setdefault(server.name, _at(server, "serves a model that this trainer did not send"))
@@ -354,7 +360,7 @@ class Fleet:
             for server in servers
             if server.session.version != wanted
             or server.session.outdated
-            or (made and server.base != (server.session.mapping.run_dir, wanted))
+            or (made and server.base != (server.launch, wanted))
         }
 
     def roll_back(self, servers: Sequence[Server], to: int | None, *, call: int) -> Outcome:

@@ -24,7 +24,7 @@ from bridge.patches import SparsePatch, share_of
 from bridge.protocol.mapping import Mapping as MappingDocument
 from bridge.protocol.mapping import Source, Vocabulary
 from bridge.protocol.plan import Patch
-from bridge.sharding import Box, LocalShards, Part, is_plain, make_shards, part_of, place
+from bridge.sharding import Box, LocalShards, Part, is_plain, make_shards, match, part_of
 
 _ROWS_PER_RANK = 8  # shares of whole rows then differ by an eighth at most
 
@@ -97,7 +97,7 @@ def collect_parts(
     """
     names = without_wrappers(name for name, _ in named)
     parts = {name: part for name, (_, part) in zip(names, named, strict=True)}
-    vocabulary = max(mapping.of_the_model, key=lambda v: _fits(parts, v, declared, rank))
+    vocabulary, ambiguous = match(parts, mapping, declared, rank=rank)
     known = {source.name: (index, source) for index, source in enumerate(vocabulary.sources)}
     unused = frozenset(vocabulary.unused)
     sizes = ", ".join(f"{len(v.sources)} {v.name} names" for v in mapping.of_the_model)
@@ -107,6 +107,7 @@ def collect_parts(
         for name in parts
         if name not in known and name not in unused
     ]
+    faults += ambiguous
     faults += _untied(parts, vocabulary)
     faults += declared.misnamed(parts) if declared else []
     present = [(*known[name], part) for name, part in parts.items() if name in known and name not in unused]
@@ -155,15 +156,6 @@ def _packed(
         "the whole tensor over"
         for name, transform in packed.items()
     ]
-
-
-def _fits(
-    parts: Mapping[str, Part], vocabulary: Vocabulary, declared: DeclaredLayout | None, rank: int
-) -> tuple[int, int]:
-    """How many of the parts a vocabulary knows, and how many of those by their shape."""
-    known = [source for source in vocabulary.sources if source.name in parts]
-    placed = ((source, place(parts[source.name], source, declared, rank=rank)) for source in known)
-    return len(known), sum(source.shape == part.shape for source, part in placed)
 
 
 class Round:

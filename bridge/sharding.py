@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
@@ -32,7 +33,7 @@ from bridge.names import canonical_names, without_wrappers
 from bridge.patches import PatchShare
 from bridge.protocol.holders import CASTS
 from bridge.protocol.mapping import Mapping as MappingDocument
-from bridge.protocol.mapping import Source, Vocabulary
+from bridge.protocol.mapping import Source, Vocabulary, matching
 from bridge.protocol.plan import Layout, Shard
 from bridge.wire.transport import mark_enqueued
 
@@ -266,10 +267,16 @@ def _tensor_fault(tensor: torch.Tensor, local: torch.Tensor) -> str:
         return f"is a {type(local).__name__}, which wraps other tensors; dequantise or wait for it first"
     if local.is_meta:
         return "is on the meta device and has no values; materialise the model first"
+    if isinstance(local, FakeTensor):
+        return "is a FakeTensor and has no values; make the model outside FakeTensorMode"
     if local.layout is not torch.strided:
         return f"is stored as {local.layout}; make it dense first"
     if local.device.type not in ("cpu", "cuda"):
         return f"is on {local.device}; the bridge sends from host memory and from CUDA devices"
+    if local.is_neg():  # what copies negate, and what reads memory does not
+        return "is a view whose memory holds the opposite of its values; hand its resolve_neg() over"
+    if local._is_zerotensor():
+        return "is a zero tensor of autograd's, which has no memory; hand its clone() over"
     last = local.storage_offset() + sum((n - 1) * s for n, s in zip(local.shape, local.stride(), strict=True))
     if local.numel() and (last + 1) * local.element_size() > local.untyped_storage().nbytes():
         return "has no memory any more; whoever gathered it has let it go"
@@ -367,8 +374,8 @@ def collect(
         layout: what plain tensors are parts of; None if they are whole.
 
     Returns:
-        The shards under the vocabulary that knows most of the model's names; sources of which this rank holds
-        nothing are left out.
+        The shards under the vocabulary that fits the model best; sources of which this rank holds nothing
+        are left out.
 
     Raises:
         MappingError: the model does not fit; lists every fault found on this rank.
@@ -377,14 +384,17 @@ def collect(
         tensors = _by_name(named)
     except MappingError as err:
         raise faulty([str(err)], mapping, rank) from err
-    vocabulary = max(mapping.of_the_model, key=lambda v: sum(s.name in tensors for s in v.sources))
+    boxes = _Boxes()
+    copies = frozenset[int]() if isinstance(named, nn.Module) else unsharded.memory()
+    parts = {name: part_of(tensor, boxes, copies=copies) for name, tensor in tensors.items()}
+    vocabulary, faults = match(parts, mapping, layout, rank=rank)
     known = {source.name for source in vocabulary.sources}
     if not known & tensors.keys():
         raise faulty([_strangers(tensors, vocabulary)], mapping, rank)
     unused = frozenset(vocabulary.unused)
     wanted = [(i, s) for i, s in enumerate(vocabulary.sources) if s.name not in unused]
-    faults = [
-        f"{s.name}: the server needs it, the model has no such parameter"
+    faults += [
+        f"{s.name}: the server needs it, the model {_lacks(s.name, tensors)}"
         for _, s in wanted
         if s.name not in tensors
     ]
@@ -398,10 +408,22 @@ def collect(
     # Of a model the same shards are sent round after round, whatever becomes of the values.
     faults += untied(tensors, vocabulary, by_value=not isinstance(named, nn.Module))
     faults += layout.strangers(tensors) if layout else []
-    boxes = _Boxes()
-    copies = frozenset[int]() if isinstance(named, nn.Module) else unsharded.memory()
-    present = [(i, s, part_of(tensors[s.name], boxes, copies=copies)) for i, s in wanted if s.name in tensors]
+    present = [(i, s, parts[s.name]) for i, s in wanted if s.name in parts]
     return make_shards(present, mapping, vocabulary, rank, faults, layout)
+
+
+def match(
+    parts: Mapping[str, Part], mapping: MappingDocument, layout: DeclaredLayout | None, *, rank: int
+) -> tuple[Vocabulary, list[str]]:
+    """The vocabulary that the parts fit best, and a fault for each that fits another as well."""
+
+    def fits(source: Source) -> bool:
+        part = parts[source.name]
+        if layout is not None or part.patch is not None:  # else it is placed already
+            part = place(part, source, layout, rank=rank)
+        return part.shape == source.shape
+
+    return matching(mapping, parts, fits)
 
 
 def untied(tensors: Mapping[str, torch.Tensor], vocabulary: Vocabulary, *, by_value: bool) -> list[str]:
@@ -540,7 +562,28 @@ _dtypes_of: dict[tuple[str, str], dict[int, dict[str, str]]] = {}
 def _strangers(tensors: Mapping[str, torch.Tensor], vocabulary: Vocabulary) -> str:
     theirs = ", ".join(source.name for source in vocabulary.sources[:_EXAMPLES])
     ours = ", ".join(list(tensors)[:_EXAMPLES]) or "none at all"
-    return f"no parameter of the model has a name the server knows: it has {ours}, .. and not {theirs}, .."
+    known = f"no parameter of the model has a name the server knows: it has {ours}, .. and not {theirs}, .."
+    if "n_averaged" in tensors:
+        return f"{known}; it is an AveragedModel around the model: pass its .module"
+    computed = [s.name for s in vocabulary.sources if _is_computed(s.name, tensors)]
+    return known + "".join(f"\n  {name}: the model {_lacks(name, tensors)}" for name in computed[:_EXAMPLES])
+
+
+def _is_computed(name: str, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether ``torch.nn.utils.parametrize`` works the parameter out of others."""
+    layer, _, leaf = name.rpartition(".")
+    originals = f"{layer}.parametrizations.{leaf}.original".removeprefix(".")
+    return originals in tensors or f"{originals}0" in tensors
+
+
+def _lacks(name: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    if not _is_computed(name, tensors):
+        return "has no such parameter"
+    leaf = name.rpartition(".")[2]
+    return (
+        "computes it of others (torch.nn.utils.parametrize); pass a copy.deepcopy of the model after "
+        f"remove_parametrizations(layer, {leaf!r})"
+    )
 
 
 def faulty(

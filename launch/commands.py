@@ -175,7 +175,7 @@ def _free_port() -> int:
 def daemon_command(
     options: ServeOptions, run_dir: Path, *, launcher_pid: int, launch_id: str = ""
 ) -> Command:
-    """The node's weight-updater daemon; ``launch_id`` names this start of a server on several nodes."""
+    """The node's weight-updater daemon; ``launch_id`` names this start of the server."""
     flags = {
         "--run-dir": run_dir,
         "--logdir": options.logdir.absolute(),
@@ -193,6 +193,7 @@ def daemon_command(
         "--update-dir": options.updates.absolute(),
         "--peers": os.pathsep.join(str(peer.absolute()) for peer in options.peers),
         "--launcher-pid": launcher_pid,
+        "--launch-id": launch_id,
     }
     if options.nnodes > 1:
         flags |= {
@@ -200,7 +201,6 @@ def daemon_command(
             "--node-rank": options.node_rank,
             "--master-addr": options.master_addr,
             "--master-port": options.master_port or (0 if options.node_rank else _free_port()),
-            "--launch-id": launch_id,
             "--start-timeout": f"{options.start_timeout_s:g}",
         }
     argv = [sys.executable, "-m", "vllm_patching.follower" if options.node_rank else "vllm_patching.daemon"]

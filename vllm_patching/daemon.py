@@ -311,7 +311,9 @@ class Daemon:
         mapping = self.registry.mapping()
         if self.store is None:  # it outlives vLLM, and so do its address and the job's secret
             self.store = rendezvous.serve_store(args.rendezvous_host, args.rendezvous_port)
-        meeting = Rendezvous(host=args.rendezvous_host, port=self.store.port, secret=self.secret)
+        meeting = Rendezvous(
+            host=args.rendezvous_host, port=self.store.port, secret=self.secret, launch=args.launch_id
+        )
         data = mapping_file.encode(
             msgspec.structs.replace(mapping, rendezvous=meeting, run_dir=str(args.run_dir))
         )

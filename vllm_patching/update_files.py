@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from bridge.errors import ConfigError, MappingError
 from bridge.protocol.holders import CASTS
-from bridge.protocol.mapping import Mapping, RankMap
+from bridge.protocol.mapping import Mapping, RankMap, matching
 from vllm_patching.sources import SAFETENSORS_DTYPES
 
 
@@ -84,24 +84,30 @@ def index(files: list[Path]) -> dict[str, Path]:
     return found
 
 
+def _header(file: Path, name: str) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype of a tensor in a file."""
+    with reading(file) as opened:
+        tensor = opened.get_slice(name)
+        return tuple(tensor.get_shape()), SAFETENSORS_DTYPES.get(tensor.get_dtype(), "unknown")
+
+
 def match_vocabulary(mapping: Mapping, rank_map: RankMap, found: dict[str, Path]) -> str:
     """The vocabulary whose needed sources are all in the files, with their shapes and dtypes checked.
 
     Raises:
         MappingError: lists every tensor missing, extra, or of another shape or dtype.
     """
-    best = max(mapping.of_the_model, key=lambda v: len({s.name for s in v.sources} & found.keys()))
+    headers = {name: _header(file, name) for name, file in found.items()}
+    best, faults = matching(mapping, headers, lambda s: headers[s.name][0] == s.shape)
     known = {source.name: source for source in best.sources}
     unused = set(best.unused)
-    faults = [f"{name}: missing" for name in known.keys() - found.keys() - unused]
+    faults += [f"{name}: missing" for name in known.keys() - found.keys() - unused]
     faults += [f"{name}: not a parameter of this model" for name in found.keys() - known.keys() - unused]
     needed = {
         best.sources[w.source].name: rank_map.targets[w.target].dtype for w in rank_map.writes[best.name]
     }
     for name in sorted(known.keys() & found.keys()):
-        with reading(found[name]) as file:
-            tensor = file.get_slice(name)
-            shape, dtype = tuple(tensor.get_shape()), SAFETENSORS_DTYPES.get(tensor.get_dtype(), "unknown")
+        shape, dtype = headers[name]
         if shape != known[name].shape:
             faults.append(f"{name}: shape {shape}, expected {known[name].shape}")
         if (to := needed.get(name)) is not None and dtype != to and (dtype, to) not in CASTS:

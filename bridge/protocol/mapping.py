@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +116,15 @@ class RankMap(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Rendezvous(msgspec.Struct, frozen=True, kw_only=True):
-    """Where trainers find the daemon's TCPStore, and the secret that admits them."""
+    """Where trainers find the daemon's TCPStore, and the secret that admits them.
+
+    ``launch`` is new with each launch of the server: a version's number means nothing in another.
+    """
 
     host: str
     port: int
     secret: str
+    launch: str = ""
 
 
 class ParamMapping(msgspec.Struct, frozen=True, kw_only=True):
@@ -167,6 +172,83 @@ class Mapping(msgspec.Struct, frozen=True, kw_only=True):
                 return vocabulary
         known = ", ".join(v.name for v in self.vocabularies)
         raise MappingError(f"mapping of {self.model!r} has no vocabulary {name!r}; it has: {known}")
+
+
+def matching(
+    mapping: Mapping, names: Container[str], fits: Callable[[Source], bool]
+) -> tuple[Vocabulary, list[str]]:
+    """The vocabulary that tensors of the model are sent by.
+
+    Args:
+        mapping: of the server.
+        names: of the tensors.
+        fits: whether the tensor of a source's name has its shape.
+
+    Returns:
+        The one that knows most of the names, of several the one that knows most of those by shape; and a
+        fault for each name that another fits as well, and sends elsewhere.
+    """
+    scores = []
+    for contested in _contested(mapping):
+        known = [source for source in contested if source.name in names]
+        scores.append((len(known), sum(map(fits, known))))
+    best = max(scores)
+    first, *others = (v for v, score in zip(mapping.of_the_model, scores, strict=True) if score == best)
+    return first, [
+        f"{name}: the server takes it by its {first.name} and by its {other.name} names, in one shape and in "
+        "different order, so nobody can tell which is meant; hand more of the model over with it, of which "
+        "they differ in names or shapes"
+        for other in others
+        for name in _differing(mapping, first, other)
+        if name in names
+    ]
+
+
+def _contested(mapping: Mapping) -> list[list[Source]]:
+    """By vocabulary of the model, the sources that some other does not have in their shape."""
+    if mapping.digest and mapping.digest in _contested_of:
+        return _contested_of[mapping.digest]
+    listed = [{(source.name, source.shape) for source in v.sources} for v in mapping.of_the_model]
+    common = set.intersection(*listed)
+    found = [[s for s in v.sources if (s.name, s.shape) not in common] for v in mapping.of_the_model]
+    if mapping.digest:
+        _contested_of.clear()  # one server at a time
+        _contested_of[mapping.digest] = found
+    return found
+
+
+_contested_of: dict[str, list[list[Source]]] = {}
+
+
+def _differing(mapping: Mapping, one: Vocabulary, other: Vocabulary) -> tuple[str, ...]:
+    """Sources of one name and shape that two vocabularies write to different places."""
+    key = (mapping.digest, one.name, other.name)
+    if mapping.digest and key in _differing_of:
+        return _differing_of[key]
+    shapes = {source.name: source.shape for source in other.sources}
+    ours, theirs = _places(mapping, one), _places(mapping, other)
+    found = tuple(
+        source.name
+        for source in one.sources
+        if shapes.get(source.name) == source.shape and ours.get(source.name) != theirs.get(source.name)
+    )
+    if mapping.digest:
+        _differing_of.clear()  # one server at a time
+        _differing_of[key] = found
+    return found
+
+
+_differing_of: dict[tuple[str, str, str], tuple[str, ...]] = {}
+
+
+def _places(mapping: Mapping, vocabulary: Vocabulary) -> dict[str, set[tuple[int, Write]]]:
+    """Where each source goes: its writes by inference rank, without its number."""
+    places: dict[str, set[tuple[int, Write]]] = {}
+    for rank in mapping.ranks:
+        for write in rank.writes.get(vocabulary.name, ()):
+            place = rank.rank, msgspec.structs.replace(write, source=0)
+            places.setdefault(vocabulary.sources[write.source].name, set()).add(place)
+    return places
 
 
 def compute_digest(mapping: Mapping) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from bridge.protocol import mapping as mapping_file
 from tests.support.serving import (
     START_TIMEOUT_S,
     UNBOUND,
@@ -191,6 +192,8 @@ def test_daemon(node):
     with training("plain", node.sets[0], logdir=server.logdir, dtype="float32") as trainers:
         served = begin(node, trainers)
         held = Held(server, trainers)
+        place = mapping_file.load(server.config).rendezvous
+        assert place is not None
         daemon = held.before["pids"]["daemon"]
         held.kill(daemon)
         (error,) = held.errors()
@@ -198,6 +201,9 @@ def test_daemon(node):
         assert f"pid {daemon}" in error
         assert greedy(server) == served, "serving must not need the daemon"
         wait_until("the daemon to be back", lambda: server.status()["state"] == "ready", timeout_s=90)
+        now = mapping_file.load(server.config).rendezvous
+        assert now is not None
+        assert (now.secret != place.secret, now.launch, place.launch) == (True, "one", "one")
         console = server.text()
         assert f"daemon (pid {daemon}) was killed by SIGKILL; restarting it" in console
         status = server.status()

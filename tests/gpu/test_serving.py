@@ -28,7 +28,7 @@ FLAGS = (
 SERVER_ENV = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]}
 SHAPE = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512}
 ON_GPU = {"TRAINER_DEVICE": "cuda"}
-SOAK = int(os.environ.get("BRIDGE_TEST_SOAK", "200"))
+SOAK = int(os.environ.get("BRIDGE_TEST_SOAK", "1000"))
 
 
 @pytest.fixture(scope="module")

@@ -204,8 +204,8 @@ def launch(args: argparse.Namespace) -> int:
     }  # fmt: skip
     daemon = [
         sys.executable, "-m", "tests.support.faults", "vllm_patching.daemon", "--run-dir", str(run_dir),
-        "--logdir", str(logdir), "--launcher-pid", str(os.getpid()), "--bucket-bytes", str(BUCKET_BYTES),
-        *args.daemon_flags.split(),
+        "--logdir", str(logdir), "--launcher-pid", str(os.getpid()), "--launch-id", "one",
+        "--bucket-bytes", str(BUCKET_BYTES), *args.daemon_flags.split(),
     ]  # fmt: skip
     engine = [
         sys.executable,

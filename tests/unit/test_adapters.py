@@ -88,6 +88,17 @@ def test_float32_adapters_of_bfloat16_weights_are_rounded_once() -> None:
     assert torch.equal(found, copy.deepcopy(model).merge_and_unload().up.weight)
 
 
+def test_float32_adapters_of_a_bfloat16_embedding_are_rounded_with_the_sum() -> None:
+    model = adapted(dtype=torch.bfloat16, target_modules=["embed"])
+    embed = model.base_model.model.embed
+    for factor in (embed.lora_embedding_A, embed.lora_embedding_B):
+        factor.default.data = torch.randn(factor.default.shape)
+    delta = (embed.lora_embedding_B.default @ embed.lora_embedding_A.default).T * (6 / 4)
+    found = merge(model)["embed.weight"]
+    assert torch.equal(found, (embed.base_layer.weight.float() + delta).bfloat16())
+    assert not torch.equal(found, copy.deepcopy(model).merge_and_unload().embed.weight)
+
+
 def test_sums_are_the_same_under_autocast() -> None:
     model = adapted()
     expected = merge(model)

@@ -18,6 +18,7 @@ from bridge.errors import ConfigError, MappingError
 from bridge.protocol import mapping
 from launch import arguments, cli, commands
 from launch.options import ServeOptions, loaded_adapters, node_faults, read_server_args, split_faults
+from vllm_patching import arguments as daemon_arguments
 
 ROOT = Path(__file__).parents[2]
 HELP_BUDGET_S = 0.5
@@ -143,8 +144,10 @@ def test_adapters_that_cannot_be_sent():
 
 @pytest.mark.parametrize(("flags", "engines"), [((), "1"), (("-dp", "2", "--data-parallel-size=3"), "3")])
 def test_the_daemon_is_told_how_many_engines_there_will_be(flags, engines):
-    command = commands.daemon_command(parse("serve", "--", "m", *flags), Path("/run/dir"), launcher_pid=1)
-    assert command.argv[command.argv.index("--num-engines") + 1] == engines
+    options = parse("serve", "--", "m", *flags)
+    command = commands.daemon_command(options, Path("/run/dir"), launcher_pid=1, launch_id="x")
+    told = daemon_arguments.parse_args(list(command.argv[3:]))
+    assert (told.num_engines, told.launch_id) == (int(engines), "x")
 
 
 def test_trainer_as_one_quoted_word():

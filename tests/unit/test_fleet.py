@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import secrets
 import socket
 import threading
 import time
@@ -111,9 +112,12 @@ SHAPES = {"weight": (4, 3), "bias": (4,)}
 class FakeSession:
     """Stands where a session is: the test says what its server does."""
 
-    def __init__(self, place: str, version: int, dtype: str, device: torch.device | None) -> None:
+    def __init__(
+        self, place: str, version: int, dtype: str, device: torch.device | None, launch: str
+    ) -> None:
         mapping = identity_mapping(("checkpoint", SHAPES), dtype=dtype)
-        self.mapping = msgspec.structs.replace(mapping, run_dir=f"/run/{place}")
+        meeting = Rendezvous(host="h", port=1, secret=secrets.token_hex(4), launch=launch)
+        self.mapping = msgspec.structs.replace(mapping, run_dir=f"/run/{place}", rendezvous=meeting)
         self.place, self.rank, self.device = place, 0, device
         self.version, self.closed, self.stale, self.in_place = version, "", False, False
         self.outdated = False
@@ -188,6 +192,7 @@ class Servers:
     def __init__(self) -> None:
         self.served: dict[str, int | str] = {"a": 0, "b": 0, "c": 0}
         self.dtypes = dict.fromkeys("abc", "float32")
+        self.launches = dict.fromkeys("abc", "first")
         self.sessions: dict[str, FakeSession] = {}
         self.patience: list[tuple[str, bool]] = []
 
@@ -199,7 +204,8 @@ class Servers:
         served = self.served[config.logdir]
         if isinstance(served, str):
             raise RendezvousError(served)
-        session = FakeSession(config.logdir, served, self.dtypes[config.logdir], device)
+        place = config.logdir
+        session = FakeSession(place, served, self.dtypes[place], device, self.launches[place])
         self.sessions[config.logdir] = session
         return session
 
@@ -540,6 +546,19 @@ def test_a_part_goes_only_where_the_last_version_is(servers: Servers) -> None:
     assert "serves version 3 of another history" in block.receipt.absent["b"]
     assert made.broadcast_weights(MODEL).servers == ("a", "b", "c")
     assert made.broadcast_single_param("bias", MODEL.bias).servers == ("a", "b", "c")
+
+
+def test_a_version_of_another_launch_is_not_the_one_that_was_made(servers: Servers) -> None:
+    """Whatever its number, and in the same run directory; another daemon of one launch is no other."""
+    made = bridge.Bridge(BridgeConfig(logdir="a"))
+    assert made.broadcast_weights(MODEL).version == 1
+    servers.served["a"] = 1
+    servers.sessions["a"].closed = "the daemon died"
+    assert made.broadcast_single_param("bias", MODEL.bias).version == 2
+    servers.served["a"], servers.launches["a"] = 2, "second"
+    servers.sessions["a"].closed = "the server is gone"
+    with pytest.raises(ConfigError, match="the server at /run/a serves version 2 of another history"):
+        made.broadcast_single_param("bias", MODEL.bias)
 
 
 def test_a_part_that_one_cannot_take_is_refused_for_all(servers: Servers) -> None:

@@ -10,17 +10,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import remove_parametrizations
+from torch.optim.swa_utils import AveragedModel
 
 from bridge import guard, zero3
 from bridge.catalogue import Catalogue
 from bridge.declared import DeclaredLayout
 from bridge.errors import ConfigError, MappingError, RoundAborted
+from bridge.fallback import gather_full
 from bridge.guard import Guarded, StepGuard
 from bridge.job import Job, PendingBroadcast
 from bridge.names import canonical_names
@@ -31,6 +38,7 @@ from bridge.protocol.mapping import Mapping, Rendezvous
 from bridge.protocol.plan import build_plan
 from bridge.sharding import collect
 from tests.support.mappings import identity_mapping, shapes_of
+from vllm_patching import update_files
 
 
 class Block(nn.Module):
@@ -254,6 +262,55 @@ def test_one_parameter_may_belong_to_either_vocabulary() -> None:
     assert collect_single("w", torch.ones(4), mapping, rank=0).layout.vocabulary == "checkpoint"
 
 
+def test_of_vocabularies_of_equal_names_the_shapes_decide(tmp_path: Path) -> None:
+    """Whichever way the tensors are handed over, and by files of the HTTP fallback as well."""
+    mapping = identity_mapping(
+        ("checkpoint", {"a": (2,), "w": (2, 3)}), ("transformers", {"a": (2,), "w": (3, 2)}), dtype="float32"
+    )
+    mapping = in_one_place(mapping, "a")
+    for name, shape in (("checkpoint", (2, 3)), ("transformers", (3, 2))):
+        tensors = {"a": torch.ones(2), "w": torch.ones(shape)}
+        assert collect(tensors, mapping, rank=0).layout.vocabulary == name
+        parts = [(key, snapshot(tensor, rank=0, world_size=1)) for key, tensor in tensors.items()]
+        assert collect_parts(parts, mapping, rank=0).layout.vocabulary == name
+        assert gather_full(tensors, keep=True, mapping=mapping).keys() == tensors.keys()
+        file = tmp_path / f"{name}.safetensors"
+        save_file(tensors, file)
+        found = update_files.index([file])
+        assert update_files.match_vocabulary(mapping, mapping.ranks[0], found) == name
+
+
+def in_one_place(mapping: Mapping, name: str) -> Mapping:
+    """``mapping`` with the source ``name`` written to where the first vocabulary has it."""
+    (rank,) = mapping.ranks
+    writes = {}
+    for vocabulary in mapping.vocabularies:
+        at = [source.name for source in vocabulary.sources].index(name)
+        first = next(w for w in rank.writes[mapping.vocabularies[0].name] if w.source == at)
+        writes[vocabulary.name] = tuple(first if w.source == at else w for w in rank.writes[vocabulary.name])
+    return msgspec.structs.replace(mapping, ranks=(msgspec.structs.replace(rank, writes=writes),))
+
+
+@pytest.mark.parametrize("digest", ["", "known"])
+def test_what_two_vocabularies_write_to_different_places_is_refused(tmp_path: Path, digest: str) -> None:
+    mapping = in_one_place(
+        identity_mapping(("checkpoint", {"a": (2,), "w": (2, 2)}), ("transformers", {"a": (2,), "w": (2, 2)}),
+                         dtype="float32", digest=digest), "a",
+    )  # fmt: skip
+    tensors = {"a": torch.ones(2), "w": torch.ones(2, 2)}
+    fault = r"^1 fault\(s\)[^\n]*\n  w: the server takes it by its checkpoint and by its transformers names"
+    for _ in range(2):
+        with pytest.raises(MappingError, match=fault):
+            collect(tensors, mapping, rank=0)
+    with pytest.raises(MappingError, match=fault):
+        collect_single("w", tensors["w"], mapping, rank=0)
+    assert collect_single("a", tensors["a"], mapping, rank=0).layout.vocabulary == "checkpoint"
+    save_file(tensors, tmp_path / "model.safetensors")
+    found = update_files.index([tmp_path / "model.safetensors"])
+    with pytest.raises(MappingError, match=fault):
+        update_files.match_vocabulary(mapping, mapping.ranks[0], found)
+
+
 def test_one_parameter_that_the_loader_drops() -> None:
     mapping = identity_mapping(("checkpoint", {"a": (2,)}), unused=["a"])
     with pytest.raises(MappingError, match="a: the server's loader drops it"):
@@ -326,6 +383,11 @@ def wrapped() -> torch.Tensor:
     return TwoTensor(torch.ones(2), torch.ones(2))
 
 
+def fake() -> torch.Tensor:
+    with FakeTensorMode():
+        return nn.Parameter(torch.ones(2))
+
+
 @pytest.mark.parametrize(
     ("tensor", "reason"),
     [
@@ -335,12 +397,34 @@ def wrapped() -> torch.Tensor:
         (nn.UninitializedParameter, "not initialised yet"),
         (wrapped, "is a TwoTensor"),
         (let_go, "has no memory any more"),
+        (fake, "is a FakeTensor"),
+        (lambda: torch._neg_view(torch.ones(2)), "holds the opposite of its values"),
+        (lambda: torch._efficientzerotensor(2), "is a zero tensor"),
     ],
 )
 def test_memory_that_does_not_hold_the_values_is_refused_by_name(tensor, reason: str) -> None:
     mapping = identity_mapping(("checkpoint", {"a": (2,), "b": (2,)}))
     with pytest.raises(MappingError, match=rf"^1 fault\(s\)[^\n]*\n  a: .*{reason}"):
         collect({"a": tensor(), "b": torch.ones(2)}, mapping, rank=0)
+
+
+def test_models_whose_parameters_are_others_hear_what_to_pass() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    mapping = mapping_of(model)
+    with pytest.raises(MappingError, match=r"it is an AveragedModel around the model: pass its \.module"):
+        collect(AveragedModel(model), mapping, rank=0)
+    weight_norm(model[0])
+    advice = (
+        r"  0\.weight: the server needs it, the model computes it of others \(torch\.nn\.utils\.parametrize\)"
+        r"; pass a copy\.deepcopy of the model after remove_parametrizations\(layer, 'weight'\)"
+    )
+    with pytest.raises(MappingError, match=advice):
+        collect(model, mapping, rank=0)
+    alone = weight_norm(nn.Linear(3, 2, bias=False))
+    with pytest.raises(MappingError, match="weight: the model computes it of others"):
+        collect(alone, identity_mapping(("checkpoint", {"weight": (2, 3)})), rank=0)
+    remove_parametrizations(alone, "weight")
+    assert collect(alone, identity_mapping(("checkpoint", {"weight": (2, 3)})), rank=0).tensors
 
 
 @given(st.lists(st.integers(1, 4), max_size=4), st.data())
