@@ -24,7 +24,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -39,6 +39,7 @@ MAX_RANGE = 1 << 16  # hosts or CPUs; SLURM knows no more
 MAX_COMPONENTS = 128  # of a heterogeneous job; nor of these
 MAX_BRACKETS = 8  # in one name
 PORTS_PER_JOB = 16
+MASTER_OFFSET = PORTS_PER_JOB - 1  # of vLLM's master port; torchrun's is 0, servers count from 1
 LEAST_PORTS = 1000
 NOWHERE = "192.0.2.1"  # RFC 5737: of no network, so the way there is the default route
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
@@ -160,7 +161,7 @@ def from_pyslurm(environ: Mapping[str, str] = os.environ) -> Shape:
         ConfigError: there is no job, no pyslurm, or one that does not fit this cluster.
         UnsupportedVersion: what it says has another form than that of 25.11.
     """
-    said = _ask([sys.executable, "-c", _PYSLURM, str(_job_id(environ))], environ)
+    said = _ask([sys.executable, "-c", _PYSLURM, str(job_of(environ))], environ)
     try:
         told = msgspec.json.decode(said, type=_Answer)
     except UNREADABLE as err:
@@ -189,7 +190,7 @@ def from_scontrol(environ: Mapping[str, str] = os.environ) -> Shape:
     Raises:
         ConfigError: there is no job, or no scontrol that knows it.
     """
-    job_id = _job_id(environ)
+    job_id = job_of(environ)
     return read_scontrol(
         _ask(["scontrol", "--details", "--oneliner", "show", "job", str(job_id)], environ), job_id
     )
@@ -265,7 +266,7 @@ def from_variables(environ: Mapping[str, str] = os.environ) -> Shape:
     Raises:
         ConfigError: a variable is missing or cannot be read.
     """
-    job_id = _job_id(environ)
+    job_id = job_of(environ)
     size = _variable(environ, "SLURM_HET_SIZE")
     if size > MAX_COMPONENTS:
         raise ConfigError(f"SLURM_HET_SIZE is {size}, and a job has at most {MAX_COMPONENTS} components")
@@ -322,7 +323,12 @@ def _variable(environ: Mapping[str, str], name: str) -> int:
     return _whole(environ.get(name) or "0", name)
 
 
-def _job_id(environ: Mapping[str, str]) -> int:
+def job_of(environ: Mapping[str, str] = os.environ) -> int:
+    """The id of the job that this process is in.
+
+    Raises:
+        ConfigError: it is in none.
+    """
     text = environ.get("SLURM_JOB_ID", "")
     if re.fullmatch("[0-9]{1,18}", text) is None:
         raise ConfigError(f"SLURM_JOB_ID is {text[:200]!r}: not in a job of SLURM")
@@ -348,12 +354,13 @@ def _ask(command: Sequence[str], environ: Mapping[str, str]) -> str:
 # --- this host ---------------------------------------------------------------------------------------------
 
 
-def free_port(job_id: int, offset: int = 0) -> int:
+def free_port(job_id: int, offset: int = 0, *, but: Collection[int] = ()) -> int:
     """A TCP port that is free on this host, not one of those that the kernel gives to connections.
 
     Jobs that share a node begin to look at different places, each in ``PORTS_PER_JOB`` of its own, so that
     two of them do not find the same one before either has taken it. So do different offsets; large ones
-    repeat, but for 0, because a job's servers have nodes of their own.
+    repeat, but for 0, because a job's servers have nodes of their own. ``but`` are ports that somebody is
+    to take who has not yet.
 
     Raises:
         RendezvousError: all are taken.
@@ -362,7 +369,7 @@ def free_port(job_id: int, offset: int = 0) -> int:
     place = 1 + (offset - 1) % (PORTS_PER_JOB - 1) if offset else 0
     for step in range(top - bottom):
         port = bottom + ((job_id + step) * PORTS_PER_JOB + place) % (top - bottom)
-        if _is_free(port):
+        if port not in but and _is_free(port):
             return port
     raise RendezvousError(f"no port from {bottom} to {top} is free on {socket.gethostname()}")
 
@@ -459,7 +466,7 @@ def _shape(_: Sequence[str]) -> str:
 
 
 def _port(words: Sequence[str]) -> str:
-    return str(free_port(_job_id(os.environ), int(words[0]) if words else 0))
+    return str(free_port(job_of(), int(words[0]) if words else 0))
 
 
 def _address(words: Sequence[str]) -> str:
