@@ -9,46 +9,66 @@
 
 A shape is read from pyslurm where it works (extra ``slurm``), else from ``scontrol``, else from the variables
 of the batch script. All three say the same, but that the variables cannot tell how many GPUs lie on each of
-several nodes unless they were asked for by node.
+several nodes unless they were asked for by node. CPUs are never pyslurm's: it takes a core for one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
+import itertools
+import logging
 import os
 import re
 import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
-from bridge.errors import BridgeError, ConfigError, RendezvousError
+from bridge.errors import BridgeError, ConfigError, RendezvousError, UnsupportedVersion
+from bridge.protocol.decoding import UNREADABLE
+
+logger = logging.getLogger(__name__)
 
 ASK_TIMEOUT_S = 20.0  # the controller of a large cluster may take its time
 MAX_RANGE = 1 << 16  # hosts or CPUs; SLURM knows no more
+MAX_COMPONENTS = 128  # of a heterogeneous job; nor of these
+MAX_BRACKETS = 8  # in one name
 PORTS_PER_JOB = 16
+MASTER_OFFSET = PORTS_PER_JOB - 1  # of vLLM's master port; torchrun's is 0, servers count from 1
 LEAST_PORTS = 1000
 NOWHERE = "192.0.2.1"  # RFC 5737: of no network, so the way there is the default route
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _SIOCGIFADDR = 0x8915
 # Importing pyslurm where it does not fit the cluster ends the process, so a child does it.
+# What has another form is said as such, so that it can be told from a pyslurm that is not there.
 _PYSLURM = """
 import json, sys, pyslurm
-leader = pyslurm.Job.load(int(sys.argv[1]))
-parts = [job for job in pyslurm.Jobs.load().values() if job.heterogeneous_id == leader.id] or [leader]
-parts.sort(key=lambda job: job.heterogeneous_offset or 0)
-layouts = [job.get_resource_layout_per_node() for job in parts]
-print(json.dumps({"job_id": leader.id, "restarts": leader.requeue_count or 0, "nodes": [
-    {host: [on["cpu_ids"], {name: gres["count"] if isinstance(gres, dict) else gres
-                            for name, gres in on["gres"].items()}] for host, on in layout.items()}
-    for layout in layouts]}))
+try:
+    leader = pyslurm.Job.load(int(sys.argv[1]))
+    parts = [job for job in pyslurm.Jobs.load().values() if job.heterogeneous_id == leader.id] or [leader]
+    parts.sort(key=lambda job: job.heterogeneous_offset or 0)
+    layouts = [job.get_resource_layout_per_node() for job in parts]
+    answer = {"job_id": leader.id, "restarts": leader.requeue_count or 0, "gres": [
+        {host: {name: gres["count"] if isinstance(gres, dict) else gres for name, gres in on["gres"].items()}
+         for host, on in layout.items()}
+        for layout in layouts]}
+except (AttributeError, LookupError, TypeError) as err:
+    answer = {"error": repr(err)}
+print(json.dumps(answer))
 """
+
+
+class _Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """What the child says: of each component by host, how many there are of what."""
+
+    job_id: int
+    restarts: int
+    gres: list[dict[str, dict[str, int]]]
 
 
 class Component(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,12 +94,19 @@ def expand_nodelist(nodelist: str) -> list[str]:
     """``gpu[01-03,7],login`` as host names, in order, as ``scontrol show hostnames`` prints them.
 
     Raises:
-        ConfigError: brackets do not match, or a range is not one.
+        ConfigError: brackets do not match, a range is not one, or there are more hosts than can be.
     """
     if nodelist.count("[") != nodelist.count("]"):
-        raise ConfigError(f"the node list is {nodelist!r}; its brackets do not match")
-    parts = re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", nodelist)
-    return [host for part in parts for host in _expand(part.strip())]
+        raise ConfigError(f"the node list is {nodelist[:200]!r}; its brackets do not match")
+    parts = [part.strip() for part in re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", nodelist)]
+    if any(part.count("[") > MAX_BRACKETS for part in parts):
+        raise ConfigError(
+            f"the node list is {nodelist[:200]!r}; a name has more than {MAX_BRACKETS} brackets"
+        )
+    hosts = list(itertools.islice((host for part in parts for host in _expand(part)), MAX_RANGE + 1))
+    if len(hosts) > MAX_RANGE:
+        raise ConfigError(f"the node list {nodelist[:200]!r} has more than {MAX_RANGE} hosts")
+    return hosts
 
 
 def _expand(part: str) -> Iterator[str]:
@@ -120,32 +147,41 @@ def shape(environ: Mapping[str, str] = os.environ) -> Shape:
             return source(environ)
         except BridgeError as err:
             reasons.append(str(err))
+            if isinstance(err, UnsupportedVersion):
+                logger.warning("%s; asking elsewhere", err)
     raise ConfigError("the job's shape cannot be read: " + "; ".join(reasons))
 
 
 def from_pyslurm(environ: Mapping[str, str] = os.environ) -> Shape:
-    """The shape as pyslurm tells it.
+    """The shape as pyslurm tells it, with the CPUs that the variables tell, or scontrol without them.
+
+    pyslurm 25.11 counts one thread for each core, whatever the node has.
 
     Raises:
         ConfigError: there is no job, no pyslurm, or one that does not fit this cluster.
+        UnsupportedVersion: what it says has another form than that of 25.11.
     """
-    said = _ask([sys.executable, "-c", _PYSLURM, str(_job_id(environ))], environ)
+    said = _ask([sys.executable, "-c", _PYSLURM, str(job_of(environ))], environ)
     try:
-        told = json.loads(said)
-    except ValueError:
-        raise ConfigError(f"pyslurm answered {said[:200]!r}") from None
+        told = msgspec.json.decode(said, type=_Answer)
+    except UNREADABLE as err:
+        raise UnsupportedVersion(f"pyslurm answered {said[:200]!r}, not as 25.11 does: {err}") from None
+    try:
+        known = from_variables(environ)
+    except ConfigError:
+        known = from_scontrol(environ)
+    hosts, theirs = [part.hosts for part in known.components], [tuple(nodes) for nodes in told.gres]
+    if hosts != theirs:
+        raise UnsupportedVersion(f"pyslurm says that the job's hosts are {theirs}, and Slurm itself {hosts}")
     components = tuple(
-        Component(
-            hosts=tuple(nodes),
-            cpus=tuple(_count(str(cpus)) for cpus, _ in nodes.values()),
-            gpus=tuple(
-                sum(int(count) for name, count in gres.items() if name.split(":")[0] == "gpu")
-                for _, gres in nodes.values()
-            ),
-        )
-        for nodes in told["nodes"]
+        msgspec.structs.replace(part, gpus=tuple(_gpus(on) for on in nodes.values()))
+        for part, nodes in zip(known.components, told.gres, strict=True)
     )
-    return Shape(job_id=told["job_id"], restarts=told["restarts"], components=components)
+    return Shape(job_id=told.job_id, restarts=told.restarts, components=components)
+
+
+def _gpus(gres: Mapping[str, int]) -> int:
+    return sum(count for name, count in gres.items() if name.partition(":")[0] == "gpu")
 
 
 def from_scontrol(environ: Mapping[str, str] = os.environ) -> Shape:
@@ -154,7 +190,7 @@ def from_scontrol(environ: Mapping[str, str] = os.environ) -> Shape:
     Raises:
         ConfigError: there is no job, or no scontrol that knows it.
     """
-    job_id = _job_id(environ)
+    job_id = job_of(environ)
     return read_scontrol(
         _ask(["scontrol", "--details", "--oneliner", "show", "job", str(job_id)], environ), job_id
     )
@@ -209,9 +245,13 @@ def _word(line: str, name: str) -> str | None:
 
 
 def _number(line: str, name: str, *, default: str | None = None) -> int:
-    text = _field(line, name, default=default)
-    if not (text.isascii() and text.isdecimal()):
-        raise ConfigError(f"scontrol says that {name} is {text!r}, which is no number")
+    return _whole(_field(line, name, default=default), f"scontrol says that {name}")
+
+
+def _whole(text: str, what: str) -> int:
+    """The number that ``text`` is; ``what`` begins the sentence that says it is none."""
+    if re.fullmatch("[0-9]{1,18}", text) is None:
+        raise ConfigError(f"{what} is {text[:200]!r}, which is no number")
     return int(text)
 
 
@@ -226,12 +266,14 @@ def from_variables(environ: Mapping[str, str] = os.environ) -> Shape:
     Raises:
         ConfigError: a variable is missing or cannot be read.
     """
-    job_id = _job_id(environ)
-    size = int(environ.get("SLURM_HET_SIZE") or 0)
+    job_id = job_of(environ)
+    size = _variable(environ, "SLURM_HET_SIZE")
+    if size > MAX_COMPONENTS:
+        raise ConfigError(f"SLURM_HET_SIZE is {size}, and a job has at most {MAX_COMPONENTS} components")
     suffixes = [f"_HET_GROUP_{group}" for group in range(size)] or [""]
     return Shape(
         job_id=job_id,
-        restarts=int(environ.get("SLURM_RESTART_COUNT") or 0),
+        restarts=_variable(environ, "SLURM_RESTART_COUNT"),
         components=tuple(_told(environ, suffix) for suffix in suffixes),
     )
 
@@ -240,32 +282,56 @@ def _told(environ: Mapping[str, str], suffix: str) -> Component:
     nodes, cpus = f"SLURM_JOB_NODELIST{suffix}", f"SLURM_JOB_CPUS_PER_NODE{suffix}"
     if missing := [name for name in (nodes, cpus) if not environ.get(name)]:
         raise ConfigError(f"{' and '.join(missing)} not set")
-    hosts = tuple(expand_nodelist(environ[nodes]))
-    return Component(hosts=hosts, cpus=_per_node(environ[cpus]), gpus=_told_gpus(environ, suffix, len(hosts)))
+    hosts, counts = tuple(expand_nodelist(environ[nodes])), _per_node(environ[cpus], cpus)
+    if len(hosts) != len(counts):
+        raise ConfigError(
+            f"{cpus} is {environ[cpus][:200]!r}, for {len(counts)} host(s), and {nodes} names {len(hosts)}"
+        )
+    return Component(hosts=hosts, cpus=counts, gpus=_told_gpus(environ, suffix, len(hosts)))
 
 
 def _told_gpus(environ: Mapping[str, str], suffix: str, hosts: int) -> tuple[int, ...] | None:
-    if per_node := environ.get(f"SLURM_GPUS_PER_NODE{suffix}"):
+    name = f"SLURM_GPUS_PER_NODE{suffix}"
+    if per_node := environ.get(name):
         # "2", "a100:2", "a100:2,h100:1"
-        return (sum(int(kind.rpartition(":")[2]) for kind in per_node.split(",")),) * hosts
+        counts = [
+            _whole(kind.rpartition(":")[2], f"{name} is {per_node[:200]!r}; a count in it")
+            for kind in per_node.split(",")
+        ]
+        return (sum(counts),) * hosts
     if suffix:  # the variables of this node are those of the first component
         return None
-    here = int(environ.get("SLURM_GPUS_ON_NODE") or 0)
+    here = _variable(environ, "SLURM_GPUS_ON_NODE")
     if hosts > 1 and environ.get("SLURM_GPUS"):
         return None
     return (here,) * hosts
 
 
-def _per_node(text: str) -> tuple[int, ...]:
+def _per_node(text: str, name: str) -> tuple[int, ...]:
     """``16(x2),8`` by node."""
-    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
-    return tuple(int(number) for number, times in found for _ in range(int(times or 1)))
+    found = [re.fullmatch(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?", item) for item in text.split(",")]
+    counts = [(int(match[1]), int(match[2] or 1)) for match in found if match is not None]
+    if len(counts) != len(found) or sum(times for _, times in counts) > MAX_RANGE:
+        raise ConfigError(
+            f"{name} is {text[:200]!r}; it must be like 16(x2),8, for at most {MAX_RANGE} nodes"
+        )
+    return tuple(number for number, times in counts for _ in range(times))
 
 
-def _job_id(environ: Mapping[str, str]) -> int:
+def _variable(environ: Mapping[str, str], name: str) -> int:
+    """The number in a variable; 0 without it."""
+    return _whole(environ.get(name) or "0", name)
+
+
+def job_of(environ: Mapping[str, str] = os.environ) -> int:
+    """The id of the job that this process is in.
+
+    Raises:
+        ConfigError: it is in none.
+    """
     text = environ.get("SLURM_JOB_ID", "")
-    if not text.isdecimal():
-        raise ConfigError(f"SLURM_JOB_ID is {text!r}: not in a job of SLURM")
+    if re.fullmatch("[0-9]{1,18}", text) is None:
+        raise ConfigError(f"SLURM_JOB_ID is {text[:200]!r}: not in a job of SLURM")
     return int(text)
 
 
@@ -288,12 +354,13 @@ def _ask(command: Sequence[str], environ: Mapping[str, str]) -> str:
 # --- this host ---------------------------------------------------------------------------------------------
 
 
-def free_port(job_id: int, offset: int = 0) -> int:
+def free_port(job_id: int, offset: int = 0, *, but: Collection[int] = ()) -> int:
     """A TCP port that is free on this host, not one of those that the kernel gives to connections.
 
     Jobs that share a node begin to look at different places, each in ``PORTS_PER_JOB`` of its own, so that
     two of them do not find the same one before either has taken it. So do different offsets; large ones
-    repeat, but for 0, because a job's servers have nodes of their own.
+    repeat, but for 0, because a job's servers have nodes of their own. ``but`` are ports that somebody is
+    to take who has not yet.
 
     Raises:
         RendezvousError: all are taken.
@@ -302,7 +369,7 @@ def free_port(job_id: int, offset: int = 0) -> int:
     place = 1 + (offset - 1) % (PORTS_PER_JOB - 1) if offset else 0
     for step in range(top - bottom):
         port = bottom + ((job_id + step) * PORTS_PER_JOB + place) % (top - bottom)
-        if _is_free(port):
+        if port not in but and _is_free(port):
             return port
     raise RendezvousError(f"no port from {bottom} to {top} is free on {socket.gethostname()}")
 
@@ -399,7 +466,7 @@ def _shape(_: Sequence[str]) -> str:
 
 
 def _port(words: Sequence[str]) -> str:
-    return str(free_port(_job_id(os.environ), int(words[0]) if words else 0))
+    return str(free_port(job_of(), int(words[0]) if words else 0))
 
 
 def _address(words: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 ASK_AGAIN_S = 5.0  # between SIGTERM and SIGKILL for what a dead vLLM has left running
 LONGEST_PAUSE_S = 30.0
+STEADY_S = 60.0  # what has been ready for so long does not wait when it dies
 FORGIVEN_AFTER_S = 3600.0  # of a child that has lived for so long the count begins anew
 
 
@@ -26,7 +27,7 @@ class Restarts:
         self._what, self.limit = what, limit
         self.count = 0
         self._in_a_row = 0  # the pause grows with these
-        self._ready_since = time.monotonic()
+        self._ready_since: float | None = None
 
     @property
     def used_up(self) -> bool:
@@ -34,7 +35,10 @@ class Restarts:
         return self.count >= self.limit
 
     def take(self) -> float:
-        """One more; returns how long to pause before it, in seconds: only what dies again must wait."""
+        """One more; returns how long to pause before it, in seconds: only what soon dies again must wait."""
+        if self._ready_s() > STEADY_S:
+            self._in_a_row = 0
+        self._ready_since = None
         self.count += 1
         self._in_a_row += 1
         return float(min(LONGEST_PAUSE_S, 2.0 ** (self._in_a_row - 2))) if self._in_a_row > 1 else 0.0
@@ -47,9 +51,13 @@ class Restarts:
 
     def forgive(self) -> None:
         """Called while it is there: after a long time of that, earlier deaths do not count."""
-        if self.count and time.monotonic() - self._ready_since > FORGIVEN_AFTER_S:
+        if self.count and self._ready_s() > FORGIVEN_AFTER_S:
             logger.info("%s has not died for %g s; restarts count anew", self._what, FORGIVEN_AFTER_S)
             self.count = self._in_a_row = 0
+
+    def _ready_s(self) -> float:
+        """For how long it has been ready."""
+        return 0.0 if self._ready_since is None else time.monotonic() - self._ready_since
 
 
 class Comeback:

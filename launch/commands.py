@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import shlex
-import socket
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -14,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bridge.errors import ConfigError
+from bridge.nodes import MASTER_OFFSET, free_port, job_of
 from bridge.protocol.mapping import CONFIG_NAME
 from launch.options import ServeOptions, read_server_args
 from vllm_patching import residue
@@ -166,10 +167,17 @@ def _interface(address: str) -> str:
     return ""
 
 
-def _free_port() -> int:
-    """For vLLM's master: chosen once in a launch, as every daemon of it must tell the nodes the same."""
-    with socket.create_server(("", 0)) as probe:
-        return int(probe.getsockname()[1])
+def _free_port(options: ServeOptions, environ: Mapping[str, str] = os.environ) -> int:
+    """For vLLM's master: chosen once in a launch, as every daemon of it must tell the nodes the same.
+
+    vLLM takes it when all nodes are here: no connection may get it until then, nor this server's HTTP.
+    """
+    try:
+        job_id = job_of(environ)
+    except ConfigError:  # outside of SLURM
+        job_id = os.getpid()
+    others = (read_server_args(options.vllm_args).port, options.rendezvous_port)
+    return free_port(job_id, MASTER_OFFSET, but=others)
 
 
 def daemon_command(
@@ -200,7 +208,7 @@ def daemon_command(
             "--nnodes": options.nnodes,
             "--node-rank": options.node_rank,
             "--master-addr": options.master_addr,
-            "--master-port": options.master_port or (0 if options.node_rank else _free_port()),
+            "--master-port": options.master_port or (0 if options.node_rank else _free_port(options)),
             "--start-timeout": f"{options.start_timeout_s:g}",
         }
     argv = [sys.executable, "-m", "vllm_patching.follower" if options.node_rank else "vllm_patching.daemon"]

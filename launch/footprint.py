@@ -65,7 +65,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         config = json.loads(path.read_bytes())
     except OSError as err:
         raise ConfigError(f"cannot read {path}: {err.strerror}; is this a model's directory?") from err
-    except ValueError as err:
+    except (ValueError, RecursionError) as err:
         raise ConfigError(f"{path} is not JSON: {err}") from err
     if not isinstance(config, dict):
         raise ConfigError(f"{path} holds a {type(config).__name__}, not an object")
@@ -93,7 +93,11 @@ def estimate(directory: Path, *, dtype: str, load_format: str) -> Footprint:
     others = [] if load_format == "dummy" else [*directory.glob("*.bin"), *directory.glob("*.pt")]
     if others:
         return Footprint(sum(path.stat().st_size for path in others), f"{len(others)} weight file(s)")
-    return Footprint(_parameters(config) * (itemsize or 2), "the shapes in config.json, roughly")
+    try:
+        parameters = _parameters(config)
+    except (AttributeError, TypeError, ValueError, OverflowError) as err:
+        raise ConfigError(f"{directory / 'config.json'} has shapes that are no numbers: {err}") from err
+    return Footprint(parameters * (itemsize or 2), "the shapes in config.json, roughly")
 
 
 def _tensor_bytes(path: Path, itemsize: int | None) -> int:

@@ -557,6 +557,7 @@ class Supervisor:
 
     def _announce(self, status: dict[str, Any], took_s: float) -> None:
         self._ready = True
+        self._daemon_restarts.ready(cured=True)
         self._watch(status)
         flight.note("ready", took_s=round(took_s, 3))
         self._observe(every_s=0.0)

@@ -21,6 +21,7 @@
 EX_CONFIG=2    # the launcher's code for "trying again will not help"
 EX_TEMPFAIL=75 # and for "trying again may help"
 RETRIES_FORGIVEN_AFTER=3600 # seconds; a server that has run for so long has all its SERVER_RETRIES again
+LONGEST_PAUSE=30            # seconds before a server is started again
 JOB_EPOCH=${SLURM_RESTART_COUNT:-0}
 # Of a job array, this task alone: the first one's id stands for all of them.
 job=$SLURM_JOB_ID
@@ -54,6 +55,7 @@ servers=()     # pids of the steps, one for each server
 logdirs=()     # of the servers
 retries=()     # how often each server was started again
 began=()       # when each was started last, on bash's clock
+pauses=()      # until when each may still be in its pause before that, on bash's clock
 served=()      # whether each has ever answered
 server_step=() # what the steps of servers have in common
 server_first=0 # the node of the step's on which the first server starts
@@ -78,6 +80,7 @@ start_servers() {
     for ((index = 0; index < count / NODES_PER_SERVER; index++)); do
         logdirs+=("$ATTEMPT/server-$index")
         retries+=(0)
+        pauses+=(0)
         served+=(0)
         ln -sfn "$ATTEMPT/server-$index" "$JOB_DIR/server-$index" # of whichever attempt is the last
     done
@@ -88,17 +91,33 @@ start_servers() {
     ((NODES_PER_SERVER > 1 || ${#logdirs[@]} == 1)) || SERVER_PEERS=$BRIDGE_LOGDIRS
     export SERVER_PEERS
     for index in "${!logdirs[@]}"; do
-        start_server "$index"
+        start_server "$index" 0
     done
 }
 
-# start_server INDEX: one of them, or what takes its place.
+# start_server INDEX PAUSE: one of them, or what takes its place, PAUSE seconds from now. The process that pauses becomes
+# the step, so that this shell waits for all servers alike, and sees the warning and other deaths meanwhile.
 start_server() {
     rm -f "${logdirs[$1]}/server.url" # of one that was killed: nobody answers there now
-    "${step[@]}" "${server_step[@]}" --relative=$((server_first + $1 * NODES_PER_SERVER)) \
-        "$REPO/slurm/server.sh" "$1" "${logdirs[$1]}" "$server_hosts" "$MODEL" "${vllm_flags[@]}" \
-        "${own_trainer[@]}" &
-    servers[$1]=$! began[$1]=$SECONDS
+    began[$1]=$((SECONDS + $2))
+    {
+        while ((SECONDS < began[$1])); do sleep 1; done
+        exec "${step[@]}" "${server_step[@]}" --relative=$((server_first + $1 * NODES_PER_SERVER)) \
+            "$REPO/slurm/server.sh" "$1" "${logdirs[$1]}" "$server_hosts" "$MODEL" "${vllm_flags[@]}" \
+            "${own_trainer[@]}"
+    } &
+    servers[$1]=$!
+    pauses[$1]=$(($2 ? began[$1] + 1 : 0)) # one more: a step this young is not sure to get a signal through Slurm
+}
+
+# end_pauses: nothing is started again from now on.
+end_pauses() {
+    local index
+    for index in "${!servers[@]}"; do
+        if ((pauses[index] && SECONDS <= pauses[index])) && kill "${servers[index]}" 2>/dev/null; then
+            say "server $index is not started again"
+        fi
+    done
 }
 
 # hopeless: whether trying server "index" again cannot help. One that has served was configured well: what stops it now
@@ -107,6 +126,7 @@ hopeless() { ((code == EX_CONFIG && !served[index])); }
 
 # start_again: after wait_for, that step of a server, if it failed and may do better. Sets "index" to the server's.
 start_again() {
+    local pause=0
     for index in "${!servers[@]}"; do
         [[ ${servers[index]} != "$ended" ]] || break
     done
@@ -115,8 +135,10 @@ start_again() {
     ((retries[index] < SERVER_RETRIES)) || return 1
     retries[index]=$((retries[index] + 1))
     say "server $index ended with $code; starting it again (${retries[index]} of $SERVER_RETRIES)"
-    ((retries[index] == 1)) || sleep $((2 ** (retries[index] - 1)))
-    start_server "$index"
+    if ((retries[index] > 1)); then # only what fails again must wait
+        ((pause = retries[index] < 6 ? 1 << (retries[index] - 1) : LONGEST_PAUSE))
+    fi
+    start_server "$index" "$pause"
 }
 
 # await_servers: until each says where it answers. One that ends before, perhaps since another job took its port, is
@@ -178,11 +200,15 @@ survive() {
 }
 
 # set_versions: numbers that trainers give go on above the last version that an earlier attempt has served, because
-# labels must not stand for two things. Each worker has written down what it flipped to.
+# labels must not stand for two things. Each worker has written down what it flipped to. A log that cannot be read may
+# hold the last one, so it ends the job.
 set_versions() {
-    BRIDGE_VERSIONS_AFTER=$(cat "$JOB_DIR"/attempt-*/server-*/flips-rank*.jsonl 2>/dev/null |
-        sed -nE 's/.*"version": *([0-9]+).*/\1/p' | sort -n | tail -n 1) || BRIDGE_VERSIONS_AFTER=0
-    export BRIDGE_VERSIONS_AFTER
+    BRIDGE_VERSIONS_AFTER=$(find "$JOB_DIR"/attempt-* -mindepth 2 -maxdepth 2 -path '*/server-*/flips-rank*.jsonl' \
+        -exec cat {} + | sed -nE 's/.*"version": *([0-9]+).*/\1/p' | sort -n | tail -n 1) || {
+        say "what earlier attempts have served cannot be read from $JOB_DIR (see above), and no number may come twice"
+        end_steps "$EX_TEMPFAIL"
+    }
+    export BRIDGE_VERSIONS_AFTER=${BRIDGE_VERSIONS_AFTER:-0}
 }
 
 # start_trainers HOSTS [srun flag ...] -- PROGRAM [argument ...]: on the first nodes of the step, which are HOSTS,
@@ -216,6 +242,7 @@ on_warning() {
     say "USR2: the time is nearly up, or the job is preempted; trainers are asked to end after their round"
     # A file, not a signal: a step's signals reach every process in it, data loaders and torchrun among them.
     : >"$BRIDGE_STOP_FILE"
+    end_pauses
     ((urged)) || urge_at=$((SECONDS + STOP_TIMEOUT))
 }
 trap on_warning USR2
@@ -231,6 +258,7 @@ urge() {
         urge_at=
     else
         urged=1 urge_at=$((SECONDS + 3 * SHUTDOWN_TIMEOUT))
+        end_pauses # they are no steps yet
         scancel --signal=TERM "$job" || say "scancel failed; trying KILL next"
     fi
 }

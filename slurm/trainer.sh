@@ -13,7 +13,7 @@ read -ra hosts <<<"$TRAINER_HOSTS"
 
 found=$("$PYTHON" -m bridge.nodes address "${hosts[@]}")
 read -r address interface <<<"$found"
-# Gloo takes the host's own name, which is the loopback on many.
+# Gloo takes the host's own name, which is the loopback on many. NCCL looks for itself, or at NCCL_SOCKET_IFNAME.
 [[ -z $interface ]] || export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$interface}"
 
 first=$((SLURM_PROCID == 0))

@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from bridge import flight, telemetry
-from bridge.errors import BridgeError, TransferError
+from bridge.errors import BridgeError, ConfigError, TransferError
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import CONFIG_NAME, Mapping, Rendezvous
 from bridge.protocol.session import State
@@ -475,7 +475,12 @@ class Daemon:
 def main() -> int:
     """Entry point: ``python -m vllm_patching.daemon``."""
     telemetry.configure(role="daemon")
-    return Daemon(parse_args(sys.argv[1:])).run()
+    try:
+        daemon = Daemon(parse_args(sys.argv[1:]))
+    except ConfigError as err:  # what an earlier one has left is damaged
+        logger.error("%s", err)
+        return err.exit_code
+    return daemon.run()
 
 
 if __name__ == "__main__":

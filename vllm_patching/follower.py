@@ -11,6 +11,7 @@ import argparse
 import logging
 import os
 import queue
+import re
 import signal
 import socket
 import sys
@@ -87,6 +88,21 @@ class _Failed:
     error: BridgeError
 
 
+def read_launch(path: Path) -> str:
+    """The launch of which an earlier daemon of this node was a part; "" if there was none.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return ""
+    if re.fullmatch(rb"[\w-]{0,64}", data) is None:
+        raise ConfigError(f"{path} holds {data[:32]!r}, which names no launch; end the launcher")
+    return data.decode()
+
+
 class Follower:
     """State of a following node. Only ``run``'s thread changes it, but for the registry, which has a lock."""
 
@@ -109,8 +125,7 @@ class Follower:
         self._watched = threading.Event()
         self._stopping = threading.Event()
         self._launch_file: Path = args.run_dir / residue.LAUNCH_FILE
-        # Left by an earlier daemon of this node; the file may be gone once it has been read.
-        self._launch = self._launch_file.read_text() if self._launch_file.exists() else ""
+        self._launch = read_launch(self._launch_file)
 
     # --- the one loop ----------------------------------------------------------------------------
 
@@ -449,7 +464,12 @@ class Follower:
 def main() -> int:
     """Entry point: ``python -m vllm_patching.follower``."""
     telemetry.configure(role="daemon")
-    return Follower(parse_args(sys.argv[1:])).run()
+    try:
+        follower = Follower(parse_args(sys.argv[1:]))
+    except ConfigError as err:  # what an earlier one has left is damaged
+        logger.error("%s", err)
+        return err.exit_code
+    return follower.run()
 
 
 if __name__ == "__main__":

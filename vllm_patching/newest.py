@@ -6,10 +6,12 @@ before it. No number may stand for two versions, so the daemon counts on from th
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from bridge.errors import ConfigError, TransferError
 from bridge.protocol.mapping import write_atomically
+from bridge.protocol.messages import MAX_VERSION
 
 FILE_NAME = "newest-version"
 
@@ -25,12 +27,12 @@ class Newest:
         """
         self._path = run_dir / FILE_NAME
         try:
-            text = self._path.read_text()
+            data = self._path.read_bytes()
         except FileNotFoundError:
-            text = "0"
-        if not text.isdecimal():
-            raise ConfigError(f"{self._path} holds {text[:32]!r}, which is no version; end the launcher")
-        self.version = int(text)
+            data = b"0"
+        self.version = int(data) if re.fullmatch(b"[0-9]{1,19}", data) else MAX_VERSION + 1
+        if self.version > MAX_VERSION:
+            raise ConfigError(f"{self._path} holds {data[:32]!r}, which is no version; end the launcher")
 
     def raise_to(self, version: int) -> None:
         """``version`` is about to be asked for.

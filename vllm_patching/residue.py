@@ -84,10 +84,12 @@ def sweep(paths: Iterable[Path], *, shm_dir: Path = SHM_DIR) -> list[Path]:
 
 
 def _is_ours(path: Path) -> bool:
+    """Whether it is a file of this user; a directory cannot be mapped, so that it was never left behind."""
     try:
-        return path.lstat().st_uid == os.geteuid()
+        found = path.lstat()
     except FileNotFoundError:
         return False
+    return found.st_uid == os.geteuid() and stat.S_ISREG(found.st_mode)
 
 
 def end_processes(pids: Iterable[int], *, timeout_s: float) -> list[int]:

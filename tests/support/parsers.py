@@ -43,9 +43,19 @@ from bridge.wire.device_memory import Allocation, Exhibit, Place, read_exhibit
 from bridge.wire.meeting import Meeting, Round
 from bridge.wire.peer_memory import Nonce, can_pull
 from bridge.wire.rendezvous import Answer, Loan, Offer, Request
-from launch import footprint
+from launch import footprint, leftovers
 from tests.support.mappings import SOURCES, dtype_name, parallel_mapping
-from vllm_patching import build, endpoints, introductions, link, update_files, weight_updates
+from vllm_patching import (
+    build,
+    endpoints,
+    follower,
+    introductions,
+    link,
+    newest,
+    residue,
+    update_files,
+    weight_updates,
+)
 from vllm_patching import nodes as node_links
 from vllm_patching.channel import Channel
 from vllm_patching.control_page import ControlPage
@@ -125,6 +135,18 @@ LINES = (  # of scontrol
 
 def _scontrol(data: bytes) -> Any:
     return job_nodes.read_scontrol(data.decode(errors="surrogateescape"), 7)
+
+
+VARIABLES = (
+    b"SLURM_JOB_ID=7\nSLURM_JOB_NODELIST=n[1-3]\nSLURM_JOB_CPUS_PER_NODE=16(x2),8\nSLURM_GPUS_ON_NODE=4",
+    b"SLURM_JOB_ID=7\nSLURM_RESTART_COUNT=2\nSLURM_HET_SIZE=1\nSLURM_JOB_NODELIST_HET_GROUP_0=a[1-2]\n"
+    b"SLURM_JOB_CPUS_PER_NODE_HET_GROUP_0=4(x2)\nSLURM_GPUS_PER_NODE_HET_GROUP_0=a100:2,h100:1",
+)
+
+
+def _variables(data: bytes) -> Any:
+    lines = data.decode(errors="surrogateescape").split("\n")
+    return job_nodes.from_variables({line.partition("=")[0]: line.partition("=")[2] for line in lines})
 
 
 # --- between the nodes of one server ---
@@ -253,6 +275,21 @@ def _update_path(data: bytes) -> Any:
     return path
 
 
+def _newest(data: bytes) -> Any:
+    with _file(data, newest.FILE_NAME) as path:
+        return newest.Newest(path.parent).version
+
+
+def _launch_file(data: bytes) -> Any:
+    with _file(data, residue.LAUNCH_FILE) as path:
+        return follower.read_launch(path)
+
+
+def _config(data: bytes) -> Any:
+    with _file(data, "config.json") as path:
+        return footprint.estimate(path.parent, dtype="auto", load_format="auto")
+
+
 def _weights_file(data: bytes) -> Any:
     with _file(data, "model.safetensors") as path:
         return footprint._tensor_bytes(path, 2)
@@ -277,6 +314,15 @@ def _body(data: bytes) -> Any:
 
     request = HttpRequest({"type": "http", "method": "POST", "headers": []}, receive)
     return endpoints._read_announcement(asyncio.run(endpoints._body_of(request)))
+
+
+def _authorization(data: bytes) -> Any:
+    from starlette.requests import Request as HttpRequest
+
+    request = HttpRequest({"type": "http", "method": "GET", "headers": [(b"authorization", data)]})
+    desk = endpoints.WeightBridgeEndpoints()
+    desk._keys = ["key"]
+    return desk._authorize(request)
 
 
 PARSERS: dict[str, Parser] = {
@@ -312,6 +358,7 @@ PARSERS: dict[str, Parser] = {
         tuple(msgspec.msgpack.encode(frame) for frame in (JOIN, link.Beat(), link.Leave("why"))),
     ),
     "scontrol's answer": Parser(_scontrol, (LINES[0], b"\n".join(LINES))),
+    "variables of SLURM": Parser(_variables, VARIABLES),
     "whereabouts": Parser(
         lambda data: can_pull(_meeting("where/0", data).whereabouts(0)),
         (msgspec.msgpack.encode(Nonce().whereabouts("h", on_gpu=False, gpu=None)),),
@@ -360,10 +407,23 @@ PARSERS: dict[str, Parser] = {
     "update file": Parser(_update, (_safetensors(),)),
     "update path": Parser(_update_path, (b"ROOT", b"ROOT/model.safetensors")),
     "weights file": Parser(_weights_file, (_safetensors(),)),
+    "config.json": Parser(
+        _config,
+        (
+            b'{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}',
+            b'{"dtype": "bfloat16", "text_config": {"hidden_size": 64, "num_experts": 4}, "vocab_size": 9}',
+        ),
+    ),
+    "newest-version": Parser(_newest, (b"0", b"9223372036854775807")),
+    "launch": Parser(_launch_file, (b"", b"0123456789abcdef" * 2)),
+    "leftovers": Parser(
+        leftovers.read_note, (b'{"run_dir": "/tmp/x", "shared_memory": ["psm_1", "sem.mp-2"]}',)
+    ),
     "weight transfer's update_info": Parser(
         lambda data: weight_updates._parse(_json(data) or data, weight_updates.UpdateInfo, "update_info"),
         (b'{"version": 4, "timeout_s": 3}',),
     ),
+    "Authorization": Parser(_authorization, (b"Bearer key", b"bearer key")),
     "HTTP body": Parser(_body, (b'{"path": "/x"}', b'{"path": "/x", "version": 4}')),
 }
 

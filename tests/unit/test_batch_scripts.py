@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from pathlib import Path
 from shlex import quote
 
@@ -149,6 +150,41 @@ def test_one_that_was_killed_is_not_taken_for_ready_while_it_starts_again(tmp_pa
         end_steps 0"""
     found, calls, output = run(tmp_path, script, MODEL="m", FAIL="0")
     assert (found, calls) == (0, ["srun 0", "srun 0", TERM]), output
+
+
+@pytest.mark.parametrize("warning", ["kill -USR2 $$", "end_steps 3"])
+def test_a_pause_before_a_restart_holds_nothing_up(tmp_path: Path, warning: str) -> None:
+    """Another server's death is seen meanwhile; a warning, or the end of the job, is the end of the pause."""
+    script = f"""
+        start_servers 0 2 ""
+        retries[0]=11
+        wait_for "${{servers[@]}}"
+        survive
+        until [[ -e ${{logdirs[1]}}/server.url ]]; do sleep 0.05; done
+        kill -KILL "${{servers[1]}}"
+        wait_for "${{servers[@]}}"
+        survive
+        {warning}
+        wait_for "${{servers[0]}}"
+        end_steps 3"""
+    began = time.monotonic()
+    found, calls, output = run(tmp_path, script, MODEL="m", SERVER_RETRIES="12", FAIL="9")
+    assert (found, calls.count("srun 0"), calls.count("srun 1")) == (75 if "USR2" in warning else 3, 1, 2), (
+        output
+    )
+    assert time.monotonic() - began < 25
+    assert "server 0 ended with 9; starting it again (12 of 12)" in output
+    assert "server 1 ended with 137; starting it again (1 of 12)" in output
+    assert "server 0 is not started again" in output
+
+
+@pytest.mark.parametrize(("again", "pause"), [(0, 0), (1, 2), (2, 4), (4, 16), (5, 30), (98, 30)])
+def test_the_pause_before_a_restart_grows_and_ends_somewhere(tmp_path: Path, again: int, pause: int) -> None:
+    script = f"""
+        logdirs=(.) servers=(9) began=(0) served=(0) retries=({again}) ended=9 code=1
+        start_server() {{ echo "server $1 in $2 s"; }}
+        start_again"""
+    assert f"server 0 in {pause} s" in run(tmp_path, script, SERVER_RETRIES="99")[2]
 
 
 BATCH = {
@@ -304,6 +340,21 @@ def test_numbers_go_on_above_what_any_attempt_has_served(tmp_path: Path) -> None
         lines = [json.dumps({"rank": rank, "version": v, "flip_ns": 99, "batch": 40}) for v in versions]
         (logdir / f"flips-rank{rank}.jsonl").write_text("\n".join(lines) + "\n")
     assert "after=12\n" in run(tmp_path, script, SLURM_RESTART_COUNT="2")[2]
+
+
+@pytest.mark.parametrize("what", ["a log", "a link to nothing"])
+def test_numbers_do_not_begin_again_where_one_log_cannot_be_read(tmp_path: Path, what: str) -> None:
+    logdir = tmp_path / "logs/job-7/attempt-0/server-0"
+    logdir.mkdir(parents=True)
+    (logdir / "flips-rank0.jsonl").write_text('{"rank": 0, "version": 12}\n')
+    if what == "a log":
+        (logdir / "flips-rank1.jsonl").mkdir()  # root may read any file, but no directory
+    else:
+        (logdir / "flips-rank1.jsonl").symlink_to("gone")
+    found, _, output = run(tmp_path, 'set_versions; echo "after=$BRIDGE_VERSIONS_AFTER"')
+    assert (found, "after=" in output) == (75, False), output
+    assert "what earlier attempts have served cannot be read" in output
+    assert "flips-rank1.jsonl" in output
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from bridge import nodes
 from bridge.errors import ConfigError, MappingError
 from bridge.protocol import mapping
 from launch import arguments, cli, commands
@@ -213,6 +214,22 @@ def test_vllms_config_file_is_read_and_the_command_line_wins(tmp_path):
 def test_what_this_version_cannot_do_is_refused(args, environ, said):
     (fault,) = node_faults(args, environ)
     assert said in fault
+
+
+def test_vllms_master_port_is_one_of_the_jobs_own(monkeypatch):
+    def port_of(*more):
+        options = parse("serve", "--nnodes=2", "--node-rank=0", "--master-addr=a", *more)
+        argv = commands.daemon_command(options, Path("/run"), launcher_pid=1).argv
+        return int(argv[argv.index("--master-port") + 1])
+
+    ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert port_of("--", "m") < ephemeral, "else a connection may get it before vLLM does"
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    ours, others = port_of("--", "m"), [nodes.free_port(5, offset) for offset in range(14)]
+    assert ours == nodes.free_port(5, nodes.MASTER_OFFSET)
+    assert ours not in others
+    for taken in (("--", "m", f"--port={ours}"), (f"--rendezvous-port={ours}", "--", "m")):
+        assert port_of(*taken) not in (ours, *others)
 
 
 def test_a_node_that_follows_has_workers_only():

@@ -21,6 +21,22 @@ def test_the_pause_grows_until_the_cause_is_gone() -> None:
     assert [restarts.take(), restarts.take()] == [0, 1]
 
 
+@pytest.mark.parametrize(("ready_s", "pauses"), [(59, [2, 4]), (61, [0, 1])])
+def test_what_has_been_ready_for_a_while_is_back_without_a_pause(
+    monkeypatch: pytest.MonkeyPatch, ready_s: float, pauses: list[float]
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    restarts = Restarts("vLLM", 9)
+    assert [restarts.take(), restarts.take()] == [0, 1]
+    restarts.ready()
+    now += ready_s
+    first = restarts.take()
+    now += 1000  # of a start, in which it dies
+    assert [first, restarts.take()] == pauses
+    assert restarts.count == 4, "a pause less, no restart more"
+
+
 def test_a_long_life_is_a_new_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
     restarts = Restarts("vLLM", 2)
     assert [restarts.take(), restarts.take()] == [0, 1]

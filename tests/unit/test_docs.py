@@ -100,10 +100,16 @@ def test_batch_scripts_keep_the_house_rules(script):
 
 def test_every_variable_of_the_batch_scripts_is_documented():
     text = "".join(p.read_text() for p in SCRIPTS if p.parent.name == "slurm")
-    settings = set(re.findall(r'^: "\$\{(\w+):[=?]', text, re.MULTILINE))
-    documented = {row["variable"].strip("`") for row in tables(section("slurm/README.md", "## Settings"))[0]}
-    # Not a setting of its own: a way to say which servers.
-    assert settings - {"BRIDGE_LOGDIRS"} == documented
+    settings = set(re.findall(r'^ *: "\$\{(\w+):[=?]|\b(\w+_SOCKET_IFNAME)\b', text, re.MULTILINE))
+    settings = {name for names in settings for name in names if name}
+    exported = {
+        name for line in re.findall(r"^ *export ([\w ]+)", text, re.MULTILINE) for name in line.split()
+    }
+    (rows,) = tables(section("slurm/README.md", "## Variables"))
+    by_default = {row["variable"].strip("`"): row["default"] for row in rows}
+    made = {name for name, default in by_default.items() if default == "set for the trainer"}
+    assert settings == set(by_default) - made
+    assert made <= exported
 
 
 # --- protocol.md -------------------------------------------------------------------------------------

@@ -140,6 +140,14 @@ def test_what_breaks_parsers_breaks_none_of_these(name: str, data: bytes, bounde
     feed(PARSERS[name], data)
 
 
+@pytest.mark.parametrize(
+    "data",
+    [b'{"hidden_size": null}', b'{"hidden_size": "x"}', b'{"vocab_size": 1e999}', b'{"text_config": []}'],
+)
+def test_shapes_that_are_none_are_refused(data: bytes) -> None:
+    assert not feed(PARSERS["config.json"], data)
+
+
 # --- what is whole, and says something impossible -----------------------------------------------------------
 
 
