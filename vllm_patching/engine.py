@@ -77,12 +77,12 @@ class EngineBridge:
         The daemon looks for the same while it waits for a commit, but a rank may be late, or the daemon dead.
 
         Raises:
-            TransferError: a rank could not flip; ends the engine core, and vLLM with it.
+            TransferError: a rank could not flip, or cannot follow; ends the engine core, and vLLM with it.
         """
         if self.control is not None and (failed := self.control.failed_ranks()):
             why = (
-                f"rank(s) {failed} could not flip to version {self.version}, and others may serve it: the "
-                "engine ends; see the worker's error in vllm.log"
+                f"rank(s) {failed} could not flip to version {self.version}, or keep their model in step: "
+                "the engine ends; see the worker's error in vllm.log"
             )
             flight.write(why)  # vLLM catches what ends its loop, so nobody else would
             raise TransferError(why)

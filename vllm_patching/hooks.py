@@ -6,6 +6,7 @@ process                   vLLM call                      what the bridge does
 worker                    BaseModelLoader.load_model     remembers the loader (whose checkpoint this is)
 worker                    process_weights_after_loading  before it: traces ``model.load_weights``
 worker                    Worker.load_model              after it: moves weights into the arena, publishes
+worker                    compile_or_warm_up_model       after it: looks at what forwards made of weights
 worker                    Worker.execute_model           counts batches, notes the stamp
 worker                    Worker.execute_dummy_batch     counts it, as other engines' workers do theirs
 worker                    the forward (three places)     before it: flips if this batch's stamp is new
@@ -39,6 +40,7 @@ def install() -> None:
     compat.when_imported(compat.CPU_PLATFORM_MODULE, compat.prefer_unpacked_mla)
     compat.when_imported(compat.LOADER_MODULE, _hook_loader)
     compat.when_imported(compat.WORKER_MODULE, _hook_worker)
+    compat.when_imported(compat.CPU_WORKER_MODULE, lambda module: _hook_warm_up(module.CPUWorker))
     for module, path in compat.FORWARD_POINTS:
         compat.when_imported(module, functools.partial(_hook_forward, path=path))
     compat.when_imported(lora_compat.MANAGER_MODULE, _hook_slots)
@@ -98,11 +100,24 @@ def _hook_worker(module: ModuleType) -> None:
         return execute_dummy_batch
 
     compat.wrap(module.Worker, "load_model", make_load)
+    _hook_warm_up(module.Worker)
     compat.wrap(module.Worker, "execute_model", make_execute)
     compat.wrap(module.Worker, "execute_dummy_batch", make_dummy)
     module.Worker.bridge_commit = worker.commit_while_idle
     module.Worker.bridge_quiesce = worker.quiesce
     module.Worker.bridge = worker.Unpublished()
+
+
+def _hook_warm_up(worker: Any) -> None:
+    def make(original: Wrapped) -> Wrapped:
+        def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+            result = original(self, *args, **kwargs)
+            self.bridge.warmed_up()
+            return result
+
+        return compile_or_warm_up_model
+
+    compat.wrap(worker, "compile_or_warm_up_model", make)
 
 
 def _hook_forward(module: ModuleType, *, path: tuple[str, ...]) -> None:

@@ -27,15 +27,13 @@ from torch import nn
 from bridge.errors import BridgeError, ConfigError, MappingError
 from bridge.protocol.mapping import RankMap, Source, Target, Vocabulary, Write
 from vllm_patching import arena as arenas
-from vllm_patching import compat, coverage, sources, tracing, verification
+from vllm_patching import compat, coverage, kept, sources, tracing, verification
 from vllm_patching.adapters import Shelving
 from vllm_patching.arena import SEGMENT_ALIGNMENT, Arena
-from vllm_patching.lora_compat import BASE_LAYER
+from vllm_patching.kept import Held, named_tensors, private_tensors, storage_key
 from vllm_patching.verification import digest
 
 logger = logging.getLogger(__name__)
-
-_TORCHS_OWN = vars(nn.Module()).keys()  # a module's parameters, buffers, children and hooks
 
 _loaders: list[Any] = []
 _pending: list[Loaded] = []
@@ -61,8 +59,8 @@ class Loaded:
     omitted: dict[str, str] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)  # as transformers ties them; see ``InMemory``
     places: dict[str, Place] = field(default_factory=dict)
-    names: set[str] = field(default_factory=set)
-    private: dict[str, torch.Tensor] = field(default_factory=dict)  # before the loader ran again, by path
+    untraced: dict[str, torch.Tensor] = field(default_factory=dict)  # as they were, by name
+    private: dict[str, Held] = field(default_factory=dict)  # before the loader ran again, by path
 
 
 @dataclass(frozen=True)
@@ -83,38 +81,6 @@ def remembering(loader: Any) -> Iterator[None]:
         yield
     finally:
         _loaders.pop()
-
-
-def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All parameters and buffers by the names they had before LoRA wrapped layers; aliases under each."""
-    found: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    found.update(model.named_buffers(remove_duplicate=False))
-    return {name.replace(BASE_LAYER, "."): tensor for name, tensor in found.items()}
-
-
-def private_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What modules, and the attention backends that they hold, keep as plain attributes, by path.
-
-    Neither parameters nor buffers, so nothing else finds them. Not what LoRA wraps a layer with.
-    """
-    found: dict[str, torch.Tensor] = {}
-    for name, module in model.named_modules():
-        if hasattr(module, BASE_LAYER.strip(".")):
-            continue
-        owned = {path: value for path, value in vars(module).items() if path not in _TORCHS_OWN}
-        owned |= {f"impl.{path}": value for path, value in getattr(owned.get("impl"), "__dict__", {}).items()}
-        for path, value in owned.items():
-            for place, tensor in _tensors_in(value):
-                found[f"{name}.{path}{place}"] = tensor
-    return found
-
-
-def _tensors_in(value: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(value, torch.Tensor):
-        yield "", value
-    elif isinstance(value, (list, tuple, dict)):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        yield from ((f"[{key}]", one) for key, one in items if isinstance(one, torch.Tensor))
 
 
 def before_processing(model: nn.Module, model_config: Any) -> None:
@@ -147,13 +113,14 @@ def before_processing(model: nn.Module, model_config: Any) -> None:
     if not loaded.traces:
         listing = "\n  ".join(f"{name}: {why}" for name, why in loaded.omitted.items())
         raise MappingError(f"no set of parameter names of {model_config.model} could be traced:\n  {listing}")
-    for name, kept in _aliases(model):  # what transformers does not know, or cannot build
-        loaded.tied.setdefault(name, kept)
+    for name, other in _aliases(model):  # what transformers does not know, or cannot build
+        loaded.tied.setdefault(name, other)
     tensors = named_tensors(model)
-    loaded.names = set(tensors)
     for trace in loaded.traces.values():
         for name in {write.target for write in trace.writes} - loaded.places.keys():
             loaded.places[name] = Place(tensors[name].detach(), digest(tensors[name]))
+    traced = {storage_key(place.tensor) for place in loaded.places.values()}
+    loaded.untraced = {n: t.detach() for n, t in tensors.items() if storage_key(t) not in traced}
     _pending.append(loaded)
     logger.info(
         "traced %s in %.2f s: %s",
@@ -185,10 +152,6 @@ def finish(model: nn.Module) -> Loaded:
     return records[-1]
 
 
-def _storage_key(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
 def find_homes(loaded: Loaded) -> list[Home]:
     """Find every traced tensor again after post-processing.
 
@@ -197,7 +160,7 @@ def find_homes(loaded: Loaded) -> list[Home]:
             every one that was derived from weights and has memory of its own.
     """
     tensors = named_tensors(loaded.model)
-    alive = {_storage_key(t): t for t in tensors.values() if t.numel()}
+    alive = {storage_key(t): t for t in tensors.values() if t.numel()}
     homes, faults = [], []
     for name, place in loaded.places.items():
         home = _find_home(loaded.model, name, place, tensors.get(name), alive)
@@ -205,23 +168,13 @@ def find_homes(loaded: Loaded) -> list[Home]:
             homes.append(home)
         else:
             faults.append(home)
-    kept = {_storage_key(home.live) for home in homes}
-    traced = {_storage_key(place.tensor) for place in loaded.places.values()}
-    parameters = {id(parameter) for parameter in loaded.model.parameters()}
-    for name, tensor in tensors.items():
-        if (
-            id(tensor) in parameters
-            and tensor.numel() > 1
-            and _storage_key(tensor) not in kept | traced
-            and name not in loaded.names
-        ):
-            faults.append(f"{name} {tuple(tensor.shape)} was derived from weights after loading")
+    faults += _remade(loaded, tensors, homes)
     faults += _kept_sinks(loaded.model, alive)
     faults += _derived(loaded, alive)
     merged: dict[int, Home] = {}
     for home in homes:
         other = merged.setdefault(home.live.data_ptr(), home)
-        if _storage_key(other.raw) != _storage_key(home.raw):
+        if storage_key(other.raw) != storage_key(home.raw):
             faults.append(f"{other.name} and {home.name} were merged into one memory after loading")
     if faults:
         listing = "\n  ".join(faults)
@@ -232,19 +185,43 @@ def find_homes(loaded: Loaded) -> list[Home]:
     return homes
 
 
+def _remade(loaded: Loaded, tensors: Mapping[str, torch.Tensor], homes: Sequence[Home]) -> list[str]:
+    """Parameters and buffers in memory that was not there before post-processing, and that no update reaches.
+
+    A name that was tied to another may have got a copy of its own. What no trace writes may have been cast.
+    """
+    reached = {storage_key(home.live) for home in homes}
+    reached |= {storage_key(place.tensor) for place in loaded.places.values()}
+    reached |= {storage_key(tensor) for tensor in loaded.untraced.values()}
+    judged = loaded.places.keys() - {home.name for home in homes}
+    parameters = {id(parameter) for parameter in loaded.model.parameters()}
+    faults = []
+    for name, tensor in tensors.items():
+        if tensor.numel() < 2 or storage_key(tensor) in reached or name in judged:
+            continue
+        if id(tensor) not in parameters and (not kept.is_looked_at(tensor) or kept.is_constant(tensor)):
+            continue
+        before = loaded.untraced.get(name)
+        if before is not None and kept.same_values(before, tensor):
+            continue
+        faults.append(f"{name} {tuple(tensor.shape)} was derived from weights after loading")
+    return faults
+
+
 def _derived(loaded: Loaded, alive: Mapping[int, torch.Tensor]) -> list[str]:
     """What loading made of weights and kept where no update reaches, as openPangu's sinks.
 
     The loader has run twice, and makes it anew each time; what processing makes is new in any case. A view of
-    a parameter follows it, as those of MLA do.
+    a parameter follows it, as those of MLA do. Kernels deep in a layer make constants of their own.
     """
+    known = {storage_key(one.tensor) for one in loaded.private.values()}
     return [
-        f"{path} {tuple(tensor.shape)} was made while the model was loaded, and would not follow its weights"
-        for path, tensor in private_tensors(loaded.model).items()
-        if tensor is not loaded.private.get(path)
-        and tensor.is_floating_point()
-        and tensor.numel() > 1
-        and _storage_key(tensor) not in alive
+        f"{path} {tuple(one.tensor.shape)} was made while the model was loaded, and would not follow its "
+        "weights"
+        for path, one in private_tensors(loaded.model).items()
+        if kept.is_looked_at(one.tensor)
+        and storage_key(one.tensor) not in known | alive.keys()
+        and (one.near or not kept.is_constant(one.tensor))
     ]
 
 
@@ -260,7 +237,7 @@ def _kept_sinks(model: nn.Module, alive: Mapping[int, torch.Tensor]) -> list[str
         if not isinstance(sinks, torch.Tensor):
             continue
         what = f"{name}.impl.sinks {tuple(sinks.shape)} {sinks.dtype}"
-        if _storage_key(sinks) not in alive:
+        if storage_key(sinks) not in alive:
             faults.append(f"{what} is a copy in the attention backend's own memory; choose another backend")
         elif sinks.device.type == "cpu" and sinks.dtype not in (torch.bfloat16, torch.float32):
             faults.append(f"{what} would be copied by the first forward; use --dtype bfloat16 or float32")
@@ -271,7 +248,7 @@ def _find_home(
     model: nn.Module, name: str, place: Place, now: torch.Tensor | None, alive: dict[int, torch.Tensor]
 ) -> Home | str:
     old = place.tensor
-    if _storage_key(old) in alive:
+    if storage_key(old) in alive:
         if digest(old) != place.digest:
             return f"{name} {tuple(old.shape)} was changed in place after loading"
         return Home(name, old, old, "")
@@ -327,6 +304,8 @@ def rehome(
         writes={v: _writes(trace, names) for v, trace in loaded.traces.items()},
     )
     loaded.places.clear()
+    loaded.untraced.clear()
+    loaded.private.clear()
     homes.clear()  # the last holders of what moved
     arena.open_second_half()
     verification.verify(loaded, rank_map, arena)
@@ -384,7 +363,7 @@ def _lay_out(homes: list[Home]) -> tuple[dict[int, int], int]:
     offsets: dict[int, int] = {}
     end = 0
     for home in homes:
-        key = _storage_key(home.live)
+        key = storage_key(home.live)
         if key not in offsets:
             offsets[key] = end
             size = home.live.untyped_storage().nbytes()
@@ -394,7 +373,7 @@ def _lay_out(homes: list[Home]) -> tuple[dict[int, int], int]:
 
 def _target(home: Home, offsets: dict[int, int]) -> Target:
     live, raw = home.live, home.raw
-    start = offsets[_storage_key(live)] + live.data_ptr() - _storage_key(live)
+    start = offsets[storage_key(live)] + live.data_ptr() - storage_key(live)
     return Target(
         name=home.name,
         shape=tuple(raw.shape),
@@ -431,8 +410,8 @@ def _move(homes: list[Home], offsets: dict[int, int], arena: Arena) -> None:
     holders: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
     for obj in gc.get_objects():
         if issubclass(type(obj), torch.Tensor) and _is_plain(obj) and obj.numel():
-            holders[_storage_key(obj)].append(obj)
-    moving = {_storage_key(home.live): home.live for home in homes}
+            holders[storage_key(obj)].append(obj)
+    moving = {storage_key(home.live): home.live for home in homes}
     for key, one in moving.items():
         storage = one.untyped_storage()
         segment = arena.live(offsets[key], storage.nbytes())

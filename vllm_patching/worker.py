@@ -17,16 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from bridge import flight
-from bridge.errors import BridgeError
+from bridge.errors import BridgeError, MappingError
 from bridge.wire import cuda
 from vllm_patching import adapters, compat, loading, lora_compat
 from vllm_patching.adapters import Shelves
 from vllm_patching.arena import Arena
 from vllm_patching.control_page import RankSlot
 from vllm_patching.flip_log import FlipLog
+from vllm_patching.kept import Watch
 from vllm_patching.registration import Registration
 
 logger = logging.getLogger(__name__)
+
+LOOKS = 2  # at what the first batches make of weights: one reads a prompt, the next may go on with it
 
 
 class WorkerBridge:
@@ -44,8 +47,13 @@ class WorkerBridge:
         log_path: Path,
         at_entry: bool = False,
         shelves: Shelves | None = None,
+        watch: Watch | None = None,
     ) -> None:
-        """``at_entry`` says that something reads weights before the forward, so nothing may be put off."""
+        """
+        Args:
+            at_entry: something reads weights before the forward, so nothing may be put off.
+            watch: looked at behind the first batches.
+        """
         self.rank = rank
         self.arena = arena
         self.shelves = shelves
@@ -58,6 +66,8 @@ class WorkerBridge:
         self._forward_seen = False
         self.slot: RankSlot | None = None
         self._log = FlipLog(log_path)
+        self._watch = watch
+        self._looks = LOOKS
 
     def before_batch(self, stamp: int, tokens: int) -> None:
         """Called at the entry of ``execute_model``, with the batch's stamp and its number of tokens.
@@ -94,8 +104,10 @@ class WorkerBridge:
 
     def after_batch(self) -> None:
         """Called at the exit of ``execute_model``; a flip still pending was missed by the forward."""
-        self._within = False
+        ran, self._within = self._within, False
         self._note_flip()
+        if ran and self._watch is not None:
+            self._look(self._watch)
         if self._pending:
             logger.error(
                 "rank %d: batch %d ran without announcing its forward, so version %d was not flipped in",
@@ -105,6 +117,30 @@ class WorkerBridge:
             )
             self._fail(f"batch {self.batch} ran without announcing its forward", self._pending)
             self._pending = 0
+
+    def warmed_up(self) -> None:
+        """Called once vLLM has run the model for itself, if it did.
+
+        Raises:
+            MappingError: it has made tensors of weights that no update would reach.
+        """
+        if self._watch is not None:
+            self._watch.check()
+
+    def _look(self, watch: Watch) -> None:
+        """Keep this batch's tokens back, and end the server, if a forward made something of weights."""
+        self._looks -= 1
+        if not self._looks:
+            self._watch = None
+        try:
+            watch.check()
+        except MappingError as err:
+            logger.error("rank %d: %s", self.rank, err)
+            assert self.slot is not None, "no batch runs before the daemon has answered"
+            self.slot.fail()
+            flight.write(f"rank {self.rank} cannot keep its model in step: {err}")
+        except RuntimeError:  # torch's: no room for a comparison, or a lost device, which the batch will tell
+            logger.exception("rank %d: nobody could look at what a forward made of weights", self.rank)
 
     def commit(self, version: int) -> None:
         """Make the staged half live. Never raises: failures go to the control page and the log."""
@@ -194,6 +230,9 @@ class Unpublished:
     def adapter_activated(self, lora_id: int) -> None:
         """Nothing: there is no shelf yet."""
 
+    def warmed_up(self) -> None:
+        """Nothing: no weights have been published."""
+
 
 _here: WorkerBridge | Unpublished = Unpublished()
 
@@ -253,6 +292,9 @@ def publish(worker: Any) -> None:
         log_path=logdir / f"flips-rank{rank}.jsonl",
         at_entry=compat.reads_weights_before_forward(worker.vllm_config),
         shelves=Shelves(manager, shelving, shelved, arena) if shelving else None,
+        watch=Watch(
+            model, arena=arena.live(0, arena.nbytes), run_time=lambda: compat.run_time_tensors(worker)
+        ),
     )
     fds = arena.export()
     hello = {
@@ -269,6 +311,7 @@ def publish(worker: Any) -> None:
         "descriptors": len(fds),
         "hooks": {
             "load_model": compat.is_wrapped(type(worker).load_model),
+            "compile_or_warm_up_model": compat.is_wrapped(type(worker).compile_or_warm_up_model),
             "execute_model": compat.is_wrapped(type(worker).execute_model),
             "execute_dummy_batch": compat.is_wrapped(type(worker).execute_dummy_batch),
             **(lora_compat.hooks(worker) if shelving else {}),

@@ -15,7 +15,7 @@ from torch import nn
 from vllm.config import KVTransferConfig, OffloadConfig, ParallelConfig, WeightTransferConfig
 
 from bridge.errors import ConfigError, MappingError
-from vllm_patching import compat, loading, verification
+from vllm_patching import compat, kept, loading, verification
 
 
 def served(**parallel: Any) -> SimpleNamespace:
@@ -127,9 +127,7 @@ class Attention(nn.Module):
 
 def loaded(model: Attention) -> loading.Loaded:
     places = {"sinks": loading.Place(model.sinks.detach(), verification.digest(model.sinks))}
-    return loading.Loaded(
-        model=model, model_config=SimpleNamespace(model="m"), loader=None, places=places, names={"sinks"}
-    )
+    return loading.Loaded(model=model, model_config=SimpleNamespace(model="m"), loader=None, places=places)
 
 
 def test_sinks_that_a_backend_copies_are_refused() -> None:
@@ -157,10 +155,10 @@ class Derived(nn.Module):
 
 
 def loaded_once(model: Derived) -> loading.Loaded:
-    private = loading.private_tensors(model)
+    private = kept.private_tensors(model)
     places = {"weight": loading.Place(model.weight.detach(), verification.digest(model.weight))}
     return loading.Loaded(
-        model=model, model_config=SimpleNamespace(model="m"), loader=None, places=places, names={"weight"},
+        model=model, model_config=SimpleNamespace(model="m"), loader=None, places=places,
         private=private,
     )  # fmt: skip
 
@@ -196,6 +194,54 @@ def test_views_of_weights_and_what_was_there_before_are_followed() -> None:
     assert [home.name for home in loading.find_homes(record)] == ["weight"]
 
 
+def test_a_buffer_that_processing_makes_of_weights_is_refused() -> None:
+    model = Derived()
+    record = loaded_once(model)
+    model.register_buffer("scale", torch.ones(4))
+    assert [home.name for home in loading.find_homes(record)] == ["weight"], (
+        "a constant is made of no weights"
+    )
+    model.register_buffer("turned", torch.arange(8.0).view(2, 4))
+    with pytest.raises(MappingError, match=r"turned \(2, 4\) was derived from weights after loading"):
+        loading.find_homes(record)
+
+
+def test_a_buffer_that_no_trace_writes_may_be_cast_and_no_more() -> None:
+    model = Derived()
+    model.register_buffer("table", torch.arange(4.0))
+    record = loaded_once(model)
+    record.untraced["table"] = model.table
+    model.table = model.table.to(torch.bfloat16)
+    assert [home.name for home in loading.find_homes(record)] == ["weight"]
+    model.table = model.table + 1
+    with pytest.raises(MappingError, match=r"table \(4,\) was derived from weights after loading"):
+        loading.find_homes(record)
+
+
+def test_a_tied_name_that_processing_gives_memory_of_its_own_is_refused() -> None:
+    model = nn.Module()
+    model.embed, model.head = nn.Embedding(4, 2), nn.Linear(2, 4, bias=False)
+    weight = model.head.weight = model.embed.weight
+    places = {"embed.weight": loading.Place(weight.detach(), verification.digest(weight))}
+    record = loading.Loaded(model=model, model_config=SimpleNamespace(model="m"), loader=None, places=places)
+    assert [home.name for home in loading.find_homes(record)] == ["embed.weight"]
+    model.head.weight = nn.Parameter(weight.detach().clone())
+    with pytest.raises(MappingError, match=r"head\.weight \(4, 2\) was derived from weights after loading"):
+        loading.find_homes(record)
+
+
+def test_a_copy_deep_in_a_layers_kernel_is_refused() -> None:
+    model = Derived()
+    kernel = SimpleNamespace()
+    model.quant_method = SimpleNamespace(kernel=kernel)
+    record = loaded_once(model)
+    kernel.alpha = torch.full((4,), 1.7)
+    assert [home.name for home in loading.find_homes(record)] == ["weight"], "a kernel's own constant"
+    kernel.packed = torch.arange(8.0).view(4, 2)
+    with pytest.raises(MappingError, match=r"quant_method\.kernel\.packed \(4, 2\) was made while"):
+        loading.find_homes(record)
+
+
 def test_what_vllm_itself_ties_is_known_as_tied() -> None:
     """Where transformers can't build the model, nobody else says that a second head is dropped."""
     model = nn.Module()
@@ -206,3 +252,77 @@ def test_what_vllm_itself_ties_is_known_as_tied() -> None:
         ("embed.weight", "head.weight"),
         ("head.weight", "embed.weight"),
     }
+
+
+# --- what the first forwards make of weights ------------------------------------------------------------
+
+
+class Lazy(nn.Module):
+    """A layer whose weights are the arena; ``table`` is a buffer that no update writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arena = torch.arange(16.0)
+        self.q = nn.Parameter(self.arena[:8].view(4, 2), requires_grad=False)
+        self.k = nn.Parameter(self.arena[8:].view(4, 2), requires_grad=False)
+        self.register_buffer("table", torch.arange(4.0))
+        self.kept: object = None
+        self.kv_cache: list[torch.Tensor] = []
+
+    def watch(self) -> kept.Watch:
+        return kept.Watch(self, arena=self.arena.view(torch.uint8), run_time=lambda: self.kv_cache)
+
+
+def _fills_a_buffer(layer: Lazy) -> None:  # as FoPE's rotary table
+    layer.table.copy_(layer.q.sum(1))
+
+
+def _replaces_a_buffer(layer: Lazy) -> None:
+    layer.table = layer.q.sum(1)
+
+
+def _keeps_both_in_one(layer: Lazy) -> None:  # as Glm5Next's convolutions
+    layer.kept = torch.cat([layer.q, layer.k])
+
+
+def _keeps_it_turned_in_a_kernel(layer: Lazy) -> None:
+    layer.kept = SimpleNamespace(packed=layer.k.T.contiguous().to(torch.bfloat16))
+
+
+def _registers_a_copy(layer: Lazy) -> None:
+    layer.register_buffer("copy", layer.q.clone())
+
+
+@pytest.mark.parametrize(
+    ("forward", "says"),
+    [
+        (_fills_a_buffer, r"table \(4,\) of Lazy was filled by a forward"),
+        (_replaces_a_buffer, r"table \(4,\) of Lazy was filled by a forward"),
+        (_keeps_both_in_one, r"kept \(8, 2\) of Lazy is a copy of q"),
+        (_keeps_it_turned_in_a_kernel, r"kept\.packed \(2, 4\) of Lazy is a copy of k"),
+        (_registers_a_copy, r"copy \(4, 2\) of Lazy is a copy of q"),
+    ],
+)
+def test_what_a_forward_makes_of_weights_is_refused(forward: Callable[[Lazy], None], says: str) -> None:
+    layer = Lazy()
+    watch = layer.watch()
+    watch.check()
+    forward(layer)
+    with pytest.raises(MappingError, match=says):
+        watch.check()
+
+
+def test_what_else_a_forward_makes_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:
+    layer = Lazy()
+    watch = layer.watch()
+    layer.table = layer.table.to(torch.bfloat16)  # as vLLM's rotary embedding does
+    layer.arena.mul_(2)  # a new version
+    layer.kv_cache = [torch.arange(64.0)]
+    layer.kept = {"view": layer.q.T, "ids": torch.arange(4), "unused": torch.zeros(4, 2)}
+    watch.check()
+    assert not caplog.records
+    layer.kept = torch.rand(3, 3)
+    for _ in range(2):
+        watch.check()
+    (record,) = caplog.records
+    assert "kept (3, 3) of Lazy was made by a forward, outside the weights' memory" in record.getMessage()

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from bridge import flight
+from bridge.errors import MappingError
 from tests.support.serving import wait_until
 from vllm_patching import flip_log
 from vllm_patching.control_page import ControlPage
 from vllm_patching.cpu_arena import CpuArena
 from vllm_patching.flip_log import FlipLog
+from vllm_patching.kept import Watch
 from vllm_patching.worker import WorkerBridge
 
 
@@ -199,3 +201,33 @@ def test_a_forward_that_was_not_announced_leaves_a_record(worker: WorkerBridge, 
 
 def recorded(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class Faulty(Watch):
+    """Finds at the second look what a forward made of weights."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def check(self) -> None:
+        self.looks += 1
+        if self.looks == 2:
+            raise MappingError("kept (8, 2) of Layer is a copy of q")
+
+
+def test_no_token_leaves_a_batch_whose_forward_made_something_of_weights(
+    tmp_path: Path, records: Path
+) -> None:
+    arena, watch, control = CpuArena(4096), Faulty(), ControlPage.create(1)
+    worker = WorkerBridge(rank=0, arena=arena, log_path=tmp_path / "flips.jsonl", watch=watch)
+    worker.slot = control.slot(0)
+    run_batch(worker, 0)
+    run_batch(worker, 0, tokens=0)
+    assert (watch.looks, control.failed_ranks()) == (1, [])
+    run_batch(worker, 0)
+    assert control.failed_ranks() == [0]
+    (head, *_) = recorded(records)
+    assert head["why"] == "rank 0 cannot keep its model in step: kept (8, 2) of Layer is a copy of q"
+    run_batch(worker, 0)
+    assert watch.looks == 2, "later batches do not wait for it"
+    worker.close()
