@@ -403,6 +403,8 @@ class Member(_Machine):
 
     def on_failure(self, reason: str) -> list[Action]:
         """Something of ours broke: tell the coordinator, who aborts the round for all."""
+        if self.state is State.CLOSED:  # said already: nobody listens behind our SHUTDOWN
+            return []
         failed = Send((0,), self._frame(Opcode.FAILED, text=reason))
         return [failed, *self._close(reason)]
 

@@ -49,7 +49,7 @@ BATCH_S = 0.01
 BUCKET_BYTES = 4096
 ENDS_THE_SERVER = ("launcher", "api", "engine", "worker")  # if they are killed
 SLACK = 2  # descriptors: a connection that is being answered
-SLACK_S = 4.0  # beyond what the product promises: a machine of two cores, both of them busy
+SLACK_S = 3.0  # beyond what the product promises: a machine of two cores, both of them busy
 HITS_WITHIN_S = 90.0  # rounds over a link that loses packets, until one of them has lost one
 REPO = Path(__file__).parents[2]
 
@@ -602,7 +602,10 @@ def bound_s(made: Node, fault: Fault) -> float:
         return round_s + SLACK_S  # nobody is silent, so only the round's own limit ends it
     silent = fault.what in ("stop", "cut", "corrupt") or (lost and fault.at == "before_begin")
     late_s = deadline_s if silent else fault.seconds if fault.what == "delay" else 0.0
-    return late_s + ROOT_CAUSE_TIMEOUT_S + SLACK_S
+    # Whose connection breaks or is silent is lost to the trainer itself, which looks for a cause; of all else
+    # a frame tells it.
+    searched = silent or fault.who in ("trainer", "daemon", "launcher")
+    return late_s + (ROOT_CAUSE_TIMEOUT_S if searched else 0.0) + SLACK_S
 
 
 @dataclass(frozen=True)

@@ -289,6 +289,13 @@ def test_a_frame_of_another_round_is_refused_by_both_its_values(machine, name):
             made.on_frame(*sender, wrong)
 
 
+def test_a_rank_says_nothing_behind_its_shutdown():
+    """The coordinator hears nothing more: a frame would wait for its deadline, and with it the caller."""
+    made = member(State.MOVING)
+    assert describe(made.on_frame(frame("ABORT", text="a test"))) == "Send SHUTDOWN, Close"
+    assert made.on_failure("version 2 was not committed: a test") == []
+
+
 def test_every_state_is_in_a_table():
     named = set()
     for heading in MACHINES:
