@@ -95,6 +95,9 @@ class Close(msgspec.Struct, frozen=True):
 
 Action = Send | Stage | Commit | Move | Released | Staged | Finished | Close
 
+# Frames that only the round under way can bring; others end an epoch, or say what they mean to begin.
+_OF_THE_ROUND = (Opcode.BUCKET, Opcode.STAGED, Opcode.RELEASE, Opcode.COMMITTED, Opcode.DONE)
+
 
 class _Machine:
     def __init__(self, *, epoch: int, version: int) -> None:
@@ -113,6 +116,10 @@ class _Machine:
     def _check(self, frame: Frame) -> None:
         if frame.epoch != self.epoch:
             raise ProtocolError(f"frame {frame.opcode.name} of epoch {frame.epoch} in epoch {self.epoch}")
+        if frame.opcode in _OF_THE_ROUND and frame.version != self.version:
+            raise ProtocolError(
+                f"frame {frame.opcode.name} of version {frame.version} in a round of version {self.version}"
+            )
 
     def _impossible(self, what: str) -> ProtocolError:
         tail = "; ".join(self.story[-8:])
@@ -396,6 +403,8 @@ class Member(_Machine):
 
     def on_failure(self, reason: str) -> list[Action]:
         """Something of ours broke: tell the coordinator, who aborts the round for all."""
+        if self.state is State.CLOSED:  # said already: nobody listens behind our SHUTDOWN
+            return []
         failed = Send((0,), self._frame(Opcode.FAILED, text=reason))
         return [failed, *self._close(reason)]
 

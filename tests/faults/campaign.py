@@ -6,8 +6,9 @@
     python -m tests.faults.campaign --seed 1 --case 17         that one case again
     python -m tests.faults.campaign --seed 1 --what drop --keep --out faults.json    all of these again
 
-Case ``k`` of a seed is the same in every run. A case that fails is reported with its traceback, its logs
-stay, and the next one begins on a fresh server.
+Case ``k`` of a seed is the same in every run, down to which of several ranks it strikes and to the seed of
+the packets that a link loses. A case that fails is reported with its traceback, its logs stay, and the next
+one begins on a fresh server. ``left`` in the summary names what a case, or all of them, left on this host.
 """
 
 from __future__ import annotations
@@ -26,9 +27,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tests.support.faults import FRAMES, LINKS, PLANS, POINTS, Fault
+from tests.support import left
+from tests.support.faults import FRAMES, LINKS, PLANS, POINTS, SEVERAL, Fault
+from tests.support.left import LeftBehind
 from tests.support.link import Link
 from tests.support.node import ENDS_THE_SERVER, Node, suffer
+from vllm_patching.residue import SHM_DIR
 
 WHO = ("trainer", "updater", "daemon", "engine", "worker", "api", "launcher")
 TRANSPORTS = ("gloo", "pull")
@@ -37,6 +41,8 @@ FIRST_LINK = 1_000_000  # cases from here on are the link's
 FIRST_RESTART = 2_000_000  # and from here on those of a server that its launcher starts again
 RESTARTED, RESTARTS = " restarted", 4  # of one launch; pauses double
 NODE_DEATH_SHARE = 0.3  # of kills that end the server: each needs a fresh one
+RANKS = 2  # of servers, and of trainers but for those behind a link
+SIGNALLED = ("kill ", "stop ", "term ")
 
 
 def draw(seed: int, case: int) -> tuple[Fault, str]:
@@ -45,18 +51,20 @@ def draw(seed: int, case: int) -> tuple[Fault, str]:
     if case >= FIRST_RESTART:
         transport, who = chance.choice(TRANSPORTS), chance.choice(("engine", "worker", "api"))
         at = chance.choice([*POINTS, "idle"])
-        return Fault("kill", who, at, chance.randrange(4)), transport + RESTARTED
+        bucket, which = chance.randrange(4), chance.randrange(RANKS) if who in SEVERAL else 0
+        return Fault("kill", who, at, bucket, which=which), transport + RESTARTED
     if case >= FIRST_LINK:
         return Fault(chance.choice(list(LINKS)), at="before_begin"), LINK
     transport = chance.choice(TRANSPORTS)
     at, bucket = chance.choice(list(POINTS)), chance.randrange(4)
     if chance.random() < 0.6:
-        what, who = chance.choice(["kill", "kill", "stop"]), chance.choice(WHO)
-        if what == "kill" and who in ENDS_THE_SERVER and chance.random() > NODE_DEATH_SHARE:
+        what, who = chance.choice(["kill", "kill", "stop", "term"]), chance.choice(WHO)
+        if what != "stop" and who in ENDS_THE_SERVER and chance.random() > NODE_DEATH_SHARE:
             who = "updater"
-        if chance.random() < 0.1 and what == "kill" and who in ("updater", "daemon"):
+        if chance.random() < 0.1 and what != "stop" and who in ("updater", "daemon"):
             at = "idle"
-        return Fault(what, who, at, bucket), transport
+        which = chance.randrange(RANKS) if who in SEVERAL else 0
+        return Fault(what, who, at, bucket, which=which), transport
     if transport == "gloo" and chance.random() < 0.2:
         return Fault("corrupt_bucket", at="mid_bucket", bucket=bucket), transport
     if chance.random() < 0.05:
@@ -87,7 +95,8 @@ class Campaign:
                 self._link = self._link or Link(self._directory)
                 flags.append(f"--rendezvous-host={self._link.here}")
             self._nodes[transport] = Node(
-                self._directory / f"node{self.made}", deadline_s=self._deadline_s, flags=flags,
+                self._directory / f"node{self.made}", ranks=RANKS,
+                trainers=1 if transport == LINK else RANKS, deadline_s=self._deadline_s, flags=flags,
                 link=self._link if transport == LINK else None,
                 restarts=RESTARTS if transport.endswith(RESTARTED) else 0,
             )  # fmt: skip
@@ -99,15 +108,21 @@ class Campaign:
         row: dict[str, Any] = {"case": case, "fault": str(fault), "transport": transport}
         started = time.monotonic()
         try:
-            outcome = suffer(self.node(transport), fault, seed=1000 + 10 * case)
+            outcome = suffer(self.node(transport), fault, seed=1000 + 1000 * case)
             row |= {
-                "answer": outcome.answer,
+                "answer": "died" if "died" in outcome.answers else outcome.answers[0],
+                "answers": outcome.answers,
                 "noticed_s": round(outcome.noticed_s, 3),
+                "bound_s": outcome.bound_s,
                 "recovered_s": round(outcome.recovered_s, 3),
                 "descriptors": outcome.descriptors,
             }
-        except Exception:  # noqa: BLE001 - the campaign goes on, and counts it
+            if outcome.lost is not None:
+                row |= {"lost_packets": outcome.lost, "rounds": outcome.rounds}
+        except Exception as err:  # noqa: BLE001 - the campaign goes on, and counts it
             row["failure"] = traceback.format_exc()
+            if isinstance(err, LeftBehind):
+                row["left"] = err.left
             if (broken := self._nodes.pop(transport, None)) is not None:
                 broken.stop()
         row["took_s"] = round(time.monotonic() - started, 1)
@@ -124,8 +139,8 @@ class Campaign:
             self._link.__exit__()
 
 
-def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Counts, of kills and stalls by role too, and times to notice and to recover, in seconds."""
+def summary(rows: list[dict[str, Any]], left_at_end: list[str]) -> dict[str, Any]:
+    """Counts, of signals by role too, what was left, and times to notice and to recover, in seconds."""
     good = [row for row in rows if "failure" not in row]
     times = {
         key: {
@@ -135,10 +150,11 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         for key in ("noticed_s", "recovered_s")
         if good
     }
-    of_processes = [row["fault"].split()[:2] for row in rows if row["fault"].startswith(("kill ", "stop "))]
+    of_processes = [row["fault"].split()[:2] for row in rows if row["fault"].startswith(SIGNALLED)]
     return {
         "cases": len(rows),
         "failures": len(rows) - len(good),
+        "left": sorted({thing for row in rows for thing in row.get("left", [])} | set(left_at_end)),
         "kills_and_stalls": len(of_processes),
         "of_the_link": sum(row["transport"] == LINK for row in rows),
         "restarts_in_a_launch": sum(row["transport"].endswith(RESTARTED) for row in rows),
@@ -148,15 +164,23 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, rows: list[dict[str, Any]], commands: list[str]) -> None:
+def _write(path: Path, rows: list[dict[str, Any]], commands: list[str], left_at_end: list[str]) -> None:
     document = {
         "commands": commands,
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
         "load_average": round(os.getloadavg()[0], 1),
-        "summary": summary(rows),
+        "summary": summary(rows, left_at_end),
         "cases": rows,
     }
     path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _left(runtime: Path, before: set[str]) -> list[str]:
+    """What is here once all servers have ended, and was not ``before`` them."""
+    alive = left.offspring()
+    found = [f"process {pid}: {what}" for pid, what in alive.items()]
+    found += [f"TCP port {port} of process {pid}" for pid in alive for port in left.listeners(pid)]
+    return sorted({*found, *left.files(runtime, SHM_DIR) - before})
 
 
 def main() -> int:
@@ -177,7 +201,9 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     commands = [" ".join(["python -m tests.faults.campaign", *sys.argv[1:]])]
     directory = Path(tempfile.mkdtemp(prefix="campaign-"))
-    os.environ.setdefault("XDG_RUNTIME_DIR", str(directory))
+    runtime = Path(os.environ.setdefault("XDG_RUNTIME_DIR", str(directory)))
+    left.move_apart()
+    files = left.files(runtime, SHM_DIR)
     campaign = Campaign(directory, args.deadline)
     wanted = [*range(args.cases), *range(FIRST_LINK, FIRST_LINK + args.links)]
     wanted += range(FIRST_RESTART, FIRST_RESTART + args.restarts)
@@ -203,11 +229,14 @@ def main() -> int:
             if "failure" in row:
                 print(row["failure"], flush=True)
             if args.out:
-                _write(args.out, rows, commands)
+                _write(args.out, rows, commands, [])
     finally:
         campaign.end()
-    print(json.dumps(summary(rows), indent=1), f"logs in {directory}")
-    return int(any("failure" in row for row in rows))
+    left_at_end = _left(runtime, files)
+    if args.out:
+        _write(args.out, rows, commands, left_at_end)
+    print(json.dumps(summary(rows, left_at_end), indent=1), f"logs in {directory}")
+    return int(bool(left_at_end) or any("failure" in row for row in rows))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@
 Four nodes, two that train and two with a server each. In each case the trainer makes a step, somebody dies
 or stands still meanwhile, and the version must be live all the same; then both servers must come to serve
 it, token for token. Case ``k`` of a seed is the same in every run, but for where in the step it strikes.
+All cases share one job, so a case is had again with those before it; ``--until 17`` ends the job behind it:
+
+    python -m tests.slurm.campaign --seed 1 --until 17
 """
 
 from __future__ import annotations
@@ -191,11 +194,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.slurm.campaign")
     parser.add_argument("--cases", type=int, default=10)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--until", type=int, metavar="CASE", help="the last case, instead of --cases")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    cases = args.cases if args.until is None else args.until + 1
     directory = Path(tempfile.mkdtemp(prefix="slurm-campaign-"))
     directory.chmod(0o755)
-    campaign = Campaign(directory, args.cases)
+    campaign = Campaign(directory, cases)
     rows: list[dict[str, Any]] = []
 
     def write() -> None:
@@ -210,7 +215,7 @@ def main() -> int:
 
     failure = ""
     try:
-        for case in range(args.cases):
+        for case in range(cases):
             rows.append(campaign.run(args.seed, case))
             print(json.dumps(rows[-1]), flush=True)
             write()
@@ -218,7 +223,7 @@ def main() -> int:
     except Exception:  # noqa: BLE001 - the job is of no further use
         failure = traceback.format_exc()
         what, role, where, _ = draw(args.seed, len(rows))
-        fault = f"{what} {role}" if len(rows) < args.cases else "the end of the job"
+        fault = f"{what} {role}" if len(rows) < cases else "the end of the job"
         rows.append({"case": len(rows), "fault": fault, "where": where, "failure": failure})
         print(failure, campaign.job.text()[-6000:], flush=True)
     finally:

@@ -46,12 +46,26 @@ POINTS = {
     "committed": ("daemon", "send", "COMMITTED"),
 }
 FULL_SHM = "full_shm"  # nothing fits into the server's /dev/shm, where ``who``, which is killed, starts again
-SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, FULL_SHM: signal.SIGKILL}
-FRAMES = ("drop", "duplicate", "reorder", "corrupt", "stale", "delay")
+SIGNALS = {
+    "kill": signal.SIGKILL,
+    "stop": signal.SIGSTOP,
+    "term": signal.SIGTERM,  # as by who preempts
+    FULL_SHM: signal.SIGKILL,
+}
+ENDS = ("kill", "term", FULL_SHM)  # whoever meets them ends
+SEVERAL = ("trainer", "updater", "worker")  # roles of several processes, numbered by rank
+FRAMES = ("drop", "duplicate", "reorder", "corrupt", "stale", "other_version", "delay")
 PLANS = ("other_plan",)  # BEGIN, with the digest of another one than the ranks compute
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "stale": lambda frame: msgspec.structs.replace(frame, epoch=frame.epoch - 1),
+    "other_version": lambda frame: msgspec.structs.replace(frame, version=max(0, frame.version - 2)),
     "other_plan": lambda frame: msgspec.structs.replace(frame, digest=bytes(reversed(frame.digest))),
+}
+# What the error says that such a frame leads to: its own value, and the right one.
+BOTH_VALUES = {
+    "stale": r"of epoch (\w+) in epoch (\w+)",
+    "other_version": r"of version (\w+) in a round of version (\w+)|version (\w+) offered, version (\w+) is",
+    "other_plan": r"trainer rank 0 has (\w+), (?:updater|trainer rank) \d+ has (\w+)",
 }
 BUCKETS = ("corrupt_bucket",)
 LINKS: dict[str, dict[str, Any]] = {
@@ -60,21 +74,27 @@ LINKS: dict[str, dict[str, Any]] = {
     "lossy link": {"loss": 0.01},
     "very lossy link": {"loss": 0.2},
 }
+LOSSY = tuple(what for what, link in LINKS.items() if "loss" in link)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """``what`` happens to ``who`` (of kill and stop) at point ``at``; frames and buckets are nobody's."""
+    """``what`` happens to ``who`` (of ``SIGNALS``) at point ``at``; frames and buckets are nobody's.
+
+    Of several it is number ``which``.
+    """
 
     what: str
     who: str = ""
     at: str = "mid_bucket"
     bucket: int = 1
     seconds: float = 1.0
+    which: int = 0
 
     def __str__(self) -> str:
+        who = f"{self.who} {self.which}" if self.who in SEVERAL else self.who
         where = f"{self.at} {self.bucket}" if self.at == "mid_bucket" else self.at
-        return f"{self.what} {self.who} at {where}".replace("  ", " ")
+        return f"{self.what} {who} at {where}".replace("  ", " ")
 
 
 class Armed:
@@ -88,15 +108,19 @@ class Armed:
         pid: int = 0,
         link: Link | None = None,
         shm: Path | None = None,
+        seed: int = 0,
     ) -> None:
-        """``pid`` is whom a signal goes to; ``link`` is what packets go through; ``shm``, what is filled."""
+        """``pid`` is whom a signal goes to; ``link`` is what packets go through; ``shm``, what is filled.
+
+        ``seed`` draws the packets that a link loses.
+        """
         self.fault, self._shm = fault, shm
         self._link = link if fault.what in LINKS else None
         self._order, self._fired = directory / "fault.json", directory / "fired.json"
         self._fired.unlink(missing_ok=True)
         if fault.what in LINKS:
             assert link is not None
-            link.set(**LINKS[fault.what])
+            link.set(seed=seed, **LINKS[fault.what])
             return
         if fault.at == "idle":
             self._fired.write_text(json.dumps({"at": time.monotonic()}))
@@ -151,11 +175,20 @@ class _Injector:
                 return None
             if order["at"] == "mid_bucket" and index != order["bucket"]:
                 return None
-            self._order.unlink()
+            if not self._spend():
+                return None
             partial = self._fired.with_suffix(".new")
             partial.write_text(json.dumps({"at": time.monotonic(), "pid": os.getpid()}))
             partial.replace(self._fired)
             return order
+
+    def _spend(self) -> bool:
+        """Whether it is this process that takes the fault: several trainer ranks may meet it at once."""
+        try:
+            self._order.unlink()
+        except FileNotFoundError:
+            return False
+        return True
 
     def install(self) -> None:
         from bridge.wire.control import ControlGroup
@@ -220,9 +253,8 @@ class _Injector:
             order = json.loads(self._order.read_text())
         except (OSError, ValueError):
             return False
-        if order["what"] not in BUCKETS or index != order["bucket"]:
+        if order["what"] not in BUCKETS or index != order["bucket"] or not self._spend():
             return False
-        self._order.unlink()
         self._fired.write_text(json.dumps({"at": time.monotonic(), "pid": os.getpid()}))
         return True
 

@@ -64,17 +64,23 @@ class Link:
         wait_until("the link", self._count.exists, timeout_s=60)
 
     def set(
-        self, *, delay_s: float = 0.0, loss: float = 0.0, cut_after: int = -1, forgets_s: float = math.inf
+        self,
+        *,
+        delay_s: float = 0.0,
+        loss: float = 0.0,
+        cut_after: int = -1,
+        forgets_s: float = math.inf,
+        seed: int = 0,
     ) -> None:
         """From now on packets come ``delay_s`` late, a share ``loss`` never, after so many none at all.
 
-        As firewalls do, it forgets TCP connections that are idle for ``forgets_s``, and carries nothing of
-        those any more.
+        ``seed`` draws which of them are lost. As firewalls do, it forgets TCP connections that are idle for
+        ``forgets_s``, and carries nothing of those any more.
         """
         self._number += 1
         order = {
             "number": self._number, "delay_s": delay_s, "loss": loss, "cut_after": cut_after,
-            "forgets_s": forgets_s,
+            "forgets_s": forgets_s, "seed": seed,
         }  # fmt: skip
         partial = self._order.with_suffix(".new")
         partial.write_text(json.dumps(order))
@@ -83,7 +89,18 @@ class Link:
 
     def packets(self) -> dict[str, int]:
         """Since the last change: carried, late and lost."""
-        return dict(json.loads(self._count.read_text()))
+        return dict(json.loads(self._count.read_text())["packets"])
+
+    def lost(self) -> int:
+        """Packets lost from the last change to this moment."""
+        now = time.monotonic()
+        wait_until(
+            "the link to count",
+            lambda: json.loads(self._count.read_text())["at"] >= now,
+            timeout_s=30,
+            interval_s=0.005,
+        )
+        return self.packets()["lost"]
 
     def inside(self) -> tuple[str, ...]:
         """What a command begins with that runs at the other end."""
@@ -157,7 +174,7 @@ def carry(namespace: str, directory: Path, *addresses: str) -> None:
     order: dict[str, Any] = {"number": 0}
     count = {"number": 0, "carried": 0, "late": 0, "lost": 0}
     waiting: list[tuple[float, int, int, bytes]] = []
-    looked_at, serial, flows = 0.0, 0, _Flows()
+    looked_at, serial, flows, chance = 0.0, 0, _Flows(), random.Random()
     while True:
         now = time.monotonic()
         if now - looked_at > 0.02:
@@ -166,15 +183,16 @@ def carry(namespace: str, directory: Path, *addresses: str) -> None:
             if found and found["number"] != order["number"]:
                 order = found
                 count = {"number": order["number"], "carried": 0, "late": 0, "lost": 0}
+                chance.seed(order["seed"])
             partial = directory / "packets.new"
-            partial.write_text(json.dumps(count))
+            partial.write_text(json.dumps({"at": now, "packets": count}))
             partial.replace(directory / "packets.json")
         pause = max(0.0, min(0.02, waiting[0][0] - now)) if waiting else 0.02
         for fd in select.select([ours, theirs], [], [], pause)[0]:
             packet = os.read(fd, 1 << 16)
             cut = 0 <= order.get("cut_after", -1) <= count["carried"]
             known = flows.knows(packet, order.get("forgets_s", math.inf))
-            if cut or not known or random.random() < order.get("loss", 0.0):
+            if cut or not known or chance.random() < order.get("loss", 0.0):
                 count["lost"] += 1
                 continue
             delay_s = order.get("delay_s", 0.0)

@@ -14,6 +14,7 @@ import json
 import mmap
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,10 +33,14 @@ import blake3
 import msgspec
 import psutil
 import torch
+import torch.distributed as dist
 
 from bridge.errors import BridgeError
-from tests.support import faults, link
+from bridge.rounds import ROOT_CAUSE_TIMEOUT_S
+from bridge.wire.transport import SLOWEST_BYTES_PER_S
+from tests.support import faults, left, link
 from tests.support.faults import Armed, Fault
+from tests.support.left import LeftBehind
 from tests.support.link import Link
 from tests.support.mappings import SOURCES, half_of, parallel_mapping
 from tests.support.serving import alive, environment, free_port, wait_until
@@ -44,6 +49,8 @@ BATCH_S = 0.01
 BUCKET_BYTES = 4096
 ENDS_THE_SERVER = ("launcher", "api", "engine", "worker")  # if they are killed
 SLACK = 2  # descriptors: a connection that is being answered
+SLACK_S = 3.0  # beyond what the product promises: a machine of two cores, both of them busy
+HITS_WITHIN_S = 90.0  # rounds over a link that loses packets, until one of them has lost one
 REPO = Path(__file__).parents[2]
 
 OWN_SHM = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "sh")
@@ -256,10 +263,13 @@ class Trainer:
         return {}
 
 
-def train(orders: Connection, logdir: Path, namespace: str, patience_s: float) -> None:
-    """A trainer of one rank, in a process and perhaps a network namespace of its own.
+def train(
+    orders: Connection, logdir: Path, namespace: str, patience_s: float, rank: int, ranks: int, met: str
+) -> None:
+    """A trainer rank, in a process and perhaps a network namespace of its own.
 
-    ``patience_s`` is how long it waits for a version to become live; the daemon may have been told less.
+    Several ranks meet by the file ``met``, and each has all weights. ``patience_s`` is how long it waits for
+    a version to become live; the daemon may have been told less.
     """
     from bridge import telemetry
 
@@ -272,7 +282,9 @@ def train(orders: Connection, logdir: Path, namespace: str, patience_s: float) -
     os.environ["BRIDGE_COMMIT_TIMEOUT_S"] = f"{patience_s:g}"
     torch.set_num_threads(1)
     gc.disable()  # as some trainers do: what is left must not be in circles
-    telemetry.configure(role="trainer", rank=0)
+    telemetry.configure(role="trainer", rank=rank)
+    if ranks > 1:
+        dist.init_process_group("gloo", init_method=f"file://{met}", rank=rank, world_size=ranks)
     faults.install("trainer")
     made = Trainer()
     while True:
@@ -288,13 +300,12 @@ def train(orders: Connection, logdir: Path, namespace: str, patience_s: float) -
 
 
 class TrainerProcess:
-    """What a test has of it; forked from a process that has imported torch, which is most of a start."""
+    """What a test has of a rank; forked from a process that has imported torch, which is most of a start."""
 
-    def __init__(self, logdir: Path, namespace: str, patience_s: float) -> None:
+    def __init__(self, *args: Any) -> None:
+        """``args`` are those of ``train``, but for its orders."""
         self._orders, theirs = _context.Pipe()
-        self._process = _context.Process(
-            target=train, args=(theirs, logdir, namespace, patience_s), daemon=True
-        )
+        self._process = _context.Process(target=train, args=(theirs, *args), daemon=True)
         self._process.start()
         theirs.close()
         assert self._process.pid is not None
@@ -313,10 +324,6 @@ class TrainerProcess:
             self._process.join(10)
             return {"died": self._process.exitcode}
 
-    def command(self, name: str, **arguments: Any) -> dict[str, Any]:
-        self.send(name, **arguments)
-        return self.answer(180)
-
     def stop(self) -> None:
         """End it: in order if it lives."""
         if self._process.is_alive():
@@ -327,6 +334,37 @@ class TrainerProcess:
         self._process.join(20)
         self._process.kill()
         self._process.join()
+
+
+class Trainers:
+    """The ranks of one trainer, which do everything together."""
+
+    def __init__(self, logdir: Path, namespace: str, patience_s: float, ranks: int) -> None:
+        met = str(logdir / f"trainers-{time.monotonic_ns()}")
+        self._ranks = [
+            TrainerProcess(logdir, namespace, patience_s, rank, ranks, met) for rank in range(ranks)
+        ]
+
+    @property
+    def pids(self) -> list[int]:
+        return [rank.pid for rank in self._ranks]
+
+    def send(self, name: str, **arguments: Any) -> None:
+        for rank in self._ranks:
+            rank.send(name, **arguments)
+
+    def answers(self, timeout_s: float) -> list[dict[str, Any]]:
+        """Of each rank, as in ``TrainerProcess.answer``."""
+        until = time.monotonic() + timeout_s
+        return [rank.answer(max(0.0, until - time.monotonic())) for rank in self._ranks]
+
+    def command(self, name: str, **arguments: Any) -> list[dict[str, Any]]:
+        self.send(name, **arguments)
+        return self.answers(180)
+
+    def stop(self) -> None:
+        for rank in self._ranks:
+            rank.stop()
 
 
 # --- the test's side ----------------------------------------------------------------------------------------
@@ -340,6 +378,7 @@ class Node:
         logdir: Path,
         *,
         ranks: int = 2,
+        trainers: int = 1,
         deadline_s: float,
         flags: Sequence[str] = (),
         link: Link | None = None,
@@ -349,11 +388,11 @@ class Node:
     ) -> None:
         """``link`` is what trainers live behind; ``own_shm``: a small /dev/shm of the server's own.
 
-        ``restarts`` is how often the launcher starts what stands for vLLM again. The server runs ``code``,
-        a checkout.
+        ``trainers`` is how many ranks they have. ``restarts`` is how often the launcher starts what stands
+        for vLLM again. The server runs ``code``, a checkout.
         """
         self._code = code
-        self.logdir, self.ranks, self.deadline_s = logdir, ranks, deadline_s
+        self.logdir, self.ranks, self.trainers, self.deadline_s = logdir, ranks, trainers, deadline_s
         self._restarts = restarts
         self.run_dir = Path(
             os.environ.get("XDG_RUNTIME_DIR", logdir), f"node-{os.getpid()}-{time.monotonic_ns()}"
@@ -367,7 +406,7 @@ class Node:
         self.seed = 0  # of the weights that are served
         self.version = 0
         self.link = link
-        self._trainer: TrainerProcess | None = None
+        self._trainer: Trainers | None = None
         self._expected: dict[int, list[str]] = {0: digests_of(0, ranks)}
         self._read = 0
         self.start()
@@ -412,12 +451,17 @@ class Node:
                 return {"state": f"ended with {self.process.returncode}", "pids": {}}
             return {"state": "absent", "pids": {}}
 
-    def train(self) -> TrainerProcess:
+    def train(self) -> Trainers:
         """The trainer; a fresh one if there is none."""
         if self._trainer is None:
             namespace = self.link.namespace if self.link else ""
-            self._trainer = TrainerProcess(self.logdir, namespace, 2 * self.deadline_s)
+            self._trainer = Trainers(self.logdir, namespace, 2 * self.deadline_s, self.trainers)
         return self._trainer
+
+    @property
+    def patience_s(self) -> float:
+        """How long a test waits for what must come; the machine may be busy."""
+        return 5 * self.deadline_s + 30
 
     @property
     def shm(self) -> Path:
@@ -430,22 +474,22 @@ class Node:
             self._trainer.stop()
             self._trainer = None
 
-    def pid_of(self, who: str) -> int:
-        """A process by what it is called in faults; of several, the last."""
+    def pid_of(self, who: str, which: int = 0) -> int:
+        """A process by what it is called in faults; of several, number ``which``."""
         if who == "trainer":
-            return self.train().pid
+            return self.train().pids[which]
         if who == "launcher":
             return self.process.pid
         pids = self.status()["pids"]
         if who == "api":
             return psutil.Process(pids["engines"][0]).ppid()
-        return int(pids["daemon"] if who == "daemon" else pids[f"{who}s"][-1])
+        return int(pids["daemon"] if who == "daemon" else pids[f"{who}s"][which])
 
     def begin(self, seed: int) -> None:
         """See to it that a round has been made, in an epoch that lives."""
-        answer = self.train().command("broadcast", seed=seed)
-        assert "version" in answer, answer
-        self.seed, self.version = seed, answer["version"]
+        answers = self.train().command("broadcast", seed=seed)
+        assert all("version" in answer for answer in answers), answers
+        self.seed, self.version = seed, answers[0]["version"]
         self.served()
 
     def served(self) -> list[list[tuple[int, str]]]:
@@ -470,12 +514,25 @@ class Node:
             self._expected[seed] = digests_of(seed, self.ranks)
         return self._expected[seed]
 
+    def lasting(self) -> dict[str, int]:
+        """Process ids of what goes on from round to round."""
+        pids = self.status()["pids"]
+        servers = {"daemon": pids["daemon"], "engine": pids["engines"][0], "launcher": self.process.pid}
+        ranks = {f"trainer {rank}".removesuffix(" 0"): pid for rank, pid in enumerate(self.train().pids)}
+        return servers | ranks
+
     def descriptors(self) -> dict[str, int]:
         """How many each lasting process has open."""
-        pids = self.status()["pids"]
-        lasting = {"daemon": pids["daemon"], "engine": pids["engines"][0], "launcher": self.process.pid}
-        lasting["trainer"] = self.train().pid
-        return {who: psutil.Process(pid).num_fds() for who, pid in lasting.items()}
+        return {who: psutil.Process(pid).num_fds() for who, pid in self.lasting().items()}
+
+    def listeners(self) -> dict[str, int]:
+        """On how many TCP ports each lasting process listens."""
+        return {who: len(left.listeners(pid)) for who, pid in self.lasting().items()}
+
+    def files(self) -> set[str]:
+        """What this server and its trainer have named on this host: see ``left.files``."""
+        own = [self.shm] if self._prefix else []
+        return left.files(self.run_dir.parent, Path("/dev/shm"), *own)
 
     def in_vllms_place(self) -> list[int]:
         """Process ids of API server, engine and workers."""
@@ -517,99 +574,252 @@ def node(logdir: Path, **options: Any) -> Iterator[Node]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one fault led to. Seconds: until the trainer knew, and until the next version was live."""
+    """What one fault led to. Seconds: until the trainer knew, and until the next version was live.
+
+    ``answers`` are of each trainer rank; ``bound_s`` is within what they had to come. Of faults of a link,
+    ``lost`` is how many packets it lost while the round was under way, the last of ``rounds``.
+    """
 
     fault: str
-    answer: str
+    answers: list[str]
     noticed_s: float
+    bound_s: float
     recovered_s: float
     descriptors: dict[str, int]
+    lost: int | None
+    rounds: int
+
+
+def bound_s(made: Node, fault: Fault) -> float:
+    """Seconds within which every trainer rank that lives has its answer."""
+    deadline_s = made.deadline_s
+    nbytes = sum(tensor.nbytes for tensor in state_of(0).values()) * made.trainers
+    round_s = (
+        2 * deadline_s + 2 * deadline_s + nbytes / SLOWEST_BYTES_PER_S
+    )  # as in ``Session._next_actions``
+    lost = fault.what in ("drop", "reorder")
+    if (lost and fault.at == "committed") or fault.what == "slow link" or fault.what in faults.LOSSY:
+        return round_s + SLACK_S  # nobody is silent, so only the round's own limit ends it
+    silent = fault.what in ("stop", "cut", "corrupt") or (lost and fault.at == "before_begin")
+    late_s = deadline_s if silent else fault.seconds if fault.what == "delay" else 0.0
+    # Whose connection breaks or is silent is lost to the trainer itself, which looks for a cause; of all else
+    # a frame tells it.
+    searched = silent or fault.who in ("trainer", "daemon", "launcher")
+    return late_s + (ROOT_CAUSE_TIMEOUT_S if searched else 0.0) + SLACK_S
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What there was before a fault: process ids, and what may not become more."""
+
+    former: list[int]  # in vLLM's place
+    below: list[int]  # the launcher
+    tree: list[str]
+    ports: set[int]
+    descriptors: dict[str, int]
+    listeners: dict[str, int]
+    files: set[str]
+    records: dict[Path, int]
+
+    @classmethod
+    def of(cls, made: Node) -> _Before:
+        descriptors, listeners = made.descriptors(), made.listeners()
+        below = made.below()
+        ports = {port for pid in below for port in left.listeners(pid)}
+        former, tree, files = made.in_vllms_place(), made.tree(), made.files()
+        return cls(former, below, tree, ports, descriptors, listeners, files, _records(made))
+
+
+@dataclass(frozen=True)
+class _Round:
+    """One round under a fault: weights ``old`` were served as version ``before``, and ``new`` was sent."""
+
+    old: int
+    before: int
+    new: int
+    answers: list[dict[str, Any]]
+    began: float
+    noticed_s: float
+    lost: int | None
+
+    @property
+    def allowed(self) -> tuple[tuple[int, int], ...]:
+        """What may be served: (weights, version)."""
+        return (self.old, self.before), (self.new, self.before + 1)
+
+
+def _records(made: Node) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in made.logdir.glob("flight-*.jsonl")}
+
+
+def _round(made: Node, armed: Armed, old: int, before: int, pid: int) -> _Round:
+    """Send further weights while ``armed`` waits, and let whoever was stopped go on."""
+    fault, way, patience_s = armed.fault, made.link, made.patience_s
+    lost = way.lost() if way is not None else 0
+    began = time.monotonic()
+    made.train().send("broadcast", seed=old + 1)
+    if fault.what not in faults.LOSSY:
+        wait_until(f"{fault} to happen", lambda: armed.fired, timeout_s=60, interval_s=0.01)
+        began = time.monotonic()
+    _let_go_on(made, fault, pid, patience_s)
+    answers = made.train().answers(patience_s)
+    noticed_s = time.monotonic() - began
+    lost_now = way.lost() - lost if way is not None else None
+    return _Round(old, before, old + 1, answers, began, noticed_s, lost_now)
+
+
+def _struck(made: Node, fault: Fault, seed: int) -> tuple[_Round, int]:
+    """The round that ``fault`` happens in, and how many were made for that: links lose packets by chance."""
+    pid = made.pid_of(fault.who, fault.which) if fault.who else 0
+    rounds, until = 1, time.monotonic() + HITS_WITHIN_S
+    with Armed(fault, made.logdir, pid=pid, link=made.link, shm=made.shm, seed=seed) as armed:
+        struck = _round(made, armed, made.seed, made.version, pid)
+        while fault.what in faults.LOSSY and not struck.lost:
+            assert all("version" in answer for answer in struck.answers), f"{fault}: {struck.answers}"
+            assert time.monotonic() < until, f"{fault}: {rounds} rounds, and none of them lost a packet"
+            _assert_whole(made, fault, *struck.allowed)
+            rounds += 1
+            struck = _round(made, armed, struck.new, struck.before + 1, pid)
+    if fault.what == "stop" and fault.who == "daemon":
+        os.kill(pid, signal.SIGCONT)
+    if made.link is not None:
+        made.link.set()
+    return struck, rounds
 
 
 def suffer(made: Node, fault: Fault, *, seed: int) -> Outcome:
     """Let ``fault`` happen in a round behind one of weights ``seed``, and see that nothing is lost by it.
 
-    What is served is the version before or the new one, whole, on all ranks alike, and batches go on; the
-    trainer gets a receipt or an error in time; the next round is made; nothing is left of what was before.
+    What is served is the version before or the new one, whole, on all ranks alike, and batches go on; every
+    trainer rank gets a receipt or an error in time; the next round is made; nothing is left of what was
+    before. Over a link that loses packets, rounds of further weights are made until one has lost some.
+
+    Raises:
+        LeftBehind: something is left.
     """
     made.begin(seed)
-    descriptors, tree, below = made.descriptors(), made.tree(), made.below()
-    former = made.in_vllms_place()
-    old, before, new = made.seed, made.version, seed + 1
-    recorded = {path: path.stat().st_mtime_ns for path in made.logdir.glob("flight-*.jsonl")}
-    pid = made.pid_of(fault.who) if fault.who else 0
-    patience_s = 5 * made.deadline_s + 30  # commit timeout, deadlines, the search for a cause; a busy machine
-    with Armed(fault, made.logdir, pid=pid, link=made.link, shm=made.shm) as armed:
-        made.train().send("broadcast", seed=new)
-        wait_until(f"{fault} to happen", lambda: armed.fired, timeout_s=60, interval_s=0.01)
-        began = time.monotonic()
-        _let_go_on(made, fault, pid, patience_s)
-        answer = made.train().answer(patience_s)
-    noticed_s = time.monotonic() - began
-    if fault.what == "stop" and fault.who == "daemon":
-        os.kill(pid, signal.SIGCONT)
-    if made.link is not None:
-        made.link.set()
-    assert "version" in answer or "error" in answer or fault.who == "trainer", f"{fault}: silence, {answer}"
-    assert answer.get("typed", True), f"{fault}: {answer}"
-    if fault.what in faults.BUCKETS:
-        assert "error" in answer, f"{fault}: nobody noticed, {answer}"
-    written = [p for p in made.logdir.glob("flight-*.jsonl") if recorded.get(p) != p.stat().st_mtime_ns]
-    assert "error" not in answer or written, f"{fault}: no flight record"
+    before, within_s = _Before.of(made), bound_s(made, fault)
+    struck, rounds = _struck(made, fault, seed)
+    answers = struck.answers
+    _assert_told(fault, answers, struck.before)
+    assert struck.noticed_s <= within_s, (
+        f"{fault}: {answers} came after {struck.noticed_s:.1f} s, not within {within_s:g} s"
+    )
+    written = set(_records(made).items()) - set(before.records.items())
+    assert written or not any("error" in answer for answer in answers), f"{fault}: no flight record"
     assert not (unpickled := made.logdir / "unpickled.txt").exists(), unpickled.read_text()
-    if "died" in answer:
+    if any("died" in answer for answer in answers):
         made.dismiss()
-    ends = fault.what == "kill" and fault.who in ENDS_THE_SERVER
-    restarted = ends and fault.who != "launcher" and made.restarts_left > 0
-    if ends and not restarted:
-        code, expected = made.process.wait(60), -signal.SIGKILL if fault.who == "launcher" else 75
-        assert code == expected, f"{fault}: the launcher ended with {code}"
-        wait_until(f"{fault}: the end of all", lambda: not any(map(alive, below)), timeout_s=60)
-        _assert_whole(made, fault, (old, before), (new, before + 1))
-        assert not made.run_dir.exists(), f"{fault}: {made.run_dir} is left"
-        made.dismiss()
-        made.start()
-        _recover(made, new + 1, patience_s)
-        return Outcome(str(fault), _name(answer), noticed_s, time.monotonic() - began, made.descriptors())
-    if restarted:  # by the launcher, which goes on; what had belonged to the dead one goes with it
+    ends = fault.what in ("kill", "term") and fault.who in ENDS_THE_SERVER
+    if ends and (fault.who == "launcher" or not made.restarts_left):
+        _end_and_start_again(made, fault, struck, before)
+        _recover(made, struck.new + 1)
+        recovered_s = time.monotonic() - struck.began
+    else:
+        recovered_s = _go_on(made, fault, struck, before, restarted=ends)
+    return Outcome(
+        str(fault), [_name(answer) for answer in answers], struck.noticed_s, round(within_s, 3), recovered_s,
+        made.descriptors(), struck.lost, rounds,
+    )  # fmt: skip
+
+
+def _end_and_start_again(made: Node, fault: Fault, struck: _Round, before: _Before) -> None:
+    """The server ends as it should, and leaves nothing; start it again."""
+    code, expected = made.process.wait(60), 75
+    if fault.who == "launcher":  # one that was asked to end has done its work
+        expected = -signal.SIGKILL if fault.what == "kill" else 0
+    assert code == expected, f"{fault}: the launcher ended with {code}, not {expected}"
+    wait_until(f"{fault}: the end of all", lambda: not any(map(alive, before.below)), timeout_s=60)
+    _assert_whole(made, fault, *struck.allowed)
+    made.dismiss()
+    its_own = {path for path in made.files() if path.startswith(str(made.run_dir))}
+    found = (made.files() - before.files) | its_own
+    found |= {f"TCP port {port}" for port in before.ports & left.listening()}
+    if found:
+        raise LeftBehind(str(fault), found)
+    made.start()
+
+
+def _go_on(made: Node, fault: Fault, struck: _Round, before: _Before, *, restarted: bool) -> float:
+    """The server lives, or its launcher has started it again; returns the seconds until the next version."""
+    if restarted:  # what had belonged to the dead one goes with it
         made.restarts_left -= 1
-        wait_until(f"{fault}: the end of the old one", lambda: not any(map(alive, former)), timeout_s=60)
-    receipt = _recover(made, new + 1, patience_s)
-    recovered_s = time.monotonic() - began
+        wait_until(
+            f"{fault}: the end of the old one", lambda: not any(map(alive, before.former)), timeout_s=60
+        )
+    version = _recover(made, struck.new + 1)
+    recovered_s = time.monotonic() - struck.began
     if fault.what == faults.FULL_SHM:
         faults.empty(made.shm)
     # A broadcast that ends in an error may be live all the same, and is then made again under a new number.
-    again = [(new + 1, version) for version in range(before + 1, receipt["version"] + 1)]
+    again = [(struck.new + 1, later) for later in range(struck.before + 1, version + 1)]
     if restarted:  # a vLLM serves its checkpoint until it is brought the version
         again.append((0, 0))
-    seen = _assert_whole(made, fault, (old, before), (new, before + 1), *again)
-    if "version" in answer:
+    seen = _assert_whole(made, fault, *struck.allowed, *again)
+    if any("version" in answer for answer in struck.answers):
         # An engine that was killed in the first batch under it had no time to note that.
-        flipped = ends and made.flipped(before + 1)
-        assert (new, before + 1) in seen or flipped, f"{fault}: a receipt for what was never served"
-    wait_until("the processes to be as before", lambda: made.tree() == tree, timeout_s=30)
-    if fault.what in ("kill", faults.FULL_SHM) and fault.who in ("daemon", "trainer"):
-        descriptors[fault.who] = made.descriptors()[fault.who]
+        flipped = restarted and made.flipped(struck.before + 1)
+        assert struck.allowed[1] in seen or flipped, f"{fault}: a receipt for what was never served"
+    wait_until("the processes to be as before", lambda: made.tree() == before.tree, timeout_s=30)
+    replaced = {fault.who} if fault.what in faults.ENDS and fault.who in ("daemon", "trainer") else set()
     if restarted:
-        descriptors["engine"] = made.descriptors()["engine"]
+        replaced.add("engine")
+    for who in before.descriptors:
+        if who.split()[0] in replaced:
+            before.descriptors[who], before.listeners[who] = made.descriptors()[who], made.listeners()[who]
+    _assert_closed(made, fault, before)
+    return recovered_s
 
-    _assert_closed(made, fault, descriptors)
-    return Outcome(str(fault), _name(answer), noticed_s, recovered_s, made.descriptors())
+
+def _assert_told(fault: Fault, answers: list[dict[str, Any]], before: int) -> None:
+    """Every trainer rank that lives has a receipt, or a typed error that says what its fault is to say."""
+    ends = fault.who == "trainer" and fault.what in faults.ENDS
+    for rank, answer in enumerate(answers):
+        who = f"{fault}: trainer rank {rank}"
+        if "died" in answer:
+            assert ends, f"{who} died, {answer}"
+            assert rank == fault.which, f"{who} died, {answer}"
+            assert answer["died"] == -faults.SIGNALS[fault.what], f"{who}: {answer}"
+            continue
+        assert "version" in answer or "error" in answer, f"{who}: silence, {answer}"
+        assert answer.get("version", before + 1) == before + 1, f"{who}: {answer} behind version {before}"
+        assert answer.get("typed", True), f"{who}: {answer}"
+    if fault.what in (*faults.BUCKETS, *faults.BOTH_VALUES):
+        assert "error" in answers[0], f"{fault}: nobody noticed, {answers}"
+    if fault.what in faults.BOTH_VALUES:
+        said = re.search(faults.BOTH_VALUES[fault.what], answers[0]["error"])
+        assert said, f"{fault}: trainer rank 0 was not told both values: {answers[0]['error']}"
+        theirs, right = (value for value in said.groups() if value is not None)
+        if fault.what == "stale":
+            assert int(theirs) == int(right) - 1, said
+        elif fault.what == "other_version":
+            assert (int(theirs), int(right)) in ((before - 1, before), (before - 1, before + 1)), said
+        else:
+            assert bytes.fromhex(theirs) == bytes(reversed(bytes.fromhex(right))), said
 
 
-def _assert_closed(made: Node, fault: Fault, before: dict[str, int]) -> None:
-    """No lasting process holds more descriptors than ``before``."""
+def _assert_closed(made: Node, fault: Fault, before: _Before) -> None:
+    """No lasting process holds more than ``before``, and nothing more is named."""
 
-    def grown() -> dict[str, int]:
-        now = made.descriptors()
-        return {who: n - before[who] for who, n in now.items() if n > before[who] + SLACK}
+    def grown() -> list[str]:
+        more = [
+            f"{n - before.descriptors[who]} descriptor(s) of {who}"
+            for who, n in made.descriptors().items()
+            if n > before.descriptors[who] + SLACK
+        ]
+        more += [
+            f"{n - before.listeners[who]} TCP listener(s) of {who}"
+            for who, n in made.listeners().items()
+            if n > before.listeners[who]
+        ]
+        return more + sorted(made.files() - before.files)
 
     # What was closed over a link that was cut ends with the kernel's next try, which comes ever later.
     settle_s = 90 if fault.what == "cut" else 15
     try:
-        wait_until(f"{fault}: no more descriptors than before", lambda: not grown(), timeout_s=settle_s)
+        wait_until(f"{fault}: nothing more than before", lambda: not grown(), timeout_s=settle_s)
     except TimeoutError as err:
-        raise AssertionError(f"{fault}: descriptors have come and stay: {grown()}") from err
+        raise LeftBehind(str(fault), grown()) from err
 
 
 def _let_go_on(made: Node, fault: Fault, pid: int, patience_s: float) -> None:
@@ -627,18 +837,18 @@ def _name(answer: dict[str, Any]) -> str:
     return "receipt" if "version" in answer else str(answer.get("type", "died"))
 
 
-def _recover(made: Node, seed: int, patience_s: float) -> dict[str, Any]:
+def _recover(made: Node, seed: int) -> int:
     """The next round; a trainer that meets a server in the middle of its own recovery tries again."""
-    deadline = time.monotonic() + patience_s
+    deadline = time.monotonic() + made.patience_s
     while True:
-        answer = made.train().command("broadcast", seed=seed)
-        if "version" in answer:
+        answers = made.train().command("broadcast", seed=seed)
+        if all("version" in answer for answer in answers):
             break
-        assert time.monotonic() < deadline, f"no round is made any more: {answer}"
-    made.seed, made.version = seed, answer["version"]
+        assert time.monotonic() < deadline, f"no round is made any more: {answers}"
+    made.seed, made.version = seed, answers[0]["version"]
     batches = made.batches()
     wait_until("batches", lambda: made.batches() > batches, timeout_s=10)
-    return answer
+    return made.version
 
 
 def _assert_whole(made: Node, fault: Fault, *allowed: tuple[int, int]) -> set[tuple[int, int]]:

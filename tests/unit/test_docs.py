@@ -6,6 +6,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from bridge import environment, errors
@@ -271,6 +272,34 @@ def test_state_tables(heading):
             actions = events[row["event"]](machine)
             got = (state, row["event"], machine.state.name, describe(actions))
             assert got == (state, row["event"], row["next"], row["actions"])
+
+
+@pytest.mark.parametrize(
+    ("machine", "name"),
+    [
+        (lambda: daemon(State.STAGING), "BUCKET"),
+        (lambda: coordinator(State.MOVING, trainers=1), "STAGED"),
+        (lambda: coordinator(State.COMMITTING, trainers=1), "COMMITTED"),
+        (lambda: member(State.MOVING), "RELEASE"),
+        (lambda: member(State.COMMITTING), "DONE"),
+    ],
+)
+def test_a_frame_of_another_round_is_refused_by_both_its_values(machine, name):
+    for wrong, said in (
+        (frame(name, version=7), f"frame {name} of version 7 in a round of version 2"),
+        (msgspec.structs.replace(frame(name), epoch=9), f"frame {name} of epoch 9 in epoch 1"),
+    ):
+        made = machine()
+        sender = () if isinstance(made, (InferenceSession, Member)) else (1,)
+        with pytest.raises(errors.ProtocolError, match=said):
+            made.on_frame(*sender, wrong)
+
+
+def test_a_rank_says_nothing_behind_its_shutdown():
+    """The coordinator hears nothing more: a frame would wait for its deadline, and with it the caller."""
+    made = member(State.MOVING)
+    assert describe(made.on_frame(frame("ABORT", text="a test"))) == "Send SHUTDOWN, Close"
+    assert made.on_failure("version 2 was not committed: a test") == []
 
 
 def test_every_state_is_in_a_table():
