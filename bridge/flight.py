@@ -82,9 +82,9 @@ def write(why: str, directory: str | os.PathLike[str] | None = None) -> Path | N
     if role == "trainer" and rank is None and os.environ.get("RANK", "").isdecimal():
         rank = int(os.environ["RANK"])
     host, parts = socket.gethostname(), [] if rank is None else [str(rank)]
-    if role == "trainer":  # its ranks share the directory from many hosts
+    if role in ("trainer", "lender"):  # they share the directory from many hosts
         parts.append(host)
-    if role != "updater":  # those come anew in each epoch: of each rank's the newest record is kept
+    if role not in ("updater", "lender"):  # those come anew in each epoch or loan: the newest record is kept
         parts.append(str(os.getpid()))
     name = "-".join(["flight", role, *parts])
     path = Path(where, f"{name}.jsonl")

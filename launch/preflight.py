@@ -12,7 +12,6 @@ import importlib.util
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -24,6 +23,7 @@ import psutil
 import bridge
 from bridge.errors import ConfigError, MappingError
 from bridge.protocol import mapping as mapping_file
+from bridge.wire import sockets
 from launch import commands, footprint, probe
 from launch.options import ServeOptions, ServerView, node_faults, read_server_args, split_faults
 from vllm_patching import linux
@@ -332,18 +332,17 @@ def check_ports(options: ServeOptions, server: ServerView) -> list[Finding]:
 
 def _port_finding(topic: str, host: str, port: int, flag: str) -> Finding:
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, kind, protocol) as sock:
-            sock.setsockopt(
-                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-            )  # TIME_WAIT of a former server is no fault
-            sock.bind(address)
+        with sockets.listen(host, port) as listener:
+            found = str(listener.getsockname()[0])
     except OSError as err:
         owner = _port_owner(port) if err.errno == errno.EADDRINUSE else ""
         text = f"cannot listen on {host}:{port}: {err.strerror or err}{owner}; choose another with {flag}"
         return Finding(topic, "fault", text)
+    if found == sockets.ALL_ADDRESSES and host not in ("", found):
+        text = (
+            f"{host} is loopback on this host (/etc/hosts?), so the port is open at all its addresses; {flag}"
+        )
+        return Finding(topic, "note", text)
     return Finding(topic, "ok", f"{host}:{port or 'any'}")
 
 

@@ -166,14 +166,24 @@ def unseal(data: bytes, secret: str, kind: type[T]) -> T:
 
 
 def serve_store(host: str, port: int) -> TCPStore:
-    """Open the store that trainers will look for; port 0 takes any.
+    """Open the store that trainers will look for, at this address only; port 0 takes any.
 
     Raises:
         RendezvousError: the port is in use or the address is not ours.
     """
     try:
-        return TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
-    except (RuntimeError, ValueError) as err:
+        # The store's own socket would listen at all addresses, whatever ``host`` is.
+        listener = sockets.listen(host, port)
+        port = listener.getsockname()[1]
+        return TCPStore(
+            host,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=30),
+            master_listen_fd=listener.detach(),
+        )
+    except (OSError, RuntimeError, ValueError) as err:
         raise RendezvousError(
             f"cannot open the rendezvous at {host}:{port}: {first_line(err)}; choose another "
             "--rendezvous-port or --rendezvous-host"
@@ -342,8 +352,10 @@ def _next(store: TCPStore, line: str, secret: str, kind: type[T]) -> T | None:
 
 def local_address(host: str, port: int) -> str:
     """The address of this host's interface that leads to ``host``."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, port or 9))
+    found = socket.getaddrinfo(host, port or 9, type=socket.SOCK_DGRAM)
+    family, kind, protocol, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(address)
         return str(probe.getsockname()[0])
 
 

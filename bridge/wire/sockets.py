@@ -7,12 +7,15 @@ for ours, so nothing is done here that would harm it.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import socket
 import stat
 from collections.abc import Callable, Collection, Container, Iterator
 from pathlib import Path
+from typing import Any
 
+ALL_ADDRESSES = "0.0.0.0"  # noqa: S104 - of a name that other hosts know by an address that this one does not
 # Address translation and firewalls forget flows that are idle; the hastiest in use, after a minute or more.
 KEEPALIVE_IDLE_S = 30
 KEEPALIVE_INTERVAL_S = 10
@@ -64,6 +67,36 @@ def keep_alive(since: Collection[int], *, lost_after_s: float = LOST_AFTER_S) ->
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, probes)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that takes connections to ``host``'s address only, by IPv4 if it has one; port 0 takes any.
+
+    A name that is loopback to this host alone (``/etc/hosts``) is another address to all others, nobody here
+    knows which: then all addresses are listened at.
+
+    Raises:
+        OSError: ``host`` is nobody's name, its address is not this host's, or the port is in use there.
+    """
+    family, kind, protocol, address = _address_of(host, port)
+    if host not in ("localhost", address[0]) and ipaddress.ip_address(address[0]).is_loopback:
+        family, kind, protocol, address = _address_of(ALL_ADDRESSES, port)
+    listener = socket.socket(family, kind, protocol)
+    try:
+        # TIME_WAIT of a former server is no fault.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen()
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _address_of(host: str, port: int) -> tuple[int, int, int, Any]:
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, protocol, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
+    return family, kind, protocol, address
 
 
 def await_hang_up(host: str, port: int, *, connect_s: float, limit_s: float) -> None:

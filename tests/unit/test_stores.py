@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,9 +18,10 @@ from pathlib import Path
 import pytest
 
 from bridge.errors import BridgeError, PeerLost, RendezvousError, TransferError
-from bridge.wire import nccl, rendezvous
+from bridge.wire import nccl, rendezvous, sockets
 from bridge.wire.meeting import Meeting
 from bridge.wire.stores import GRACE_S, DaemonStore, StoreSilent
+from launch import preflight
 from tests.support.mappings import parallel_mapping
 from tests.support.serving import stop, wait_until
 
@@ -65,6 +67,58 @@ def ask(store: DaemonStore) -> None:
         rendezvous.await_answer(store, "ab", "s", timeout_s=LIMIT_S)
     finally:
         rendezvous.withdraw(store, "ab")
+
+
+def listening(port: int) -> set[str]:
+    """The addresses at which somebody takes connections to ``port``, as the kernel prints them."""
+    tables = [Path(f"/proc/net/{name}").read_text().splitlines() for name in ("tcp", "tcp6")]
+    ends = [line.split()[1].split(":") for table in tables for line in table if line.split()[3] == "0A"]
+    return {address for address, number in ends if int(number, 16) == port}
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("127.0.0.1", "0100007F"),
+        ("127.0.0.2", "0200007F"),
+        ("localhost", "0100007F"),
+        ("0.0.0.0", "00000000"),
+        ("::1", "00000000000000000000000001000000"),
+    ],
+)
+def test_a_store_is_open_at_its_address_only(host: str, address: str) -> None:
+    if ":" in host and not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    store = rendezvous.serve_store(host, 0)
+    assert listening(store.port) == {address}
+    reached = rendezvous.reach_store(host, store.port, timeout_s=10)
+    reached.set("key", "value")
+    assert store.get("key") == b"value"
+    # The kernel leaves by 127.0.0.1 to whatever of 127.0.0.0/8.
+    assert rendezvous.local_address(host, store.port) == (host if ":" in host else "127.0.0.1")
+
+
+def test_a_name_that_is_loopback_to_this_host_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Debian's /etc/hosts has it: trainers elsewhere know the name by an address of the network."""
+    real = socket.getaddrinfo
+    known = {"node7": "127.0.1.1"}
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *a, **k: real(known.get(host, host), *a, **k))
+    with sockets.listen("node7", 0) as listener:
+        assert listening(listener.getsockname()[1]) == {"00000000"}
+    found = preflight._port_finding("rendezvous", "node7", 0, "--rendezvous-host")
+    assert (found.level, "loopback on this host" in found.text) == ("note", True)
+
+
+def test_an_address_that_a_store_cannot_have_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for host, why in (("127.0.0.1", "Address already in use"), ("192.0.2.77", "Cannot assign")):
+            said = f"cannot open the rendezvous at {host}:{port}: .*{why}.*choose another --rendezvous-port"
+            with pytest.raises(RendezvousError, match=said):
+                rendezvous.serve_store(host, port)
+            found = preflight._port_finding("rendezvous", host, port, "--rendezvous-host")
+            assert (found.level, why in found.text) == ("fault", True)
+        assert rendezvous.serve_store("127.0.0.2", port).port == port, "nobody is there"
 
 
 Use = Callable[[DaemonStore], object]

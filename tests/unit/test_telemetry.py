@@ -126,6 +126,17 @@ def test_trainers_of_several_hosts_write_records_of_their_own(
     assert paths == {tmp_path / f"flight-trainer-{who}-{pid}.jsonl" for who in ("0-a", "1-b")}
 
 
+def test_lenders_of_one_host_leave_one_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flight.name_process("lender", None)
+    monkeypatch.setattr("socket.gethostname", lambda: "a")
+    for pid in (11, 12):
+        monkeypatch.setattr("os.getpid", lambda pid=pid: pid)
+        flight.write(f"loan of {pid} failed", tmp_path)
+    (path,) = tmp_path.iterdir()
+    assert path.name == "flight-lender-a.jsonl"
+    assert json.loads(path.read_text().splitlines()[0])["why"] == "loan of 12 failed"
+
+
 def test_a_record_that_cannot_be_written_is_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
