@@ -352,6 +352,37 @@ def test_what_another_source_yields_is_sent_by_rank_0_alone(connection: Connecti
     other.shutdown()
 
 
+class Modes:
+    """A ``WeightSource`` of vLLM 0.33, which is not iterable itself."""
+
+    def __init__(self, pairs: list[tuple[str, torch.Tensor]] | None) -> None:
+        self.pairs, self.passes = pairs, 0
+
+    def implements_iter_full(self) -> bool:
+        return self.pairs is not None
+
+    def iter_full(self) -> Iterator[tuple[str, torch.Tensor]]:
+        assert self.pairs is not None
+        self.passes += 1
+        return iter(self.pairs)
+
+
+def test_a_source_that_is_not_iterable_is_asked_for_full_tensors(connection: Connection) -> None:
+    source = Modes([("w", torch.ones(1))])
+    engine, _ = sender(source)
+    engine.send_weights()
+    assert set(connection.sent[0]) == {"w"}
+    other, _ = sender(source, rank=1)
+    other.send_weights()
+    assert source.passes == 2, "gathering is collective"
+
+
+def test_a_source_of_shards_alone_is_refused_before_the_first_round(connection: Connection) -> None:
+    with pytest.raises(ConfigError, match=r"Modes has no iter_full, .* sends full tensors"):
+        sender(Modes(None))
+    assert connection.ranks is None
+
+
 def test_a_round_that_fails_closes_the_update_and_raises(connection: Connection) -> None:
     engine, client = sender(ModuleSource(nn.Linear(2, 2)))
     connection.error = MappingError("weight: shape")
