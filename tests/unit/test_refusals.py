@@ -106,6 +106,15 @@ def test_what_would_part_the_ranks_is_refused_by_name(named: str) -> None:
     assert named in fault
 
 
+def test_rocm_is_refused_though_its_devices_are_called_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = served()
+    config.device_config.device_type = "cuda"
+    compat.refuse_unsupported_config(config)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    (fault,) = refusal(config)
+    assert "ROCm 6.4" in fault
+
+
 def test_all_refusals_are_listed_at_once() -> None:
     config = served()
     for apply in REFUSED.values():
