@@ -35,7 +35,7 @@ from vllm_patching.backend import BridgeWeightTransferEngine
 from vllm_patching.channel import listen, socket_path
 from vllm_patching.control_page import ControlPage
 from vllm_patching.daemon import Daemon
-from vllm_patching.engine import _hook_weight_updates
+from vllm_patching.engine import _hook_calls
 from vllm_patching.frontdesk import FrontDesk, start_thread
 from vllm_patching.trainer_half import BridgeTrainerInitInfo
 from vllm_patching.weight_updates import WeightUpdates
@@ -115,7 +115,7 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
 class Core:
     """vLLM's own handling of a utility call, around an executor that must not be asked."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, *, answers: bool = True) -> None:
         self.engine: Any = object.__new__(EngineCoreProc)
         self.engine.shutdown_state = EngineShutdownState.RUNNING
         self.engine.output_queue = queue.Queue()
@@ -126,7 +126,7 @@ class Core:
             return ["from a worker"]
 
         self.engine.model_executor = SimpleNamespace(collective_rpc=collective_rpc)
-        _hook_weight_updates(self.engine, WeightUpdates(run_dir))
+        _hook_calls(self.engine, WeightUpdates(run_dir) if answers else None)
 
     def post(self, method: str, **kwargs: Any) -> None:
         """As ``AsyncLLM`` posts it; returns at once."""
@@ -239,6 +239,18 @@ def test_without_a_daemon_calls_fail_and_say_so(desk: Desk, core: Core) -> None:
 def test_calls_out_of_place_are_refused(core: Core, method: str, kwargs: dict[str, Any], said: str) -> None:
     assert said in core.call(method, **kwargs)
     assert core.asked == []
+
+
+@pytest.mark.parametrize("method", ["reset_weights", "reload_weights"])
+@pytest.mark.parametrize("answers", [True, False])
+def test_calls_that_write_over_the_weights_are_refused_with_any_backend(
+    desk: Desk, method: str, answers: bool
+) -> None:
+    core = Core(desk.run_dir, answers=answers)
+    assert f"{method} would write over the weights that are served" in core.call(method)
+    assert core.asked == []
+    assert core.call("checksum") == ""
+    assert core.asked == ["checksum"]
 
 
 @pytest.mark.parametrize(
