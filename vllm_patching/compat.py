@@ -38,10 +38,7 @@ LINEAR_MODULE = "vllm.model_executor.layers.utils"
 RETIE_MODULE = "vllm.model_executor.model_loader.utils"
 OUTPUT_MODULE = "vllm.v1.engine.output_processor"
 CPU_PLATFORM_MODULE = "vllm.platforms.cpu"
-CPU_EXPERTS_MODULES = (  # since 0.28.0, and before
-    "vllm.model_executor.layers.fused_moe.experts.cpu_moe",
-    "vllm.model_executor.layers.fused_moe.cpu_fused_moe",
-)
+CPU_EXPERTS_MODULE = "vllm.model_executor.layers.fused_moe.experts.cpu_moe"
 EXECUTOR_MODULES = ("vllm.v1.executor.multiproc_executor", "vllm.v1.executor.uniproc_executor")
 TRANSFER_MODULE = "vllm.distributed.weight_transfer.factory"
 BACKEND = "bridge"  # in --weight-transfer-config

@@ -38,8 +38,7 @@ def install() -> None:
     compat.when_imported(compat.LINEAR_MODULE, compat.keep_linear_weights_live)
     compat.when_imported(compat.RETIE_MODULE, compat.keep_embeddings_apart)
     compat.when_imported(compat.CPU_PLATFORM_MODULE, compat.prefer_unpacked_mla)
-    for name in compat.CPU_EXPERTS_MODULES:
-        compat.when_imported(name, compat.keep_raw_experts)
+    compat.when_imported(compat.CPU_EXPERTS_MODULE, compat.keep_raw_experts)
     for name in compat.EXECUTOR_MODULES:
         compat.when_imported(name, compat.keep_store_in_run_dir)
     compat.when_imported(compat.LOADER_MODULE, _hook_loader)
