@@ -215,3 +215,15 @@ def test_what_vllm_itself_ties_is_known_as_tied() -> None:
         ("embed.weight", "head.weight"),
         ("head.weight", "embed.weight"),
     }
+
+
+def test_a_loader_that_wants_other_arguments_costs_its_names_only() -> None:
+    class Other:
+        def get_all_weights(self) -> None:
+            """Takes neither a configuration nor a model."""
+
+    with (
+        loading.remembering(Other()),
+        pytest.raises(MappingError, match=r"checkpoint: TypeError: .*get_all_weights\(\) takes 1 positional"),
+    ):
+        loading.before_processing(nn.Linear(2, 2), SimpleNamespace(model="m"))
