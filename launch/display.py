@@ -51,7 +51,7 @@ def show_dry_run(
         f"server         {server.url if options.node_rank == 0 else 'on node 0'}",
         *_place(options, server),
         f"inference      {server.world_size} rank(s), {len(ranks)} on this node: tensor "
-        f"{server.tensor_parallel_size} x pipeline {server.pipeline_parallel_size} x data "
+        f"{server.tensor_parallel_size} x pipeline {server.pipeline_parallel_size}{_prefill(server)} x data "
         f"{server.data_parallel_size}",
         f"daemon         1, with updaters for ranks {', '.join(map(str, ranks))}",
         f"rendezvous     {options.rendezvous_host}:{options.rendezvous_port or 'any free port'}",
@@ -87,8 +87,13 @@ def _place(options: ServeOptions, server: ServerView) -> list[str]:
         f"node           {options.node_rank} of {options.nnodes} on {socket.gethostname()}, by "
         f"{options.place_origin}: {part}",
         f"node 0         {options.master_addr}:{port}, tensor {server.tensor_parallel_size} x pipeline "
-        f"{server.pipeline_parallel_size}",
+        f"{server.pipeline_parallel_size}{_prefill(server)}",
     ]
+
+
+def _prefill(server: ServerView) -> str:
+    size = server.prefill_context_parallel_size
+    return f" x prefill context {size}" if size > 1 else ""
 
 
 def _bucket_size(nbytes: int) -> str:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bridge.errors import ConfigError
 
@@ -24,6 +25,7 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 # vLLM's spellings; the last one given wins, as in argparse.
 _TENSOR = ("--tensor-parallel-size", "-tp")
 _PIPELINE = ("--pipeline-parallel-size", "-pp")
+_PREFILL = ("--prefill-context-parallel-size", "-pcp")
 _DATA = ("--data-parallel-size", "-dp")
 _NODES = ("--nnodes", "-n")
 _ANOTHER_NODE = {
@@ -204,11 +206,14 @@ class ServerView:
     load_format: str = "auto"
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    prefill_context_parallel_size: int = 1
     data_parallel_size: int = 1
 
     @property
     def world_size(self) -> int:
-        return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
+        """How many ranks all engines have together."""
+        engine = self.tensor_parallel_size * self.pipeline_parallel_size * self.prefill_context_parallel_size
+        return engine * self.data_parallel_size
 
     @property
     def url(self) -> str:
@@ -244,6 +249,7 @@ def read_server_args(args: Sequence[str], environ: Mapping[str, str] = os.enviro
         load_format=_value(args, "--load-format") or "auto",
         tensor_parallel_size=_number(args, 1, *_TENSOR),
         pipeline_parallel_size=_number(args, 1, *_PIPELINE),
+        prefill_context_parallel_size=_number(args, 1, *_PREFILL),
         data_parallel_size=_number(args, 1, *_DATA),
     )
 
@@ -265,7 +271,7 @@ def split_faults(options: ServeOptions) -> list[str]:
     if view.world_size % options.nnodes:
         faults.append(
             f"{view.world_size} rank(s) cannot be spread evenly over --nnodes {options.nnodes}: choose "
-            "tensor and pipeline parallel sizes whose product is a multiple of it"
+            "tensor, pipeline and prefill context parallel sizes whose product is a multiple of it"
         )
     return faults
 
@@ -281,7 +287,7 @@ def loaded_adapters(args: Sequence[str]) -> tuple[str, ...]:
     taking = False
     for arg in args:
         name, value = _split(arg)
-        if name.startswith("--"):
+        if name.startswith("-"):
             taking = name == "--lora-modules"
             words = [] if taking else words  # the last one given wins
             words += [value] if taking and value is not None else []
@@ -350,7 +356,16 @@ def _config_file(args: Sequence[str]) -> list[str]:
         raise ConfigError(f"cannot read vLLM's --config {path}: {err}") from err
     if not isinstance(content or {}, dict):
         raise ConfigError(f"vLLM's --config {path} holds a {type(content).__name__}, and not flags by name")
-    return [f"--{key}={value}" for key, value in (content or {}).items() if value is not False]
+    return [word for key, value in (content or {}).items() for word in _words(key, value)]
+
+
+def _words(key: str, value: Any) -> list[str]:
+    """One entry of the config file, as vLLM puts it on the command line: a list as a word for each item."""
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)] if value else []
+    if isinstance(value, dict):
+        value = json.dumps(value)
+    return [] if value is False else [f"--{key}={value}"]
 
 
 def _split(arg: str) -> tuple[str, str | None]:

@@ -364,8 +364,9 @@ def _port_owner(port: int) -> str:
 def check_shm(server: ServerView, around: Surroundings) -> list[Finding]:
     """The shared-memory file system holds vLLM's message queues.
 
-    vLLM compares each queue with the free space when it creates it, but the pages are taken as messages
-    arrive; so the largest queue is the least that lets it start, the sum what it may come to use.
+    vLLM (0.27 and later) compares each queue with the free space when it creates it, but the pages are taken
+    as messages arrive; so the largest queue is the least that lets it start, the sum what it may come to use.
+    Neither has the 2 GiB of --enable-shm-tensor-arena (0.32 and later), which vLLM compares itself.
     """
     chunk = around.environ.get("VLLM_MQ_MAX_CHUNK_BYTES_MB", "")
     broadcast = MQ_CHUNKS * (int(chunk) if chunk.isdecimal() else MQ_DEFAULT_CHUNK_MIB)

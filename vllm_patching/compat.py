@@ -1,7 +1,7 @@
 """Every private name of vLLM that the bridge touches, for every version it supports. No other file may,
 except ``lora_compat`` for LoRA's.
 
-Names and signatures were compared in 0.26.0, 0.32.0 and 0.33.0. A version outside ``SUPPORTED`` is refused,
+Names and signatures were compared in 0.26.0 to 0.33.0. A version outside ``SUPPORTED`` is refused,
 and so is a supported one in which an expected name is missing: a hook that silently does not fire would mean
 frozen weights.
 """
@@ -15,6 +15,7 @@ import importlib.util
 import os
 import platform
 import sys
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any, cast
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from torch import nn
 
 from bridge.errors import ConfigError, UnsupportedVersion
+from vllm_patching import residue
 
 SUPPORTED = tuple(f"0.{minor}" for minor in range(26, 34))
 TESTED = ("0.26", "0.32")
@@ -37,8 +39,11 @@ LINEAR_MODULE = "vllm.model_executor.layers.utils"
 RETIE_MODULE = "vllm.model_executor.model_loader.utils"
 OUTPUT_MODULE = "vllm.v1.engine.output_processor"
 CPU_PLATFORM_MODULE = "vllm.platforms.cpu"
+CPU_EXPERTS_MODULE = "vllm.model_executor.layers.fused_moe.experts.cpu_moe"
+EXECUTOR_MODULES = ("vllm.v1.executor.multiproc_executor", "vllm.v1.executor.uniproc_executor")
 TRANSFER_MODULE = "vllm.distributed.weight_transfer.factory"
 BACKEND = "bridge"  # in --weight-transfer-config
+WRITES_OVER_WEIGHTS = ("reset_weights", "reload_weights")  # by collective_rpc
 
 # Where the model is about to run: the first runner, and the second one's eager and whole-graph paths.
 FORWARD_POINTS = (
@@ -208,7 +213,7 @@ def prefer_unpacked_mla(module: ModuleType) -> None:
 
 
 def keep_embeddings_apart(module: ModuleType) -> None:
-    """Stop vLLM (0.32 and later) from merging an lm_head into an embedding because their values are equal.
+    """Stop vLLM (0.29 and later) from merging an lm_head into an embedding because their values are equal.
 
     Two parameters of the trainer would share one memory, and the first step that changes one of them would
     silently change the other. Models that are tied by their config are not affected.
@@ -224,13 +229,34 @@ def keep_embeddings_apart(module: ModuleType) -> None:
         wrap(module, "maybe_retie_word_embeddings", make)
 
 
+def keep_raw_experts(module: ModuleType) -> None:
+    """Stop vLLM (0.33 and later) from packing CPU experts into the memory of what it has loaded.
+
+    The packed ones have the same shape, so it would copy in place; ``find_homes`` needs both.
+    """
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def replace_elsewhere(layer: nn.Module, name: str, new: Any, *args: Any, **kwargs: Any) -> None:
+            old = getattr(layer, name, None)
+            if isinstance(old, nn.Parameter) and old is not new:
+                old.data = torch.empty_like(old.data)
+            original(layer, name, new, *args, **kwargs)
+
+        return replace_elsewhere
+
+    if hasattr(module, "replace_parameter"):
+        wrap(module, "replace_parameter", make)
+
+
 def moe_transform(module: nn.Module, name: str) -> str:
     """The named transform that vLLM applied to a fused-MoE parameter while loading, or ""."""
     method = getattr(module, "quant_method", None)
     kernel = getattr(method, "moe_kernel", None)
     experts = getattr(kernel, "fused_experts", None)
-    isa = getattr(experts, "isa", None)
-    if not isinstance(isa, str) or not hasattr(experts, "_pad_moe_intermediate"):
+    if not hasattr(experts, "_pad_moe_intermediate"):
+        experts = getattr(method, "cpu_fused_moe", None)  # before 0.28; what does not pack has the isa "none"
+    isa = getattr(experts, "isa", "none")
+    if not isinstance(isa, str) or isa == "none":
         return ""
     if name in ("w13_weight", "w2_weight"):
         return f"cpu_moe_{name.split('_')[0]}:{isa}"
@@ -310,6 +336,8 @@ def refuse_unsupported_config(vllm_config: Any) -> None:
     parallel = vllm_config.parallel_config
     if (device := vllm_config.device_config.device_type) not in ("cpu", "cuda"):
         faults.append(f"device {device!r}: the bridge knows CPUs and CUDA devices")
+    if torch.version.hip:  # where vLLM calls its devices "cuda" too
+        faults.append(f"ROCm {torch.version.hip}: its routers may keep copies of weights; use CUDA or CPUs")
     faults += _parallel_faults(parallel) + _unsupported_in_lockstep(parallel)
     if vllm_config.model_config.quantization:
         faults.append(f"quantization {vllm_config.model_config.quantization!r} repacks the weights")
@@ -393,6 +421,22 @@ def forget_weights_memory(worker: Any) -> None:
     """
     if worker.vllm_config.device_config.device_type == "cuda":
         worker.model_runner.model_memory_usage = 0
+
+
+def keep_store_in_run_dir(module: ModuleType) -> None:
+    """Let the file by which a node's workers meet (0.28 and later) go with the run directory.
+
+    vLLM has it in the temporary directory, where it stays when its processes are killed.
+    """
+
+    def make(_original: Callable[..., Any]) -> Callable[..., Any]:
+        def get_file_store_init_method() -> str:
+            return f"file://{os.environ['BRIDGE_RUN_DIR']}/{residue.STORE_PREFIX}{uuid.uuid4().hex}"
+
+        return get_file_store_init_method
+
+    if hasattr(module, "get_file_store_init_method"):
+        wrap(module, "get_file_store_init_method", make)
 
 
 # --- engine ------------------------------------------------------------------------------------------

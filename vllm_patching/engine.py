@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge import flight
-from bridge.errors import TransferError
+from bridge.errors import ConfigError, TransferError
 from vllm_patching import compat
 from vllm_patching.control_page import ControlPage
 from vllm_patching.hold import Hold
@@ -155,8 +155,8 @@ def attach(engine: Any, kind: type[EngineBridge] = EngineBridge) -> None:
     salted = os.environ.get("BRIDGE_PREFIX_CACHE", "salt") == "salt"
     bridge = kind(engine, salted=salted)
     bridge.hook()
-    if compat.transfers_weights_by_bridge(engine.vllm_config):
-        _hook_weight_updates(engine, WeightUpdates(Path(os.environ["BRIDGE_RUN_DIR"])))
+    ours = compat.transfers_weights_by_bridge(engine.vllm_config)
+    _hook_calls(engine, WeightUpdates(Path(os.environ["BRIDGE_RUN_DIR"])) if ours else None)
     parallel = engine.vllm_config.parallel_config
     index, world_size = parallel.data_parallel_index, parallel.world_size
     hello = {
@@ -218,15 +218,20 @@ def _hook(engine: Any, bridge: EngineBridge) -> None:
     _hook_pauses(engine, bridge.hold)
 
 
-def _hook_weight_updates(engine: Any, updates: WeightUpdates) -> None:
-    """Answer vLLM's weight-transfer calls here: they never reach a worker."""
+def _hook_calls(engine: Any, updates: WeightUpdates | None) -> None:
+    """Refuse calls to workers that write over the weights; answer weight transfers here, by ``updates``."""
 
     def make_rpc(collective_rpc: Wrapped) -> Wrapped:
         # vLLM compares the number of arguments with the signature's.
         def answered_rpc(
             method: Any, timeout: Any = None, args: tuple[Any, ...] = (), kwargs: Any = None
         ) -> Any:
-            if updates.answers(method):
+            if method in compat.WRITES_OVER_WEIGHTS:
+                raise ConfigError(
+                    f"{method} would write over the weights that are served, and no version would say so; "
+                    "send them by bridge.broadcast_weights, or start the server anew for the checkpoint's"
+                )
+            if updates is not None and updates.answers(method):
                 return updates.answer(method, tuple(args), kwargs or {})
             return collective_rpc(method, timeout, args, kwargs)
 

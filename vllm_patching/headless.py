@@ -9,8 +9,8 @@ import importlib
 import importlib.util
 from typing import Any
 
-# Since 0.32 in the first place; the second is its place before.
-_PARSERS = ("vllm.entrypoints.launchers", "vllm.entrypoints.openai")
+# Since 0.33.0 in the first place, since 0.29.0 in the second; the third is its place before.
+_PARSERS = ("vllm.entrypoints.common", "vllm.entrypoints.launchers", "vllm.entrypoints.openai")
 
 
 def _parser_module() -> Any:

@@ -16,7 +16,8 @@ engine core               EngineCoreProc.run_busy_loop   stamps batches, labels 
                                                          stands still on request
 engine core, mixture of   _process_engine_step           agrees with the other engines on the version
 experts, data parallel    execute_dummy_batch            before it: flips if the version agreed on is new
-engine core               EngineCore.collective_rpc      answers weight-transfer calls of the backend "bridge"
+engine core               EngineCore.collective_rpc      refuses what writes over the weights, answers
+                                                         weight-transfer calls of the backend "bridge"
 API server                RequestState                   keeps each request's version spans
 ========================  =============================  ================================================
 """
@@ -38,6 +39,9 @@ def install() -> None:
     compat.when_imported(compat.LINEAR_MODULE, compat.keep_linear_weights_live)
     compat.when_imported(compat.RETIE_MODULE, compat.keep_embeddings_apart)
     compat.when_imported(compat.CPU_PLATFORM_MODULE, compat.prefer_unpacked_mla)
+    compat.when_imported(compat.CPU_EXPERTS_MODULE, compat.keep_raw_experts)
+    for name in compat.EXECUTOR_MODULES:
+        compat.when_imported(name, compat.keep_store_in_run_dir)
     compat.when_imported(compat.LOADER_MODULE, _hook_loader)
     compat.when_imported(compat.WORKER_MODULE, _hook_worker)
     compat.when_imported(compat.CPU_WORKER_MODULE, lambda module: _hook_warm_up(module.CPUWorker))

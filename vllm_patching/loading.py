@@ -106,7 +106,7 @@ def before_processing(model: nn.Module, model_config: Any) -> None:
             trace = tracing.trace(model, listed.sources, prepare=listed.as_saved)
             own_load = trace if name == "checkpoint" else own_load
             coverage.find_gaps(trace, tracing.live_tensors(model), own_load=own_load).check(name)
-        except (BridgeError, OSError, ImportError, ValueError, AttributeError) as err:
+        except (BridgeError, OSError, ImportError, ValueError, AttributeError, TypeError) as err:
             loaded.omitted[name] = f"{type(err).__name__}: {err}"
             continue
         loaded.vocabularies[name], loaded.traces[name] = list(listed.sources), trace

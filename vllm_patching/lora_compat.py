@@ -1,6 +1,6 @@
 """Every private name of vLLM's LoRA that the bridge touches; what ``compat`` is for all else.
 
-Names and signatures were compared in 0.26.0 and 0.32.0.
+Names and signatures were compared in 0.26.0 to 0.33.0.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _without_packing(mapper: Any) -> Any:
     """What vLLM names adapters' modules by; a mapper of weights turns q_proj into what it is packed into."""
     if mapper is None:
         return None
-    for name in ("get_rename_mapper", "get_unstacked_mapper"):  # 0.32's and 0.26's
+    for name in ("get_rename_mapper", "get_unstacked_mapper"):  # since 0.29.0, and before
         if hasattr(mapper, name):
             return getattr(mapper, name)()
     raise UnsupportedVersion(

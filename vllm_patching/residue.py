@@ -25,6 +25,7 @@ SHM_DIR = Path("/dev/shm")
 KILL_TIMEOUT_S = 5.0
 VLLM_EXIT_TIMEOUT_S = 20.0
 LAUNCH_FILE = "launch"  # in a following node's run directory: whose workers it has
+STORE_PREFIX = "vllm_dist_"  # by such a file a node's workers meet; see compat.keep_store_in_run_dir
 _GONE = (psutil.NoSuchProcess, psutil.ZombieProcess)
 
 
@@ -216,11 +217,11 @@ def forget_launch(run_dir: Path) -> None:
 
 
 def remove_run_dir(run_dir: Path) -> None:
-    """Remove the sockets in a run directory, and the directory if nothing else of others is in it."""
+    """Remove sockets and workers' stores from a run directory, and the directory if nothing else is in it."""
     try:
         forget_launch(run_dir)
         for path in run_dir.iterdir():
-            if stat.S_ISSOCK(path.lstat().st_mode):
+            if stat.S_ISSOCK(path.lstat().st_mode) or path.name.startswith(STORE_PREFIX):
                 path.unlink(missing_ok=True)
         run_dir.rmdir()
     except FileNotFoundError:

@@ -1,8 +1,8 @@
 """The names a trainer may send: those of the checkpoint's files, and those of the model in memory.
 
 Only shapes and dtypes are read, never a weight. Loader and model come in as parameters: what is touched of
-them is ``get_all_weights``, ``_get_weights_iterator`` and ``_prepare_weights`` of vLLM's
-``DefaultModelLoader``, whose names and roles are the same in 0.26 and 0.32.
+them is ``get_all_weights`` of any loader, and ``Source``, ``_get_weights_iterator`` and ``_prepare_weights``
+of vLLM's ``DefaultModelLoader``, whose names and roles are the same in 0.26 to 0.33.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def checkpoint_sources(loader: Any, model_config: Any, model: nn.Module) -> list
 
 
 def _loader_tensors(loader: Any, model_config: Any, model: nn.Module) -> Iterator[Source]:
-    if not (hasattr(loader, "_get_weights_iterator") and hasattr(loader, "_prepare_weights")):
+    if not hasattr(type(loader), "Source"):  # others have helpers of these names that take something else
         yield from _iterated(loader.get_all_weights(model_config, model))
         return
     for part in _checkpoint_parts(loader, model_config, model):

@@ -62,7 +62,13 @@ def send(named: Named, bridge: Bridge, version: int | None = None) -> Receipt:
         MappingError: names or shapes differ from the server's; lists every fault. Nothing was sent.
         TransferError: the round failed on the way. The old version is still served, whole.
     """
-    return bridge.broadcast_weights(_snapshot(named), version=version)
+    return bridge.broadcast_weights(_snapshot(_pairs(named)), version=version)
+
+
+def _pairs(source: Any) -> Named:
+    """What a source yields full, as (name, tensor) pairs; since vLLM 0.33 it is not iterable itself."""
+    pairs: Named = source.iter_full() if hasattr(source, "iter_full") else source
+    return pairs
 
 
 def _snapshot(named: Named) -> dict[str, torch.Tensor]:
@@ -144,12 +150,18 @@ class BridgeTrainerWeightTransferEngine(TrainerWeightTransferEngine):
                 nothing is gathered or copied; what any other yields is sent by rank 0, as by ``send``.
 
         Raises:
-            ConfigError: no source; no mapping can be found, or it is damaged.
+            ConfigError: no source, or one that yields no full tensors; no mapping can be found, or it is
+                damaged.
             TopologyError: ``init_info.rank`` is not this process's rank.
             RendezvousError: the daemon cannot be reached, or refuses.
         """
         if source is None:
             raise ConfigError(f"the backend {BACKEND!r} sends what a WeightSource yields; source is None")
+        if not getattr(source, "implements_iter_full", lambda: True)():
+            raise ConfigError(
+                f"{type(source).__name__} has no iter_full, and the backend {BACKEND!r} sends full tensors: "
+                "implement it, or pass a ModuleSource, of which every rank sends its own shards"
+            )
         joint = ranks() if _module_of(source) is not None else Ranks()
         if joint.world_size > 1 and joint.rank != init_info.rank:
             raise TopologyError(
@@ -210,7 +222,7 @@ class BridgeTrainerWeightTransferEngine(TrainerWeightTransferEngine):
 
     def _only_gather(self) -> None:
         """Go through the source and send nothing: gathering is collective."""
-        for _ in self.source:
+        for _ in _pairs(self.source):
             pass
 
     def shutdown(self) -> None:

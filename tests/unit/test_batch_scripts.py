@@ -164,6 +164,7 @@ def test_a_pause_before_a_restart_holds_nothing_up(tmp_path: Path, warning: str)
         kill -KILL "${{servers[1]}}"
         wait_for "${{servers[@]}}"
         survive
+        until [[ -e ${{logdirs[1]}}/server.url ]]; do sleep 0.05; done
         {warning}
         wait_for "${{servers[0]}}"
         end_steps 3"""

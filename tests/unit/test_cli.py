@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import resource
@@ -20,6 +22,7 @@ from bridge.protocol import mapping
 from launch import arguments, cli, commands
 from launch.options import ServeOptions, loaded_adapters, node_faults, read_server_args, split_faults
 from vllm_patching import arguments as daemon_arguments
+from vllm_patching import headless
 
 ROOT = Path(__file__).parents[2]
 HELP_BUDGET_S = 0.5
@@ -121,6 +124,7 @@ def test_each_word_goes_to_its_owner():
     [
         ((), (), []),
         ((), ("--enable-lora", "--lora-modules", "a=/x", "b=/y=z", "--port", "1"), ["a", "b"]),
+        ((), ("--enable-lora", "--lora-modules", "a=/x", "-tp", "2"), ["a"]),
         ((), ("--lora-modules=a=/x", "--lora_modules", '{"name": "c", "path": "/x"}'), ["c"]),
         (("--adapters", "later,a"), ("--enable-lora", "--lora-modules", "a=/x"), ["later", "a"]),
         (("--adapters", ""), ("--enable-lora", "--lora-modules", "a=/x"), []),
@@ -181,6 +185,7 @@ def test_trainer_is_told_where_the_mapping_is(tmp_path):
         ((), "http://127.0.0.1:8000", 1),
         (("--port", "81", "--host", "0.0.0.0", "-tp", "2"), "http://127.0.0.1:81", 2),
         (("--host=::", "--tensor_parallel_size=2", "-pp=3"), "http://[::1]:8000", 6),
+        (("-pcp", "2", "-tp", "2"), "http://127.0.0.1:8000", 4),
         (("--port=1", "--port=2", "--ssl-certfile", "c"), "https://127.0.0.1:2", 1),
         (("--uds", "/tmp/v.sock", "--data-parallel-size", "2"), "unix:/tmp/v.sock", 2),
     ],
@@ -195,6 +200,8 @@ def test_vllms_config_file_is_read_and_the_command_line_wins(tmp_path):
     path.write_text("port: 5\ntensor-parallel-size: 4\n")
     view = read_server_args(("--config", str(path), "--port", "6"), environ={})
     assert (view.port, view.tensor_parallel_size) == (6, 4)
+    path.write_text("lora-modules: [a=/p, b=/q]\nport: 5\n")
+    assert loaded_adapters(("--config", str(path), "-tp", "2")) == ("a", "b")
 
 
 @pytest.mark.parametrize(
@@ -259,10 +266,19 @@ def test_a_node_that_follows_has_workers_only():
     assert "with updaters for ranks 2, 3" in done.stdout
 
 
+@pytest.mark.parametrize("place", ["common", "launchers", "openai"])
+def test_the_parser_of_a_node_that_follows_is_found_where_this_vllm_has_it(place, monkeypatch):
+    there = f"vllm.entrypoints.{place}.cli_args"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: place if name == there else None)
+    monkeypatch.setattr(importlib, "import_module", lambda name: name)
+    assert headless._parser_module() == there
+
+
 def test_what_cannot_be_spread_over_nodes_is_refused():
     several = ("serve", "--nnodes=2", "--node-rank=1", "--master-addr=a")
     (fault,) = split_faults(parse(*several, "--", "m", "-tp", "3"))
     assert "3 rank(s) cannot be spread evenly over --nnodes 2" in fault
+    assert split_faults(parse(*several, "--", "m", "-pcp", "2")) == []
     (fault,) = split_faults(parse(*several, "--", "m", "-dp", "2"))
     assert "start one server for each engine" in fault
     (fault,) = parse(*several, "--staging=in-place", "--", "m").faults()

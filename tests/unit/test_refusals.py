@@ -106,6 +106,15 @@ def test_what_would_part_the_ranks_is_refused_by_name(named: str) -> None:
     assert named in fault
 
 
+def test_rocm_is_refused_though_its_devices_are_called_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = served()
+    config.device_config.device_type = "cuda"
+    compat.refuse_unsupported_config(config)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    (fault,) = refusal(config)
+    assert "ROCm 6.4" in fault
+
+
 def test_all_refusals_are_listed_at_once() -> None:
     config = served()
     for apply in REFUSED.values():
@@ -326,3 +335,15 @@ def test_what_else_a_forward_makes_is_no_fault(caplog: pytest.LogCaptureFixture)
         watch.check()
     (record,) = caplog.records
     assert "kept (3, 3) of Lazy was made by a forward, outside the weights' memory" in record.getMessage()
+
+
+def test_a_loader_that_wants_other_arguments_costs_its_names_only() -> None:
+    class Other:
+        def get_all_weights(self) -> None:
+            """Takes neither a configuration nor a model."""
+
+    with (
+        loading.remembering(Other()),
+        pytest.raises(MappingError, match=r"checkpoint: TypeError: .*get_all_weights\(\) takes 1 positional"),
+    ):
+        loading.before_processing(nn.Linear(2, 2), SimpleNamespace(model="m"))

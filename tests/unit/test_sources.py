@@ -21,7 +21,9 @@ transformers = pytest.importorskip("transformers")
 
 
 class FakeLoader:
-    """Has the three methods of vLLM's DefaultModelLoader that the module relies on, in its shapes."""
+    """Has what the module relies on of vLLM's DefaultModelLoader, in its shapes."""
+
+    Source = SimpleNamespace
 
     def __init__(self, files: dict[str, list[str]], *, use_safetensors: bool = True) -> None:
         self.files, self.use_safetensors = files, use_safetensors
@@ -37,7 +39,7 @@ class FakeLoader:
     def get_all_weights(self, config: Any, model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
         for path, prefix in ((config.model, ""), *getattr(model, "secondary", ())):
             yield from self._get_weights_iterator(
-                SimpleNamespace(
+                self.Source(
                     model_or_path=path, revision=None, subfolder=None, prefix=prefix, fall_back_to_pt=True,
                     allow_patterns_overrides=None,
                     is_unused_weight=lambda name: name.startswith("mtp."),
@@ -72,6 +74,25 @@ def test_pickled_checkpoints_are_iterated(tmp_path: Path) -> None:
     loader = FakeLoader({"main": [str(tmp_path / "m.bin")]}, use_safetensors=False)
     found = checkpoint_sources(loader, SimpleNamespace(model="main"), nn.Module())
     assert found == [Source(name="w", shape=(2, 2), dtype="float32")]
+
+
+class Streamer:
+    """As vLLM's RunaiModelStreamerLoader: helpers of the same names, which take something else."""
+
+    def _prepare_weights(self, path: str, revision: str | None) -> list[str]:
+        return [f"{path}@{revision}"]
+
+    def _get_weights_iterator(self, path: str, revision: str | None) -> Iterator[tuple[str, torch.Tensor]]:
+        for file in self._prepare_weights(path, revision):
+            yield file, torch.zeros(2)
+
+    def get_all_weights(self, config: Any, _model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        return self._get_weights_iterator(config.model, config.revision)
+
+
+def test_another_loader_is_asked_for_its_tensors() -> None:
+    found = checkpoint_sources(Streamer(), SimpleNamespace(model="main", revision="r"), nn.Module())
+    assert found == [Source(name="main@r", shape=(2,), dtype="float32")]
 
 
 def test_a_name_in_two_files_and_a_loader_without_a_checkpoint_are_refused(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from vllm_patching.backend import BridgeWeightTransferEngine
 from vllm_patching.channel import listen, socket_path
 from vllm_patching.control_page import ControlPage
 from vllm_patching.daemon import Daemon
-from vllm_patching.engine import _hook_weight_updates
+from vllm_patching.engine import _hook_calls
 from vllm_patching.frontdesk import FrontDesk, start_thread
 from vllm_patching.trainer_half import BridgeTrainerInitInfo
 from vllm_patching.weight_updates import WeightUpdates
@@ -115,7 +115,7 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
 class Core:
     """vLLM's own handling of a utility call, around an executor that must not be asked."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, *, answers: bool = True) -> None:
         self.engine: Any = object.__new__(EngineCoreProc)
         self.engine.shutdown_state = EngineShutdownState.RUNNING
         self.engine.output_queue = queue.Queue()
@@ -126,7 +126,7 @@ class Core:
             return ["from a worker"]
 
         self.engine.model_executor = SimpleNamespace(collective_rpc=collective_rpc)
-        _hook_weight_updates(self.engine, WeightUpdates(run_dir))
+        _hook_calls(self.engine, WeightUpdates(run_dir) if answers else None)
 
     def post(self, method: str, **kwargs: Any) -> None:
         """As ``AsyncLLM`` posts it; returns at once."""
@@ -241,6 +241,18 @@ def test_calls_out_of_place_are_refused(core: Core, method: str, kwargs: dict[st
     assert core.asked == []
 
 
+@pytest.mark.parametrize("method", ["reset_weights", "reload_weights"])
+@pytest.mark.parametrize("answers", [True, False])
+def test_calls_that_write_over_the_weights_are_refused_with_any_backend(
+    desk: Desk, method: str, answers: bool
+) -> None:
+    core = Core(desk.run_dir, answers=answers)
+    assert f"{method} would write over the weights that are served" in core.call(method)
+    assert core.asked == []
+    assert core.call("checksum") == ""
+    assert core.asked == ["checksum"]
+
+
 @pytest.mark.parametrize(
     ("chosen", "ours"),
     [(None, False), (WeightTransferConfig(), False), (WeightTransferConfig(backend="bridge"), True)],
@@ -350,6 +362,37 @@ def test_what_another_source_yields_is_sent_by_rank_0_alone(connection: Connecti
     assert iterated == ["once"], "gathering is collective"
     assert silent.calls == []
     other.shutdown()
+
+
+class Modes:
+    """A ``WeightSource`` of vLLM 0.33, which is not iterable itself."""
+
+    def __init__(self, pairs: list[tuple[str, torch.Tensor]] | None) -> None:
+        self.pairs, self.passes = pairs, 0
+
+    def implements_iter_full(self) -> bool:
+        return self.pairs is not None
+
+    def iter_full(self) -> Iterator[tuple[str, torch.Tensor]]:
+        assert self.pairs is not None
+        self.passes += 1
+        return iter(self.pairs)
+
+
+def test_a_source_that_is_not_iterable_is_asked_for_full_tensors(connection: Connection) -> None:
+    source = Modes([("w", torch.ones(1))])
+    engine, _ = sender(source)
+    engine.send_weights()
+    assert set(connection.sent[0]) == {"w"}
+    other, _ = sender(source, rank=1)
+    other.send_weights()
+    assert source.passes == 2, "gathering is collective"
+
+
+def test_a_source_of_shards_alone_is_refused_before_the_first_round(connection: Connection) -> None:
+    with pytest.raises(ConfigError, match=r"Modes has no iter_full, .* sends full tensors"):
+        sender(Modes(None))
+    assert connection.ranks is None
 
 
 def test_a_round_that_fails_closes_the_update_and_raises(connection: Connection) -> None:
