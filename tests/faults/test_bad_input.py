@@ -260,6 +260,7 @@ def test_an_unprivileged_stranger_on_the_socket(node, runtime_dir):
     path = socket_path(run_dir)
     assert run_dir.stat().st_mode & 0o777 == 0o700
     assert path.stat().st_mode & 0o777 == 0o600
+    assert node.server.config.stat().st_mode & 0o777 == 0o600  # it has the secret
 
     def knock() -> str:
         done = run([sys.executable, "-c", KNOCK, str(path)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 from pathlib import Path
@@ -10,7 +11,7 @@ import msgspec
 import pytest
 
 from bridge import environment, errors
-from bridge.protocol import messages
+from bridge.protocol import mapping, messages
 from bridge.protocol.messages import COMMIT_WHEN_STAGED, Frame, Opcode
 from bridge.protocol.session import Coordinator, InferenceSession, Member, Send, State
 from launch import arguments
@@ -111,6 +112,12 @@ def test_every_variable_of_the_batch_scripts_is_documented():
     made = {name for name, default in by_default.items() if default == "set for the trainer"}
     assert settings == set(by_default) - made
     assert made <= exported
+
+
+def test_our_own_versions_are_those_of_the_code():
+    (rows,) = tables(section("docs/compatibility.md", "## Versions of our own"))
+    now = {row["version"]: int(row["now"]) for row in rows}
+    assert now == {"protocol": messages.PROTOCOL_VERSION, "mapping format": mapping.FORMAT_VERSION}
 
 
 # --- protocol.md -------------------------------------------------------------------------------------
@@ -313,6 +320,20 @@ def test_every_state_is_in_a_table():
 # --- operations.md -----------------------------------------------------------------------------------
 
 
+def derived(known):
+    """The exceptions that are made of these all over the packages."""
+    bases = {}
+    for package in ("bridge", "launch", "vllm_patching"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ClassDef):
+                    bases[node.name] = {ast.unparse(base).rpartition(".")[2] for base in node.bases}
+    found = set()
+    while more := {name for name, of in bases.items() if of & (known | found)} - known - found:
+        found |= more
+    return found
+
+
 def test_every_exception_and_exit_code_is_explained():
     (rows,) = tables(section("docs/operations.md", "## Errors"))
     defined = {
@@ -320,7 +341,7 @@ def test_every_exception_and_exit_code_is_explained():
         for name, kind in vars(errors).items()
         if isinstance(kind, type) and issubclass(kind, errors.BridgeError)
     }
-    assert {row["exception"].strip("`") for row in rows} == set(defined)
+    assert {row["exception"].strip("`") for row in rows} == set(defined) | derived(set(defined))
     (codes,) = tables(section("docs/operations.md", "## Exit codes of `python -m bridge.launch`"))
     listed = set(re.findall(r"^  (\d+(?:\+n)?) ", arguments.EPILOG, re.MULTILINE))
     assert {row["code"].replace(" ", "") for row in codes} == listed

@@ -680,7 +680,10 @@ def unpickling(source: str) -> list[str]:
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):
             name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
             owner = ast.unparse(node.func.value) if isinstance(node.func, ast.Attribute) else ""
-            weights_only = any(k.arg == "weights_only" for k in node.keywords)
+            weights_only = any(
+                k.arg == "weights_only" and isinstance(k.value, ast.Constant) and k.value.value is True
+                for k in node.keywords
+            )
             if name in UNPICKLING_CALLS and (owner, name) not in SAFE_LOADS and not weights_only:
                 found.append(ast.unparse(node.func))
     return found
@@ -693,7 +696,8 @@ def test_nothing_unpickles(path: Path) -> None:
 
 def test_what_unpickles_would_be_found() -> None:
     for line in (
-        "import pickle", "from pickle import loads", "torch.load(f)", "dist.all_gather_object(a, b)",
+        "import pickle", "from pickle import loads", "torch.load(f)", "torch.load(f, weights_only=False)",
+        "dist.all_gather_object(a, b)",
         "dist.broadcast_object_list(x)", "import multiprocessing.connection", "from cloudpickle import x",
     ):  # fmt: skip
         assert unpickling(line), line
