@@ -183,7 +183,9 @@ class Fleet:
         """
         try:
             return self._meet(device) if self.several else [self._meet_only(device)]
-        except RankMissing as err:
+        except RendezvousRefused:
+            raise  # the daemon said why, and knows more
+        except BridgeError as err:
             write_flight(self.servers[0].config, str(err))
             raise
 

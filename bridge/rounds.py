@@ -339,6 +339,8 @@ class Session:
             actions = self._member.leave()
         self._perform_safely(actions)
         self.closed = reason
+        if not in_order:
+            write_flight(self.config, f"epoch {self._answer.epoch} ended between two rounds: {reason}")
 
     def _run_job(self, job: Job) -> None:
         if self.closed:

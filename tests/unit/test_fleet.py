@@ -857,3 +857,11 @@ def test_an_absent_server_is_tried_once(
     with pytest.raises(RendezvousError, match="nobody at"):
         joining.ask_admission(config, Ranks())
     assert len(tries) > 1
+
+
+def test_a_server_that_cannot_be_met_leaves_a_flight_record(tmp_path: Path) -> None:
+    config = BridgeConfig(logdir=tmp_path, connect_timeout_s=0.2)
+    with bridge.Bridge(config) as trainer, pytest.raises(bridge.BridgeError) as caught:
+        trainer.broadcast_weights({"weight": torch.zeros(2)})
+    (record,) = tmp_path.glob("flight-*.jsonl")
+    assert msgspec.json.decode(record.read_text().splitlines()[0])["why"] == str(caught.value)
