@@ -10,6 +10,7 @@ LOGDIR                  the earlier name of BRIDGE_LOGDIR
 VLLM_API_KEY            vLLM's own variable, used when BRIDGE_API_KEY is absent
 NUM_INFERENCE_NODES     earlier bridge: the last N nodes of SLURM_JOB_NODELIST run the server; the first of
                         them is asked by ``notify_update`` when no BRIDGE_HTTP_URL is given
+SLURM_JOB_ID, SLURM_RESTART_COUNT  which attempt of which job this trainer belongs to
 VLLM_ENABLE_SHARED_WEIGHTS  earlier bridge: 0 switches broadcasts off, which is then an error
 ======================  ==============================================================================
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -51,6 +53,17 @@ EARLIER_NAMES = {"LOGDIR": "BRIDGE_LOGDIR", "NUM_INFERENCE_NODES": "BRIDGE_HTTP_
 VLLM_PORT = 8000  # vLLM's default
 _OFF = ("0", "false", "no", "off")
 _mentioned: set[str] = set()
+
+
+def job_attempt() -> tuple[str, int]:
+    """The batch job that this trainer is in, and how often that was requeued; "" and 0 in none.
+
+    What is left over of an earlier attempt must not serve its weights behind a later one's.
+    """
+    job, attempt = (os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"))
+    if re.fullmatch("[0-9]{1,18}", job) is None:
+        return "", 0
+    return job, int(attempt) if re.fullmatch("[0-9]{1,9}", attempt) else 0
 
 
 class Ranks(msgspec.Struct, frozen=True, kw_only=True):

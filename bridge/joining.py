@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from bridge import flight
 from bridge.config import BridgeConfig
-from bridge.environment import Ranks
+from bridge.environment import Ranks, job_attempt
 from bridge.errors import (
     ConfigError,
     DeviceError,
@@ -152,6 +152,7 @@ def _ask(
     restores: int,
 ) -> tuple[str, rendezvous.Answer]:
     session = secrets.token_hex(16)
+    job, attempt = ("", 0) if restores else job_attempt()
     request = rendezvous.Request(
         session=session,
         protocol_version=PROTOCOL_VERSION,
@@ -161,6 +162,8 @@ def _ask(
         pid=os.getpid(),
         torch_version=str(torch.__version__),
         restores=restores,
+        job=job,
+        attempt=attempt,
     )
     rendezvous.ask(store, request, place.secret, timeout_s=timeout_s)
     try:

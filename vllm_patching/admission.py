@@ -59,6 +59,7 @@ class Admission:
         self._daemon = daemon
         self.epochs = 0
         self._trainers_first_until = 0.0
+        self._attempts: dict[str, int] = {}  # by job: the latest that was let in
         self._answers = rendezvous.Answers("answer")
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -113,6 +114,8 @@ class Admission:
         elif rendezvous.is_withdrawn(here.store, request):
             logger.info("%s did not wait for its answer", who)
         else:
+            if request.attempt:  # of a job that was never requeued nothing is left over
+                self._attempts[request.job] = request.attempt
             self._open(request)
 
     def _open(self, request: rendezvous.Request) -> None:
@@ -171,6 +174,11 @@ class Admission:
             return (
                 f"its mapping has digest {request.mapping_digest[:16]}.., this server's has "
                 f"{here.mapping.digest[:16]}..; it must read {here.args.logdir / CONFIG_NAME} of this run"
+            )
+        if request.attempt < (latest := self._attempts.get(request.job, 0)):
+            return (
+                f"it belongs to attempt {request.attempt} of job {request.job}, of which attempt {latest} "
+                "was here: what is left of an earlier one must not serve its weights; end that process"
             )
         if request.restores and request.restores < here.version:
             return f"it brings version {request.restores}, and the newest is {here.version}"

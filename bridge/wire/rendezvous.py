@@ -52,6 +52,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """What trainer rank 0 says of itself.
 
     ``restores``: it is no trainer, but a peer server's helper, and brings this version, which is live there.
+    ``job`` and ``attempt``: the batch job that it is in, and how often that was requeued; "" for none.
     """
 
     session: str
@@ -62,6 +63,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     pid: _Pid
     torch_version: str
     restores: _Number = 0
+    job: Annotated[str, msgspec.Meta(max_length=32)] = ""
+    attempt: _Number = 0
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):

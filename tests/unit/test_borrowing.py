@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from bridge.environment import job_attempt
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import CONFIG_NAME, Rendezvous
 from bridge.protocol.messages import PROTOCOL_VERSION
@@ -225,6 +226,41 @@ def test_a_trainer_that_met_a_loan_is_waited_for_until_its_next_round(
     daemon.epoch = loan
     knock("another", 0)
     assert set(told) == {"answer/another"}, "what was answered long ago is still there"
+
+
+def test_what_is_left_of_an_earlier_attempt_of_a_job_stays_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that was stopped on a node that was lost, and wakes behind the requeued job's rounds."""
+    told: dict[str, bytes] = {}
+    daemon: Any = SimpleNamespace(
+        mapping=OURS, version=5, outdated="", epoch=None, published=True, secret="s",
+        registry=SimpleNamespace(complete=True), crew=SimpleNamespace(wait_all=lambda: None), last_error="",
+        store=SimpleNamespace(
+            set=told.__setitem__, check=lambda _: False, delete_key=lambda key: told.pop(key, None)
+        ),
+    )  # fmt: skip
+    door, opened = Admission(daemon), list[tuple[str, int]]()
+    monkeypatch.setattr(door, "_open", lambda request: opened.append((request.job, request.attempt)))
+
+    def knock(job: str, attempt: str) -> str:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", attempt)
+        job_of, attempt_of = job_attempt()
+        door.consider(
+            Request(
+                session="s", protocol_version=PROTOCOL_VERSION, world_size=1, mapping_digest=OURS.digest,
+                host="node", pid=7, torch_version="2", job=job_of, attempt=attempt_of,
+            )
+        )  # fmt: skip
+        answer = told.pop("answer/s", None)
+        return "" if answer is None else unseal(answer, "s", Answer).refusal
+
+    for job, attempt in (("7", ""), ("7", "1"), ("7", "3"), ("7", "3"), ("8", ""), ("", "")):
+        assert knock(job, attempt) == ""
+    for attempt in ("", "1", "2"):
+        number = int(attempt or 0)
+        assert f"attempt {number} of job 7, of which attempt 3 was here" in knock("7", attempt)
+    assert knock("7", "4") == ""
+    assert opened == [("7", 0), ("7", 1), ("7", 3), ("7", 3), ("8", 0), ("", 0), ("7", 4)]
 
 
 def test_a_loan_ahead_gives_way_to_a_server_that_can_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
