@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -112,6 +112,19 @@ def same_values(old: torch.Tensor, new: torch.Tensor) -> bool:
     return old.shape == new.shape and torch.equal(old.detach().to(new.device, new.dtype), new.detach())
 
 
+def origin_of(tensor: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> str:
+    """Which weight is part of ``tensor``, at either end of a dimension, cast or turned; "" for none."""
+    for name, weight in weights.items():
+        flat = weight.detach().squeeze()
+        ends = any(
+            _ends_with(tensor.detach().squeeze(), turned)
+            for turned in ((flat, flat.T) if flat.ndim == 2 else (flat,))
+        )
+        if ends and weight.numel() > 1 and not is_constant(weight):
+            return name
+    return ""
+
+
 def storage_key(tensor: torch.Tensor) -> int:
     """The address of the storage under a tensor; its own while that storage lives."""
     return tensor.untyped_storage().data_ptr()
@@ -153,9 +166,11 @@ class Watch:
         for path, tensor in self._beside(private):
             if storage_key(tensor) in known or self._is_cast(self._private.get(path), tensor):
                 continue
+            if path in self._said:
+                continue
             if origin := self._origin(tensor):
                 faults.append(f"{self._what(path, tensor)} is a copy of {origin}")
-            elif path not in self._said and not is_constant(tensor):
+            elif not is_constant(tensor):
                 self._said.add(path)
                 logger.warning(
                     "%s was made by a forward, outside the weights' memory; if it is made of weights, it "
@@ -194,15 +209,9 @@ class Watch:
         return old is not None and same_values(old, new)
 
     def _origin(self, tensor: torch.Tensor) -> str:
-        """A weight that is part of ``tensor``, at either end of a dimension, cast or turned; "" for none."""
-        for name, weight in named_tensors(self._model).items():
-            if weight.data_ptr() not in self._reach or weight.numel() < 2 or is_constant(weight):
-                continue
-            flat = weight.detach().squeeze()
-            for turned in (flat, flat.T) if flat.ndim == 2 else (flat,):
-                if _ends_with(tensor.detach().squeeze(), turned):
-                    return name
-        return ""
+        """A weight that is part of ``tensor``; "" for none."""
+        named = named_tensors(self._model)
+        return origin_of(tensor, {n: t for n, t in named.items() if t.data_ptr() in self._reach})
 
     def _what(self, path: str, tensor: torch.Tensor) -> str:
         """A tensor by its path, and by the class of the module that has it."""

@@ -212,17 +212,21 @@ def _derived(loaded: Loaded, alive: Mapping[int, torch.Tensor]) -> list[str]:
     """What loading made of weights and kept where no update reaches, as openPangu's sinks.
 
     The loader has run twice, and makes it anew each time; what processing makes is new in any case. A view of
-    a parameter follows it, as those of MLA do. Kernels deep in a layer make constants of their own.
+    a parameter follows it, as those of MLA do. Kernels deep in a layer make tables and workspaces of their
+    own, which only a copy of a weight can be told from.
     """
-    known = {storage_key(one.tensor) for one in loaded.private.values()}
-    return [
-        f"{path} {tuple(one.tensor.shape)} was made while the model was loaded, and would not follow its "
-        "weights"
-        for path, one in private_tensors(loaded.model).items()
-        if kept.is_looked_at(one.tensor)
-        and storage_key(one.tensor) not in known | alive.keys()
-        and (one.near or not kept.is_constant(one.tensor))
-    ]
+    known = {storage_key(one.tensor) for one in loaded.private.values()} | alive.keys()
+    weights = named_tensors(loaded.model)
+    faults = []
+    for path, one in private_tensors(loaded.model).items():
+        if not kept.is_looked_at(one.tensor) or storage_key(one.tensor) in known:
+            continue
+        made = f"{path} {tuple(one.tensor.shape)} was made while the model was loaded, and would not follow"
+        if one.near or kept.origin_of(one.tensor, weights):
+            faults.append(f"{made} its weights")
+        elif not kept.is_constant(one.tensor):
+            logger.warning("%s its weights, if it is made of them", made)
+    return faults
 
 
 def _kept_sinks(model: nn.Module, alive: Mapping[int, torch.Tensor]) -> list[str]:

@@ -239,15 +239,19 @@ def test_a_tied_name_that_processing_gives_memory_of_its_own_is_refused() -> Non
         loading.find_homes(record)
 
 
-def test_a_copy_deep_in_a_layers_kernel_is_refused() -> None:
+def test_a_copy_deep_in_a_layers_kernel_is_refused(caplog: pytest.LogCaptureFixture) -> None:
     model = Derived()
+    model.weight.data.copy_(torch.arange(8.0).view(4, 2))
     kernel = SimpleNamespace()
     model.quant_method = SimpleNamespace(kernel=kernel)
     record = loaded_once(model)
     kernel.alpha = torch.full((4,), 1.7)
     assert [home.name for home in loading.find_homes(record)] == ["weight"], "a kernel's own constant"
-    kernel.packed = torch.arange(8.0).view(4, 2)
-    with pytest.raises(MappingError, match=r"quant_method\.kernel\.packed \(4, 2\) was made while"):
+    kernel.table = torch.rand(5)
+    assert [home.name for home in loading.find_homes(record)] == ["weight"], "only warned of"
+    assert "quant_method.kernel.table (5,) was made while" in caplog.text
+    kernel.packed = torch.cat([model.weight.detach(), torch.ones_like(model.weight)])
+    with pytest.raises(MappingError, match=r"quant_method\.kernel\.packed .* was made while"):
         loading.find_homes(record)
 
 
