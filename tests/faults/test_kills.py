@@ -203,7 +203,8 @@ def test_daemon(node):
         wait_until("the daemon to be back", lambda: server.status()["state"] == "ready", timeout_s=90)
         now = mapping_file.load(server.config).rendezvous
         assert now is not None
-        assert (now.secret != place.secret, now.launch, place.launch) == (True, "one", "one")
+        assert now.secret != place.secret
+        assert now.launch == place.launch != ""
         console = server.text()
         assert f"daemon (pid {daemon}) was killed by SIGKILL; restarting it" in console
         status = server.status()
