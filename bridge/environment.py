@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -27,7 +26,7 @@ import msgspec
 
 from bridge.config import BridgeConfig
 from bridge.errors import ConfigError, TopologyError
-from bridge.nodes import expand_nodelist
+from bridge.nodes import expand_nodelist, job_of, number_in
 
 logger = logging.getLogger(__name__)
 
@@ -60,10 +59,14 @@ def job_attempt() -> tuple[str, int]:
 
     What is left over of an earlier attempt must not serve its weights behind a later one's.
     """
-    job, attempt = (os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"))
-    if re.fullmatch("[0-9]{1,18}", job) is None:
+    try:
+        job = str(job_of())
+    except ConfigError:
         return "", 0
-    return job, int(attempt) if re.fullmatch("[0-9]{1,9}", attempt) else 0
+    try:
+        return job, number_in(os.environ, "SLURM_RESTART_COUNT")
+    except ConfigError:
+        return job, 0
 
 
 class Ranks(msgspec.Struct, frozen=True, kw_only=True):

@@ -267,13 +267,13 @@ def from_variables(environ: Mapping[str, str] = os.environ) -> Shape:
         ConfigError: a variable is missing or cannot be read.
     """
     job_id = job_of(environ)
-    size = _variable(environ, "SLURM_HET_SIZE")
+    size = number_in(environ, "SLURM_HET_SIZE")
     if size > MAX_COMPONENTS:
         raise ConfigError(f"SLURM_HET_SIZE is {size}, and a job has at most {MAX_COMPONENTS} components")
     suffixes = [f"_HET_GROUP_{group}" for group in range(size)] or [""]
     return Shape(
         job_id=job_id,
-        restarts=_variable(environ, "SLURM_RESTART_COUNT"),
+        restarts=number_in(environ, "SLURM_RESTART_COUNT"),
         components=tuple(_told(environ, suffix) for suffix in suffixes),
     )
 
@@ -301,7 +301,7 @@ def _told_gpus(environ: Mapping[str, str], suffix: str, hosts: int) -> tuple[int
         return (sum(counts),) * hosts
     if suffix:  # the variables of this node are those of the first component
         return None
-    here = _variable(environ, "SLURM_GPUS_ON_NODE")
+    here = number_in(environ, "SLURM_GPUS_ON_NODE")
     if hosts > 1 and environ.get("SLURM_GPUS"):
         return None
     return (here,) * hosts
@@ -318,8 +318,12 @@ def _per_node(text: str, name: str) -> tuple[int, ...]:
     return tuple(number for number, times in counts for _ in range(times))
 
 
-def _variable(environ: Mapping[str, str], name: str) -> int:
-    """The number in a variable; 0 without it."""
+def number_in(environ: Mapping[str, str], name: str) -> int:
+    """The number in a variable; 0 without it.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
     return _whole(environ.get(name) or "0", name)
 
 

@@ -33,7 +33,7 @@ from bridge.names import canonical_names, without_wrappers
 from bridge.patches import PatchShare
 from bridge.protocol.holders import CASTS
 from bridge.protocol.mapping import Mapping as MappingDocument
-from bridge.protocol.mapping import Source, Vocabulary, matching
+from bridge.protocol.mapping import Source, Vocabulary, matching, worked_out
 from bridge.protocol.plan import Layout, Shard
 from bridge.wire.transport import mark_enqueued
 
@@ -386,7 +386,8 @@ def collect(
         raise faulty([str(err)], mapping, rank) from err
     boxes = _Boxes()
     copies = frozenset[int]() if isinstance(named, nn.Module) else unsharded.memory()
-    parts = {name: part_of(tensor, boxes, copies=copies) for name, tensor in tensors.items()}
+    theirs = {source.name for v in mapping.of_the_model for source in v.sources}
+    parts = {name: part_of(tensors[name], boxes, copies=copies) for name in tensors if name in theirs}
     vocabulary, faults = match(parts, mapping, layout, rank=rank)
     known = {source.name for source in vocabulary.sources}
     if not known & tensors.keys():
@@ -542,21 +543,16 @@ def _fit_fault(source: Source, part: Part, targets: Mapping[str, str]) -> str:
 
 def _target_dtypes(mapping: MappingDocument, vocabulary: str) -> dict[int, dict[str, str]]:
     """Per source the dtypes it is written to, each with the name of a target that has it."""
-    key = (mapping.digest, vocabulary)
-    if mapping.digest and key in _dtypes_of:
-        return _dtypes_of[key]
-    found: dict[int, dict[str, str]] = {}
-    for rank_map in mapping.ranks:
-        for write in rank_map.writes.get(vocabulary, ()):
-            target = rank_map.targets[write.target]
-            found.setdefault(write.source, {}).setdefault(target.dtype, target.name)
-    if mapping.digest:
-        _dtypes_of.clear()  # one server at a time
-        _dtypes_of[key] = found
-    return found
 
+    def find() -> dict[int, dict[str, str]]:
+        found: dict[int, dict[str, str]] = {}
+        for rank_map in mapping.ranks:
+            for write in rank_map.writes.get(vocabulary, ()):
+                target = rank_map.targets[write.target]
+                found.setdefault(write.source, {}).setdefault(target.dtype, target.name)
+        return found
 
-_dtypes_of: dict[tuple[str, str], dict[int, dict[str, str]]] = {}
+    return worked_out(mapping, ("dtypes", vocabulary), find)
 
 
 def _strangers(tensors: Mapping[str, torch.Tensor], vocabulary: Vocabulary) -> str:

@@ -3,8 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
+
+from bridge import telemetry
+from bridge.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+class Runs(Protocol):
+    """A node's daemon, the first node's or another's."""
+
+    def run(self) -> int: ...
+
+
+def main(kind: Callable[[argparse.Namespace], Runs]) -> int:
+    """Make a daemon by this process's command line, and run it; returns the exit code."""
+    telemetry.configure(role="daemon")
+    try:
+        daemon = kind(parse_args(sys.argv[1:]))
+    except ConfigError as err:  # what an earlier one has left is damaged
+        logger.error("%s", err)
+        return err.exit_code
+    return daemon.run()
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:

@@ -13,7 +13,6 @@ import queue
 import secrets
 import signal
 import socket
-import sys
 import threading
 import time
 from pathlib import Path
@@ -21,15 +20,14 @@ from typing import Any
 
 import msgspec
 
-from bridge import flight, telemetry
-from bridge.errors import BridgeError, ConfigError, TransferError
+from bridge import flight
+from bridge.errors import BridgeError, TransferError
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import CONFIG_NAME, Mapping, Rendezvous
 from bridge.protocol.session import State
 from bridge.wire import rendezvous
-from vllm_patching import residue
+from vllm_patching import arguments, residue
 from vllm_patching.admission import Admission
-from vllm_patching.arguments import parse_args
 from vllm_patching.borrowing import Borrowing
 from vllm_patching.boundary import Boundary, end_engines
 from vllm_patching.channel import listen, socket_path
@@ -474,13 +472,7 @@ class Daemon:
 
 def main() -> int:
     """Entry point: ``python -m vllm_patching.daemon``."""
-    telemetry.configure(role="daemon")
-    try:
-        daemon = Daemon(parse_args(sys.argv[1:]))
-    except ConfigError as err:  # what an earlier one has left is damaged
-        logger.error("%s", err)
-        return err.exit_code
-    return daemon.run()
+    return arguments.main(Daemon)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import queue
 import re
 import signal
 import socket
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from bridge import flight, telemetry
+from bridge import flight
 from bridge.errors import (
     BridgeError,
     ConfigError,
@@ -36,9 +35,8 @@ from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import Mapping
 from bridge.protocol.messages import PROTOCOL_VERSION
 from bridge.wire import rendezvous
+from vllm_patching import arguments, residue
 from vllm_patching import link as wire
-from vllm_patching import residue
-from vllm_patching.arguments import parse_args
 from vllm_patching.build import BUILD
 from vllm_patching.channel import listen, socket_path
 from vllm_patching.crew import Crew, Report
@@ -463,13 +461,7 @@ class Follower:
 
 def main() -> int:
     """Entry point: ``python -m vllm_patching.follower``."""
-    telemetry.configure(role="daemon")
-    try:
-        follower = Follower(parse_args(sys.argv[1:]))
-    except ConfigError as err:  # what an earlier one has left is damaged
-        logger.error("%s", err)
-        return err.exit_code
-    return follower.run()
+    return arguments.main(Follower)
 
 
 if __name__ == "__main__":

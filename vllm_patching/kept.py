@@ -114,12 +114,10 @@ def same_values(old: torch.Tensor, new: torch.Tensor) -> bool:
 
 def origin_of(tensor: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> str:
     """Which weight is part of ``tensor``, at either end of a dimension, cast or turned; "" for none."""
+    whole = tensor.detach().squeeze()
     for name, weight in weights.items():
         flat = weight.detach().squeeze()
-        ends = any(
-            _ends_with(tensor.detach().squeeze(), turned)
-            for turned in ((flat, flat.T) if flat.ndim == 2 else (flat,))
-        )
+        ends = any(_ends_with(whole, turned) for turned in ((flat, flat.T) if flat.ndim == 2 else (flat,)))
         if ends and weight.numel() > 1 and not is_constant(weight):
             return name
     return ""
@@ -164,9 +162,9 @@ class Watch:
         private = {path: held.tensor for path, held in private_tensors(self._model).items()}
         known = {storage_key(tensor) for tensor in (*self._private.values(), *self._run_time())}
         for path, tensor in self._beside(private):
-            if storage_key(tensor) in known or self._is_cast(self._private.get(path), tensor):
+            if path in self._said or storage_key(tensor) in known:
                 continue
-            if path in self._said:
+            if self._is_cast(self._private.get(path), tensor):
                 continue
             if origin := self._origin(tensor):
                 faults.append(f"{self._what(path, tensor)} is a copy of {origin}")

@@ -125,10 +125,13 @@ class WorkerBridge:
             MappingError: it has made tensors of weights that no update would reach.
         """
         if self._watch is not None:
-            try:
-                self._watch.check()
-            except RuntimeError:  # torch's: no room for a comparison beside the KV cache
-                logger.exception("rank %d: nobody could look at what the warm-up made of weights", self.rank)
+            self._check(self._watch)
+
+    def _check(self, watch: Watch) -> None:
+        try:
+            watch.check()
+        except RuntimeError:  # torch's: no room beside the KV cache, or a lost device, which the batch tells
+            logger.exception("rank %d: nobody could look at what the forwards made of weights", self.rank)
 
     def _look(self, watch: Watch) -> None:
         """Keep this batch's tokens back, and end the server, if a forward made something of weights."""
@@ -136,14 +139,12 @@ class WorkerBridge:
         if not self._looks:
             self._watch = None
         try:
-            watch.check()
+            self._check(watch)
         except MappingError as err:
             logger.error("rank %d: %s", self.rank, err)
             assert self.slot is not None, "no batch runs before the daemon has answered"
             self.slot.fail()
             flight.write(f"rank {self.rank} cannot keep its model in step: {err}")
-        except RuntimeError:  # torch's: no room for a comparison, or a lost device, which the batch will tell
-            logger.exception("rank %d: nobody could look at what a forward made of weights", self.rank)
 
     def commit(self, version: int) -> None:
         """Make the staged half live. Never raises: failures go to the control page and the log."""

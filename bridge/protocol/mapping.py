@@ -15,13 +15,15 @@ import os
 import tempfile
 from collections.abc import Callable, Container
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import blake3
 import msgspec
 
 from bridge.errors import MappingError
 from bridge.protocol.decoding import UNREADABLE
+
+T = TypeVar("T")
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "vllm_bridge_config.json"
@@ -174,6 +176,26 @@ class Mapping(msgspec.Struct, frozen=True, kw_only=True):
         raise MappingError(f"mapping of {self.model!r} has no vocabulary {name!r}; it has: {known}")
 
 
+def worked_out(mapping: Mapping, what: tuple[str, ...], work_out: Callable[[], T]) -> T:
+    """``what`` follows from a mapping's contents alone: worked out once, and kept with the last few.
+
+    A mapping without a digest is not told from others, so nothing of it is kept.
+    """
+    if not mapping.digest:
+        return work_out()
+    key = (mapping.digest, *what)
+    if key not in _worked_out:
+        if len(_worked_out) >= _MOST_KEPT:
+            del _worked_out[next(iter(_worked_out))]
+        _worked_out[key] = work_out()
+    found: T = _worked_out[key]
+    return found
+
+
+_worked_out: dict[tuple[str, ...], Any] = {}
+_MOST_KEPT = 32  # a few for each server of a fleet
+
+
 def matching(
     mapping: Mapping, names: Container[str], fits: Callable[[Source], bool]
 ) -> tuple[Vocabulary, list[str]]:
@@ -206,39 +228,28 @@ def matching(
 
 def _contested(mapping: Mapping) -> list[list[Source]]:
     """By vocabulary of the model, the sources that some other does not have in their shape."""
-    if mapping.digest and mapping.digest in _contested_of:
-        return _contested_of[mapping.digest]
-    listed = [{(source.name, source.shape) for source in v.sources} for v in mapping.of_the_model]
-    common = set.intersection(*listed)
-    found = [[s for s in v.sources if (s.name, s.shape) not in common] for v in mapping.of_the_model]
-    if mapping.digest:
-        _contested_of.clear()  # one server at a time
-        _contested_of[mapping.digest] = found
-    return found
 
+    def find() -> list[list[Source]]:
+        listed = [{(source.name, source.shape) for source in v.sources} for v in mapping.of_the_model]
+        common = set.intersection(*listed)
+        return [[s for s in v.sources if (s.name, s.shape) not in common] for v in mapping.of_the_model]
 
-_contested_of: dict[str, list[list[Source]]] = {}
+    return worked_out(mapping, ("contested",), find)
 
 
 def _differing(mapping: Mapping, one: Vocabulary, other: Vocabulary) -> tuple[str, ...]:
     """Sources of one name and shape that two vocabularies write to different places."""
-    key = (mapping.digest, one.name, other.name)
-    if mapping.digest and key in _differing_of:
-        return _differing_of[key]
-    shapes = {source.name: source.shape for source in other.sources}
-    ours, theirs = _places(mapping, one), _places(mapping, other)
-    found = tuple(
-        source.name
-        for source in one.sources
-        if shapes.get(source.name) == source.shape and ours.get(source.name) != theirs.get(source.name)
-    )
-    if mapping.digest:
-        _differing_of.clear()  # one server at a time
-        _differing_of[key] = found
-    return found
 
+    def find() -> tuple[str, ...]:
+        shapes = {source.name: source.shape for source in other.sources}
+        ours, theirs = _places(mapping, one), _places(mapping, other)
+        return tuple(
+            source.name
+            for source in one.sources
+            if shapes.get(source.name) == source.shape and ours.get(source.name) != theirs.get(source.name)
+        )
 
-_differing_of: dict[tuple[str, str, str], tuple[str, ...]] = {}
+    return worked_out(mapping, ("differing", one.name, other.name), find)
 
 
 def _places(mapping: Mapping, vocabulary: Vocabulary) -> dict[str, set[tuple[int, Write]]]:

@@ -355,8 +355,7 @@ def _next(store: TCPStore, line: str, secret: str, kind: type[T]) -> T | None:
 
 def local_address(host: str, port: int) -> str:
     """The address of this host's interface that leads to ``host``."""
-    found = socket.getaddrinfo(host, port or 9, type=socket.SOCK_DGRAM)
-    family, kind, protocol, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
+    family, kind, protocol, address = sockets.address_of(host, port or 9, socket.SOCK_DGRAM)
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(address)
         return str(probe.getsockname()[0])

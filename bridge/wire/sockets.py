@@ -78,9 +78,9 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         OSError: ``host`` is nobody's name, its address is not this host's, or the port is in use there.
     """
-    family, kind, protocol, address = _address_of(host, port)
+    family, kind, protocol, address = address_of(host, port)
     if host not in ("localhost", address[0]) and ipaddress.ip_address(address[0]).is_loopback:
-        family, kind, protocol, address = _address_of(ALL_ADDRESSES, port)
+        family, kind, protocol, address = address_of(ALL_ADDRESSES, port)
     listener = socket.socket(family, kind, protocol)
     try:
         # TIME_WAIT of a former server is no fault.
@@ -93,8 +93,11 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _address_of(host: str, port: int) -> tuple[int, int, int, Any]:
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+def address_of(
+    host: str, port: int, kind: socket.SocketKind = socket.SOCK_STREAM
+) -> tuple[socket.AddressFamily, socket.SocketKind, int, Any]:
+    """Family, kind, protocol and address to open a socket for ``host`` with, by IPv4 if it has one."""
+    found = socket.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)
     family, kind, protocol, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
     return family, kind, protocol, address
 

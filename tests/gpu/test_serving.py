@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,9 +57,10 @@ def live(sets: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield server
 
 
-def streams(api: Api, count: int, stop: threading.Event) -> tuple[list[threading.Thread], list[str]]:
-    """Requests that decode until told to stop; what failed is listed."""
-    failures: list[str] = []
+@contextmanager
+def decoding(api: Api, count: int) -> Iterator[None]:
+    """Requests that decode all the while; none of them may fail."""
+    stop, failures = threading.Event(), list[str]()
 
     def run(seed: int) -> None:
         while not stop.is_set():
@@ -73,7 +75,13 @@ def streams(api: Api, count: int, stop: threading.Event) -> tuple[list[threading
     threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(count)]
     for thread in threads:
         thread.start()
-    return threads, failures
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+    assert not failures
 
 
 def test_twenty_versions_answer_as_fresh_servers_do(
@@ -151,18 +159,15 @@ def test_a_soak_leaves_memory_and_descriptors_as_they_were(live: Server, sets: l
             fds=sum(psutil.Process(p).num_fds() for p in pids),
         )
 
-    stop = threading.Event()
-    threads, failures = streams(live.api, 8, stop)
-    with training("plain", sets[0], logdir=live.logdir, env=ON_GPU) as trainers:
+    with (
+        decoding(live.api, 8),
+        training("plain", sets[0], logdir=live.logdir, env=ON_GPU) as trainers,
+    ):
         pids = [*live.pids(), *trainers.pids()]
         versions = [trainers.must("broadcast")[0]["version"] for _ in range(20)]
         before = state(pids)
         versions += [trainers.must("broadcast")[0]["version"] for _ in range(SOAK)]
         after = state(pids)
-    stop.set()
-    for thread in threads:
-        thread.join(60)
-    assert not failures
     assert versions == list(range(versions[0], versions[0] + len(versions)))
     assert after.fds <= before.fds + 4
     assert before.free - after.free < 32 << 20
@@ -196,13 +201,8 @@ def test_memory_that_stays_where_it_is(
         training("plain", sets[0], logdir=server.logdir, env=ON_GPU) as trainers,
     ):
         assert server.api.greedy() == fresh[0]
-        stop = threading.Event()
-        threads, failures = streams(server.api, 8, stop)
-        receipts = [trainers.must("broadcast")[0] for _ in range(20)]
-        stop.set()
-        for thread in threads:
-            thread.join(60)
-        assert not failures
+        with decoding(server.api, 8):
+            receipts = [trainers.must("broadcast")[0] for _ in range(20)]
         for index in (1, 0, 1):
             trainers.must("load", path=str(sets[index]))
             receipts.append(trainers.must("broadcast")[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.gpu.test_serving import FLAGS, ON_GPU, SHAPE, streams
+from tests.gpu.test_serving import FLAGS, ON_GPU, SHAPE, decoding
 from tests.support.models import build_checkpoint
 from tests.support.serving import Server, serving_together, training
 
@@ -56,6 +55,13 @@ def live(sets: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield {"nccl": servers[0], "tp2": servers[1]}
 
 
+def answers_from(server: Server, checkpoint: Path, env: dict[str, str]) -> Answers:
+    """What a live server says once a trainer has brought it a checkpoint."""
+    with training("plain", checkpoint, logdir=server.logdir, env=env) as trainers:
+        trainers.must("broadcast")
+    return server.api.greedy()
+
+
 def test_twenty_versions_of_sharded_weights_at_tp_2(
     live: dict[str, Server], sets: list[Path], fresh: dict[str, Answers]
 ) -> None:
@@ -91,9 +97,7 @@ def test_partitions_of_zero_3(
     """As they are, and gathered one parameter at a time."""
     pytest.importorskip("deepspeed")
     server = live["tp2"]
-    with training("plain", sets[0], logdir=server.logdir, env=ON_GPU) as plain:
-        plain.must("broadcast")
-    expected = [server.api.greedy(), fresh["two"]]
+    expected = [answers_from(server, sets[0], ON_GPU), fresh["two"]]
     assert expected[0] != expected[1]
     with training("zero3", sets[0], logdir=server.logdir, env=ON_GPU, ranks=2) as trainers:
         for index in (1, 0, 1):
@@ -108,20 +112,13 @@ def test_several_trainers_by_nccl(
 ) -> None:
     """Two ranks that hold halves, on one GPU: each has a communicator with the updater only."""
     server = live["nccl"]
-    with training("plain", sets[0], logdir=server.logdir, env=ON_SECOND) as plain:
-        plain.must("broadcast")
-    expected = [server.api.greedy(), fresh["one"]]
+    expected = [answers_from(server, sets[0], ON_SECOND), fresh["one"]]
     assert expected[0] != expected[1]
     with training("declared", sets[0], logdir=server.logdir, env=ON_SECOND, ranks=2) as trainers:
-        stop = threading.Event()
-        threads, failures = streams(server.api, 4, stop)
-        for version in range(20):
-            trainers.must("load", path=str(sets[version % 2]))
-            assert [r["transport"] for r in trainers.must("broadcast")] == ["nccl"] * 2
-        stop.set()
-        for thread in threads:
-            thread.join(60)
-        assert not failures
+        with decoding(server.api, 4):
+            for version in range(20):
+                trainers.must("load", path=str(sets[version % 2]))
+                assert [r["transport"] for r in trainers.must("broadcast")] == ["nccl"] * 2
         for index in (0, 1):
             trainers.must("load", path=str(sets[index]))
             trainers.must("broadcast")
@@ -137,15 +134,10 @@ def test_versions_that_nccl_brought(
         trainers.must("broadcast")
         expected = [server.api.greedy(), fresh["one"]]
         assert expected[0] != expected[1]
-        stop = threading.Event()
-        threads, failures = streams(server.api, 4, stop)
-        for _ in range(20):
-            trainers.must("perturb", seed=1)
-            assert trainers.must("broadcast")[0]["transport"] == "nccl"
-        stop.set()
-        for thread in threads:
-            thread.join(60)
-        assert not failures
+        with decoding(server.api, 4):
+            for _ in range(20):
+                trainers.must("perturb", seed=1)
+                assert trainers.must("broadcast")[0]["transport"] == "nccl"
         for version in range(6):
             trainers.must("load", path=str(sets[version % 2]))
             assert trainers.must("broadcast")[0]["transport"] == "nccl"

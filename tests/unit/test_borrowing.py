@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import subprocess
 import threading
@@ -187,6 +188,37 @@ def test_a_server_that_is_left_out_says_so_once_a_peer_has_been_ahead_for_long(
     assert not peer.borrowing._falls_behind(stopping)
 
 
+class Door:
+    """A daemon at whose door trainers and helpers knock; ``opened`` lists who was let in."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **state: Any) -> None:
+        self.told: dict[str, bytes] = {}
+        self.opened: list[Request] = []
+        self.daemon: Any = SimpleNamespace(
+            mapping=OURS, version=5, published=True, secret="s", registry=SimpleNamespace(complete=True),
+            crew=SimpleNamespace(wait_all=lambda: None), last_error="",
+            store=SimpleNamespace(
+                set=self.told.__setitem__,
+                check=lambda _: False,
+                delete_key=lambda key: self.told.pop(key, None),
+            ),
+            **state,
+        )  # fmt: skip
+        self.admission = Admission(self.daemon)
+        monkeypatch.setattr(self.admission, "_open", self.opened.append)
+
+    def knock(self, session: str, **request: Any) -> str:
+        """Why one who knocks is refused; "" if it is let in."""
+        self.admission.consider(
+            Request(
+                session=session, protocol_version=PROTOCOL_VERSION, world_size=1, mapping_digest=OURS.digest,
+                host="node", pid=7, torch_version="2", **request,
+            )
+        )  # fmt: skip
+        answer = self.told.get(f"answer/{session}")
+        return "" if answer is None else unseal(answer, "s", Answer).refusal
+
+
 def test_a_trainer_that_met_a_loan_is_waited_for_until_its_next_round(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -194,65 +226,32 @@ def test_a_trainer_that_met_a_loan_is_waited_for_until_its_next_round(
     loan: Any = SimpleNamespace(
         request=SimpleNamespace(restores=5), epoch=3, trainer="the helper of a peer", fail=failed.append
     )
-    told: dict[str, bytes] = {}
-    daemon: Any = SimpleNamespace(
-        mapping=OURS, version=5, outdated="vLLM was started again", epoch=loan, published=True, secret="s",
-        registry=SimpleNamespace(complete=True), crew=SimpleNamespace(wait_all=lambda: None), last_error="",
-        store=SimpleNamespace(
-            set=told.__setitem__, check=lambda _: False, delete_key=lambda key: told.pop(key, None)
-        ),
-    )  # fmt: skip
-    door, opened = Admission(daemon), list[int]()
-    monkeypatch.setattr(door, "_open", lambda request: opened.append(request.restores))
-
-    def knock(session: str, restores: int) -> str:
-        door.consider(
-            Request(
-                session=session, protocol_version=PROTOCOL_VERSION, world_size=1, mapping_digest=OURS.digest,
-                host="node", pid=7, torch_version="2", restores=restores,
-            )
-        )  # fmt: skip
-        return unseal(told[f"answer/{session}"], "s", Answer).refusal if f"answer/{session}" in told else ""
-
-    assert "another trainer is connected" in knock("trainer", 0)
+    door = Door(monkeypatch, outdated="vLLM was started again", epoch=loan)
+    assert "another trainer is connected" in door.knock("trainer", restores=0)
     assert failed == ["a trainer came, and does not wait for a peer's loan"]
-    daemon.epoch = None
+    door.daemon.epoch = None
     monkeypatch.setattr("vllm_patching.admission.TRAINER_FIRST_S", 0.0)
-    assert knock("helper", 5) == "a trainer was here before"
-    door._trainers_first_until = time.monotonic()  # minutes later, or once a trainer was let in
+    assert door.knock("helper", restores=5) == "a trainer was here before"
+    # Minutes later, or once a trainer was let in.
+    door.admission._trainers_first_until = time.monotonic()
     monkeypatch.setattr("bridge.wire.rendezvous.ANSWERS_KEPT_S", 0.0)
-    assert knock("helper again", 5) == ""
-    assert opened == [5]
-    daemon.epoch = loan
-    knock("another", 0)
-    assert set(told) == {"answer/another"}, "what was answered long ago is still there"
+    assert door.knock("helper again", restores=5) == ""
+    assert [request.restores for request in door.opened] == [5]
+    door.daemon.epoch = loan
+    door.knock("another", restores=0)
+    assert set(door.told) == {"answer/another"}, "what was answered long ago is still there"
 
 
 def test_what_is_left_of_an_earlier_attempt_of_a_job_stays_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank that was stopped on a node that was lost, and wakes behind the requeued job's rounds."""
-    told: dict[str, bytes] = {}
-    daemon: Any = SimpleNamespace(
-        mapping=OURS, version=5, outdated="", epoch=None, published=True, secret="s",
-        registry=SimpleNamespace(complete=True), crew=SimpleNamespace(wait_all=lambda: None), last_error="",
-        store=SimpleNamespace(
-            set=told.__setitem__, check=lambda _: False, delete_key=lambda key: told.pop(key, None)
-        ),
-    )  # fmt: skip
-    door, opened = Admission(daemon), list[tuple[str, int]]()
-    monkeypatch.setattr(door, "_open", lambda request: opened.append((request.job, request.attempt)))
+    door = Door(monkeypatch, outdated="", epoch=None)
+    sessions = map(str, itertools.count())
 
     def knock(job: str, attempt: str) -> str:
         monkeypatch.setenv("SLURM_JOB_ID", job)
         monkeypatch.setenv("SLURM_RESTART_COUNT", attempt)
         job_of, attempt_of = job_attempt()
-        door.consider(
-            Request(
-                session="s", protocol_version=PROTOCOL_VERSION, world_size=1, mapping_digest=OURS.digest,
-                host="node", pid=7, torch_version="2", job=job_of, attempt=attempt_of,
-            )
-        )  # fmt: skip
-        answer = told.pop("answer/s", None)
-        return "" if answer is None else unseal(answer, "s", Answer).refusal
+        return door.knock(next(sessions), job=job_of, attempt=attempt_of)
 
     for job, attempt in (("7", ""), ("7", "1"), ("7", "3"), ("7", "3"), ("8", ""), ("", "")):
         assert knock(job, attempt) == ""
@@ -260,7 +259,8 @@ def test_what_is_left_of_an_earlier_attempt_of_a_job_stays_outside(monkeypatch: 
         number = int(attempt or 0)
         assert f"attempt {number} of job 7, of which attempt 3 was here" in knock("7", attempt)
     assert knock("7", "4") == ""
-    assert opened == [("7", 0), ("7", 1), ("7", 3), ("7", 3), ("8", 0), ("", 0), ("7", 4)]
+    came = [(request.job, request.attempt) for request in door.opened]
+    assert came == [("7", 0), ("7", 1), ("7", 3), ("7", 3), ("8", 0), ("", 0), ("7", 4)]
 
 
 def test_a_loan_ahead_gives_way_to_a_server_that_can_take_it(monkeypatch: pytest.MonkeyPatch) -> None:

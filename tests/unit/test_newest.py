@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 
+from bridge import telemetry
 from bridge.errors import ConfigError
 from bridge.protocol.messages import MAX_VERSION
 from launch.commands import make_run_dir
@@ -62,7 +63,7 @@ def test_a_daemon_that_finds_a_damaged_file_says_so_and_refuses(
         (tmp_path / name).write_bytes(b"\xff")
     argv = ["daemon", f"--run-dir={tmp_path}", f"--logdir={tmp_path}"]
     monkeypatch.setattr(sys, "argv", argv)
-    monkeypatch.setattr(module.telemetry, "configure", lambda **_: None)
+    monkeypatch.setattr(telemetry, "configure", lambda **_: None)
     assert module.main() == ConfigError.exit_code
     assert str(tmp_path) in caplog.text
     assert "b'\\xff'" in caplog.text
