@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -54,6 +55,7 @@ class Server:
         self._serves = self._newest = (0, 0)
         self._kept = (-1, -1)
         self.tried = False
+        self._trainer = secrets.token_hex(16)  # what we are called there, from epoch to epoch
         self._session: Session | None = None
 
     @property
@@ -87,7 +89,9 @@ class Server:
         """Meet it anew; see ``Session.open``."""
         self.close()
         self.tried = True
-        self._session = Session.open(self.config, ranks, device=device, patient=patient)
+        self._session = Session.open(
+            self.config, ranks, device=device, trainer=self._trainer, patient=patient
+        )
         self._session.resumes = self.base is not None
 
     def close(self) -> None:

@@ -67,14 +67,14 @@ class Joined:
 
 
 def ask_admission(
-    config: BridgeConfig, ranks: Ranks, *, patient: bool = True, restores: int = 0
+    config: BridgeConfig, ranks: Ranks, *, trainer: str = "", patient: bool = True, restores: int = 0
 ) -> tuple[Mapping, rendezvous.Answer, rendezvous.Store]:
     """Rank 0 asks the daemon, the others read its answer; called by every trainer rank.
 
     A daemon that is being restarted publishes another rendezvous, so rank 0 reads the mapping anew for every
     try, for as long as ``config.connect_timeout_s``. If not ``patient``, for a server without which a round
-    would go on, it tries once, and no step of it takes longer than ``IMPATIENT_S``. ``restores`` is as in
-    ``Request``.
+    would go on, it tries once, and no step of it takes longer than ``IMPATIENT_S``. ``trainer`` and
+    ``restores`` are as in ``Request``.
 
     Returns:
         The mapping, the answer, and a connection to the daemon's store.
@@ -90,14 +90,17 @@ def ask_admission(
     if ranks.rank == 0:
         try:
             mapping, store, session, answer = _ask_until_answered(
-                config, ranks, timeout_s, again=patient, restores=restores
+                config, ranks, timeout_s, again=patient, trainer=trainer, restores=restores
             )
         except Exception as err:  # noqa: BLE001 - raised below; until then the other ranks wait for us
             failure = err
     # The others wait for all the steps of a try: connecting, a greeting of two, asking, the answer.
     session = _agree(session, ranks, timeout_s=config.ranks_timeout_s + 5 * (timeout_s + GRACE_S))
     if failure is not None:
-        raise failure
+        try:
+            raise failure
+        finally:
+            del failure  # or it and this frame, by its traceback, keep each other, and the store with them
     if not session:
         raise RendezvousError("trainer rank 0 could not join the inference side; its error says why")
     if ranks.rank != 0:
@@ -123,7 +126,7 @@ def _load(config: BridgeConfig) -> tuple[Mapping, Rendezvous]:
 
 
 def _ask_until_answered(
-    config: BridgeConfig, ranks: Ranks, timeout_s: float, *, again: bool, restores: int
+    config: BridgeConfig, ranks: Ranks, timeout_s: float, *, again: bool, trainer: str, restores: int
 ) -> tuple[Mapping, rendezvous.Store, str, rendezvous.Answer]:
     deadline, retry_s = time.monotonic() + timeout_s, LENDER_RETRY_S if restores else RETRY_S
     while True:
@@ -131,7 +134,7 @@ def _ask_until_answered(
         try:
             mapping, place = _load(config)
             store = rendezvous.reach_store(place.host, place.port, timeout_s=left)
-            session, answer = _ask(store, place, mapping, ranks, left, restores)
+            session, answer = _ask(store, place, mapping, ranks, left, trainer=trainer, restores=restores)
         except RendezvousRefused:
             raise
         except RendezvousError as err:
@@ -149,6 +152,8 @@ def _ask(
     mapping: Mapping,
     ranks: Ranks,
     timeout_s: float,
+    *,
+    trainer: str,
     restores: int,
 ) -> tuple[str, rendezvous.Answer]:
     session = secrets.token_hex(16)
@@ -161,6 +166,7 @@ def _ask(
         host=socket.gethostname(),
         pid=os.getpid(),
         torch_version=str(torch.__version__),
+        trainer=trainer,
         restores=restores,
         job=job,
         attempt=attempt,
@@ -238,7 +244,10 @@ def _collect(
             if time.monotonic() < deadline:
                 break  # this one is gone, and whoever is only late is not waited for
     if lost is not None:
-        raise lost
+        try:
+            raise lost
+        finally:
+            del lost  # as above
     for wire in theirs.values():
         torch.maximum(agreed, wire, out=agreed)
     for answer in [group.send([agreed], rank, RANKS_TAG) for rank in theirs]:

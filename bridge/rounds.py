@@ -168,19 +168,22 @@ class Session:
         ranks: Ranks,
         *,
         device: torch.device | None,
+        trainer: str = "",
         patient: bool = True,
         restores: int = 0,
     ) -> Self:
         """Meet the inference side; called by every trainer rank.
 
-        ``device`` is the GPU that this rank's weights are on, None for the host's memory. ``patient`` and
-        ``restores`` are as for ``ask_admission``.
+        ``device`` is the GPU that this rank's weights are on, None for the host's memory. ``trainer``,
+        ``patient`` and ``restores`` are as for ``ask_admission``.
 
         Raises:
             MappingError: the mapping is missing or damaged, or was exported without a rendezvous.
             RendezvousError: the daemon cannot be reached in time, or refuses.
         """
-        mapping, answer, store = ask_admission(config, ranks, patient=patient, restores=restores)
+        mapping, answer, store = ask_admission(
+            config, ranks, trainer=trainer, patient=patient, restores=restores
+        )
         return cls(config, mapping, ranks, answer, store, device=device)
 
     # --- the caller's side -------------------------------------------------------------------------
@@ -535,7 +538,10 @@ class Session:
     def _on_event(self, job: Job, peer: int, event: Event) -> list[Action]:
         if not isinstance(event, Frame):
             flight.note("lost", peer=self._who(peer), what=str(event))
-            raise event
+            try:
+                raise event
+            finally:
+                del event  # or it and this frame, by its traceback, keep each other, and the session
         flight.note("received", frame=event.opcode.name, peer=peer, version=event.version, text=event.text)
         if self.rank == 0:
             return self._coordinator.on_frame(peer, event)

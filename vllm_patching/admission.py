@@ -101,10 +101,12 @@ class Admission:
         unready = "" if refusal else self._unreadiness(request)
         if refusal or unready:
             borrows = here.epoch is not None and bool(here.epoch.request.restores)
-            if borrows and not request.restores:
-                assert here.epoch is not None
+            again = here.epoch is not None and "" != request.trainer == here.epoch.request.trainer
+            if here.epoch is not None and borrows and not request.restores:
                 here.epoch.fail("a trainer came, and does not wait for a peer's loan")
-            reason, try_again = refusal or unready, bool(unready) or not here.published or borrows
+            if here.epoch is not None and again:  # it noticed a loss that we have not noticed yet
+                here.epoch.fail("its trainer has given it up, and asks for the next one")
+            reason, try_again = refusal or unready, bool(unready) or not here.published or borrows or again
             if try_again and not request.restores:
                 until = time.monotonic() + (NEXT_ROUND_S if borrows else TRAINER_FIRST_S)
                 self._trainers_first_until = max(self._trainers_first_until, until)

@@ -51,6 +51,8 @@ REQUESTS, LOANS = "request", "loan"  # queues, which no value under a key of the
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """What trainer rank 0 says of itself.
 
+    ``trainer``: what this connection is called from epoch to epoch, and no other one; who asks under that
+    name has given up the epoch before. "" for a peer's helper, which asks once.
     ``restores``: it is no trainer, but a peer server's helper, and brings this version, which is live there.
     ``job`` and ``attempt``: the batch job that it is in, and how often that was requeued; "" for none.
     """
@@ -62,6 +64,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     pid: _Pid
     torch_version: str
+    trainer: Annotated[str, msgspec.Meta(max_length=32)] = ""
     restores: _Number = 0
     job: Annotated[str, msgspec.Meta(max_length=32)] = ""
     attempt: _Number = 0

@@ -20,7 +20,8 @@ import torch
 
 from bridge.config import BridgeConfig
 from bridge.environment import Ranks
-from bridge.errors import ConfigError, RendezvousError
+from bridge.errors import ConfigError, RendezvousError, RendezvousRefused
+from bridge.joining import ask_admission
 from bridge.trainer import Bridge
 from bridge.wire import rendezvous
 from tests.support.mappings import SOURCES, half_of, parallel_mapping
@@ -155,6 +156,24 @@ def test_without_peers_a_restarted_server_waits_for_the_trainer(start: Callable[
         assert bridge.broadcast_weights(second).version == 4
     assert server.status()["state"] == "ready"
     assert_serves(server, 4, second)
+
+
+def test_a_trainer_that_has_given_its_epoch_up_is_not_refused_as_another_one(
+    start: Callable[..., Small],
+) -> None:
+    """The daemon may be the last to learn of a link that was cut, and a retry must not end by that."""
+    server = start("one", tp=1)
+    wait_until("the server", in_state(server, "ready"), timeout_s=START_S)
+    config = BridgeConfig(logdir=str(server.logdir), connect_timeout_s=START_S)
+    with trainer(server, connect_timeout_s=START_S) as bridge:
+        bridge.broadcast_weights(weights(1))
+        with pytest.raises(RendezvousRefused, match=r"another trainer is connected \(epoch 1\)"):
+            ask_admission(config, Ranks(), trainer="b" * 32)
+        (name,) = (server._trainer for server in bridge._fleet.servers)
+        _, answer, _ = ask_admission(config, Ranks(), trainer=name)  # while the daemon holds its first epoch
+        assert (answer.epoch, answer.weight_version) == (2, 1)
+        assert bridge.broadcast_weights(weights(2)).version == 2
+    assert_serves(server, 2, weights(2))
 
 
 def test_a_late_server_gets_the_version_from_a_peer_whose_rounds_go_on(

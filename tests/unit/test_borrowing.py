@@ -219,12 +219,28 @@ class Door:
         return "" if answer is None else unseal(answer, "s", Answer).refusal
 
 
+@pytest.mark.parametrize(("asks", "again"), [("a" * 32, True), ("b" * 32, False), ("", False)])
+def test_a_trainer_that_asks_anew_ends_its_own_epoch_and_nobody_elses(
+    monkeypatch: pytest.MonkeyPatch, asks: str, again: bool
+) -> None:
+    failed: list[str] = []
+    request = SimpleNamespace(restores=0, trainer="a" * 32 if asks else "")
+    epoch: Any = SimpleNamespace(request=request, epoch=3, trainer="a trainer", fail=failed.append)
+    door = Door(monkeypatch, outdated="", epoch=epoch)
+    assert "another trainer is connected" in door.knock("anew", trainer=asks)
+    assert unseal(door.told["answer/anew"], "s", Answer).try_again == again
+    assert failed == ["its trainer has given it up, and asks for the next one"] * again
+
+
 def test_a_trainer_that_met_a_loan_is_waited_for_until_its_next_round(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     failed: list[str] = []
     loan: Any = SimpleNamespace(
-        request=SimpleNamespace(restores=5), epoch=3, trainer="the helper of a peer", fail=failed.append
+        request=SimpleNamespace(restores=5, trainer=""),
+        epoch=3,
+        trainer="the helper of a peer",
+        fail=failed.append,
     )
     door = Door(monkeypatch, outdated="vLLM was started again", epoch=loan)
     assert "another trainer is connected" in door.knock("trainer", restores=0)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import secrets
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -195,11 +197,19 @@ class Servers:
         self.launches = dict.fromkeys("abc", "first")
         self.sessions: dict[str, FakeSession] = {}
         self.patience: list[tuple[str, bool]] = []
+        self.called: dict[str, set[str]] = {}  # what trainers are called there
 
     def open(
-        self, config: BridgeConfig, _: Ranks, *, device: torch.device | None, patient: bool = True
+        self,
+        config: BridgeConfig,
+        _: Ranks,
+        *,
+        device: torch.device | None,
+        trainer: str,
+        patient: bool = True,
     ) -> FakeSession:
         assert config.logdir is not None
+        self.called.setdefault(config.logdir, set()).add(trainer)
         self.patience.append((config.logdir, patient))
         served = self.served[config.logdir]
         if isinstance(served, str):
@@ -418,6 +428,8 @@ def test_an_absent_server_stops_a_round_for_all(servers: Servers) -> None:
     servers.served["c"] = 0
     assert made.broadcast_weights(MODEL).servers == ("a", "b", "c")
     assert all(patient for _, patient in servers.patience)
+    (a,), (b,), (c,) = servers.called.values()  # of which two were met twice
+    assert len({a, b, c}) == 3
 
 
 def test_what_the_trainer_may_not_ask_for_is_an_error_under_any_policy(servers: Servers) -> None:
@@ -804,6 +816,31 @@ def test_who_gives_up_waiting_takes_its_request_back(
     assert rendezvous.is_withdrawn(store, request)
     other = msgspec.structs.replace(request, session="0" * 32)
     assert not rendezvous.is_withdrawn(store, other)
+
+
+def test_a_refusal_keeps_no_connection(
+    silent_daemon: tuple[rendezvous.Store, BridgeConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it with the collector of circles switched off, as some trainers have it."""
+    store, config = silent_daemon
+    monkeypatch.setattr(joining.secrets, "token_hex", lambda _: "s")
+    rendezvous.Answers("answer").give(store, rendezvous.Answer(session="s", refusal="no"), "s")  # type: ignore[arg-type]
+    reached: list[weakref.ref[rendezvous.Store]] = []
+
+    def reach(*args: Any, **kwargs: Any) -> rendezvous.Store:
+        made = reach_store(*args, **kwargs)
+        reached.append(weakref.ref(made))
+        return made
+
+    reach_store = rendezvous.reach_store
+    monkeypatch.setattr(rendezvous, "reach_store", reach)
+    gc.disable()
+    try:
+        with pytest.raises(RendezvousRefused):
+            joining.ask_admission(config, Ranks())
+        assert [ref() for ref in reached] == [None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("hangs_up", [True, False])
