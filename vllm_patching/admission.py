@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 from bridge import flight, telemetry
-from bridge.errors import BridgeError, RendezvousRefused, TransferError
+from bridge.errors import BridgeError, PeerLost, RendezvousRefused, TransferError
 from bridge.protocol.mapping import CONFIG_NAME
 from bridge.protocol.messages import PROTOCOL_VERSION
 from bridge.wire import rendezvous
@@ -105,7 +105,7 @@ class Admission:
             if here.epoch is not None and borrows and not request.restores:
                 here.epoch.fail("a trainer came, and does not wait for a peer's loan")
             if here.epoch is not None and again:  # it noticed a loss that we have not noticed yet
-                here.epoch.fail("its trainer has given it up, and asks for the next one")
+                here.epoch.on_control(PeerLost("the trainer has given this epoch up, and asks for the next"))
             reason, try_again = refusal or unready, bool(unready) or not here.published or borrows or again
             if try_again and not request.restores:
                 until = time.monotonic() + (NEXT_ROUND_S if borrows else TRAINER_FIRST_S)

@@ -169,9 +169,10 @@ def test_a_trainer_that_has_given_its_epoch_up_is_not_refused_as_another_one(
         bridge.broadcast_weights(weights(1))
         with pytest.raises(RendezvousRefused, match=r"another trainer is connected \(epoch 1\)"):
             ask_admission(config, Ranks(), trainer="b" * 32)
-        (name,) = (server._trainer for server in bridge._fleet.servers)
-        _, answer, _ = ask_admission(config, Ranks(), trainer=name)  # while the daemon holds its first epoch
+        (met,) = bridge._fleet.servers
+        _, answer, _ = ask_admission(config, Ranks(), trainer=met._trainer)  # and epoch 1 is held still
         assert (answer.epoch, answer.weight_version) == (2, 1)
+        wait_until("the end of epoch 1 at this end too", lambda: bool(met.session.closed), timeout_s=20)
         assert bridge.broadcast_weights(weights(2)).version == 2
     assert_serves(server, 2, weights(2))
 

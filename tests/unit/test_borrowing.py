@@ -15,6 +15,7 @@ import msgspec
 import pytest
 
 from bridge.environment import job_attempt
+from bridge.errors import PeerLost
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import CONFIG_NAME, Rendezvous
 from bridge.protocol.messages import PROTOCOL_VERSION
@@ -223,13 +224,13 @@ class Door:
 def test_a_trainer_that_asks_anew_ends_its_own_epoch_and_nobody_elses(
     monkeypatch: pytest.MonkeyPatch, asks: str, again: bool
 ) -> None:
-    failed: list[str] = []
+    told: list[PeerLost] = []
     request = SimpleNamespace(restores=0, trainer="a" * 32 if asks else "")
-    epoch: Any = SimpleNamespace(request=request, epoch=3, trainer="a trainer", fail=failed.append)
+    epoch: Any = SimpleNamespace(request=request, epoch=3, trainer="a trainer", on_control=told.append)
     door = Door(monkeypatch, outdated="", epoch=epoch)
     assert "another trainer is connected" in door.knock("anew", trainer=asks)
     assert unseal(door.told["answer/anew"], "s", Answer).try_again == again
-    assert failed == ["its trainer has given it up, and asks for the next one"] * again
+    assert list(map(str, told)) == ["the trainer has given this epoch up, and asks for the next"] * again
 
 
 def test_a_trainer_that_met_a_loan_is_waited_for_until_its_next_round(
