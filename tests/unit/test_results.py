@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import queue
 import re
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from benchmarks.simulate import shown
+from benchmarks.trace_shapes import collect
 from tests.support.pages import ROOT, section, tables, text_of
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -89,3 +93,18 @@ def test_the_ratios_to_what_was_measured_are_those_of_the_results() -> None:
     checked = [f"{case['ratio']:.2f}" for case in read("simulation-check.json")["cases"]]
     assert [rows[0]["ratio"], rows[1]["ratio"]] == ["1.00 each", ", ".join(checked[9:])]
     assert set(checked[:9]) == {"1.00"}
+
+
+def test_a_rank_that_died_is_named_and_not_waited_for() -> None:
+    answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    answers.put({"rank": 0})
+    ranks: Any = [SimpleNamespace(exitcode=code) for code in (0, 3)]
+    began = time.monotonic()
+    with pytest.raises(
+        RuntimeError, match=r"1 of 2 ranks have answered: rank\(s\) ended, by exit code: 1 \(3\)"
+    ):
+        collect(ranks, answers)
+    assert time.monotonic() - began < 10
+    for rank in (0, 1):
+        answers.put({"rank": rank})
+    assert collect(ranks, answers) == [{"rank": 0}, {"rank": 1}], "whoever has answered may be gone"
