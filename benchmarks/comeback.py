@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from stall import machine
+from machine import machine
 from support.models import build_checkpoint
 from support.serving import Server, Trainers, serving_together, stop, training, wait_until
 

@@ -27,7 +27,8 @@ from typing import Any
 
 import psutil
 import torch
-from stall import FLAGS, build_model, machine
+from machine import machine
+from stall import FLAGS, build_model
 from support.serving import Server, Trainers, serving, training, wait_until
 
 IDLE_S = 0.3  # so long hardly anything may be done

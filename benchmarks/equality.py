@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from machine import machine
 from support.models import build_checkpoint
 from support.serving import serving, training
 
@@ -101,7 +101,7 @@ def main() -> int:
                 sys.stdout.flush()
                 if args.out:
                     document = {
-                        "machine": platform.processor() or platform.machine(),
+                        "machine": machine(),
                         "command": sys.argv,
                         "cases": results,
                     }

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stall import machine
+from machine import machine
 from support.fresh_load import (
     Digests,
     arena_bytes,

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu_rates
+from benchmarks.machine import machine
 from benchmarks.model_shapes import KIMI_1T, LLAMA_70B, QWEN3_8B, Model, Server, Trainer, model_bytes
 from benchmarks.strategies import STRATEGIES, Cluster, Lanes, direct_each, plan_lanes
 
@@ -137,6 +138,7 @@ def main() -> int:
     document: dict[str, Any] = {
         "what": __doc__.splitlines()[0] if __doc__ else "",
         "command": ["python", "-m", "benchmarks.simulate", *sys.argv[1:]],
+        "machine": machine(),
         "rates": dataclasses.asdict(rates),
         "measured_on_gpus": gpu_rates.compare(rates),
         "clusters": [dataclasses.asdict(cluster) for cluster in clusters(rates)],

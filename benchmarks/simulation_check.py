@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fluid import Link, Transfer, simulate
+from benchmarks.machine import machine
 from benchmarks.model_shapes import Model, Server, Trainer, layouts_of, mapping_of, model_bytes
 from benchmarks.shaped_hosts import Host, shaped_hosts
 from benchmarks.simulation_ends import follow
@@ -413,13 +414,6 @@ def check(case: Case, rounds: int) -> dict[str, Any]:
         "predicted_s": expected,
         "ratio": expected / taken,
     }
-
-
-def machine() -> str:
-    """The processor's name and the number of cores this process may use."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else 'unknown'}, {len(os.sched_getaffinity(0))} cores"
 
 
 def main() -> int:

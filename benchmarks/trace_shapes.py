@@ -12,12 +12,17 @@ import argparse
 import dataclasses
 import json
 import multiprocessing
+import os
+import queue
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import machine
 from benchmarks.model_shapes import KIMI_1T, LLAMA_70B, QWEN3_8B, VOCABULARY, Model, Server, mapping_of
 
 CASES: dict[str, tuple[Model, Server]] = {
@@ -63,6 +68,7 @@ def traced(model: Model, server: Server, rank: int, directory: str) -> set[tuple
 
     from vllm_patching import sources, tracing
 
+    os.environ["VLLM_DIST_IDENT"] = Path(directory).name  # as an executor does; ranks' shared memory has it
     original = expert_map_manager.ExpertMapManager._calculate_expert_maps
     expert_map_manager.ExpertMapManager._calculate_expert_maps = lambda self: on_host(self, original)
     model_config = ModelConfig(
@@ -134,6 +140,21 @@ def compare(name: str, rank: int, directory: str, answers: Any) -> None:
     )
 
 
+def collect(ranks: Sequence[SpawnProcess], answers: Any) -> list[dict[str, Any]]:
+    """What every rank answers; a rank's death ends it, since the others would wait for that one."""
+    deadline = time.monotonic() + TIMEOUT_S
+    found: list[dict[str, Any]] = []
+    while len(found) < len(ranks):
+        try:
+            found.append(answers.get(timeout=1.0))
+        except queue.Empty:
+            dead = [f"{number} ({rank.exitcode})" for number, rank in enumerate(ranks) if rank.exitcode]
+            if dead or time.monotonic() > deadline:
+                why = f"rank(s) ended, by exit code: {', '.join(dead)}" if dead else f"waited {TIMEOUT_S:g} s"
+                raise RuntimeError(f"{len(found)} of {len(ranks)} ranks have answered: {why}") from None
+    return found
+
+
 def main() -> int:
     """Compare all cases; exit code 1 if a write differs."""
     parser = argparse.ArgumentParser(
@@ -155,15 +176,19 @@ def main() -> int:
             ]
             for process in ranks:
                 process.start()
-            results += [answers.get(timeout=TIMEOUT_S) for _ in ranks]
+            results += collect(ranks, answers)
             for process in ranks:
                 process.join(60)
         for found in results[-server.tp :]:
             sys.stdout.write(json.dumps(found) + "\n")
             sys.stdout.flush()
         if args.out:
-            command = ["python", "-m", "benchmarks.trace_shapes", *sys.argv[1:]]
-            args.out.write_text(json.dumps({"command": command, "ranks": results}, indent=1) + "\n")
+            document = {
+                "command": ["python", "-m", "benchmarks.trace_shapes", *sys.argv[1:]],
+                "machine": machine(),
+                "ranks": results,
+            }
+            args.out.write_text(json.dumps(document, indent=1) + "\n")
     wrong = [r for r in results if r["only_traced"] or r["only_synthesised"]]
     return 1 if wrong else 0
 

@@ -201,13 +201,19 @@ survive() {
 
 # set_versions: numbers that trainers give go on above the last version that an earlier attempt has served, because
 # labels must not stand for two things. Each worker has written down what it flipped to. A log that cannot be read may
-# hold the last one, so it ends the job.
+# hold the last one, so it ends the job; not at once, as the file system may only be away for a moment.
 set_versions() {
-    BRIDGE_VERSIONS_AFTER=$(find "$JOB_DIR"/attempt-* -mindepth 2 -maxdepth 2 -path '*/server-*/flips-rank*.jsonl' \
-        -exec cat {} + | sed -nE 's/.*"version": *([0-9]+).*/\1/p' | sort -n | tail -n 1) || {
-        say "what earlier attempts have served cannot be read from $JOB_DIR (see above), and no number may come twice"
-        end_steps "$EX_TEMPFAIL"
-    }
+    local try
+    for try in 1 2 3 4 5; do
+        BRIDGE_VERSIONS_AFTER=$(find "$JOB_DIR"/attempt-* -mindepth 2 -maxdepth 2 -path '*/server-*/flips-rank*.jsonl' \
+            -exec cat {} + | sed -nE 's/.*"version": *([0-9]+).*/\1/p' | sort -n | tail -n 1) && break
+        if ((try == 5)); then
+            say "what earlier attempts have served could not be read from $JOB_DIR for 20 s (see above)," \
+                "and no number may come twice"
+            end_steps "$EX_TEMPFAIL"
+        fi
+        sleep $((2 * try))
+    done
     export BRIDGE_VERSIONS_AFTER=${BRIDGE_VERSIONS_AFTER:-0}
 }
 

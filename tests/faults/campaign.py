@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import sys
@@ -27,6 +26,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import machine
 from tests.support import left
 from tests.support.faults import FRAMES, LINKS, PLANS, POINTS, SEVERAL, Fault
 from tests.support.left import LeftBehind
@@ -167,7 +167,7 @@ def summary(rows: list[dict[str, Any]], left_at_end: list[str]) -> dict[str, Any
 def _write(path: Path, rows: list[dict[str, Any]], commands: list[str], left_at_end: list[str]) -> None:
     document = {
         "commands": commands,
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
+        "machine": machine(),
         "load_average": round(os.getloadavg()[0], 1),
         "summary": summary(rows, left_at_end),
         "cases": rows,

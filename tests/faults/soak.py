@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import re
 import signal
@@ -33,6 +32,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks.machine import machine
 from tests.support.checks import own_answers
 from tests.support.models import build_checkpoint
 from tests.support.serving import UNBOUND, Server, Trainers, alive, prompts, serving_together, wait_until
@@ -398,7 +398,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     document: dict[str, Any] = {
         "command": f"python -m tests.faults.soak {' '.join(sys.argv[1:])}",
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
+        "machine": machine(),
     }
 
     def write(failure: str = "") -> None:

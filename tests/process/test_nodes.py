@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,12 +15,15 @@ import bridge
 from bridge.config import BridgeConfig
 from bridge.environment import Ranks
 from bridge.errors import BridgeError
+from bridge.protocol.mapping import CONFIG_NAME
 from tests.support.checks import flips_of
 from tests.support.faults import LINKS
 from tests.support.link import Link
 from tests.support.link import why_not as link_missing
 from tests.support.nodes import Daemon, Server, expected, weights
 from tests.support.serving import stop, wait_until
+from vllm_patching.channel import socket_path
+from vllm_patching.nodes import read_meeting
 
 pytestmark = [pytest.mark.processes, pytest.mark.faults, pytest.mark.timeout(600)]
 
@@ -29,7 +34,12 @@ ROUNDS = 10  # enough for a packet to be lost
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("nodes"))
+    root = tmp_path_factory.mktemp("nodes")
+    before = os.umask(0)  # daemons take it over, and must not rely on it
+    try:
+        server = Server(root)
+    finally:
+        os.umask(before)
     yield server
     server.stop()
 
@@ -74,6 +84,17 @@ def test_versions_arrive_on_both_nodes_before_the_same_batch(server: Server, tra
         assert [row["version"] for row in server.head.status()["ranks"]] == [version, version]
     assert flips(server, 0) == flips(server, 1)
     assert [version for _, version in flips(server, 0)] == [1, 2, 3]
+
+
+def test_the_secret_is_nowhere_that_others_can_read(server: Server) -> None:
+    secret = read_meeting(server.logdir).secret.encode()
+    files = [path for path in server.root.rglob("*") if path.is_file()]
+    having = {path.name: stat.S_IMODE(path.stat().st_mode) for path in files if secret in path.read_bytes()}
+    assert having == {"nodes.json": 0o600, CONFIG_NAME: 0o600}
+    for daemon in (server.head, server.follower):
+        socket = socket_path(daemon.run_dir)
+        modes = [stat.S_IMODE(path.stat().st_mode) for path in (daemon.run_dir, socket)]
+        assert modes == [0o700, 0o600], daemon.run_dir
 
 
 @pytest.mark.parametrize("what", ["killed", "stopped"])

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -32,6 +31,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks.machine import machine
 from tests.slurm.cluster import Cluster
 from tests.slurm.test_jobs import TRAINER, Job, assert_nothing_left, trained_answers
 from tests.support.models import build_checkpoint
@@ -206,7 +206,7 @@ def main() -> int:
     def write() -> None:
         document = {
             "command": f"python -m tests.slurm.campaign {' '.join(sys.argv[1:])}",
-            "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
+            "machine": machine(),
             "summary": summary(rows),
             "cases": rows,
         }

@@ -343,6 +343,12 @@ def test_numbers_go_on_above_what_any_attempt_has_served(tmp_path: Path) -> None
     assert "after=12\n" in run(tmp_path, script, SLURM_RESTART_COUNT="2")[2]
 
 
+def pauses(tmp_path: Path, mends: str = "") -> None:
+    """Pauses are listed among the calls, and take no time; ``mends`` is run in each."""
+    (tmp_path / "sleep").write_text(f'#!/bin/bash\necho "sleep $1" >>calls\n{mends}\n')
+    (tmp_path / "sleep").chmod(0o755)
+
+
 @pytest.mark.parametrize("what", ["a log", "a link to nothing"])
 def test_numbers_do_not_begin_again_where_one_log_cannot_be_read(tmp_path: Path, what: str) -> None:
     logdir = tmp_path / "logs/job-7/attempt-0/server-0"
@@ -352,10 +358,26 @@ def test_numbers_do_not_begin_again_where_one_log_cannot_be_read(tmp_path: Path,
         (logdir / "flips-rank1.jsonl").mkdir()  # root may read any file, but no directory
     else:
         (logdir / "flips-rank1.jsonl").symlink_to("gone")
-    found, _, output = run(tmp_path, 'set_versions; echo "after=$BRIDGE_VERSIONS_AFTER"')
+    pauses(tmp_path)
+    found, calls, output = run(tmp_path, 'set_versions; echo "after=$BRIDGE_VERSIONS_AFTER"')
     assert (found, "after=" in output) == (75, False), output
-    assert "what earlier attempts have served cannot be read" in output
+    assert sum(int(call.removeprefix("sleep ")) for call in calls) == 20, calls
+    assert "what earlier attempts have served could not be read" in output
+    assert "for 20 s" in output
     assert "flips-rank1.jsonl" in output
+
+
+@pytest.mark.parametrize("since", [1, 4])
+def test_a_log_that_cannot_be_read_for_a_moment_counts(tmp_path: Path, since: int) -> None:
+    logdir = tmp_path / "logs/job-7/attempt-0/server-0"
+    logdir.mkdir(parents=True)
+    (logdir / "flips-rank0.jsonl").write_text('{"rank": 0, "version": 12}\n')
+    (logdir / "flips-rank1.jsonl").symlink_to("back")
+    back = quote(str(logdir / "back"))
+    pauses(tmp_path, f"""(($1 < {2 * since})) || echo '{{"rank": 1, "version": 13}}' >{back}""")
+    found, calls, output = run(tmp_path, 'set_versions; echo "after=$BRIDGE_VERSIONS_AFTER"')
+    assert (found, calls) == (0, [f"sleep {2 * (number + 1)}" for number in range(since)]), output
+    assert "after=13\n" in output
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import os
 import signal
@@ -18,11 +19,12 @@ from pathlib import Path
 import pytest
 
 from bridge.errors import BridgeError, PeerLost, RendezvousError, TransferError
-from bridge.wire import nccl, rendezvous, sockets
+from bridge.wire import nccl, rendezvous, sockets, stores
 from bridge.wire.meeting import Meeting
 from bridge.wire.stores import GRACE_S, DaemonStore, StoreSilent
 from launch import preflight
 from tests.support.mappings import parallel_mapping
+from tests.support.pages import ROOT
 from tests.support.serving import stop, wait_until
 
 LIMIT_S = 1.0
@@ -236,3 +238,52 @@ def test_one_that_only_takes_its_time_is_waited_for(daemon: tuple[int, int]) -> 
     assert store.get("e1/nccl/2-3/id") == b"x"
     assert store.delete_key("e1/nccl/2-3/id")
     assert not store.check(["e1/nccl/2-3/id"])
+
+
+# Where an operation may raise torch's errors, and so StoreSilent, and why nobody outside ever sees them.
+BARE = {
+    "bridge/wire/rendezvous.py _form",  # for make_group, which makes a RendezvousError of it
+    "bridge/wire/rendezvous.py give",  # of the daemon's own store, which is in its process
+    "bridge/wire/rendezvous.py is_withdrawn",  # the same
+}
+
+
+def bare_uses(source: str) -> list[str]:
+    """The functions that use a store where nobody catches torch's errors."""
+    uses = {*vars(stores.Store), "within"} - {"set_timeout"}  # which asks nobody
+    found = []
+
+    def look(node: ast.AST, function: str, caught: bool) -> None:
+        if isinstance(node, ast.FunctionDef):
+            function, caught = node.name, False
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            store = ast.unparse(node.func.value).endswith("store")
+            if store and node.func.attr in uses and not caught:
+                found.append(function)
+        for field, value in ast.iter_fields(node):
+            kinds = [ast.unparse(h.type) for h in getattr(node, "handlers", []) if h.type is not None]
+            inside = field == "body" and any("RuntimeError" in kind for kind in kinds)
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, ast.AST):
+                    look(child, function, caught or inside)
+
+    look(ast.parse(source), "", caught=False)
+    return found
+
+
+def test_no_user_of_a_store_lets_its_silence_out() -> None:
+    """It is no BridgeError, and nobody is told what to do about it: whoever asks a store makes one of it."""
+    found = {
+        f"{path.relative_to(ROOT)} {function}"
+        for room in ("bridge", "vllm_patching", "launch")
+        for path in (ROOT / room).rglob("*.py")
+        for function in bare_uses(path.read_text())
+    }
+    assert found == BARE
+
+
+def test_a_bare_use_of_a_store_is_found() -> None:
+    handled = "def f():\n    try:\n        {}\n    except ({}) as err:\n        {}\n"
+    assert bare_uses(handled.format("self._store.get('a')", "OSError, RuntimeError", "pass")) == []
+    assert bare_uses(handled.format("self._store.get('a')", "OSError", "pass")) == ["f"]
+    assert bare_uses(handled.format("pass", "RuntimeError", "store.check(['a'])")) == ["f"]

@@ -1,0 +1,107 @@
+"""What lies in benchmarks/results is in the benchmarks' README, and says its hardware and command."""
+
+from __future__ import annotations
+
+import json
+import queue
+import re
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmarks.simulate import shown
+from benchmarks.trace_shapes import collect
+from tests.support.pages import ROOT, section, tables, text_of
+
+BENCHMARKS = ROOT / "benchmarks"
+RESULTS = sorted((BENCHMARKS / "results").iterdir())
+README = "benchmarks/README.md"
+HARDWARE = re.compile(r"(\d+ cores|NVIDIA )")
+
+
+def read(name: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((BENCHMARKS / "results" / name).read_text())
+    return document
+
+
+def words_of(command: str | list[str]) -> list[str]:
+    return command.split() if isinstance(command, str) else command
+
+
+def scripts_in(words: list[str]) -> list[Path]:
+    """The sources that a command line names, by path or by module."""
+    named = [
+        Path(*word.split(".")).with_suffix(".py") for word in words if re.match(r"(benchmarks|tests)\.", word)
+    ]
+    named += [Path("benchmarks", Path(word).name) for word in words if word.endswith(".py")]
+    return [ROOT / path for path in named]
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
+def test_a_result_says_the_hardware_and_the_command(path: Path) -> None:
+    document = read(path.name)
+    assert HARDWARE.search(document.get("machine") or document["hardware"])
+    commands = document["commands"] if "commands" in document else [document["command"]]
+    assert commands
+    for words in map(words_of, commands):
+        (script,) = scripts_in(words)
+        assert script.exists()
+        assert re.search(r"\bmachine\b|\bhardware\b", script.read_text()), "the next result would not say it"
+
+
+def test_every_result_has_a_row_and_every_row_a_result() -> None:
+    (rows,) = tables(section(README, "## Results"))
+    files = [row["file"].strip("`") for row in rows]
+    assert sorted(files) == [path.name for path in RESULTS]
+
+
+def test_every_benchmark_has_a_row_and_every_row_a_benchmark() -> None:
+    """Whatever writes a result when it is asked to by ``--out`` is one."""
+    scripts = {path.name for path in BENCHMARKS.glob("*.py") if '"--out"' in path.read_text()}
+    (rows, *_) = tables(text_of(README))
+    assert {row["script"].strip("`") for row in rows} == scripts
+
+
+def test_the_table_of_the_simulation_is_what_the_result_says() -> None:
+    (rows,) = tables(section(README, "### What it says"))
+    document = read("simulation.json")
+    cases = {case["case"]: case["seconds"]["400 Gbit/s for each GPU"] for case in document["cases"]}
+    assert {row["model"] for row in rows} == {"8B", "70B", "1T"}
+    for row in rows:
+        index = document["servers"].index(int(row["servers"].replace(",", "")))
+        ways = {name: seconds[index] for name, seconds in cases[row["model"]].items()}
+        said = {name: text for name, text in row.items() if name not in ("model", "servers")}
+        assert said == {name: shown(ways[name]) for name in said}, (row["model"], row["servers"])
+
+
+def test_the_ratios_to_what_was_measured_are_those_of_the_results() -> None:
+    (rows,) = tables(section(README, "### Against what was measured"))
+    said = {
+        file: float(ratio)
+        for row in rows
+        if (files := re.findall(r"`(swap-[\w-]+\.json)`", row["rounds"]))
+        for file, ratio in zip(files, row["ratio"].split(", "), strict=True)
+    }
+    found = {r["measured_in"]: round(r["ratio"], 2) for r in read("simulation.json")["measured_on_gpus"]}
+    assert said == found
+    checked = [f"{case['ratio']:.2f}" for case in read("simulation-check.json")["cases"]]
+    assert [rows[0]["ratio"], rows[1]["ratio"]] == ["1.00 each", ", ".join(checked[9:])]
+    assert set(checked[:9]) == {"1.00"}
+
+
+def test_a_rank_that_died_is_named_and_not_waited_for() -> None:
+    answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    answers.put({"rank": 0})
+    ranks: Any = [SimpleNamespace(exitcode=code) for code in (0, 3)]
+    began = time.monotonic()
+    with pytest.raises(
+        RuntimeError, match=r"1 of 2 ranks have answered: rank\(s\) ended, by exit code: 1 \(3\)"
+    ):
+        collect(ranks, answers)
+    assert time.monotonic() - began < 10
+    for rank in (0, 1):
+        answers.put({"rank": rank})
+    assert collect(ranks, answers) == [{"rank": 0}, {"rank": 1}], "whoever has answered may be gone"
