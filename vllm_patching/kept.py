@@ -29,6 +29,8 @@ _NOT_THE_MODELS = (
     "vllm.compilation", "vllm.config", "vllm.distributed", "vllm.forward_context", "vllm.lora",
     "vllm.v1.worker", "vllm.utils",
 )  # fmt: skip
+# Rotary frequencies: where the config scales them, transformers computes them anew for longer prompts.
+_COMPUTED_ANEW = "inv_freq"
 
 
 class Held(NamedTuple):
@@ -151,8 +153,9 @@ class Watch:
     def check(self) -> None:
         """Look again, behind a forward.
 
-        A buffer that no update writes may only be cast. Of what is new, copies of weights are refused; what
-        else they may have been made of cannot be told from tables and workspaces, so that is a warning.
+        A buffer that no update writes may only be cast, or replaced by other rotary frequencies. Of what is
+        new, copies of weights are refused; what else they may have been made of cannot be told from tables
+        and workspaces, so that is a warning.
 
         Raises:
             MappingError: lists what the forwards made of weights and keep.
@@ -199,7 +202,9 @@ class Watch:
             origin = self._origin(tensor)
             return f"{self._what(name, tensor)} is a copy of {origin}" if origin else ""
         old, before = self._named[name]
-        if digest(old) == before and (tensor.data_ptr() == old.data_ptr() or self._is_cast(old, tensor)):
+        if digest(old) == before and (
+            tensor.data_ptr() == old.data_ptr() or name.endswith(_COMPUTED_ANEW) or self._is_cast(old, tensor)
+        ):
             return ""
         return f"{self._what(name, tensor)} was filled by a forward"
 

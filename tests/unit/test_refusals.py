@@ -12,6 +12,8 @@ pytest.importorskip("vllm")
 
 import torch
 from torch import nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from vllm.config import KVTransferConfig, OffloadConfig, ParallelConfig, WeightTransferConfig
 
 from bridge.errors import ConfigError, MappingError
@@ -339,6 +341,25 @@ def test_what_else_a_forward_makes_is_no_fault(caplog: pytest.LogCaptureFixture)
         watch.check()
     (record,) = caplog.records
     assert "kept (3, 3) of Lazy was made by a forward, outside the weights' memory" in record.getMessage()
+
+
+def test_rotary_frequencies_may_be_computed_anew_for_a_longer_prompt() -> None:
+    layer = Lazy()
+    config = LlamaConfig(
+        hidden_size=8, num_attention_heads=1, max_position_embeddings=8,
+        rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+    )  # fmt: skip
+    layer.rotary = LlamaRotaryEmbedding(config)
+    watch = layer.watch()
+    before = layer.rotary.inv_freq
+    layer.rotary(torch.zeros(1), torch.arange(20)[None])
+    assert not torch.equal(layer.rotary.inv_freq, before)
+    watch.check()
+    layer.rotary(torch.zeros(1), torch.arange(4)[None])
+    watch.check()
+    before.copy_(layer.q[:, 0])
+    with pytest.raises(MappingError, match=r"rotary\.inv_freq \(4,\) of \w+ was filled by a forward"):
+        watch.check()
 
 
 def test_a_loader_that_wants_other_arguments_costs_its_names_only() -> None:
