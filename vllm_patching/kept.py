@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from bridge.errors import MappingError
 from vllm_patching.lora_compat import BASE_LAYER
@@ -29,6 +30,8 @@ _NOT_THE_MODELS = (
     "vllm.compilation", "vllm.config", "vllm.distributed", "vllm.forward_context", "vllm.lora",
     "vllm.v1.worker", "vllm.utils",
 )  # fmt: skip
+# Rotary frequencies: where the config scales them, transformers computes them anew for longer prompts.
+_COMPUTED_ANEW = "inv_freq"
 
 
 class Held(NamedTuple):
@@ -62,7 +65,8 @@ def private_tensors(model: nn.Module) -> dict[str, Held]:
         below: list[tuple[str, Any, bool]] = []
         for path, value, near in level:
             if isinstance(value, torch.Tensor):
-                found[path] = Held(value, near)
+                if has_memory(value):
+                    found[path] = Held(value, near)
             elif id(value) not in seen:
                 seen.add(id(value))
                 below += _within(path, value, near, packages)
@@ -75,9 +79,9 @@ def _within(path: str, value: Any, near: bool, packages: set[str]) -> Iterator[t
         yield from ((f"{path}[{index}]", one, near) for index, one in enumerate(value))
     elif isinstance(value, dict):
         yield from ((f"{path}[{key}]", one, near) for key, one in value.items())
-    elif _is_searched(type(value), packages):
+    elif (held := getattr(value, "__dict__", None)) and _is_searched(type(value), packages):
         near = near and path.endswith(".impl")
-        yield from ((f"{path}.{name}", one, near) for name, one in getattr(value, "__dict__", {}).items())
+        yield from ((f"{path}.{name}", one, near) for name, one in held.items())
 
 
 def _is_searched(kind: type, packages: set[str]) -> bool:
@@ -94,17 +98,21 @@ def _is_searched(kind: type, packages: set[str]) -> bool:
 
 def is_constant(tensor: torch.Tensor) -> bool:
     """Whether all elements are equal, as in a scale's default or a workspace that nobody has used."""
-    return bool((tensor == tensor.flatten()[0]).all())
+    return bool((tensor == tensor[(0,) * tensor.ndim]).all())
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's elements lie at an address; not those of meta, fake and sparse tensors."""
+    return (
+        tensor.device.type in ("cpu", "cuda")
+        and tensor.layout is torch.strided
+        and not isinstance(tensor, FakeTensor)
+    )
 
 
 def is_looked_at(tensor: torch.Tensor) -> bool:
-    """Whether a tensor may be made of weights and is more than a number; meta tensors hold nothing."""
-    return (
-        tensor.is_floating_point()
-        and tensor.numel() > 1
-        and tensor.device.type in ("cpu", "cuda")
-        and tensor.layout is torch.strided
-    )
+    """Whether a tensor may be made of weights and is more than a number."""
+    return tensor.is_floating_point() and tensor.numel() > 1 and has_memory(tensor)
 
 
 def same_values(old: torch.Tensor, new: torch.Tensor) -> bool:
@@ -151,8 +159,9 @@ class Watch:
     def check(self) -> None:
         """Look again, behind a forward.
 
-        A buffer that no update writes may only be cast. Of what is new, copies of weights are refused; what
-        else they may have been made of cannot be told from tables and workspaces, so that is a warning.
+        A buffer that no update writes may only be cast, or replaced by other rotary frequencies. Of what is
+        new, copies of weights are refused; what else they may have been made of cannot be told from tables
+        and workspaces, so that is a warning.
 
         Raises:
             MappingError: lists what the forwards made of weights and keep.
@@ -164,11 +173,11 @@ class Watch:
         for path, tensor in self._beside(private):
             if path in self._said or storage_key(tensor) in known:
                 continue
-            if self._is_cast(self._private.get(path), tensor):
+            if self._is_cast(self._private.get(path), tensor) or is_constant(tensor):
                 continue
             if origin := self._origin(tensor):
                 faults.append(f"{self._what(path, tensor)} is a copy of {origin}")
-            elif not is_constant(tensor):
+            else:
                 self._said.add(path)
                 logger.warning(
                     "%s was made by a forward, outside the weights' memory; if it is made of weights, it "
@@ -199,7 +208,9 @@ class Watch:
             origin = self._origin(tensor)
             return f"{self._what(name, tensor)} is a copy of {origin}" if origin else ""
         old, before = self._named[name]
-        if digest(old) == before and (tensor.data_ptr() == old.data_ptr() or self._is_cast(old, tensor)):
+        if digest(old) == before and (
+            tensor.data_ptr() == old.data_ptr() or name.endswith(_COMPUTED_ANEW) or self._is_cast(old, tensor)
+        ):
             return ""
         return f"{self._what(name, tensor)} was filled by a forward"
 

@@ -221,10 +221,12 @@ def _derived(loaded: Loaded, alive: Mapping[int, torch.Tensor]) -> list[str]:
     for path, one in private_tensors(loaded.model).items():
         if not kept.is_looked_at(one.tensor) or storage_key(one.tensor) in known:
             continue
+        if not one.near and kept.is_constant(one.tensor):  # as the empty slots of adapters for experts
+            continue
         made = f"{path} {tuple(one.tensor.shape)} was made while the model was loaded, and would not follow"
         if one.near or kept.origin_of(one.tensor, weights):
             faults.append(f"{made} its weights")
-        elif not kept.is_constant(one.tensor):
+        else:
             logger.warning("%s its weights, if it is made of them", made)
     return faults
 
@@ -413,7 +415,7 @@ def _move(homes: list[Home], offsets: dict[int, int], arena: Arena) -> None:
     # before the first storage is freed, as a freed address may be given to another.
     holders: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
     for obj in gc.get_objects():
-        if issubclass(type(obj), torch.Tensor) and _is_plain(obj) and obj.numel():
+        if issubclass(type(obj), torch.Tensor) and kept.has_memory(obj) and obj.numel():
             holders[storage_key(obj)].append(obj)
     moving = {storage_key(home.live): home.live for home in homes}
     for key, one in moving.items():
@@ -425,11 +427,3 @@ def _move(homes: list[Home], offsets: dict[int, int], arena: Arena) -> None:
             tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
                 segment.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride()
             )
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    return (
-        tensor.device.type in ("cpu", "cuda")
-        and tensor.layout is torch.strided
-        and type(tensor).__name__ != "FakeTensor"
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,9 @@ pytest.importorskip("vllm")
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from vllm.config import KVTransferConfig, OffloadConfig, ParallelConfig, WeightTransferConfig
 
 from bridge.errors import ConfigError, MappingError
@@ -339,6 +343,61 @@ def test_what_else_a_forward_makes_is_no_fault(caplog: pytest.LogCaptureFixture)
         watch.check()
     (record,) = caplog.records
     assert "kept (3, 3) of Lazy was made by a forward, outside the weights' memory" in record.getMessage()
+
+
+def _over_the_same_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """Another storage object over a contiguous tensor's elements, as vLLM's ``weak_ref_tensor`` makes."""
+    elements = (ctypes.c_float * tensor.numel()).from_address(tensor.data_ptr())
+    return torch.frombuffer(elements, dtype=torch.float32).view(tensor.shape)
+
+
+def test_what_follows_the_arena_by_a_storage_of_its_own_is_no_fault(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    layer = Lazy()
+    watch = layer.watch()
+    weak = _over_the_same_memory(layer.k)
+    assert kept.storage_key(weak) != kept.storage_key(layer.k)
+    layer.kept = SimpleNamespace(turned=weak.T, part=weak[2:], parameter=nn.Parameter(weak))
+    layer.register_buffer("alias", weak[:, 1])
+    watch.check()
+    assert not caplog.records
+    layer.kept.copy = weak.clone()
+    with pytest.raises(MappingError, match=r"kept\.copy \(4, 2\) of Lazy is a copy of k"):
+        watch.check()
+
+
+def test_tensors_without_memory_hide_nothing_beside_them(caplog: pytest.LogCaptureFixture) -> None:
+    layer = Lazy()
+    layer.before = torch.eye(2).to_sparse()
+    watch = layer.watch()
+    with FakeTensorMode():
+        traced = torch.rand(4, 2)
+    layer.kept = [traced, torch.empty(4, 2, device="meta"), torch.eye(2).to_sparse(), torch.empty(0)]
+    watch.check()
+    assert not caplog.records
+    layer.kept = [traced, layer.q.clone()]
+    with pytest.raises(MappingError, match=r"kept\[1\] \(4, 2\) of Lazy is a copy of q"):
+        watch.check()
+
+
+def test_rotary_frequencies_may_be_computed_anew_for_a_longer_prompt() -> None:
+    layer = Lazy()
+    config = LlamaConfig(
+        hidden_size=8, num_attention_heads=1, max_position_embeddings=8,
+        rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+    )  # fmt: skip
+    layer.rotary = LlamaRotaryEmbedding(config)
+    watch = layer.watch()
+    before = layer.rotary.inv_freq
+    layer.rotary(torch.zeros(1), torch.arange(20)[None])
+    assert not torch.equal(layer.rotary.inv_freq, before)
+    watch.check()
+    layer.rotary(torch.zeros(1), torch.arange(4)[None])
+    watch.check()
+    before.copy_(layer.q[:, 0])
+    with pytest.raises(MappingError, match=r"rotary\.inv_freq \(4,\) of \w+ was filled by a forward"):
+        watch.check()
 
 
 def test_a_loader_that_wants_other_arguments_costs_its_names_only() -> None:
