@@ -231,6 +231,11 @@ class Session:
         self.closed = reason
 
     @property
+    def epoch(self) -> int:
+        """Which of the server's epochs this is."""
+        return self._answer.epoch
+
+    @property
     def waits_for(self) -> str:
         """What this rank waits for while no round is under way: every heartbeat says it, and ``status``."""
         return self._control.doing
@@ -306,6 +311,7 @@ class Session:
 
     @torch.no_grad()
     def _run(self) -> None:
+        telemetry.stand_in_thread(epoch=self.epoch, version=self.version)
         while True:
             item = self._inbox.get()
             if isinstance(item, _Stop):
@@ -347,7 +353,7 @@ class Session:
             self.stale = True  # nothing was said of this round yet: it may go through a new epoch
             job.finish(None, RoundAborted(f"version {job.version} was not sent: {self.closed}"))
             return
-        telemetry.stand(epoch=self._answer.epoch, version=job.version)
+        telemetry.stand_in_thread(epoch=self.epoch, version=job.version)
         flight.note("round", epoch=self._answer.epoch, version=job.version, bytes=job.nbytes)
         try:
             if job.encoding == "delta":

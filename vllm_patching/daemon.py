@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from bridge import flight
+from bridge import flight, telemetry
 from bridge.errors import BridgeError, TransferError
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import CONFIG_NAME, Mapping, Rendezvous
@@ -260,6 +260,7 @@ class Daemon:
             flight.write(f"epoch {epoch.epoch} ended: {epoch.closed}", self.args.logdir)
         else:
             logger.info("epoch %d ended in order at version %d", epoch.epoch, self.live_version)
+        telemetry.stand(epoch=None, version=self.version)
         self.new_crew()
 
     def _served(self) -> str:
@@ -340,6 +341,7 @@ class Daemon:
             self.new_crew()
         self.lending.watch()
         self.borrowing.begin()
+        telemetry.stand(epoch=None, version=self.version)
         if self.outdated:
             logger.warning("%s", self.outdated)
         self.admission.watch()

@@ -7,6 +7,7 @@ import queue
 import time
 from typing import TYPE_CHECKING, Any
 
+from bridge import telemetry
 from bridge.errors import BridgeError, ConfigError, TransferError
 from bridge.protocol.messages import MAX_VERSION
 from vllm_patching import update_files
@@ -32,10 +33,10 @@ def stage_file(daemon: Daemon, event: Notified) -> dict[str, Any]:
         daemon.crew.wait_all(timeout_s=READY_TIMEOUT_S)
         orders = daemon.swap.orders()
         daemon.filing = True
+        telemetry.stand(epoch=None, version=version)
         try:
-            daemon.crew.order(
-                {"type": "stage_file", "path": event.path, "below": str(daemon.args.update_dir)}, orders
-            )
+            order = {"type": "stage_file", "path": event.path, "below": str(daemon.args.update_dir)}
+            daemon.crew.order({**order, "version": version}, orders)
             reports = _await_reports(daemon, daemon.crew, version)
         except TransferError as err:
             daemon.new_crew()  # a late report, or a write under way, must never meet the next round
@@ -55,7 +56,9 @@ def stage_file(daemon: Daemon, event: Notified) -> dict[str, Any]:
         logger.error("update from %s: %s", event.path, error)
         return {"type": "update_result", "ok": False, "version": daemon.live_version, "error": error}
     finally:
-        daemon.filing = False
+        if daemon.filing:
+            daemon.filing = False
+            telemetry.stand(epoch=None, version=daemon.version)
     daemon.committed += 1
     daemon.last_round = {
         "version": version,

@@ -22,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from bridge import flight
+from bridge import flight, telemetry
 from bridge.errors import (
     BridgeError,
     ConfigError,
@@ -118,6 +118,7 @@ class Follower:
         self.vllm_pids: set[int] = set()
         self._secret = ""
         self._crew_number = 0
+        self._epoch: int | None = None  # of the trainer whose round this crew takes part in
         self._told: dict[int, int] = {}  # rank -> pid of the worker the head was told of
         self._announced = 0  # how often it was told of one
         self._watched = threading.Event()
@@ -272,6 +273,7 @@ class Follower:
         self.address = met.link.address
         self.link, self.welcome, self._secret = met.link, met.welcome, met.secret
         self._told.clear()
+        self._stand(epoch=None)
         logger.info("joined node 0 at %s, from %s", met.link.peer, self.address)
 
     def _part(self, why: str) -> None:
@@ -287,6 +289,7 @@ class Follower:
         if self.crew is not None:
             self.crew.end()
             self.crew = None
+        self._stand(epoch=None)
         start_thread("bridge-seek", self._seek, self.welcome.grace_s)
 
     def _tell(self, frame: wire.Frame) -> None:
@@ -308,9 +311,21 @@ class Follower:
             if self.crew is not None and frame.crew == self._crew_number:
                 self.crew.end()
                 self.crew = None
+                self._stand(epoch=None)
             self._tell(wire.CrewEnded(frame.crew))
         elif isinstance(frame, wire.Refused):
             raise ConfigError(f"node 0 refused a worker of this node: {frame.reason}")
+
+    def _stand(self, *, epoch: int | None) -> None:
+        """What the log is about from now on: ``epoch``, and what all workers of this node serve."""
+        self._epoch = epoch
+        telemetry.stand(epoch=epoch, version=self._served())
+
+    def _served(self) -> int | None:
+        """The version that all workers of this node have flipped to; None while there are none."""
+        page = self.registry.control
+        ranks = self.registry.ranks_of(0)
+        return min((page.slot(rank).version for rank in ranks), default=None) if page else None
 
     def _take(self, mapping: Mapping) -> None:
         """Of the head's present daemon: its updaters' words to trainers are signed with its secret."""
@@ -322,6 +337,7 @@ class Follower:
         if self.crew is not None:
             self.crew.end()
         self._crew_number = number = frame.crew
+        self._stand(epoch=None)
         ranks = self.registry.ranks_of(0)
 
         def tell_ready(rank: int) -> None:
@@ -338,7 +354,10 @@ class Follower:
         message = frame.message
         try:
             if message["type"] == "join":
+                self._stand(epoch=message["epoch"])
                 message = {**message, "address": rendezvous.local_address(message["host"], message["port"])}
+            elif "version" in message:
+                telemetry.stand(epoch=self._epoch, version=message["version"])
             self.crew.order(message, frame.ranks)
         except BridgeError as err:
             logger.warning("%s; its end is reported", err)

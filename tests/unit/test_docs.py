@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import ast
+import json
+import logging
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from bridge import environment, errors
+from bridge import environment, errors, telemetry
 from bridge.protocol import mapping, messages
 from bridge.protocol.messages import COMMIT_WHEN_STAGED, Frame, Opcode
 from bridge.protocol.session import Coordinator, InferenceSession, Member, Send, State
 from launch import arguments
 from launch.options import ServeOptions
+from vllm_patching import plugin
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("slurm/*.md")])
@@ -366,6 +370,21 @@ def test_every_metric_is_explained():
         re.match(r"`(\w+)", row["name"])[1] for row in tables(section("docs/operations.md", "## Metrics"))[0]
     }
     assert documented == emitted
+
+
+def test_every_field_and_role_of_a_line_of_the_log_is_explained():
+    _, fields, roles = tables(section("docs/operations.md", "## Logs"))
+    try:
+        raise ValueError("a test")
+    except ValueError:
+        record = logging.LogRecord("bridge.x", logging.INFO, "x.py", 1, "text", (), sys.exc_info())
+    documented = [name for row in fields for name in re.findall(r"`(\w+)`", row["field"])]
+    assert documented == list(json.loads(telemetry._Json().format(record)))
+    sources = [p for room in ("bridge", "vllm_patching", "launch") for p in (ROOT / room).rglob("*.py")]
+    pattern = re.compile(r"""(?:configure\(role=|name_process\()"(\w+)\"""")
+    named = {role for path in sources for role in pattern.findall(path.read_text())}
+    named |= {"vllm", "trainer", *plugin.ROLES.values()}
+    assert {row["role"].strip("`") for row in roles} == named
 
 
 # --- commands ----------------------------------------------------------------------------------------
