@@ -45,6 +45,8 @@ from vllm_patching.frontdesk import FrontDesk, start_thread
 from vllm_patching.link import Link
 from vllm_patching.nodes import FILE_NAME, read_meeting
 from vllm_patching.registry import Registry
+from vllm_patching.status import NodesHere, Pids, Rounds, StateName, Status, ranks_of
+from vllm_patching.waiting import Wait
 
 logger = logging.getLogger("vllm_patching.follower")  # __name__ is __main__ here
 
@@ -323,9 +325,8 @@ class Follower:
 
     def _served(self) -> int | None:
         """The version that all workers of this node have flipped to; None while there are none."""
-        page = self.registry.control
-        ranks = self.registry.ranks_of(0)
-        return min((page.slot(rank).version for rank in ranks), default=None) if page else None
+        ranks = ranks_of(self.registry.control, self.registry.ranks_of(0))
+        return min((rank.version for rank in ranks), default=None)
 
     def _take(self, mapping: Mapping) -> None:
         """Of the head's present daemon: its updaters' words to trainers are signed with its secret."""
@@ -409,60 +410,57 @@ class Follower:
                 seen |= news
                 self._tell(wire.Slots(news))
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Status:
         """The status, for whoever asks: of this node only."""
         here = len(self.registry.workers)
         joined = self.link is not None
-        state = "failed" if self.failed else "ready" if joined and self.mapping and self.crew else "waiting"
+        state: StateName = "waiting"
+        if self.failed:
+            state = "failed"
+        elif joined and self.mapping and self.crew:
+            state = "ready"
         detail = f"node {self.args.node_rank} of {self.args.nnodes}, {here} worker(s) here; node 0 "
         detail += "is joined" if joined else "is looked for"
-        page, ranks = self.registry.control, self.registry.ranks_of(0)
-        return {
-            "type": "status",
-            "state": state,
-            "detail": self.failed or detail,
-            "model": self.mapping.model if self.mapping else "",
-            "world_size": self.registry.world_size,
-            "pids": {
-                "daemon": os.getpid(),
-                **self.registry.pids(),
-                "updaters": self.crew.pids() if self.crew else [],
-            },
-            "weight_version": min((page.slot(r).version for r in ranks), default=0) if page else 0,
-            "requested_version": 0,
-            "writing": 0,
-            "epoch": 0,
-            "trainer": None,
-            "bucket": -1,
-            "rounds": {"committed": 0, "aborted": 0},  # node 0 counts them
-            "rendezvous": None,
-            "last_error": self.last_error,
-            "last_round": None,
-            "given_up": "",
-            "complete": state == "ready",
-            "borrowing": False,
-            "waits": [
-                {
-                    "who": f"node {self.args.node_rank}'s daemon",
-                    "waits_for": "word of node 0" if joined else "node 0 to be found",
-                    "since_s": None,
-                }
+        ranks = ranks_of(self.registry.control, self.registry.ranks_of(0))
+        return Status(
+            state=state,
+            detail=self.failed or detail,
+            complete=state == "ready",
+            borrowing=False,
+            weight_version=min((rank.version for rank in ranks), default=0),
+            requested_version=0,
+            writing=0,
+            epoch=0,
+            model=self.mapping.model if self.mapping else "",
+            world_size=self.registry.world_size,
+            pids=Pids(
+                daemon=os.getpid(), updaters=self.crew.pids() if self.crew else [], **self.registry.pids()
+            ),
+            rendezvous=None,
+            trainer=None,
+            bucket=-1,
+            rounds=Rounds(committed=0, aborted=0),
+            last_error=self.last_error,
+            last_round=None,
+            given_up="",
+            nodes=NodesHere(
+                count=self.args.nnodes,
+                rank=self.args.node_rank,
+                missing=[] if joined else [0],
+                hosts={self.args.node_rank: socket.gethostname()},
+                address=self.address,
+                master_addr=self.args.master_addr,
+                master_port=self.welcome.master_port if self.welcome else 0,
+            ),
+            waits=[
+                Wait(
+                    who=f"node {self.args.node_rank}'s daemon",
+                    waits_for="word of node 0" if joined else "node 0 to be found",
+                    since_s=None,
+                )
             ],
-            "nodes": {
-                "count": self.args.nnodes,
-                "rank": self.args.node_rank,
-                "missing": [] if joined else [0],
-                "hosts": {self.args.node_rank: socket.gethostname()},
-                "address": self.address,
-                "master_addr": self.args.master_addr,
-                "master_port": self.welcome.master_port if self.welcome else 0,
-            },
-            "ranks": [
-                {"rank": r, "version": page.slot(r).version, "batch": page.slot(r).batch,
-                 "active_half": page.slot(r).active}
-                for r in ranks if page
-            ],
-        }  # fmt: skip
+            ranks=ranks,
+        )
 
     # --- the end -----------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from bridge import flight, telemetry
@@ -305,7 +306,7 @@ thread.join()
 
 
 def waits(daemon: Any) -> dict[str, str]:
-    return {entry["who"]: entry["waits_for"] for entry in waiting.describe(daemon)}
+    return {wait.who: wait.waits_for for wait in waiting.describe(daemon)}
 
 
 def test_status_says_what_everybody_waits_for(capsys: pytest.CaptureFixture[str]) -> None:
@@ -350,8 +351,9 @@ def test_status_says_what_everybody_waits_for(capsys: pytest.CaptureFixture[str]
     status = {
         "state": "round", "detail": "", "model": "m", "world_size": 2, "weight_version": 0, "epoch": 1,
         "trainer": "t", "rounds": {"committed": 0, "aborted": 0}, "rendezvous": "r", "last_round": None,
-        "pids": {"daemon": 1}, "last_error": None, "ranks": [], "waits": waiting.describe(daemon),
+        "pids": {"daemon": 1}, "last_error": None, "ranks": [],
     }  # fmt: skip
+    status["waits"] = msgspec.to_builtins(waiting.describe(daemon))
     show_status(status, as_json=False)
     assert "waits: daemon for every rank to flip to version 1, since " in capsys.readouterr().out
     os.close(page.fd)
