@@ -33,6 +33,7 @@ from bridge.sharding import LocalShards, current_gpu
 
 logger = logging.getLogger(__name__)
 
+OWN_RANKS = "its own ranks to come to the next broadcast"
 FIRST_S = 30.0  # so long a server that was never met is waited for beside others, once
 
 
@@ -220,14 +221,23 @@ class Fleet:
         return list(map(bool, anew))
 
     def _highest(self, values: Sequence[int]) -> list[int]:
-        """As ``joining.highest``; meanwhile every server's daemon is told what this rank waits for."""
-        self._say("its own ranks to come to the next broadcast")
+        """As ``joining.highest``; meanwhile every server's daemon is told which ranks are waited for."""
+        self._say(lambda: OWN_RANKS)
         try:
-            return highest(values, self._own_ranks(), timeout_s=self._ranks_timeout_s)
+            return highest(
+                values, self._own_ranks(), timeout_s=self._ranks_timeout_s, tell=self._say_who_is_missing
+            )
         finally:
-            self._say("")
+            self._say(str)
 
-    def _say(self, waits_for: str) -> None:
+    def _say_who_is_missing(self, missing: Callable[[], list[int]]) -> None:
+        def waits_for() -> str:
+            ranks = ", ".join(map(str, missing()))
+            return f"trainer rank(s) {ranks} to come to the next broadcast" if ranks else OWN_RANKS
+
+        self._say(waits_for)
+
+    def _say(self, waits_for: Callable[[], str]) -> None:
         for server in self.servers:
             if server.met:
                 server.session.waits_for = waits_for

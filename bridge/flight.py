@@ -27,9 +27,17 @@ _lock = threading.Lock()
 
 
 def name_process(role: str, rank: int | None) -> None:
-    """What the record's file is called after."""
+    """What the record's file is called after, and what every line of the log says."""
     global _who
     _who = role, rank
+
+
+def who() -> tuple[str, int | None]:
+    """This process's role, and its rank in that role if it has one."""
+    role, rank = _who
+    if role == "trainer" and rank is None and os.environ.get("RANK", "").isdecimal():
+        rank = int(os.environ["RANK"])
+    return role, rank
 
 
 def note(kind: str, **fields: Any) -> None:
@@ -78,9 +86,7 @@ def write(why: str, directory: str | os.PathLike[str] | None = None) -> Path | N
     where = directory or os.environ.get("BRIDGE_LOGDIR") or os.environ.get("LOGDIR")
     if not where:
         return None
-    role, rank = _who
-    if role == "trainer" and rank is None and os.environ.get("RANK", "").isdecimal():
-        rank = int(os.environ["RANK"])
+    role, rank = who()
     host, parts = socket.gethostname(), [] if rank is None else [str(rank)]
     if role in ("trainer", "lender"):  # they share the directory from many hosts
         parts.append(host)
@@ -100,7 +106,8 @@ def write(why: str, directory: str | os.PathLike[str] | None = None) -> Path | N
     partial = path.with_suffix(".partial")
     try:
         with _lock:
-            partial.touch(mode=0o600)
+            partial.unlink(missing_ok=True)  # whose mode may be another
+            partial.touch(mode=0o600, exist_ok=False)
             partial.write_text(text)
             partial.replace(path)
     except OSError as err:

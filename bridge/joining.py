@@ -9,7 +9,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -42,6 +42,7 @@ LENDER_RETRY_S = 1.0  # it may stand at the door for long, beside a server that 
 _beside: tuple[object, dist.ProcessGroup] | None = None  # the default group, and ours of the same ranks
 IMPATIENT_S = 5.0
 RANKS_TAG = 9
+CAME = 1
 SESSION = ">4I"  # 16 bytes, as numbers that ``highest`` can carry
 
 
@@ -191,10 +192,19 @@ def any_rank(flag: bool, ranks: Ranks, *, timeout_s: float) -> bool:
     return bool(highest([int(flag)], ranks, timeout_s=timeout_s)[0])
 
 
-def highest(values: Sequence[int], ranks: Ranks, *, timeout_s: float) -> list[int]:
+def highest(
+    values: Sequence[int],
+    ranks: Ranks,
+    *,
+    timeout_s: float,
+    tell: Callable[[Callable[[], list[int]]], None] = lambda _: None,
+) -> list[int]:
     """The highest of each of the ``values`` on any trainer rank; every rank calls it.
 
     Rank 0 collects them and answers, for only who waits for each rank by itself knows which did not come.
+
+    Args:
+        tell: on rank 0 called with a function, for any thread, that says which ranks have not come by then.
 
     Raises:
         RankMissing: a rank is gone, or has not called it within ``timeout_s``; rank 0's error names it. The
@@ -208,7 +218,7 @@ def highest(values: Sequence[int], ranks: Ranks, *, timeout_s: float) -> list[in
     try:
         group = _own_group(timeout_s)
         if ranks.rank == 0:
-            return _collect(group, values, ranks.world_size, timeout_s, missing)
+            return _collect(group, values, ranks.world_size, timeout_s, missing, tell)
         return _hand_in(group, values, timeout_s)
     except RuntimeError as err:
         _beside = None  # a Gloo group in which one wait has failed is of no use to anybody
@@ -226,43 +236,51 @@ def highest(values: Sequence[int], ranks: Ranks, *, timeout_s: float) -> list[in
 
 
 def _collect(
-    group: dist.ProcessGroup, values: Sequence[int], world_size: int, timeout_s: float, missing: list[int]
+    group: dist.ProcessGroup,
+    values: Sequence[int],
+    world_size: int,
+    timeout_s: float,
+    missing: list[int],
+    tell: Callable[[Callable[[], list[int]]], None],
 ) -> list[int]:
-    """Rank 0's part of ``highest``; puts into ``missing`` who did not come."""
+    """Rank 0's part of ``highest``; puts into ``missing`` who did not come.
+
+    What a rank sends ends with ``CAME``, and Gloo writes it straight into memory that is 0 until then. So one
+    can see who has come: a work says so only once it was waited for, and a wait that ends early breaks the
+    group.
+    """
     deadline = time.monotonic() + timeout_s
-    agreed = torch.tensor(values, dtype=torch.int64)
-    theirs = {rank: torch.empty_like(agreed) for rank in range(1, world_size)}
+    agreed = torch.tensor([*values, CAME], dtype=torch.int64)
+    theirs = {rank: torch.zeros_like(agreed) for rank in range(1, world_size)}
     coming = {rank: group.recv([wire], rank, RANKS_TAG) for rank, wire in theirs.items()}
-    lost: RuntimeError | None = None
+
+    def absent() -> list[int]:
+        return [rank for rank, wire in theirs.items() if wire[-1] != CAME]
+
+    tell(absent)
     for rank, work in coming.items():
         try:
-            # Never 0, which would be no limit at all. Behind the first that is late this tells who has come.
+            # Never 0, which would be no limit at all.
             work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
-        except RuntimeError as err:
-            missing.append(rank)
-            lost = lost or err
-            if time.monotonic() < deadline:
-                break  # this one is gone, and whoever is only late is not waited for
-    if lost is not None:
-        try:
-            raise lost
-        finally:
-            del lost  # as above
+        except RuntimeError:
+            # Before the deadline this one is gone, and whoever is only late is not waited for.
+            missing += (absent() if time.monotonic() >= deadline else []) or [rank]
+            raise
     for wire in theirs.values():
         torch.maximum(agreed, wire, out=agreed)
     for answer in [group.send([agreed], rank, RANKS_TAG) for rank in theirs]:
         answer.wait(timedelta(seconds=timeout_s))
-    return [int(value) for value in agreed.tolist()]
+    return [int(value) for value in agreed[:-1].tolist()]
 
 
 def _hand_in(group: dist.ProcessGroup, values: Sequence[int], timeout_s: float) -> list[int]:
     """Any other rank's part of ``highest``."""
-    wire = torch.tensor(values, dtype=torch.int64)
+    wire = torch.tensor([*values, CAME], dtype=torch.int64)
     agreed = torch.empty_like(wire)
     answer = group.recv([agreed], 0, RANKS_TAG)
     group.send([wire], 0, RANKS_TAG).wait(timedelta(seconds=timeout_s))
     answer.wait(timedelta(seconds=timeout_s))
-    return [int(value) for value in agreed.tolist()]
+    return [int(value) for value in agreed[:-1].tolist()]
 
 
 def _own_group(timeout_s: float) -> dist.ProcessGroup:

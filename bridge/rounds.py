@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -234,13 +235,21 @@ class Session:
         self.closed = reason
 
     @property
-    def waits_for(self) -> str:
-        """What this rank waits for while no round is under way: every heartbeat says it, and ``status``."""
+    def epoch(self) -> int:
+        """Which of the server's epochs this is."""
+        return self._answer.epoch
+
+    @property
+    def waits_for(self) -> Callable[[], str]:
+        """What this rank waits for while no round is under way, as ``status`` shows it.
+
+        It is asked with every heartbeat, in the heartbeats' thread, and must not raise.
+        """
         return self._control.doing
 
     @waits_for.setter
-    def waits_for(self, what: str) -> None:
-        self._control.doing = what
+    def waits_for(self, asked: Callable[[], str]) -> None:
+        self._control.doing = asked
 
     def beat(self) -> None:
         """Send a heartbeat now.
@@ -309,6 +318,7 @@ class Session:
 
     @torch.no_grad()
     def _run(self) -> None:
+        telemetry.stand_in_thread(epoch=self.epoch, version=self.version)
         while True:
             item = self._inbox.get()
             if isinstance(item, _Stop):
@@ -350,7 +360,7 @@ class Session:
             self.stale = True  # nothing was said of this round yet: it may go through a new epoch
             job.finish(None, RoundAborted(f"version {job.version} was not sent: {self.closed}"))
             return
-        telemetry.stand(epoch=self._answer.epoch, version=job.version)
+        telemetry.stand_in_thread(epoch=self.epoch, version=job.version)
         flight.note("round", epoch=self._answer.epoch, version=job.version, bytes=job.nbytes)
         try:
             if job.encoding == "delta":
@@ -485,10 +495,11 @@ class Session:
                         return receipt
                 # The daemon hears of a round when all ranks are ready; until then only this says of it.
                 gathering = self.rank == 0 and self._coordinator.state is State.GATHERING
-                self._control.doing = self._coordinator.waits_for if gathering else ""
+                waits_for = self._coordinator.waits_for if gathering else ""
+                self._control.doing = functools.partial(str, waits_for)
                 actions = self._next_actions(job)
         finally:
-            self._control.doing = ""
+            self._control.doing = str
 
     @property
     def _patience_s(self) -> float:

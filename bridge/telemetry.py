@@ -26,44 +26,59 @@ Hook = Callable[[type[BaseException], BaseException, TracebackType | None], obje
 ROOTS = ("bridge", "vllm_patching", "launch")
 FORMATS = ("text", "json")
 
-# Of this thread: a trainer has one for each server, and they are at different versions.
-_standing: contextvars.ContextVar[tuple[int | None, int | None]] = contextvars.ContextVar(
-    "bridge_standing", default=(None, None)
-)
+Standing = tuple[int | None, int | None]  # an epoch, and the version served or wanted
+_of_process: Standing = (None, None)
+_of_thread: contextvars.ContextVar[Standing | None] = contextvars.ContextVar("bridge_standing", default=None)
 
 
 def stand(*, epoch: int | None, version: int | None) -> None:
-    """What this thread's records are about from now on: an epoch, and the version served or wanted."""
-    _standing.set((epoch, version))
+    """What this process's records are about from now on, whichever of its threads they come from.
+
+    For a process that serves one server: its daemon, an updater, a worker, an engine core. None is for what
+    the process does not know.
+    """
+    global _of_process
+    _of_process = epoch, version
+
+
+def stand_in_thread(*, epoch: int | None, version: int | None) -> None:
+    """The same for this thread only: a trainer has one for each server, at versions that differ."""
+    _of_thread.set((epoch, version))
+
+
+def _standing() -> Standing:
+    return _of_thread.get() or _of_process
 
 
 class _Text(logging.Formatter):
-    def __init__(self, who: str) -> None:
+    def __init__(self) -> None:
         super().__init__(
             "%(levelname)s %(asctime)s [bridge %(who)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S"
         )
-        self._who = f"{who} pid {os.getpid()}"
 
     def format(self, record: logging.LogRecord) -> str:
-        epoch, version = _standing.get()
-        about = "" if epoch is None else f" epoch {epoch}"
-        about += "" if version is None else f" version {version}"
-        record.__dict__["who"] = self._who + about
+        role, rank = flight.who()
+        epoch, version = _standing()
+        who = role if rank is None else f"{role} rank {rank}"
+        who += f" pid {os.getpid()}"
+        who += "" if epoch is None else f" epoch {epoch}"
+        who += "" if version is None else f" version {version}"
+        record.__dict__["who"] = who
         return super().format(record)
 
 
 class _Json(logging.Formatter):
-    def __init__(self, role: str, rank: int | None) -> None:
-        super().__init__()
-        self._fixed = {"role": role, "rank": rank, "pid": os.getpid(), "host": socket.gethostname()}
-
     def format(self, record: logging.LogRecord) -> str:
-        epoch, version = _standing.get()
+        role, rank = flight.who()
+        epoch, version = _standing()
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line = {
             "time": f"{when}.{int(record.msecs):03d}Z",
             "level": record.levelname,
-            **self._fixed,
+            "role": role,
+            "rank": rank,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
             "epoch": epoch,
             "version": version,
             "logger": record.name,
@@ -77,10 +92,11 @@ class _Json(logging.Formatter):
 def configure(*, role: str, rank: int | None = None, level: str | None = None) -> None:
     """Send the bridge's records to stderr with the process's role and rank; idempotent.
 
-    An exception that ends the process, or one of its threads, leaves a flight record.
+    An exception that ends the process, or one of its threads, leaves a flight record. A process that learns
+    later what it is, or which, says so by ``flight.name_process``.
 
     Args:
-        role: what this process is: daemon, updater, vllm, trainer.
+        role: what this process is: daemon, updater, api, trainer and others, listed in docs/operations.md.
         rank: its rank in that role, if it has one.
         level: a logging level's name; default ``BRIDGE_LOG_LEVEL`` or INFO.
 
@@ -90,9 +106,8 @@ def configure(*, role: str, rank: int | None = None, level: str | None = None) -
     wanted = os.environ.get("BRIDGE_LOG_FORMAT") or FORMATS[0]
     if wanted not in FORMATS:
         raise ConfigError(f"BRIDGE_LOG_FORMAT is {wanted!r}; it is one of {', '.join(FORMATS)}")
-    who = role if rank is None else f"{role} rank {rank}"
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Json(role, rank) if wanted == "json" else _Text(who))
+    handler.setFormatter(_Json() if wanted == "json" else _Text())
     for name in ROOTS:
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]

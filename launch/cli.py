@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bridge import flight
 from bridge.errors import BridgeError, ConfigError, RendezvousError
 from launch.arguments import build_parser, make_options, split_words
 from launch.options import ServeOptions
@@ -55,6 +56,8 @@ def prepare(options: ServeOptions) -> Supervisor:
     from launch.options import read_server_args
     from launch.supervisor import URL_NAME, Launch, Limits, Supervisor
 
+    if options.nnodes > 1:
+        flight.name_process("launcher", options.node_rank)
     options.logdir.mkdir(parents=True, exist_ok=True)
     options.updates.mkdir(mode=0o700, parents=True, exist_ok=True)
     options.logs.mkdir(parents=True, exist_ok=True)

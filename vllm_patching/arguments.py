@@ -24,9 +24,10 @@ class Runs(Protocol):
 
 def main(kind: Callable[[argparse.Namespace], Runs]) -> int:
     """Make a daemon by this process's command line, and run it; returns the exit code."""
-    telemetry.configure(role="daemon")
+    args = parse_args(sys.argv[1:])
+    telemetry.configure(role="daemon", rank=args.node_rank if args.nnodes > 1 else None)
     try:
-        daemon = kind(parse_args(sys.argv[1:]))
+        daemon = kind(args)
     except ConfigError as err:  # what an earlier one has left is damaged
         logger.error("%s", err)
         return err.exit_code

@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from bridge import flight
+from bridge import flight, telemetry
 from bridge.errors import BridgeError, TransferError
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import CONFIG_NAME, Mapping, Rendezvous
@@ -54,7 +54,7 @@ from vllm_patching.link import End
 from vllm_patching.newest import Newest
 from vllm_patching.nodes import Nodes
 from vllm_patching.registry import Registry
-from vllm_patching.status import describe
+from vllm_patching.status import LastRound, Status, describe
 from vllm_patching.swap import DoubleStaging, InPlaceStaging, Swap
 
 logger = logging.getLogger("vllm_patching.daemon")  # __name__ is __main__ here
@@ -98,7 +98,7 @@ class Daemon:
         self.handled = threading.Condition()  # notified behind each event, for those who wait for a round
         self.filing = False  # whether a version is being staged from a file
         self.last_error: str | None = None
-        self.last_round: dict[str, Any] | None = None
+        self.last_round: LastRound | None = None
         self.vllm_pids: set[int] = set()
         self._shm: set[Path] = set()
 
@@ -237,7 +237,7 @@ class Daemon:
                 epoch.on_committed(None, str(err))
             else:
                 receipt = epoch.receipt(flips)
-                self.last_round = msgspec.json.decode(receipt)
+                self.last_round = msgspec.json.decode(receipt, type=LastRound)
                 self.committed += 1
                 if not epoch.request.restores:
                     self.borrowing.satisfied()
@@ -260,6 +260,7 @@ class Daemon:
             flight.write(f"epoch {epoch.epoch} ended: {epoch.closed}", self.args.logdir)
         else:
             logger.info("epoch %d ended in order at version %d", epoch.epoch, self.live_version)
+        telemetry.stand(epoch=None, version=self.version)
         self.new_crew()
 
     def _served(self) -> str:
@@ -340,6 +341,7 @@ class Daemon:
             self.new_crew()
         self.lending.watch()
         self.borrowing.begin()
+        telemetry.stand(epoch=None, version=self.version)
         if self.outdated:
             logger.warning("%s", self.outdated)
         self.admission.watch()
@@ -444,7 +446,7 @@ class Daemon:
         if self.epoch is not None:
             self.epoch.fail(self.given_up)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Status:
         """The status, for whoever asks."""
         return describe(self)
 

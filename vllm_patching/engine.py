@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bridge import flight
+from bridge import flight, telemetry
 from bridge.errors import ConfigError, TransferError
 from vllm_patching import compat
 from vllm_patching.control_page import ControlPage
@@ -96,6 +96,7 @@ class EngineBridge:
         if version <= self.version:
             return
         self.version = version
+        telemetry.stand(epoch=None, version=version)
         flight.note("commit asked", version=version)
         if self.salted:
             for request in compat.waiting_requests(self.engine.scheduler):
@@ -152,13 +153,15 @@ def attach(engine: Any, kind: type[EngineBridge] = EngineBridge) -> None:
     Raises:
         BridgeError: the daemon cannot be reached.
     """
+    parallel = engine.vllm_config.parallel_config
+    index, world_size = parallel.data_parallel_index, parallel.world_size
+    flight.name_process("engine", index)
+    telemetry.stand(epoch=None, version=0)
     salted = os.environ.get("BRIDGE_PREFIX_CACHE", "salt") == "salt"
     bridge = kind(engine, salted=salted)
     bridge.hook()
     ours = compat.transfers_weights_by_bridge(engine.vllm_config)
     _hook_calls(engine, WeightUpdates(Path(os.environ["BRIDGE_RUN_DIR"])) if ours else None)
-    parallel = engine.vllm_config.parallel_config
-    index, world_size = parallel.data_parallel_index, parallel.world_size
     hello = {
         "type": "engine",
         "index": index,
@@ -170,7 +173,6 @@ def attach(engine: Any, kind: type[EngineBridge] = EngineBridge) -> None:
     registration.exit_with_parent = True
     registration.on_wake = lambda: engine.input_queue.put_nowait(compat.wake_request())
     registration.watch()
-    flight.name_process("engine", index)
     flight.note("engine hooked", index=index, ranks=world_size)
     cache = "salted" if salted else "kept"
     logger.info("engine core %d hooked: %d rank(s), prefix cache %s", index, world_size, cache)

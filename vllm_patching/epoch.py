@@ -244,9 +244,14 @@ class Epoch:
         kind, _, wanted = action.joint.partition(" ")
         if kind == ROLLBACK:
             self.round.restores = self._swap.restore(int(wanted) if wanted.isdecimal() else None)
-            self.crew.order({"type": "restore"})
+            self.crew.order({"type": "restore", "version": action.version})
             return
-        order = {"type": "stage", "joint": action.joint, "plan_digest": action.plan_digest.hex()}
+        order = {
+            "type": "stage",
+            "version": action.version,
+            "joint": action.joint,
+            "plan_digest": action.plan_digest.hex(),
+        }
         self.crew.order(order, self._swap.orders())
 
     def receipt(self, flips_ns: Sequence[int]) -> str:

@@ -7,11 +7,15 @@ import queue
 import time
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from bridge import telemetry
 from bridge.errors import BridgeError, ConfigError, TransferError
 from bridge.protocol.messages import MAX_VERSION
 from vllm_patching import update_files
 from vllm_patching.crew import Crew, Report
 from vllm_patching.events import Notified
+from vllm_patching.status import LastRound
 
 if TYPE_CHECKING:
     from vllm_patching.daemon import Daemon
@@ -32,10 +36,10 @@ def stage_file(daemon: Daemon, event: Notified) -> dict[str, Any]:
         daemon.crew.wait_all(timeout_s=READY_TIMEOUT_S)
         orders = daemon.swap.orders()
         daemon.filing = True
+        telemetry.stand(epoch=None, version=version)
         try:
-            daemon.crew.order(
-                {"type": "stage_file", "path": event.path, "below": str(daemon.args.update_dir)}, orders
-            )
+            order = {"type": "stage_file", "path": event.path, "below": str(daemon.args.update_dir)}
+            daemon.crew.order({**order, "version": version}, orders)
             reports = _await_reports(daemon, daemon.crew, version)
         except TransferError as err:
             daemon.new_crew()  # a late report, or a write under way, must never meet the next round
@@ -55,18 +59,21 @@ def stage_file(daemon: Daemon, event: Notified) -> dict[str, Any]:
         logger.error("update from %s: %s", event.path, error)
         return {"type": "update_result", "ok": False, "version": daemon.live_version, "error": error}
     finally:
-        daemon.filing = False
+        if daemon.filing:
+            daemon.filing = False
+            telemetry.stand(epoch=None, version=daemon.version)
     daemon.committed += 1
-    daemon.last_round = {
-        "version": version,
-        "bytes": sum(r["bytes"] for r in reports),
-        "transfer_s": max(r["seconds"] for r in reports),
-        "stage_s": time.monotonic() - start,
-        "flip_s": max(flips) / 1e9,
-        "transport": "file",
-    }
-    logger.info("version %d is live: %s", version, daemon.last_round)
-    return {"type": "update_result", "ok": True, "version": version, "error": "", "round": daemon.last_round}
+    daemon.last_round = LastRound(
+        version=version,
+        bytes=sum(r["bytes"] for r in reports),
+        transfer_s=max(r["seconds"] for r in reports),
+        stage_s=time.monotonic() - start,
+        flip_s=max(flips) / 1e9,
+        transport="file",
+    )
+    made = msgspec.to_builtins(daemon.last_round)
+    logger.info("version %d is live: %s", version, made)
+    return {"type": "update_result", "ok": True, "version": version, "error": "", "round": made}
 
 
 def _check_notification(daemon: Daemon, event: Notified) -> int:

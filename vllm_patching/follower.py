@@ -22,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from bridge import flight
+from bridge import flight, telemetry
 from bridge.errors import (
     BridgeError,
     ConfigError,
@@ -45,6 +45,8 @@ from vllm_patching.frontdesk import FrontDesk, start_thread
 from vllm_patching.link import Link
 from vllm_patching.nodes import FILE_NAME, read_meeting
 from vllm_patching.registry import Registry
+from vllm_patching.status import NodesHere, Pids, Rounds, StateName, Status, ranks_of
+from vllm_patching.waiting import Wait
 
 logger = logging.getLogger("vllm_patching.follower")  # __name__ is __main__ here
 
@@ -118,6 +120,7 @@ class Follower:
         self.vllm_pids: set[int] = set()
         self._secret = ""
         self._crew_number = 0
+        self._epoch: int | None = None  # of the trainer whose round this crew takes part in
         self._told: dict[int, int] = {}  # rank -> pid of the worker the head was told of
         self._announced = 0  # how often it was told of one
         self._watched = threading.Event()
@@ -268,10 +271,11 @@ class Follower:
         met.link.set_deadline(met.welcome.deadline_s)
         met.link.beat(met.welcome.heartbeat_interval_s)
         self._launch = met.welcome.launch
-        self._launch_file.write_text(self._launch)
+        mapping_file.write_atomically(self._launch_file, self._launch.encode())
         self.address = met.link.address
         self.link, self.welcome, self._secret = met.link, met.welcome, met.secret
         self._told.clear()
+        self._stand(epoch=None)
         logger.info("joined node 0 at %s, from %s", met.link.peer, self.address)
 
     def _part(self, why: str) -> None:
@@ -287,6 +291,7 @@ class Follower:
         if self.crew is not None:
             self.crew.end()
             self.crew = None
+        self._stand(epoch=None)
         start_thread("bridge-seek", self._seek, self.welcome.grace_s)
 
     def _tell(self, frame: wire.Frame) -> None:
@@ -308,9 +313,20 @@ class Follower:
             if self.crew is not None and frame.crew == self._crew_number:
                 self.crew.end()
                 self.crew = None
+                self._stand(epoch=None)
             self._tell(wire.CrewEnded(frame.crew))
         elif isinstance(frame, wire.Refused):
             raise ConfigError(f"node 0 refused a worker of this node: {frame.reason}")
+
+    def _stand(self, *, epoch: int | None) -> None:
+        """What the log is about from now on: ``epoch``, and what all workers of this node serve."""
+        self._epoch = epoch
+        telemetry.stand(epoch=epoch, version=self._served())
+
+    def _served(self) -> int | None:
+        """The version that all workers of this node have flipped to; None while there are none."""
+        ranks = ranks_of(self.registry.control, self.registry.ranks_of(0))
+        return min((rank.version for rank in ranks), default=None)
 
     def _take(self, mapping: Mapping) -> None:
         """Of the head's present daemon: its updaters' words to trainers are signed with its secret."""
@@ -322,6 +338,7 @@ class Follower:
         if self.crew is not None:
             self.crew.end()
         self._crew_number = number = frame.crew
+        self._stand(epoch=None)
         ranks = self.registry.ranks_of(0)
 
         def tell_ready(rank: int) -> None:
@@ -338,7 +355,10 @@ class Follower:
         message = frame.message
         try:
             if message["type"] == "join":
+                self._stand(epoch=message["epoch"])
                 message = {**message, "address": rendezvous.local_address(message["host"], message["port"])}
+            elif "version" in message:
+                telemetry.stand(epoch=self._epoch, version=message["version"])
             self.crew.order(message, frame.ranks)
         except BridgeError as err:
             logger.warning("%s; its end is reported", err)
@@ -390,60 +410,57 @@ class Follower:
                 seen |= news
                 self._tell(wire.Slots(news))
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Status:
         """The status, for whoever asks: of this node only."""
         here = len(self.registry.workers)
         joined = self.link is not None
-        state = "failed" if self.failed else "ready" if joined and self.mapping and self.crew else "waiting"
+        state: StateName = "waiting"
+        if self.failed:
+            state = "failed"
+        elif joined and self.mapping and self.crew:
+            state = "ready"
         detail = f"node {self.args.node_rank} of {self.args.nnodes}, {here} worker(s) here; node 0 "
         detail += "is joined" if joined else "is looked for"
-        page, ranks = self.registry.control, self.registry.ranks_of(0)
-        return {
-            "type": "status",
-            "state": state,
-            "detail": self.failed or detail,
-            "model": self.mapping.model if self.mapping else "",
-            "world_size": self.registry.world_size,
-            "pids": {
-                "daemon": os.getpid(),
-                **self.registry.pids(),
-                "updaters": self.crew.pids() if self.crew else [],
-            },
-            "weight_version": min((page.slot(r).version for r in ranks), default=0) if page else 0,
-            "requested_version": 0,
-            "writing": 0,
-            "epoch": 0,
-            "trainer": None,
-            "bucket": -1,
-            "rounds": {"committed": 0, "aborted": 0},  # node 0 counts them
-            "rendezvous": None,
-            "last_error": self.last_error,
-            "last_round": None,
-            "given_up": "",
-            "complete": state == "ready",
-            "borrowing": False,
-            "waits": [
-                {
-                    "who": f"node {self.args.node_rank}'s daemon",
-                    "waits_for": "word of node 0" if joined else "node 0 to be found",
-                    "since_s": None,
-                }
+        ranks = ranks_of(self.registry.control, self.registry.ranks_of(0))
+        return Status(
+            state=state,
+            detail=self.failed or detail,
+            complete=state == "ready",
+            borrowing=False,
+            weight_version=min((rank.version for rank in ranks), default=0),
+            requested_version=0,
+            writing=0,
+            epoch=0,
+            model=self.mapping.model if self.mapping else "",
+            world_size=self.registry.world_size,
+            pids=Pids(
+                daemon=os.getpid(), updaters=self.crew.pids() if self.crew else [], **self.registry.pids()
+            ),
+            rendezvous=None,
+            trainer=None,
+            bucket=-1,
+            rounds=Rounds(committed=0, aborted=0),
+            last_error=self.last_error,
+            last_round=None,
+            given_up="",
+            nodes=NodesHere(
+                count=self.args.nnodes,
+                rank=self.args.node_rank,
+                missing=[] if joined else [0],
+                hosts={self.args.node_rank: socket.gethostname()},
+                address=self.address,
+                master_addr=self.args.master_addr,
+                master_port=self.welcome.master_port if self.welcome else 0,
+            ),
+            waits=[
+                Wait(
+                    who=f"node {self.args.node_rank}'s daemon",
+                    waits_for="word of node 0" if joined else "node 0 to be found",
+                    since_s=None,
+                )
             ],
-            "nodes": {
-                "count": self.args.nnodes,
-                "rank": self.args.node_rank,
-                "missing": [] if joined else [0],
-                "hosts": {self.args.node_rank: socket.gethostname()},
-                "address": self.address,
-                "master_addr": self.args.master_addr,
-                "master_port": self.welcome.master_port if self.welcome else 0,
-            },
-            "ranks": [
-                {"rank": r, "version": page.slot(r).version, "batch": page.slot(r).batch,
-                 "active_half": page.slot(r).active}
-                for r in ranks if page
-            ],
-        }  # fmt: skip
+            ranks=ranks,
+        )
 
     # --- the end -----------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ from vllm_patching.introductions import (
     UpdaterHello,
     WorkerHello,
 )
+from vllm_patching.status import Status
 
 if TYPE_CHECKING:
     from vllm_patching.daemon import Daemon
@@ -115,7 +116,7 @@ class FrontDesk:
         self, request: StatusRequest | ShutdownRequest | UpdateRequest | RoundRequest
     ) -> dict[str, Any]:
         if isinstance(request, StatusRequest):
-            return self._daemon.describe()
+            return _answer(self._daemon.describe())
         if isinstance(request, ShutdownRequest):
             self._daemon.events.put(Stop(request.why or ASKED, final=True))
             return {"type": "ok"}
@@ -150,7 +151,7 @@ class FrontDesk:
 
         with here.handled:
             here.handled.wait_for(settled, timeout=order.timeout_s)
-        return here.describe()
+        return _answer(here.describe())
 
     def _keep(self, hello: dict[str, Any], fds: tuple[int, ...], channel: Channel) -> None:
         try:
@@ -211,3 +212,8 @@ class FrontDesk:
                 assert worker is not None
                 memory = {key: worker.hello[key] for key in ("gpu", "handles", "arena")}
                 channel.send({"type": "memory", "half": half, **memory}, worker.fds)
+
+
+def _answer(status: Status) -> dict[str, Any]:
+    made: dict[str, Any] = msgspec.to_builtins(status)
+    return made

@@ -5,7 +5,8 @@ process                   vLLM call                      what the bridge does
 ========================  =============================  ================================================
 worker                    BaseModelLoader.load_model     remembers the loader (whose checkpoint this is)
 worker                    process_weights_after_loading  before it: traces ``model.load_weights``
-worker                    Worker.load_model              after it: moves weights into the arena, publishes
+worker                    Worker.load_model              before it: names the process; after it: moves
+                                                         weights into the arena, publishes
 worker                    compile_or_warm_up_model       after it: looks at what forwards made of weights
 worker                    Worker.execute_model           counts batches, notes the stamp
 worker                    Worker.execute_dummy_batch     counts it, as other engines' workers do theirs
@@ -80,6 +81,7 @@ def _hook_worker(module: ModuleType) -> None:
 
     def make_load(original: Wrapped) -> Wrapped:
         def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+            worker.name_process(self)
             result = original(self, *args, **kwargs)
             worker.publish(self)
             return result

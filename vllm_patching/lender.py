@@ -66,6 +66,7 @@ def lend(run_dir: Path, *, to: Path, version: int) -> Mapping[str, Any]:
         device=None,
         restores=version,
     )
+    telemetry.stand(epoch=session.epoch, version=version)
     try:
         if session.mapping.adapters:
             raise ConfigError("it serves adapters that trainers send, which cannot be borrowed")
@@ -91,6 +92,7 @@ def main() -> int:
     args = parser.parse_args(sys.argv[1:])
     die_with(args.daemon_pid)
     telemetry.configure(role="lender")
+    telemetry.stand(epoch=None, version=args.version)
     torch.set_num_threads(1)  # it runs beside a server that generates
     try:
         receipt = lend(args.run_dir, to=args.to, version=args.version)

@@ -33,6 +33,7 @@ from vllm_patching.events import Lost, NodeFailed
 from vllm_patching.introductions import WorkerHello
 from vllm_patching.link import Link
 from vllm_patching.registry import Member
+from vllm_patching.status import NodesHere
 
 if TYPE_CHECKING:
     from vllm_patching.daemon import Daemon
@@ -242,17 +243,17 @@ class Nodes:
         """Node ranks that are not here."""
         return [rank for rank in range(1, self.nnodes) if rank not in self.here]
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> NodesHere:
         """For the status."""
-        return {
-            "count": self.nnodes,
-            "rank": 0,
-            "missing": self.missing,
-            "hosts": {0: socket.gethostname(), **{r: n.join.host for r, n in sorted(self.here.items())}},
-            "address": self.host,
-            "master_addr": self._daemon.args.master_addr,
-            "master_port": self.master_port,
-        }
+        return NodesHere(
+            count=self.nnodes,
+            rank=0,
+            missing=self.missing,
+            hosts={0: socket.gethostname(), **{r: n.join.host for r, n in sorted(self.here.items())}},
+            address=self.host,
+            master_addr=self._daemon.args.master_addr,
+            master_port=self.master_port,
+        )
 
     # --- coming and going ----------------------------------------------------------------------------------
 

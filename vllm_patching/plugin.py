@@ -8,7 +8,10 @@ raised by the call end the process, as they should.
 from __future__ import annotations
 
 import os
+import sys
 
+# By the module that the launcher starts. Engine cores and workers, its children, say later which they are.
+ROLES = {"vllm.entrypoints.openai.api_server": "api", "vllm_patching.headless": "headless"}
 _registered = False
 
 
@@ -27,10 +30,19 @@ def register() -> None:
     compat.request_amx_permission()
     if not os.environ.get("BRIDGE_RUN_DIR"):
         return
-    from bridge import telemetry
+    from bridge import flight, telemetry
     from vllm_patching import hooks
 
-    telemetry.configure(role="vllm")
+    telemetry.configure(role=_role())
+    os.register_at_fork(after_in_child=lambda: flight.name_process("vllm", None))  # not what its parent is
     compat.check_version(compat.installed_version())
     hooks.install()
     _registered = True
+
+
+def _role() -> str:
+    """What this process of vLLM is for its log, as far as that is known by now."""
+    main = sys.modules["__main__"]
+    if main.__name__ != "__main__" or main.__spec__ is None:  # a spawned child's is its parent's
+        return "vllm"
+    return ROLES.get(main.__spec__.name, "vllm")

@@ -202,7 +202,7 @@ class Registry:
         """Whether every worker is."""
         return len(self.workers) == self.world_size
 
-    def pids(self) -> dict[str, Any]:
+    def pids(self) -> dict[str, list[int]]:
         """Process ids for status and messages."""
         with self.lock:
             return {

@@ -57,6 +57,7 @@ class Updater:
     ) -> None:
         """``arena`` is the kind that the halves belong to; ``batches`` says how many the worker has begun."""
         self.rank = rank
+        self.epoch: int | None = None
         self._channel = channel
         self._copies = arena == COPY
         self._in_step = False  # whether the half to be filled holds what is served
@@ -76,6 +77,7 @@ class Updater:
 
     def join(self, order: Join) -> dict[str, Any]:
         """Meet the trainers of a new epoch."""
+        self.epoch = order.epoch
         telemetry.stand(epoch=order.epoch, version=None)
         return {"type": "joined", "links": self.intake.join(order)}
 
@@ -216,8 +218,13 @@ def _serve(channel: Channel, updater: Updater) -> NoReturn:
     while True:
         message, _ = channel.receive()
         kind = message.pop("type")
+        if (version := message.pop("version", None)) is not None:
+            telemetry.stand(epoch=updater.epoch, version=version)
         flight.note(
-            "order", order=kind, **{k: message[k] for k in ("epoch", "joint", "path") if k in message}
+            "order",
+            order=kind,
+            version=version,
+            **{k: message[k] for k in ("epoch", "joint", "path") if k in message},
         )
         try:
             if kind == "join":

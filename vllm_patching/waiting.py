@@ -6,7 +6,9 @@ Said by the daemon, of everybody, as far as it knows: it gives the orders and he
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from bridge.protocol.session import State
 
@@ -15,11 +17,16 @@ if TYPE_CHECKING:
     from vllm_patching.epoch import Epoch
 
 
-def describe(daemon: Daemon) -> list[dict[str, Any]]:
-    """One entry for the daemon, for the trainer if there is one, and for each rank.
+class Wait(msgspec.Struct, frozen=True, kw_only=True):
+    """Who waits for what, and how long in seconds; None where nobody knows."""
 
-    Each has ``who``, ``waits_for`` and ``since_s``, which is None where nobody knows.
-    """
+    who: str
+    waits_for: str
+    since_s: float | None
+
+
+def describe(daemon: Daemon) -> list[Wait]:
+    """One entry for the daemon, for the trainer if there is one, and for each rank."""
     if daemon.mapping is None:
         return [_entry("daemon", _missing(daemon), None)]
     if daemon.nodes is not None and daemon.nodes.missing:
@@ -31,9 +38,9 @@ def describe(daemon: Daemon) -> list[dict[str, Any]]:
     return [*_parties(epoch), *_ranks(daemon, epoch)]
 
 
-def _entry(who: str, waits_for: str, since: float | None) -> dict[str, Any]:
+def _entry(who: str, waits_for: str, since: float | None) -> Wait:
     since_s = None if since is None else round(max(0.0, time.monotonic() - since), 1)
-    return {"who": who, "waits_for": waits_for, "since_s": since_s}
+    return Wait(who=who, waits_for=waits_for, since_s=since_s)
 
 
 def _missing(daemon: Daemon) -> str:
@@ -49,7 +56,7 @@ def _missing(daemon: Daemon) -> str:
     return f"{' and '.join(parts) or 'vLLM'} to register"
 
 
-def _parties(epoch: Epoch) -> list[dict[str, Any]]:
+def _parties(epoch: Epoch) -> list[Wait]:
     version, state = epoch.round.version, epoch.machine.state
     missing = sorted(set(range(epoch.crew.num_ranks)) - epoch.round.reports.keys())
     daemon, trainer = {
@@ -67,8 +74,9 @@ def _parties(epoch: Epoch) -> list[dict[str, Any]]:
     ]
 
 
-def _ranks(daemon: Daemon, epoch: Epoch) -> list[dict[str, Any]]:
-    state, found = epoch.machine.state, []
+def _ranks(daemon: Daemon, epoch: Epoch) -> list[Wait]:
+    state = epoch.machine.state
+    found: list[Wait] = []
     if state is State.COMMITTING:
         return _flips(daemon)
     for rank in range(epoch.crew.num_ranks):
@@ -87,7 +95,7 @@ def _ranks(daemon: Daemon, epoch: Epoch) -> list[dict[str, Any]]:
     return found
 
 
-def _flips(daemon: Daemon) -> list[dict[str, Any]]:
+def _flips(daemon: Daemon) -> list[Wait]:
     """Ranks whose next batch has not come yet."""
     page = daemon.registry.control
     if page is None:

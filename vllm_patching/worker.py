@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bridge import flight
+from bridge import flight, telemetry
 from bridge.errors import BridgeError, MappingError
 from bridge.wire import cuda
 from vllm_patching import adapters, compat, loading, lora_compat
@@ -165,6 +165,7 @@ class WorkerBridge:
             return
         flip_ns = time.perf_counter_ns() - start
         self.version = version
+        telemetry.stand(epoch=None, version=version)
         first = self.batch + (not self._within)  # the first batch under this version
         self.slot.record(version=version, batch=first, flip_ns=flip_ns, active=self.arena.active)
         self._unlogged = {"rank": self.rank, "batch": first, "version": version, "flip_ns": flip_ns}
@@ -271,6 +272,19 @@ def quiesce(self: Any) -> bool:
     return bridge.quiesce()
 
 
+def _rank_of(worker: Any) -> int:
+    """Its inference rank: among all engines' workers."""
+    parallel = worker.vllm_config.parallel_config
+    rank: int = parallel.data_parallel_index * parallel.world_size + worker.rank
+    return rank
+
+
+def name_process(worker: Any) -> None:
+    """vLLM's worker is about to load its model: from now on the log says which it is, and what it serves."""
+    flight.name_process("worker", _rank_of(worker))
+    telemetry.stand(epoch=None, version=0)
+
+
 def publish(worker: Any) -> None:
     """Move a freshly loaded worker's weights into an arena and hand it to the daemon.
 
@@ -283,7 +297,7 @@ def publish(worker: Any) -> None:
     model = worker.model_runner.get_model()
     loaded = loading.finish(model)
     parallel = worker.vllm_config.parallel_config
-    rank = parallel.data_parallel_index * parallel.world_size + worker.rank  # among all engines' workers
+    rank = _rank_of(worker)
     names, manager = adapters.wanted(), lora_compat.manager_of(worker)
     shelving = adapters.shelving(manager, names, loaded.vocabularies) if names else None
     arena, description, shelved = loading.rehome(loaded, rank=rank, shelving=shelving)
@@ -325,7 +339,6 @@ def publish(worker: Any) -> None:
     registration = Registration(hello, fds=fds, who=f"vLLM worker rank {rank}")
     worker.bridge.slot = registration.connect().slot(rank)
     registration.watch()
-    flight.name_process("worker", rank)
     flight.note("published", rank=rank, bytes=arena.nbytes, arena=arena.kind)
     logger.info("rank %d published %d MiB (%s)", rank, arena.nbytes >> 20, arena.kind)
 

@@ -48,7 +48,7 @@ class ControlGroup:
         self._interval_s = heartbeat_interval_s
         self._deadline = timedelta(seconds=deadline_s)
         self._deliver = deliver
-        self.doing = ""  # what this end waits for, said with every heartbeat
+        self.doing: Callable[[], str] = str  # asked with every heartbeat: what this end waits for then
         self.said: dict[int, str] = {}  # what each peer's last heartbeat said
         self._send_lock = threading.Lock()
         self._closing = threading.Event()
@@ -120,7 +120,7 @@ class ControlGroup:
 
     def beat(self) -> None:
         """Send one heartbeat to every peer now."""
-        self.send(self._peers, Frame(opcode=Opcode.HEARTBEAT, epoch=self._epoch, text=self.doing))
+        self.send(self._peers, Frame(opcode=Opcode.HEARTBEAT, epoch=self._epoch, text=self.doing()))
 
     def _beat(self) -> None:
         while not self._closing.wait(self._interval_s):

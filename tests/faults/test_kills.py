@@ -7,6 +7,7 @@ bytes, the daemon waits for "staged", the engine serves.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -207,6 +208,11 @@ def test_daemon(node):
         assert now.launch == place.launch != ""
         console = server.text()
         assert f"daemon (pid {daemon}) was killed by SIGKILL; restarting it" in console
+        log, served_version = (server.logdir / "vllm.log").read_text(), held.before["weight_version"]
+        for who in ("worker", "engine"):  # said by a thread that does nothing else
+            said = rf"\[bridge {who} rank 0 pid \d+ version {served_version}\] vLLM .* lost the daemon"
+            assert re.search(said, log), who
+        assert "[bridge vllm " not in log, "a line that does not say whose it is"
         status = server.status()
         assert status["pids"]["daemon"] != daemon
         assert status["weight_version"] == held.before["weight_version"]

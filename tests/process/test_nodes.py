@@ -14,7 +14,7 @@ import torch
 import bridge
 from bridge.config import BridgeConfig
 from bridge.environment import Ranks
-from bridge.errors import BridgeError
+from bridge.errors import BridgeError, RendezvousError
 from bridge.protocol.mapping import CONFIG_NAME
 from tests.support.checks import flips_of
 from tests.support.faults import LINKS
@@ -22,7 +22,7 @@ from tests.support.link import Link
 from tests.support.link import why_not as link_missing
 from tests.support.nodes import Daemon, Server, expected, weights
 from tests.support.serving import stop, wait_until
-from vllm_patching.channel import socket_path
+from vllm_patching.channel import ask, socket_path
 from vllm_patching.nodes import read_meeting
 
 pytestmark = [pytest.mark.processes, pytest.mark.faults, pytest.mark.timeout(600)]
@@ -97,6 +97,33 @@ def test_the_secret_is_nowhere_that_others_can_read(server: Server) -> None:
         assert modes == [0o700, 0o600], daemon.run_dir
 
 
+def test_daemons_of_both_nodes_log_who_they_are_and_about_what_in_every_thread(server: Server) -> None:
+    def stranger(daemon: Daemon) -> str:
+        """What the daemon logs of somebody who wants nothing it knows, in a thread of that connection."""
+        before = len(daemon.log.read_text())
+        with pytest.raises(RendezvousError, match="refused a request"):
+            ask(daemon.run_dir, {"type": "no such thing"}, timeout_s=SOON_S)
+        return daemon.log.read_text()[before:]
+
+    daemons = enumerate((server.head, server.follower))
+    who = {daemon: f"[bridge daemon rank {rank} pid {daemon.process.pid}" for rank, daemon in daemons}
+    with bridge.Bridge(
+        BridgeConfig(logdir=str(server.logdir), connect_timeout_s=SOON_S), ranks=Ranks()
+    ) as trainer:
+        version = send(trainer, weights(1))
+        epoch = server.head.status()["epoch"]
+        for daemon, name in who.items():
+            about = f"epoch {epoch} version {version}"
+            assert f"{name} {about}] pid {os.getpid()} was refused" in stranger(daemon)
+    for daemon, name in who.items():
+        idle = f"{name} version {version}] pid {os.getpid()} was refused"
+        wait_until(
+            "the epoch's end in the log",
+            lambda daemon=daemon, idle=idle: idle in stranger(daemon),  # type: ignore[misc]
+            timeout_s=SOON_S,
+        )
+
+
 @pytest.mark.parametrize("what", ["killed", "stopped"])
 def test_a_follower_lost_in_a_round_costs_that_round(
     server: Server, trainer: bridge.Bridge, what: str
@@ -148,6 +175,13 @@ def test_a_restarted_head_gathers_its_nodes_again(server: Server) -> None:
     before = server.read()
     server.head.kill()
     assert server.read() == before
+    who = f"[bridge worker rank 0 pid {server.workers[0].pid} version {before[0][0]}]"
+    log = server.logdir / "vllm.log"
+    wait_until(
+        "the worker to say so, in another thread",
+        lambda: f"{who} worker rank 0 lost the daemon" in log.read_text(),
+        timeout_s=SOON_S,
+    )
     server.head.start()
     server._until(server.head, lambda: server.head.status()["nodes"]["missing"] == [])
     server.wait_whole()

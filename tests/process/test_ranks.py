@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from bridge.environment import Ranks
 from bridge.errors import PeerLost
 from bridge.fleet import Fleet
 from bridge.rounds import Session
+from tests.support.node import node
 from tests.support.ranks import run_ranks
 from tests.support.serving import stop, wait_until
 
@@ -28,15 +30,15 @@ SLACK_S = 10.0  # of a busy machine; torch's own groups wait for 1800
 
 
 class Said:
-    """A session, and all that its heartbeats could have said."""
+    """A session, and all that its heartbeats could have asked for what they say."""
 
     def __init__(self) -> None:
         self.closed, self.device, self.version = "", None, 3
-        self.said: list[str] = []
+        self.asked: list[Callable[[], str]] = []
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "waits_for":
-            self.said.append(value)
+            self.asked.append(value)
         super().__setattr__(name, value)
 
 
@@ -64,8 +66,12 @@ def one_is_stopped(path: Path) -> None:
     assert "BRIDGE_RANKS_TIMEOUT_S" in said
     if ranks.rank == 0:
         assert "trainer rank(s) [1] did not come within 4 s" in said
-        assert "its own ranks to come to the next broadcast" in session.said
-        assert session.said[-1] == ""
+        heard = [waits_for() for waits_for in session.asked[-3:]]
+        assert heard == [
+            "its own ranks to come to the next broadcast",
+            "trainer rank(s) 1 to come to the next broadcast",
+            "",
+        ]
         (record,) = (path / "logs").glob(f"flight-*-{os.getpid()}.jsonl")
         head, *events = map(json.loads, record.read_text().splitlines())
         assert head["why"] == said
@@ -77,6 +83,24 @@ def one_is_stopped(path: Path) -> None:
     # The trainer's own group is whole, and the next call begins anew, on all ranks alike.
     dist.barrier()
     assert fleet.ready(None)[0].session is session  # type: ignore[comparison-overlap]
+
+
+def test_status_names_the_ranks_that_have_not_come(tmp_path: Path) -> None:
+    def says() -> list[str]:
+        waits = made.status()["waits"]
+        return [wait["waits_for"] for wait in waits if wait["who"].startswith("trainer")]
+
+    with node(tmp_path / "log", trainers=4, deadline_s=6) as made:
+        made.begin(1)
+        trainers = made.train()
+        wait_until("the ranks to compute", lambda: says() == ["its own next broadcast"], timeout_s=20)
+        for rank, missing in ((0, "1, 2, 3"), (3, "1, 2"), (1, "2")):
+            trainers.one(rank).send("broadcast", seed=2)
+            wanted = f"trainer rank(s) {missing} to come to the next broadcast"
+            wait_until(f"{wanted!r} in the status", lambda wanted=wanted: says() == [wanted], timeout_s=20)
+        trainers.one(2).send("broadcast", seed=2)
+        assert [answer.get("version") for answer in trainers.answers(made.patience_s)] == [2] * 4
+        wait_until("the ranks to compute", lambda: says() == ["its own next broadcast"], timeout_s=20)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

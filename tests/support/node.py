@@ -349,6 +349,10 @@ class Trainers:
     def pids(self) -> list[int]:
         return [rank.pid for rank in self._ranks]
 
+    def one(self, rank: int) -> TrainerProcess:
+        """One of them, to be told something by itself."""
+        return self._ranks[rank]
+
     def send(self, name: str, **arguments: Any) -> None:
         for rank in self._ranks:
             rank.send(name, **arguments)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -58,10 +59,17 @@ def expected(state: Mapping[str, torch.Tensor]) -> list[str]:
 
 
 def worker(rank: int, run_dir: str, logdir: str, batches: Connection) -> None:
-    """A worker's process: until the engine's end of the pipe is closed."""
+    """A worker's process: until the engine's end of the pipe is closed. It logs into ``vllm.log``."""
+    from bridge import telemetry
     from vllm_patching.cpu_arena import CpuArena
+    from vllm_patching.worker import name_process
 
     os.environ.update(BRIDGE_RUN_DIR=run_dir, BRIDGE_LOGDIR=logdir)
+    with Path(logdir, "vllm.log").open("ab") as log:
+        os.dup2(log.fileno(), 2)
+    telemetry.configure(role="vllm")
+    parallel = SimpleNamespace(data_parallel_index=0, world_size=2)
+    name_process(SimpleNamespace(rank=rank, vllm_config=SimpleNamespace(parallel_config=parallel)))
     torch.set_num_threads(1)
     rank_map = DOCUMENT.ranks[rank]
     arena = CpuArena(rank_map.arena_bytes)

@@ -106,7 +106,7 @@ def test_heartbeats_say_what_an_end_waits_for() -> None:
     coordinator = Coordinator(epoch=1, version=0, trainers=4, daemons=1)
     coordinator.begin(1, b"d" * 32, call=1, encoding="auto")
     coordinator.on_frame(2, Frame(opcode=Opcode.READY, epoch=1, version=1, index=1, text="auto"))
-    ends[0].doing = coordinator.waits_for
+    ends[0].doing = lambda: coordinator.waits_for
     wanted = "trainer rank(s) 1, 3 to call broadcast_weights"
     wait_until("a heartbeat", lambda: ends[1].said.get(0) == wanted, timeout_s=20)
     wait_until("the other's", lambda: ends[0].said == {1: ""}, timeout_s=20)

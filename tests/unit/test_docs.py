@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import ast
+import json
+import logging
 import re
 import subprocess
+import sys
+import types
+import typing
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from bridge import environment, errors
+from bridge import environment, errors, telemetry
 from bridge.protocol import mapping, messages
 from bridge.protocol.messages import COMMIT_WHEN_STAGED, Frame, Opcode
 from bridge.protocol.session import Coordinator, InferenceSession, Member, Send, State
 from launch import arguments
 from launch.options import ServeOptions
 from tests.support.pages import ROOT, section, tables, text_of
+from vllm_patching import plugin, status
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("slurm/*.md")])
 SCRIPTS = sorted([*ROOT.glob("slurm/*.sh"), *ROOT.glob("slurm/*.sbatch"), *ROOT.glob("scripts/*.sh")])
@@ -381,6 +387,52 @@ def test_every_metric_is_explained():
         re.match(r"`(\w+)", row["name"])[1] for row in tables(section("docs/operations.md", "## Metrics"))[0]
     }
     assert documented == emitted
+
+
+def documented_type(kind):
+    """As the page writes it: a struct is an object."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join("null" if part is type(None) else documented_type(part) for part in parts)
+    if origin is typing.Literal:
+        return "str"
+    kind = origin or kind
+    return "object" if kind is dict or issubclass(kind, msgspec.Struct) else kind.__name__
+
+
+def fields_of(kind, prefix=""):
+    """Every field of a struct and of those within, by its way there, with its type."""
+    for field in msgspec.structs.fields(kind):
+        yield prefix + field.name, documented_type(field.type)
+        is_list = typing.get_origin(field.type) is list
+        for part in (field.type, *typing.get_args(field.type)):
+            if isinstance(part, type) and issubclass(part, msgspec.Struct):
+                yield from fields_of(part, f"{prefix}{field.name}{'[]' * is_list}.")
+
+
+def test_every_state_and_field_of_the_status_is_explained():
+    """mypy sees to it that a daemon says nothing else: its status is a ``Status``."""
+    states, fields = tables(section("docs/operations.md", "## Status"))
+    assert {row["state"].strip("`") for row in states} == set(typing.get_args(status.StateName))
+    documented = [(row["field"].strip("`"), row["type"]) for row in fields]
+    assert documented == [("type", "str"), *fields_of(status.Status)]
+    assert documented[0][0] == status.Status.__struct_config__.tag_field
+    assert f"`{status.Status.__struct_config__.tag}`" in fields[0]["meaning"]
+
+
+def test_every_field_and_role_of_a_line_of_the_log_is_explained():
+    _, fields, roles = tables(section("docs/operations.md", "## Logs"))
+    try:
+        raise ValueError("a test")
+    except ValueError:
+        record = logging.LogRecord("bridge.x", logging.INFO, "x.py", 1, "text", (), sys.exc_info())
+    documented = [name for row in fields for name in re.findall(r"`(\w+)`", row["field"])]
+    assert documented == list(json.loads(telemetry._Json().format(record)))
+    sources = [p for room in ("bridge", "vllm_patching", "launch") for p in (ROOT / room).rglob("*.py")]
+    pattern = re.compile(r"""(?:configure\(role=|name_process\()"(\w+)\"""")
+    named = {role for path in sources for role in pattern.findall(path.read_text())}
+    named |= {"vllm", "trainer", *plugin.ROLES.values()}
+    assert {row["role"].strip("`") for row in roles} == named
 
 
 # --- commands ----------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bridge import flight
+from bridge import flight, telemetry
 from bridge.errors import TransferError
 from vllm_patching.control_page import ControlPage
 from vllm_patching.engine import EngineBridge
@@ -55,9 +55,11 @@ def test_no_token_of_a_batch_whose_ranks_differ_leaves_and_no_other_is_begun() -
 def test_a_commit_is_kept_among_the_last_events_and_a_batch_without_one_is_not() -> None:
     engine, page = hooked()
     flight._events.clear()
+    telemetry.stand(epoch=None, version=0)  # as an engine core does when it is hooked
     for version in (0, 0, 4, 4, 5):
         page.requested = version
         engine.scheduler.update_from_output(engine.scheduler.schedule())
+        assert telemetry._standing() == (None, version), "what lines of the log say"
     kept = [(event["event"], event["version"]) for event in flight.events()]
     assert kept == [("commit asked", 4), ("commit done", 4), ("commit asked", 5), ("commit done", 5)]
 

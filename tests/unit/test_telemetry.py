@@ -5,23 +5,26 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from bridge import flight, telemetry
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, TransferError
 from bridge.protocol.messages import Frame, Opcode
 from bridge.protocol.session import InferenceSession
 from launch.display import show_status
-from vllm_patching import waiting
+from vllm_patching import arguments, plugin, updater, waiting
+from vllm_patching.channel import Channel, ChannelClosed
 from vllm_patching.control_page import ControlPage
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +65,56 @@ def test_a_line_says_who_and_about_what(
     assert f"[bridge updater rank 1 pid {os.getpid()} epoch 3 version 7] more" in said(capsys)
 
 
+def in_a_thread(target: Callable[[], object]) -> None:
+    thread = threading.Thread(target=target)
+    thread.start()
+    thread.join()
+
+
+def test_what_a_process_serves_stands_in_lines_of_all_its_threads(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BRIDGE_LOG_FORMAT", "json")
+    telemetry.configure(role="daemon")
+    in_a_thread(lambda: telemetry.stand(epoch=3, version=7))
+    logging.getLogger("vllm_patching.x").info("ours")
+    in_a_thread(lambda: logging.getLogger("vllm_patching.x").info("another's"))
+    telemetry.stand(epoch=None, version=8)
+    in_a_thread(lambda: logging.getLogger("vllm_patching.x").info("later"))
+    lines = [json.loads(line) for line in said(capsys).splitlines()]
+    assert [(line["epoch"], line["version"]) for line in lines] == [(3, 7), (3, 7), (None, 8)]
+
+
+@pytest.mark.parametrize("form", telemetry.FORMATS)
+def test_a_process_that_learns_what_it_is_says_so_from_then_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    monkeypatch.setenv("BRIDGE_LOG_FORMAT", form)
+    telemetry.configure(role="vllm")
+    logging.getLogger("vllm_patching.x").info("before")
+    flight.name_process("worker", 3)
+    logging.getLogger("vllm_patching.x").info("after")
+    before, after = said(capsys).splitlines()
+    if form == "text":
+        assert before.endswith(f"[bridge vllm pid {os.getpid()}] before")
+        assert after.endswith(f"[bridge worker rank 3 pid {os.getpid()}] after")
+    else:
+        assert [(line["role"], line["rank"]) for line in map(json.loads, (before, after))] == [
+            ("vllm", None),
+            ("worker", 3),
+        ]
+
+
+def test_a_forked_process_has_its_own_number(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BRIDGE_LOG_FORMAT", "json")
+    telemetry.configure(role="vllm")
+    monkeypatch.setattr("os.getpid", lambda: 77)
+    logging.getLogger("vllm_patching.x").info("in the child")
+    assert json.loads(said(capsys))["pid"] == 77
+
+
 def test_a_line_is_about_what_its_own_thread_does(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,12 +123,10 @@ def test_a_line_is_about_what_its_own_thread_does(
     telemetry.stand(epoch=1, version=1)
 
     def other() -> None:
-        telemetry.stand(epoch=2, version=5)
+        telemetry.stand_in_thread(epoch=2, version=5)
         logging.getLogger("bridge.x").info("theirs")
 
-    thread = threading.Thread(target=other)
-    thread.start()
-    thread.join()
+    in_a_thread(other)
     try:
         raise ValueError("this")
     except ValueError:
@@ -86,6 +137,83 @@ def test_a_line_is_about_what_its_own_thread_does(
     assert (ours["role"], ours["rank"], ours["pid"], ours["level"]) == ("trainer", 0, os.getpid(), "ERROR")
     assert "ValueError: this" in ours["exception"]
     assert "exception" not in theirs
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "role"),
+    [
+        ("vllm.entrypoints.openai.api_server", "__main__", "api"),
+        ("vllm_patching.headless", "__main__", "headless"),
+        ("vllm.entrypoints.openai.api_server", "__mp_main__", "vllm"),
+        ("pytest.__main__", "__main__", "vllm"),
+        (None, "__main__", "vllm"),
+    ],
+)
+def test_what_a_process_of_vllm_is_called_at_first(
+    monkeypatch: pytest.MonkeyPatch, module: str | None, name: str, role: str
+) -> None:
+    spec = None if module is None else SimpleNamespace(name=module)
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__spec__=spec, __name__=name))
+    assert plugin._role() == role
+
+
+def test_a_child_of_the_api_server_is_not_taken_for_it(tmp_path: Path) -> None:
+    """However it is started; a spawned one runs its parent's main module again."""
+    folder = tmp_path / "vllm" / "entrypoints" / "openai"
+    folder.mkdir(parents=True)
+    for package in (folder, *list(folder.parents)[:2]):
+        (package / "__init__.py").touch()
+    (tmp_path / "ask.py").write_text("""
+from vllm_patching import plugin
+def ask():
+    print(plugin._role(), flush=True)
+""")
+    (folder / "api_server.py").write_text("""
+import multiprocessing
+from ask import ask
+if __name__ == "__main__":
+    ask()
+    for method in ("spawn", "forkserver"):
+        child = multiprocessing.get_context(method).Process(target=ask)
+        child.start()
+        child.join()
+""")
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.split() == ["api", "vllm", "vllm"], done.stderr
+
+
+@pytest.mark.parametrize(("nnodes", "rank"), [(1, None), (2, 1)])
+def test_a_daemon_of_several_nodes_says_which_it_is(
+    monkeypatch: pytest.MonkeyPatch, nnodes: int, rank: int | None
+) -> None:
+    flags = ["--run-dir", "r", "--logdir", "l", "--nnodes", str(nnodes), "--node-rank", str(nnodes - 1)]
+    monkeypatch.setattr("sys.argv", ["daemon", *flags])
+    assert arguments.main(lambda _: SimpleNamespace(run=lambda: 7)) == 7
+    assert flight.who() == ("daemon", rank)
+
+
+def test_an_updater_says_which_version_it_was_told_to_stage(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("BRIDGE_LOG_FORMAT", "BRIDGE_LOGDIR", "LOGDIR"):
+        monkeypatch.delenv(name, raising=False)
+    telemetry.configure(role="updater", rank=2)
+
+    def stage(**order: Any) -> None:
+        raise TransferError(f"was told {order}")
+
+    ours, theirs = map(Channel, socket.socketpair())
+    theirs.send({"type": "stage", "version": 8, "half": 1})
+    theirs.sock.shutdown(socket.SHUT_WR)
+    made: Any = SimpleNamespace(rank=2, epoch=3, stage=stage)
+    with pytest.raises(ChannelClosed):
+        updater._serve(ours, made)
+    assert theirs.receive()[0] == {"type": "failed", "error": "was told {'half': 1}"}
+    for end in (ours, theirs):
+        end.close()
+    assert f"[bridge updater rank 2 pid {os.getpid()} epoch 3 version 8] rank 2: stage failed" in said(capsys)
 
 
 def test_another_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +305,7 @@ thread.join()
 
 
 def waits(daemon: Any) -> dict[str, str]:
-    return {entry["who"]: entry["waits_for"] for entry in waiting.describe(daemon)}
+    return {wait.who: wait.waits_for for wait in waiting.describe(daemon)}
 
 
 def test_status_says_what_everybody_waits_for(capsys: pytest.CaptureFixture[str]) -> None:
@@ -222,8 +350,9 @@ def test_status_says_what_everybody_waits_for(capsys: pytest.CaptureFixture[str]
     status = {
         "state": "round", "detail": "", "model": "m", "world_size": 2, "weight_version": 0, "epoch": 1,
         "trainer": "t", "rounds": {"committed": 0, "aborted": 0}, "rendezvous": "r", "last_round": None,
-        "pids": {"daemon": 1}, "last_error": None, "ranks": [], "waits": waiting.describe(daemon),
+        "pids": {"daemon": 1}, "last_error": None, "ranks": [],
     }  # fmt: skip
+    status["waits"] = msgspec.to_builtins(waiting.describe(daemon))
     show_status(status, as_json=False)
     assert "waits: daemon for every rank to flip to version 1, since " in capsys.readouterr().out
     os.close(page.fd)

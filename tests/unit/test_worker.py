@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from bridge import flight
+from bridge import flight, telemetry
 from bridge.errors import MappingError
 from tests.support.serving import wait_until
 from vllm_patching import flip_log
@@ -177,6 +179,23 @@ def test_a_flip_is_kept_among_the_last_events_and_a_batch_without_one_is_not(
         run_batch(worker, 1)
     assert len(flight.events()) == 3
     assert not records.exists()
+
+
+def test_lines_of_the_log_say_what_is_served_behind_a_flip_and_not_what_was_wanted(
+    worker: WorkerBridge, records: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(_: int) -> None:
+        raise OSError("a test")
+
+    assert records.name.startswith("flight-worker-0"), "that is who logs"
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(telemetry._Text())
+    monkeypatch.setattr("vllm_patching.worker.logger.handlers", [handler])
+    run_batch(worker, 4)
+    monkeypatch.setattr(worker.arena, "flip", refuse)
+    run_batch(worker, 5)
+    who = f"[bridge worker rank 0 pid {os.getpid()} version 4]"
+    assert f"{who} rank 0: version 5 could not be flipped in" in capsys.readouterr().err
 
 
 def test_a_flip_that_fails_leaves_a_record(
