@@ -458,7 +458,7 @@ def test_flags_named_anywhere_exist():
         "--data-parallel-rank", "--enable-expert-parallel", "--pipeline-parallel-size", "--cpu-offload-gb",
         "--offload-group-size", "--weight-transfer-config", "--distributed-executor-backend",
         "--kv-transfer-config", "--enable-fault-tolerance", "--headless", "--ntasks-per-node",
-        "--data-parallel-size-local",
+        "--data-parallel-size-local", "--moe-backend",
         "--enable-lora", "--lora-modules",
         "--max-lora-rank",
         "--gpus-per-node", "--batch", "--cpu-bind",
