@@ -22,6 +22,7 @@ from pathlib import Path
 
 import psutil
 
+from tests.support import left
 from tests.support.serving import free_port, wait_until
 
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
@@ -292,7 +293,7 @@ class Cluster:
         return done.stdout
 
     def residue(self) -> list[str]:
-        """What jobs have left on the nodes: processes, shared memory, files of their local directories."""
+        """What jobs have left on the nodes: processes, TCP listeners, shared memory, local files."""
         found = []
         for name, init in self._inits.items():
             own = {
@@ -300,6 +301,8 @@ class Cluster:
                 *(p.pid for p in psutil.Process(self._slurmds[name].pid).children()),
             }
             found += [f"{name}: {_describe(p)}" for p in self.inside(name) if p.pid not in own]
+            ports = left.listening(init.pid) - {port for pid in own for port in left.listeners(pid)}
+            found += [f"{name}: TCP port {port}" for port in sorted(ports)]
             for place in (Path("/dev/shm"), self.local):
                 held = Path(f"/proc/{init.pid}/root{place}")
                 found += [f"{name}: {place / path.name}" for path in held.iterdir()]

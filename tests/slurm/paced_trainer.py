@@ -1,10 +1,11 @@
 """examples/requeued_trainer.py, paced so that a test can look on.
 
-    PACE_DIR=DIRECTORY [PAUSE_AT=N | STEP_BY_STEP=1] torchrun ... paced_trainer.py MODEL STATE STEPS
+    PACE_DIR=DIRECTORY [PAUSE_AT=N] [STEP_BY_STEP=1] [MORE_STEPS=N] paced_trainer.py MODEL STATE STEPS
 
 In a job's first attempt it waits after PAUSE_AT steps until it is asked to stop, or DIRECTORY/go exists; with
-STEP_BY_STEP after each number N of steps, for DIRECTORY/goN. When all steps are done, the servers are kept
-until DIRECTORY/release exists.
+STEP_BY_STEP after each number N of steps, for DIRECTORY/goN. With MORE_STEPS a later attempt makes so many.
+When all steps are done, the servers are kept until DIRECTORY/release exists. A rank that ends since it was
+asked to stop makes DIRECTORY/stoppedRANK. Faults happen that are armed in BRIDGE_TEST_FAULTS.
 """
 
 import os
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 import bridge
 from bridge import environment
+from tests.support import faults
 from tests.support.serving import REPO, wait_until
 
 TIMEOUT_S = 600.0
@@ -39,6 +41,9 @@ def paced() -> bool:
 
 
 bridge.should_stop = paced
+faults.install("trainer")
+if os.environ["JOB_EPOCH"] != "0" and (more := os.environ.get("MORE_STEPS")):
+    sys.argv[3] = str(int(Path(sys.argv[2], "latest").read_text()) + int(more))
 try:
     runpy.run_path(str(REPO / "examples" / "requeued_trainer.py"), run_name="__main__")
 except SystemExit as end:
@@ -46,4 +51,6 @@ except SystemExit as end:
         if os.environ["RANK"] == "0":
             (DIRECTORY / "done").touch()
         wait_until("being released", (DIRECTORY / "release").exists, timeout_s=TIMEOUT_S)
+    elif end.code == 75:
+        (DIRECTORY / f"stopped{os.environ['RANK']}").touch()
     sys.exit(end.code)

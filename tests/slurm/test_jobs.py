@@ -5,17 +5,20 @@ With BRIDGE_TEST_SLURM=full each script brings ten versions to two servers; with
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime, time
 from pathlib import Path
 
 import pytest
 
 from tests.slurm.cluster import Cluster
 from tests.support.checks import own_answers
+from tests.support.faults import Armed, Fault
 from tests.support.full import in_full, only_in_full
 from tests.support.serving import REPO, UNBOUND, Api, wait_until
 
@@ -27,8 +30,13 @@ VLLM_FLAGS = (
 SLURMD_KILLS = 20
 JOB_TIMEOUT_S = 900.0
 END_TIMEOUT_S = 180.0
+# --signal of the scripts: how long before the limit, and how much earlier SLURM may send it. The limit leaves
+# time for servers to start, and for rounds.
+WARNED_S, EARLY_S, TIME_LIMIT_MIN = 300, 60, 9
+BUSY_S = 30  # until the script has it
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400)]
+Record = Callable[[str, object], None]
 
 
 class Job:
@@ -37,7 +45,7 @@ class Job:
     def __init__(self, cluster: Cluster, directory: Path, script: str, options: Sequence[str],
                  words: Sequence[str], **env: str) -> None:  # fmt: skip
         directory.mkdir()
-        self.cluster, self.directory = cluster, directory
+        self.cluster, self.directory, self.script = cluster, directory, script
         self.output = directory / "output"
         settings = {
             "REPO": str(REPO), "PYTHON": sys.executable, "LOGROOT": str(directory), "VLLM_FLAGS": VLLM_FLAGS,
@@ -109,6 +117,13 @@ class Job:
             )
         ]
 
+    def flips(self, attempt: int = 0) -> list[list[int]]:
+        """The versions that each server of an attempt has served, in order, as its first worker says."""
+        return [
+            [json.loads(line)["version"] for line in (logdir / "flips-rank0.jsonl").read_text().splitlines()]
+            for logdir in self.logdirs(attempt)
+        ]
+
     def release(self) -> None:
         (self.directory / "release").touch()
 
@@ -129,12 +144,20 @@ def trained_answers(model: Path, state: Path) -> list[list[int]]:
     return own_answers(fresh)
 
 
-def assert_served(job: Job, model: Path, state: Path, *, servers: int, attempt: int = 0) -> None:
-    """Every server gives the tokens of the trainer's last weights, which are not those that it loaded."""
+def assert_served(job: Job, model: Path, state: Path, *, servers: int, attempt: int = 0) -> dict[str, int]:
+    """Every server gives the tokens of the trainer's last weights, which are not those that it loaded.
+
+    Returns what was found, in numbers.
+    """
     expected = trained_answers(model, state)
     served = [[answer["tokens"] for answer in api.greedy(4, 16)] for api in job.apis(model, attempt)]
     assert served == [expected] * servers
     assert expected != untrained(model)
+    return {
+        "servers": servers,
+        "last_version": job.flips(attempt)[0][-1],
+        "tokens_equal": servers * sum(map(len, expected)),
+    }
 
 
 def untrained(model: Path) -> list[list[int]]:
@@ -172,7 +195,7 @@ REQUEUED = [*BEFORE, (4, 5), *((step, step + 1) for step in range(5, 11))]
 
 def paused_job(
     cluster: Cluster, directory: Path, model: Path, state: Path, *, nodes: int, servers: int,
-    het: bool = False,
+    het: bool = False, **env: str,
 ) -> Job:  # fmt: skip
     """Ten steps that may be requeued once, of which four are served; ``het`` asks for two components."""
     together = [f"--nodes={nodes}"]
@@ -187,6 +210,7 @@ def paused_job(
         **({} if het else {"SERVE_NODES": str(servers)}),
         MAX_REQUEUES="1",
         PAUSE_AT="4",
+        **env,
     )
     job.wait_file("paused")
     job.wait_versions(BEFORE)
@@ -195,7 +219,7 @@ def paused_job(
 
 @pytest.mark.parametrize("het", [False, True] if FULL else [False])
 def test_a_requeued_job_goes_on_from_what_was_served(
-    breakable: Cluster, checkpoint: Callable[..., Path], tmp_path: Path, het: bool
+    breakable: Cluster, checkpoint: Callable[..., Path], tmp_path: Path, record_property: Record, het: bool
 ) -> None:
     model, state = checkpoint("qwen3", "float32", 0), tmp_path / "state"
     job = paused_job(breakable, tmp_path / "job", model, state, nodes=4, servers=2, het=het)
@@ -209,7 +233,94 @@ def test_a_requeued_job_goes_on_from_what_was_served(
     job.wait_file("done")
     job.wait_versions(REQUEUED)
     assert job.told("RestartCnt") == "1"
-    assert_served(job, model, state, servers=2, attempt=1)
+    record_property(job.script, assert_served(job, model, state, servers=2, attempt=1))
+    job.release()
+    job.wait_end("COMPLETED")
+    assert job.exit_code == "0:0"
+    assert_nothing_left(breakable)
+
+
+IN_ROUNDS = "--bucket-bytes=65536"  # SERVE_FLAGS for rounds of many buckets, to be held between two of them
+
+
+def cancel_in_a_round(trains: Job, serves: Job) -> None:
+    """Let a paused trainer begin a round, and cancel both jobs, or the one, while bytes are on the way."""
+    before, jobs = trains.versions(), dict.fromkeys((trains, serves))
+    fault = Fault("delay", at="mid_bucket", bucket=1, seconds=JOB_TIMEOUT_S)
+    with Armed(fault, trains.directory) as held:
+        (trains.directory / "go").touch()
+        trains.wait("to be in a round", lambda: held.fired)
+        for job in jobs:
+            job.cancel()
+    for job in jobs:
+        job.wait_end("CANCELLED")
+    # The server whose bytes were held does not have that version. Another one may, if it was the last to go.
+    served = [version for _, version in before]
+    assert served in serves.flips()
+    assert all(flips in (served, [*served, served[-1] + 1]) for flips in serves.flips())
+
+
+@only_in_full("slurm")
+@pytest.mark.parametrize("het", [False, True])
+def test_a_job_that_is_cancelled_in_a_round_leaves_nothing(
+    breakable: Cluster, checkpoint: Callable[..., Path], tmp_path: Path, het: bool
+) -> None:
+    directory, model = tmp_path / "job", checkpoint("qwen3", "float32", 0)
+    job = paused_job(
+        breakable, directory, model, tmp_path / "state", nodes=4, servers=2, het=het, SERVE_FLAGS=IN_ROUNDS,
+        BRIDGE_TEST_FAULTS=str(directory),
+    )  # fmt: skip
+    cancel_in_a_round(job, job)
+    assert job.told("RestartCnt") == "0"
+    assert_nothing_left(breakable)
+
+
+@only_in_full("slurm")
+def test_slurm_itself_warns_ahead_of_the_time_limit_and_the_job_goes_on(
+    breakable: Cluster, checkpoint: Callable[..., Path], tmp_path: Path, record_property: Record
+) -> None:
+    """Rounds go on until the script's own ``--signal`` comes, and end with one that is whole."""
+    model, state = checkpoint("qwen3", "float32", 0), tmp_path / "state"
+    job = Job(
+        breakable,
+        tmp_path / "job",
+        "train_and_serve.sbatch",
+        ["--nodes=4", f"--time={TIME_LIMIT_MIN}"],
+        [TRAINER, str(model), str(state), "1000000"],
+        MODEL=str(model),
+        SERVE_NODES="2",
+        MAX_REQUEUES="1",
+        MORE_STEPS="2",
+    )
+    job.wait("the first version", job.versions)
+    ends = datetime.fromisoformat(job.told("EndTime"))
+    assert "USR2" not in job.text(), f"all of {TIME_LIMIT_MIN} min but five went by before the first version"
+    # The next attempt stays away until the nodes that this one has left were looked at.
+    partition = ("scontrol", "update", "PartitionName=all")
+    breakable.call(*partition, "State=DOWN")
+    job.wait("to be requeued", lambda: "requeue 1 of 1" in job.text() and job.told("State") == "PENDING")
+    before = job.versions()
+    last = len(before)
+    assert before == [(step, step) for step in range(1, last + 1)]
+    assert job.flips() == [list(range(1, last + 1))] * 2
+    assert "is sent again" not in job.text()
+    assert (state / "latest").read_text() == str(last)
+    assert {path.name for path in job.directory.glob("stopped*")} == {f"stopped{rank}" for rank in range(4)}
+    assert "exit 75" in job.text()
+    found = re.search(r"^(\S+) \S+: USR2", job.text(), re.M)
+    assert found is not None, job.text()[-6000:]
+    left_s = (ends - datetime.combine(ends, time.fromisoformat(found[1]))).total_seconds() % 86400
+    assert WARNED_S - BUSY_S <= left_s <= WARNED_S + EARLY_S
+    record_property("warned_s_ahead", left_s)
+    assert_nothing_left(breakable)
+    assert job.told("State") == "PENDING"
+
+    breakable.call(*partition, "State=UP")
+    job.wait_file("done")
+    job.wait_versions([*before, *((last + step, last + step + 1) for step in range(3))])
+    assert job.flips(1) == [[last + 1, last + 2, last + 3]] * 2
+    record_property(job.script, assert_served(job, model, state, servers=2, attempt=1))
+    assert job.told("RestartCnt") == "1"
     job.release()
     job.wait_end("COMPLETED")
     assert job.exit_code == "0:0"
@@ -219,7 +330,7 @@ def test_a_requeued_job_goes_on_from_what_was_served(
 @pytest.mark.parametrize("nodes_per_server", [1, 2] if FULL else [2])
 def test_two_jobs_on_the_same_nodes_and_what_scancel_leaves(
     cluster: Cluster, submit: Callable[..., Job], checkpoint: Callable[..., Path], tmp_path: Path,
-    nodes_per_server: int,
+    record_property: Record, nodes_per_server: int,
 ) -> None:  # fmt: skip
     """A heterogeneous job, and servers whose trainers are another job, at the same time on the same nodes.
 
@@ -244,6 +355,7 @@ def test_two_jobs_on_the_same_nodes_and_what_scancel_leaves(
         MODEL=str(models[1]),
         NODES_PER_SERVER=str(nodes_per_server),
         VLLM_FLAGS=f"{VLLM_FLAGS} --tensor-parallel-size={nodes_per_server}",
+        SERVE_FLAGS=IN_ROUNDS,
     )
     serve.wait("to serve", lambda: "serving at" in serve.text())
     train = submit(
@@ -254,18 +366,17 @@ def test_two_jobs_on_the_same_nodes_and_what_scancel_leaves(
         SERVE_NODES="0",
         BRIDGE_LOGDIRS=":".join(map(str, serve.logdirs())),
         PAUSE_AT=str(versions),
+        BRIDGE_TEST_FAULTS=str(tmp_path / "train"),
     )
     for job, at in ((het, "done"), (train, "paused")):
         job.wait_file(at)
         job.wait_versions([(step, step) for step in range(1, versions + 1)])
-    assert_served(het, models[0], states[0], servers=servers)
-    assert_served(serve, models[1], states[1], servers=2 // nodes_per_server)
+    record_property(het.script, assert_served(het, models[0], states[0], servers=servers))
+    found = assert_served(serve, models[1], states[1], servers=2 // nodes_per_server)
+    record_property(serve.script, found)
     assert trained_answers(models[0], states[0]) != trained_answers(models[1], states[1])
 
-    for job in (train, serve):  # in the middle of their work
-        job.cancel()
-    for job in (train, serve):
-        job.wait_end("CANCELLED")
+    cancel_in_a_round(train, serve)
     het.release()
     het.wait_end("COMPLETED")
     assert het.exit_code == "0:0"
@@ -274,15 +385,16 @@ def test_two_jobs_on_the_same_nodes_and_what_scancel_leaves(
 
 @only_in_full("slurm")
 def test_one_node_trains_and_serves(
-    cluster: Cluster, submit: Callable[..., Job], checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
+    cluster: Cluster, submit: Callable[..., Job], checkpoint: Callable[..., Path], tmp_path: Path,
+    record_property: Record,
+) -> None:  # fmt: skip
     """The launcher has the trainer beside the server, and ends with its exit code."""
     model, state = checkpoint("qwen3", "float32", 0), tmp_path / "state"
     words = [TRAINER, str(model), str(state), "10"]
     job = submit("one", "train_and_serve.sbatch", ["--nodes=1"], words, MODEL=str(model))
     job.wait_file("done")
     job.wait_versions([(step, step) for step in range(1, 11)])
-    assert_served(job, model, state, servers=1)
+    record_property(job.script, assert_served(job, model, state, servers=1))
     job.release()
     job.wait_end("COMPLETED")
     assert job.exit_code == "0:0"

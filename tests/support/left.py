@@ -77,9 +77,9 @@ def listeners(pid: int) -> set[int]:
         return set()
 
 
-def listening() -> set[int]:
-    """The TCP ports that anybody here listens on."""
-    return {port for port, _ in _listening(os.getpid())}
+def listening(pid: int | None = None) -> set[int]:
+    """The TCP ports that anybody listens on in a process's network namespace, by default this one's."""
+    return {port for port, _ in _listening(pid or os.getpid())}
 
 
 def _listening(pid: int) -> list[tuple[int, str]]:
