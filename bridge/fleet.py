@@ -25,7 +25,7 @@ from bridge.catalogue import Catalogue
 from bridge.config import BridgeConfig
 from bridge.environment import Ranks
 from bridge.errors import BridgeError, ConfigError, RendezvousError, RendezvousRefused, RoundAborted
-from bridge.job import Encoding, Job, Outcome, Receipt
+from bridge.job import Encoding, Job, Outcome, Receipt, forget_frames
 from bridge.joining import RETRY_S, RankMissing, highest
 from bridge.protocol.ballot import GIVEN_UP, Ballot, Policy, Verdict
 from bridge.rounds import Session, write_flight
@@ -280,6 +280,7 @@ class Fleet:
             except RankMissing:
                 raise  # the other servers would be met in vain, each after the same wait
             except BridgeError as err:
+                forget_frames(err)  # they hold the server's store, and ``faults``, which holds the error
                 faults[server.name] = err
         if over:
             lost = self._highest([int(server.name in faults) for server in over])

@@ -95,13 +95,13 @@ def ask_admission(
             )
         except Exception as err:  # noqa: BLE001 - raised below; until then the other ranks wait for us
             failure = err
-    # The others wait for all the steps of a try: connecting, a greeting of two, asking, the answer.
-    session = _agree(session, ranks, timeout_s=config.ranks_timeout_s + 5 * (timeout_s + GRACE_S))
-    if failure is not None:
-        try:
+    try:
+        # The others wait for all the steps of a try: connecting, a greeting of two, asking, the answer.
+        session = _agree(session, ranks, timeout_s=config.ranks_timeout_s + 5 * (timeout_s + GRACE_S))
+        if failure is not None:
             raise failure
-        finally:
-            del failure  # or it and this frame, by its traceback, keep each other, and the store with them
+    finally:
+        del failure  # or it and this frame, by its traceback, keep each other, and the store with them
     if not session:
         raise RendezvousError("trainer rank 0 could not join the inference side; its error says why")
     if ranks.rank != 0:

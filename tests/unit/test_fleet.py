@@ -36,6 +36,7 @@ from bridge.errors import (
 from bridge.fleet import Server
 from bridge.guard import _active
 from bridge.job import Encoding, Job, Receipt, Vote
+from bridge.joining import RankMissing
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol.ballot import Ballot, Policy, Verdict
 from bridge.protocol.mapping import CONFIG_NAME, Rendezvous
@@ -818,14 +819,21 @@ def test_who_gives_up_waiting_takes_its_request_back(
     assert not rendezvous.is_withdrawn(store, other)
 
 
-def test_a_refusal_keeps_no_connection(
+Connections = list[weakref.ref[rendezvous.Store]]
+
+
+@pytest.fixture
+def refusing_daemon(
     silent_daemon: tuple[rendezvous.Store, BridgeConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nor does it with the collector of circles switched off, as some trainers have it."""
+) -> Iterator[tuple[BridgeConfig, Connections]]:
+    """The way to a rendezvous that refuses everybody, and who was connected to it.
+
+    The collector of circles is switched off meanwhile, as some trainers have it.
+    """
     store, config = silent_daemon
     monkeypatch.setattr(joining.secrets, "token_hex", lambda _: "s")
     rendezvous.Answers("answer").give(store, rendezvous.Answer(session="s", refusal="no"), "s")  # type: ignore[arg-type]
-    reached: list[weakref.ref[rendezvous.Store]] = []
+    reached: Connections = []
 
     def reach(*args: Any, **kwargs: Any) -> rendezvous.Store:
         made = reach_store(*args, **kwargs)
@@ -835,12 +843,39 @@ def test_a_refusal_keeps_no_connection(
     reach_store = rendezvous.reach_store
     monkeypatch.setattr(rendezvous, "reach_store", reach)
     gc.disable()
-    try:
-        with pytest.raises(RendezvousRefused):
-            joining.ask_admission(config, Ranks())
-        assert [ref() for ref in reached] == [None]
-    finally:
-        gc.enable()
+    yield config, reached
+    gc.enable()
+
+
+def test_a_refusal_keeps_no_connection(refusing_daemon: tuple[BridgeConfig, Connections]) -> None:
+    config, reached = refusing_daemon
+    with pytest.raises(RendezvousRefused):
+        joining.ask_admission(config, Ranks())
+    assert [ref() for ref in reached] == [None]
+
+
+def test_nor_does_one_of_which_the_other_ranks_cannot_be_told(
+    refusing_daemon: tuple[BridgeConfig, Connections], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nobody_came(*_: Any, **__: Any) -> list[int]:
+        raise RankMissing("rank 1 did not come")
+
+    config, reached = refusing_daemon
+    monkeypatch.setattr(joining, "highest", nobody_came)
+    with pytest.raises(RankMissing):
+        joining.ask_admission(config, Ranks(world_size=2))
+    assert [ref() for ref in reached] == [None]
+
+
+def test_nor_does_one_of_a_server_among_several(
+    refusing_daemon: tuple[BridgeConfig, Connections], tmp_path: Path
+) -> None:
+    config, reached = refusing_daemon
+    places = str(config.logdir), str(tmp_path / "absent")
+    several = BridgeConfig(logdirs=places, commit="available", connect_timeout_s=0.5)
+    with pytest.raises(RendezvousError, match="2 of 2 servers cannot be met"):
+        bridge.Bridge(several).broadcast_weights(MODEL)
+    assert {ref() for ref in reached} == {None}
 
 
 @pytest.mark.parametrize("hangs_up", [True, False])
