@@ -168,6 +168,7 @@ def _ask(
         pid=os.getpid(),
         torch_version=str(torch.__version__),
         trainer=trainer,
+        asked_ns=time.monotonic_ns(),
         restores=restores,
         job=job,
         attempt=attempt,

@@ -101,12 +101,13 @@ class Admission:
         unready = "" if refusal else self._unreadiness(request)
         if refusal or unready:
             borrows = here.epoch is not None and bool(here.epoch.request.restores)
-            again = here.epoch is not None and "" != request.trainer == here.epoch.request.trainer
+            again = here.epoch is not None and request.follows(here.epoch.request)
+            reason, try_again = refusal or unready, bool(unready) or not here.published or borrows or again
             if here.epoch is not None and borrows and not request.restores:
                 here.epoch.fail("a trainer came, and does not wait for a peer's loan")
             if here.epoch is not None and again:  # it noticed a loss that we have not noticed yet
                 here.epoch.on_control(PeerLost("the trainer has given this epoch up, and asks for the next"))
-            reason, try_again = refusal or unready, bool(unready) or not here.published or borrows or again
+                reason = f"epoch {here.epoch.epoch}, which it has given up, ends first"
             if try_again and not request.restores:
                 until = time.monotonic() + (NEXT_ROUND_S if borrows else TRAINER_FIRST_S)
                 self._trainers_first_until = max(self._trainers_first_until, until)

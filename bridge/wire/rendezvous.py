@@ -51,8 +51,9 @@ REQUESTS, LOANS = "request", "loan"  # queues, which no value under a key of the
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """What trainer rank 0 says of itself.
 
-    ``trainer``: what this connection is called from epoch to epoch, and no other one; who asks under that
-    name has given up the epoch before. "" for a peer's helper, which asks once.
+    ``trainer``: what this connection is called from epoch to epoch, and no other one of this process; who
+    asks under that name has given up the epoch before. "" for a peer's helper, which asks once.
+    ``asked_ns``: when, by a clock of the asking process that never goes back.
     ``restores``: it is no trainer, but a peer server's helper, and brings this version, which is live there.
     ``job`` and ``attempt``: the batch job that it is in, and how often that was requeued; "" for none.
     """
@@ -65,9 +66,19 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     pid: _Pid
     torch_version: str
     trainer: Annotated[str, msgspec.Meta(max_length=32)] = ""
+    asked_ns: _Number = 0
     restores: _Number = 0
     job: Annotated[str, msgspec.Meta(max_length=32)] = ""
     attempt: _Number = 0
+
+    def follows(self, before: Request) -> bool:
+        """Whether who asked ``before`` asks once more.
+
+        A network that was away may bring an earlier request behind a later one, and a process that was forked
+        off a trainer has its names too: neither has given anything up.
+        """
+        same = self.trainer != "" and (self.trainer, self.pid) == (before.trainer, before.pid)
+        return same and self.asked_ns > before.asked_ns
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):

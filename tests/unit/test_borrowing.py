@@ -210,25 +210,43 @@ class Door:
 
     def knock(self, session: str, **request: Any) -> str:
         """Why one who knocks is refused; "" if it is let in."""
-        self.admission.consider(
-            Request(
-                session=session, protocol_version=PROTOCOL_VERSION, world_size=1, mapping_digest=OURS.digest,
-                host="node", pid=7, torch_version="2", **request,
-            )
-        )  # fmt: skip
+        self.admission.consider(who_knocks(session=session, **request))
         answer = self.told.get(f"answer/{session}")
         return "" if answer is None else unseal(answer, "s", Answer).refusal
 
 
-@pytest.mark.parametrize(("asks", "again"), [("a" * 32, True), ("b" * 32, False), ("", False)])
+def who_knocks(**request: Any) -> Request:
+    usual: dict[str, Any] = {
+        "protocol_version": PROTOCOL_VERSION, "world_size": 1, "mapping_digest": OURS.digest, "host": "node",
+        "pid": 7, "torch_version": "2",
+    }  # fmt: skip
+    return Request(**(usual | request))
+
+
+@pytest.mark.parametrize(
+    ("asks", "again"),
+    [
+        ({}, True),
+        ({"trainer": "b" * 32}, False),
+        ({"trainer": ""}, False),
+        ({"pid": 8}, False),  # a process that was forked off it
+        ({"asked_ns": 4}, False),  # which the network has kept until now
+    ],
+)
 def test_a_trainer_that_asks_anew_ends_its_own_epoch_and_nobody_elses(
-    monkeypatch: pytest.MonkeyPatch, asks: str, again: bool
+    monkeypatch: pytest.MonkeyPatch, asks: dict[str, Any], again: bool
 ) -> None:
     told: list[PeerLost] = []
-    request = SimpleNamespace(restores=0, trainer="a" * 32 if asks else "")
-    epoch: Any = SimpleNamespace(request=request, epoch=3, trainer="a trainer", on_control=told.append)
+    # Of a release of the bridge that has no names, if who asks has none either.
+    held = who_knocks(session="held", trainer=asks.get("trainer", "a") and "a" * 32, asked_ns=5)
+    epoch: Any = SimpleNamespace(request=held, epoch=3, trainer="a trainer", on_control=told.append)
     door = Door(monkeypatch, outdated="", epoch=epoch)
-    assert "another trainer is connected" in door.knock("anew", trainer=asks)
+    refusal = door.knock("anew", **({"trainer": "a" * 32, "asked_ns": 6} | asks))
+    assert refusal == (
+        "epoch 3, which it has given up, ends first"
+        if again
+        else "another trainer is connected (epoch 3): a trainer"
+    )
     assert unseal(door.told["answer/anew"], "s", Answer).try_again == again
     assert list(map(str, told)) == ["the trainer has given this epoch up, and asks for the next"] * again
 
@@ -238,7 +256,7 @@ def test_a_trainer_that_met_a_loan_is_waited_for_until_its_next_round(
 ) -> None:
     failed: list[str] = []
     loan: Any = SimpleNamespace(
-        request=SimpleNamespace(restores=5, trainer=""),
+        request=who_knocks(session="loan", restores=5),
         epoch=3,
         trainer="the helper of a peer",
         fail=failed.append,
