@@ -251,7 +251,7 @@ def _collect(
     group.
     """
     deadline = time.monotonic() + timeout_s
-    agreed = torch.tensor([*values, CAME], dtype=torch.int64)
+    agreed = torch.tensor([*values, CAME], dtype=torch.int64, device="cpu")  # not the caller's default
     theirs = {rank: torch.zeros_like(agreed) for rank in range(1, world_size)}
     coming = {rank: group.recv([wire], rank, RANKS_TAG) for rank, wire in theirs.items()}
 
@@ -276,7 +276,7 @@ def _collect(
 
 def _hand_in(group: dist.ProcessGroup, values: Sequence[int], timeout_s: float) -> list[int]:
     """Any other rank's part of ``highest``."""
-    wire = torch.tensor([*values, CAME], dtype=torch.int64)
+    wire = torch.tensor([*values, CAME], dtype=torch.int64, device="cpu")
     agreed = torch.empty_like(wire)
     answer = group.recv([agreed], 0, RANKS_TAG)
     group.send([wire], 0, RANKS_TAG).wait(timedelta(seconds=timeout_s))

@@ -60,7 +60,7 @@ class PatchShare:
         if fault := self.fault or self._misfit(shape):
             return fault
         unit = math.prod(shape[1:]) if self.rows else 1
-        extents = torch.tensor(shape[:1] if self.rows else shape)
+        extents = torch.tensor(shape[:1] if self.rows else shape, device="cpu")
         strides = extents.flip(0).cumprod(0).flip(0) // extents
         flat = (self.places * strides).sum(1)
         breaks = ((flat.diff() != 1).nonzero().flatten() + 1).tolist()
@@ -103,7 +103,7 @@ def share_of(patch: SparsePatch, *, rank: int, world_size: int) -> PatchShare:
         return PatchShare(torch.empty(0, 1, dtype=torch.int64), torch.empty(0), rows=True, fault=fault)
     rows = patch.indices.ndim == 1
     places = patch.indices.detach().cpu().view(len(patch.indices), -1)
-    order = torch.arange(len(places))
+    order = torch.arange(len(places), device="cpu")
     for column in reversed(range(places.shape[1])):  # the first index counts most
         order = order[places[order, column].argsort(stable=True)]
     places = places[order]

@@ -219,7 +219,7 @@ def _pieces(
                 )
             strided.add(dim)
         alone = [-1 if d == dim else 1 for d in range(len(shape))]
-        whole = ranges.get(dim, torch.arange(shape[dim]).reshape(alone))
+        whole = ranges.get(dim, torch.arange(shape[dim], device="cpu").reshape(alone))
         parts, _ = placement._split_tensor(whole, mesh_sizes[mesh_dim], with_padding=False, contiguous=False)
         ranges[dim] = parts[place[mesh_dim]]
     runs = [[(0, 0, extent)] for extent in shape]
