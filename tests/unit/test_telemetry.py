@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -182,6 +183,25 @@ if __name__ == "__main__":
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.split() == ["api", "vllm", "vllm"], done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="the plugin asks for vLLM's version")
+def test_a_child_that_is_forked_off_is_not_taken_for_its_parent(tmp_path: Path) -> None:
+    """As vLLM makes its engine cores and workers, if it is told to fork; each names itself later."""
+    code = """
+import os
+from bridge import flight
+from vllm_patching import plugin
+plugin.register()
+flight.name_process("engine", 3)
+if child := os.fork():
+    os.waitpid(child, 0)
+print(*flight.who(), flush=True)
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "BRIDGE_RUN_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.splitlines() == ["vllm None", "engine 3"], done.stderr
 
 
 @pytest.mark.parametrize(("nnodes", "rank"), [(1, None), (2, 1)])
