@@ -37,11 +37,9 @@ def restored() -> Iterator[None]:
     loggers = {name: logging.getLogger(name) for name in telemetry.ROOTS}
     before = {name: (x.handlers[:], x.level, x.propagate) for name, x in loggers.items()}
     flight._events.clear()
-    telemetry.stand(epoch=None, version=None)  # a test before this module may have stood somewhere
     yield
     sys.excepthook, threading.excepthook = hooks
     flight._who = who
-    telemetry.stand(epoch=None, version=None)
     for name, (handlers, level, propagate) in before.items():
         loggers[name].handlers[:], loggers[name].propagate = handlers, propagate
         loggers[name].setLevel(level)
