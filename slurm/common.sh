@@ -17,6 +17,7 @@
 : "${SHUTDOWN_TIMEOUT:=20}"            # seconds between TERM and KILL; below Slurm's KillWait (30)
 : "${BRIDGE_COMMIT:=available}"        # whether a version waits for "all" servers, or those that are there
 : "${BRIDGE_CONNECT_TIMEOUT_S:=$START_TIMEOUT}" # seconds for which trainers wait, if none is there
+: "${BRIDGE_VERSIONS_AFTER:=0}"       # versions lie above this one, and above all that were served before
 
 EX_CONFIG=2    # the launcher's code for "trying again will not help"
 EX_TEMPFAIL=75 # and for "trying again may help"
@@ -38,6 +39,7 @@ refuse() {
 JOB_DIR=$LOGROOT/$SLURM_JOB_NAME-$SLURM_JOB_ID
 [[ $JOB_DIR != *:* ]] || refuse "the job's directory would be $JOB_DIR, but a ':' separates servers in BRIDGE_LOGDIRS;" \
     "choose a LOGROOT and a --job-name without"
+[[ $BRIDGE_VERSIONS_AFTER =~ ^[0-9]+$ ]] || refuse "BRIDGE_VERSIONS_AFTER is $BRIDGE_VERSIONS_AFTER, and must be a number"
 # A directory for each attempt: a requeued job can never meet the servers or trainers that it had before.
 ATTEMPT=$JOB_DIR/attempt-$JOB_EPOCH
 mkdir -p "$ATTEMPT"
@@ -199,22 +201,45 @@ survive() {
     say "server $index ended with $code, and is given up; ${#servers[@]} serve on"
 }
 
+# served_versions: all that any attempt of this job has served, and of the jobs whose servers BRIDGE_LOGDIRS names. A
+# server that was started by hand has no attempts, and goes on with the log in its directory.
+served_versions() {
+    local logdir elsewhere
+    local -A places=(["$(readlink -f "$JOB_DIR")"]=1) # once each: servers of one job lie in the same
+    IFS=: read -ra elsewhere <<<"${BRIDGE_LOGDIRS-}"
+    for logdir in "${elsewhere[@]}"; do
+        [[ -n $logdir ]] || continue
+        # A link leads to the last attempt's, whose launcher may not have made it yet.
+        if ! logdir=$(LC_ALL=C readlink -fv -- "$logdir" 2>&1); then
+            [[ $logdir != *": No such file or directory" ]] || continue # its job has not begun
+            echo "$logdir" >&2
+            return 1
+        fi
+        if [[ $logdir =~ ^(.*)/attempt-[^/]*/[^/]*$ ]]; then
+            places[${BASH_REMATCH[1]}]=1
+        elif [[ -e $logdir ]]; then
+            places[$logdir]=1
+        fi
+    done
+    find "${!places[@]}" -mindepth 1 -maxdepth 3 -name 'flips-rank*.jsonl' -exec cat {} + \
+        -o -type d ! -name 'attempt-*' ! -name 'server-*' -prune | sed -nE 's/.*"version": *([0-9]+).*/\1/p'
+}
+
 # set_versions: numbers that trainers give go on above the last version that an earlier attempt has served, because
 # labels must not stand for two things. Each worker has written down what it flipped to. A log that cannot be read may
 # hold the last one, so it ends the job; not at once, as the file system may only be away for a moment.
 set_versions() {
-    local try
+    local try last
     for try in 1 2 3 4 5; do
-        BRIDGE_VERSIONS_AFTER=$(find "$JOB_DIR"/attempt-* -mindepth 2 -maxdepth 2 -path '*/server-*/flips-rank*.jsonl' \
-            -exec cat {} + | sed -nE 's/.*"version": *([0-9]+).*/\1/p' | sort -n | tail -n 1) && break
+        ! last=$({ served_versions && echo "$BRIDGE_VERSIONS_AFTER"; } | sort -n | tail -n 1) || break
         if ((try == 5)); then
-            say "what earlier attempts have served could not be read from $JOB_DIR for 20 s (see above)," \
-                "and no number may come twice"
+            say "what earlier attempts have served could not be read from $JOB_DIR" \
+                "${BRIDGE_LOGDIRS:+and beside $BRIDGE_LOGDIRS }for 20 s (see above), and no number may come twice"
             end_steps "$EX_TEMPFAIL"
         fi
         sleep $((2 * try))
     done
-    export BRIDGE_VERSIONS_AFTER=${BRIDGE_VERSIONS_AFTER:-0}
+    export BRIDGE_VERSIONS_AFTER=$last
 }
 
 # start_trainers HOSTS [srun flag ...] -- PROGRAM [argument ...]: on the first nodes of the step, which are HOSTS,
@@ -229,7 +254,7 @@ start_trainers() {
         shift
     done
     shift
-    ((${#servers[@]} == 0)) || set_versions
+    set_versions
     endpoint=${TRAINER_HOSTS%% *}:$("$PYTHON" -m bridge.nodes port) || end_steps "$?"
     "${step[@]}" --kill-on-bad-exit=1 "${flags[@]}" --relative=0 --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 \
         "$REPO/slurm/trainer.sh" "$endpoint" "$@" &

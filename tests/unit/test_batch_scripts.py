@@ -34,7 +34,9 @@ COMMANDS = {
     "python": """
         echo "$*" >>calls
         case $3 in hosts) printf '%s\\n' $HOSTS ;; port) echo 4711 ;; address) echo 10.0.0.1 eth0 ;; esac
-        [[ $2 != torch.* ]] || exit "${TRAINER_ENDS:-0}\"""",
+        [[ $2 == torch.* ]] || exit 0
+        echo "after=$BRIDGE_VERSIONS_AFTER"
+        exit "${TRAINER_ENDS:-0}\"""",
 }
 
 
@@ -332,15 +334,48 @@ def test_who_does_not_end_is_killed(tmp_path: Path) -> None:
     assert (found, calls) == (1, [TERM, "scancel --signal=KILL"]), output
 
 
+def flipped(logdir: Path, rank: int, *versions: int) -> None:
+    logdir.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"rank": rank, "version": v, "flip_ns": 99, "batch": 40}) for v in versions]
+    (logdir / f"flips-rank{rank}.jsonl").write_text("\n".join(lines) + "\n")
+
+
 def test_numbers_go_on_above_what_any_attempt_has_served(tmp_path: Path) -> None:
+    """Of this job or, where it only trains, of the servers' job; whatever number it was given besides."""
     script = 'set_versions; echo "after=$BRIDGE_VERSIONS_AFTER"'
     assert "after=0\n" in run(tmp_path, script)[2]
-    for attempt, server, rank, versions in ((0, 0, 0, [1, 2, 11]), (0, 1, 1, [12]), (1, 0, 0, [3])):
-        logdir = tmp_path / f"logs/job-7/attempt-{attempt}/server-{server}"
-        logdir.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps({"rank": rank, "version": v, "flip_ns": 99, "batch": 40}) for v in versions]
-        (logdir / f"flips-rank{rank}.jsonl").write_text("\n".join(lines) + "\n")
+    job, serve = (tmp_path / "logs" / name for name in ("job-7", "serve-6"))
+    flipped(job / "attempt-0/server-0", 0, 1, 2, 11)
+    flipped(job / "attempt-0/server-1", 1, 12)
+    flipped(job / "attempt-1/server-0", 0, 3)
     assert "after=12\n" in run(tmp_path, script, SLURM_RESTART_COUNT="2")[2]
+
+    def trainers_only(*logdirs: Path, after: str = "") -> tuple[int, list[str], str]:
+        named = ":".join(map(str, logdirs))
+        return run_batch(
+            tmp_path, "two nodes", SERVE_NODES="0", BRIDGE_LOGDIRS=named, BRIDGE_VERSIONS_AFTER=after
+        )
+
+    (serve / "attempt-1").mkdir(parents=True)
+    for server in (0, 1):  # as serve.sbatch leads to the last attempt's, which no launcher has made yet
+        (serve / f"server-{server}").symlink_to(serve / f"attempt-1/server-{server}")
+    links = (tmp_path / "not/begun/server-0", serve / "server-0", serve / "server-1")
+    code, _, output = trainers_only(*links)
+    assert (code, "after=12\n" in output) == (0, True), output
+    flipped(serve / "attempt-0/server-0", 0, 13, 14)
+    flipped(serve / "attempt-1/server-1", 0, 1)
+    assert "after=14\n" in trainers_only(*links)[2]
+    assert "after=14\n" in trainers_only(serve / "attempt-1/server-1")[2]
+    assert "after=20\n" in trainers_only(*links, after="20")[2]
+    flipped(tmp_path / "by hand", 0, 15)
+    assert "after=15\n" in trainers_only(*links, tmp_path / "by hand")[2]
+
+
+def test_servers_elsewhere_do_not_count_in_a_job_that_has_its_own(tmp_path: Path) -> None:
+    flipped(tmp_path / "old", 0, 40)
+    for name in ("one node", "two nodes"):
+        code, _, output = run_batch(tmp_path, name, FAIL="0", BRIDGE_LOGDIRS=str(tmp_path / "old"))
+        assert (code, "after=0\n" in output) == (0, True), output
 
 
 def pauses(tmp_path: Path, mends: str = "") -> None:
@@ -349,9 +384,10 @@ def pauses(tmp_path: Path, mends: str = "") -> None:
     (tmp_path / "sleep").chmod(0o755)
 
 
+@pytest.mark.parametrize("job", ["job-7", "serve-6"])
 @pytest.mark.parametrize("what", ["a log", "a link to nothing"])
-def test_numbers_do_not_begin_again_where_one_log_cannot_be_read(tmp_path: Path, what: str) -> None:
-    logdir = tmp_path / "logs/job-7/attempt-0/server-0"
+def test_numbers_do_not_begin_again_where_one_log_cannot_be_read(tmp_path: Path, what: str, job: str) -> None:
+    logdir = tmp_path / f"logs/{job}/attempt-0/server-0"
     logdir.mkdir(parents=True)
     (logdir / "flips-rank0.jsonl").write_text('{"rank": 0, "version": 12}\n')
     if what == "a log":
@@ -359,7 +395,8 @@ def test_numbers_do_not_begin_again_where_one_log_cannot_be_read(tmp_path: Path,
     else:
         (logdir / "flips-rank1.jsonl").symlink_to("gone")
     pauses(tmp_path)
-    found, calls, output = run(tmp_path, 'set_versions; echo "after=$BRIDGE_VERSIONS_AFTER"')
+    script = 'set_versions; echo "after=$BRIDGE_VERSIONS_AFTER"'
+    found, calls, output = run(tmp_path, script, BRIDGE_LOGDIRS=str(logdir))
     assert (found, "after=" in output) == (75, False), output
     assert sum(int(call.removeprefix("sleep ")) for call in calls) == 20, calls
     assert "what earlier attempts have served could not be read" in output
@@ -387,6 +424,7 @@ def test_a_log_that_cannot_be_read_for_a_moment_counts(tmp_path: Path, since: in
         ({"MODEL": "m", "NODES_PER_SERVER": "2"}, "1 node(s) to serve cannot be divided"),
         ({"MODEL": "m", "NODES_PER_SERVER": "0"}, "servers of NODES_PER_SERVER=0 nodes"),
         ({"MODEL": "m", "SLURM_JOB_NAME": "a:b"}, "logs/a:b-7, but a ':' separates servers"),
+        ({"MODEL": "m", "BRIDGE_VERSIONS_AFTER": "v3"}, "BRIDGE_VERSIONS_AFTER is v3, and must be a number"),
         ({"MODEL": "m", "LOGROOT": "x:y"}, "would be x:y/job-7, but a ':' separates servers"),
     ],
 )
