@@ -461,7 +461,7 @@ def test_flags_named_anywhere_exist():
         "--data-parallel-size-local", "--moe-backend",
         "--enable-lora", "--lora-modules",
         "--max-lora-rank",
-        "--gpus-per-node", "--batch", "--cpu-bind",
+        "--gpus-per-node", "--batch", "--cpu-bind", "--cpus-per-task",
             "--requeue", "--jobid", "--overlap", "--nodelist", "--ntasks",
     }  # fmt: skip
     own = {
