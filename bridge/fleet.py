@@ -16,6 +16,7 @@ import math
 import secrets
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -521,7 +522,9 @@ class _Tally:
         """``before_commit`` is called once some server is about to be told to commit."""
         self._before_commit = before_commit
         self.stage_timeout_s = math.inf if policy == "all" else stage_timeout_s
-        self._sessions = sessions
+        # A session keeps its last round, which keeps its vote, which keeps this: it must not keep sessions, or
+        # whatever an epoch held (groups, sockets, snapshots) would be kept by its own last round.
+        self._sessions = weakref.WeakValueDictionary(sessions)
         self._ballot = Ballot(sessions, policy)
         self._lock = threading.Lock()
 
@@ -534,9 +537,11 @@ class _Tally:
         if verdict.commit:
             self._before_commit()
         for name in verdict.commit:
-            self._sessions[name].commit()
+            if (session := self._sessions.get(name)) is not None:  # else it is over, and so is its thread
+                session.commit()
         for name in verdict.give_up:
-            self._sessions[name].give_up(verdict.reason)
+            if (session := self._sessions.get(name)) is not None:
+                session.give_up(verdict.reason)
 
 
 @dataclass(frozen=True)

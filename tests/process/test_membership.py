@@ -5,6 +5,7 @@ Launchers, daemons, updaters, lenders and the trainer's side are the real ones; 
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import blake3
+import psutil
 import pytest
 import torch
 
@@ -124,6 +126,35 @@ def test_a_server_that_dies_comes_back_with_the_newest_version_from_its_peer(
         assert (receipt.version, receipt.absent) == (4, {})
         assert_serves(one, 4, third)
         assert_serves(two, 4, third)
+
+
+def test_what_a_lost_epoch_held_goes_with_it(start: Callable[..., Small]) -> None:
+    """Nor does a trainer of several servers keep it that has switched the collector of circles off."""
+    servers = [start(name, tp=1) for name in ("one", "two")]
+    for server in servers:
+        wait_until(f"{server.logdir}", in_state(server, "ready"), timeout_s=START_S)
+    process = psutil.Process()
+    gc.disable()
+    try:
+        with trainer(*servers, commit="available", connect_timeout_s=START_S) as bridge:
+            bridge.broadcast_weights(weights(1))
+            held = {"descriptors": process.num_fds(), "threads": process.num_threads()}
+            for server in (servers[1], servers[0], servers[1]):
+                os.kill(server.status()["pids"]["updaters"][0], signal.SIGKILL)
+                wait_until(
+                    "a version on both",
+                    lambda: not bridge.broadcast_weights(weights(2)).absent,
+                    timeout_s=START_S,
+                )
+                wait_until(
+                    f"no more than {held}",
+                    lambda: (
+                        process.num_fds() <= held["descriptors"] and process.num_threads() <= held["threads"]
+                    ),
+                    timeout_s=SOON_S,
+                )
+    finally:
+        gc.enable()
 
 
 def test_without_peers_a_restarted_server_waits_for_the_trainer(start: Callable[..., Small]) -> None:
