@@ -601,7 +601,7 @@ def bound_s(made: Node, fault: Fault) -> float:
     round_s = (
         2 * deadline_s + 2 * deadline_s + nbytes / SLOWEST_BYTES_PER_S
     )  # as in ``Session._next_actions``
-    lost = fault.what in ("drop", "reorder")
+    lost = fault.what == "drop"
     if (lost and fault.at == "committed") or fault.what == "slow link" or fault.what in faults.LOSSY:
         return round_s + SLACK_S  # nobody is silent, so only the round's own limit ends it
     silent = fault.what in ("stop", "cut", "corrupt") or (lost and fault.at == "before_begin")
