@@ -70,6 +70,7 @@ BOTH_VALUES = {
     "stale": r"of epoch (\w+) in epoch (\w+)",
     "other_version": r"of version (\w+) in a round of version (\w+)|version (\w+) offered, version (\w+) is",
     "other_plan": r"trainer rank 0 has (\w+), (?:updater|trainer rank) \d+ has (\w+)",
+    "corrupt_bucket": r"sent (\w+), arrived (\w+)",
 }
 BUCKETS = ("corrupt_bucket",)
 LINKS: dict[str, dict[str, Any]] = {

@@ -788,9 +788,8 @@ def _assert_told(fault: Fault, answers: list[dict[str, Any]], before: int) -> No
         assert "version" in answer or "error" in answer, f"{who}: silence, {answer}"
         assert answer.get("version", before + 1) == before + 1, f"{who}: {answer} behind version {before}"
         assert answer.get("typed", True), f"{who}: {answer}"
-    if fault.what in (*faults.BUCKETS, *faults.BOTH_VALUES):
-        assert "error" in answers[0], f"{fault}: nobody noticed, {answers}"
     if fault.what in faults.BOTH_VALUES:
+        assert "error" in answers[0], f"{fault}: nobody noticed, {answers}"
         said = re.search(faults.BOTH_VALUES[fault.what], answers[0]["error"])
         assert said, f"{fault}: trainer rank 0 was not told both values: {answers[0]['error']}"
         theirs, right = (value for value in said.groups() if value is not None)
@@ -798,6 +797,8 @@ def _assert_told(fault: Fault, answers: list[dict[str, Any]], before: int) -> No
             assert int(theirs) == int(right) - 1, said
         elif fault.what == "other_version":
             assert (int(theirs), int(right)) in ((before - 1, before), (before - 1, before + 1)), said
+        elif fault.what == "corrupt_bucket":
+            assert theirs != right, said
         else:
             assert bytes.fromhex(theirs) == bytes(reversed(bytes.fromhex(right))), said
 
