@@ -525,9 +525,9 @@ class Node:
         ranks = {f"trainer {rank}".removesuffix(" 0"): pid for rank, pid in enumerate(self.train().pids)}
         return servers | ranks
 
-    def descriptors(self) -> dict[str, int]:
-        """How many each lasting process has open."""
-        return {who: psutil.Process(pid).num_fds() for who, pid in self.lasting().items()}
+    def descriptors(self) -> dict[str, dict[int, str]]:
+        """What each lasting process has open: see ``left.descriptors``."""
+        return {who: left.descriptors(pid) for who, pid in self.lasting().items()}
 
     def listeners(self) -> dict[str, int]:
         """On how many TCP ports each lasting process listens."""
@@ -620,7 +620,7 @@ class _Before:
     below: list[int]  # the launcher
     tree: list[str]
     ports: set[int]
-    descriptors: dict[str, int]
+    descriptors: dict[str, dict[int, str]]
     listeners: dict[str, int]
     files: set[str]
     records: dict[Path, int]
@@ -723,7 +723,7 @@ def suffer(made: Node, fault: Fault, *, seed: int) -> Outcome:
         recovered_s = _go_on(made, fault, struck, before, restarted=ends)
     return Outcome(
         str(fault), [_name(answer) for answer in answers], struck.noticed_s, round(within_s, 3), recovered_s,
-        made.descriptors(), struck.lost, rounds,
+        {who: len(held) for who, held in made.descriptors().items()}, struck.lost, rounds,
     )  # fmt: skip
 
 
@@ -808,9 +808,10 @@ def _assert_closed(made: Node, fault: Fault, before: _Before) -> None:
 
     def grown() -> list[str]:
         more = [
-            f"{n - before.descriptors[who]} descriptor(s) of {who}"
-            for who, n in made.descriptors().items()
-            if n > before.descriptors[who] + SLACK
+            f"{len(held) - len(before.descriptors[who])} descriptor(s) of {who}, new are "
+            + "; ".join(left.named(made.lasting()[who], dict(held.items() - before.descriptors[who].items())))
+            for who, held in made.descriptors().items()
+            if len(held) > len(before.descriptors[who]) + SLACK
         ]
         more += [
             f"{n - before.listeners[who]} TCP listener(s) of {who}"

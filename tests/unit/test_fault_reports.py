@@ -1,13 +1,16 @@
-"""What a fault says of itself is true."""
+"""What a fault says of itself is true, and what is left behind can be told by what an error says."""
 
 from __future__ import annotations
 
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bridge.protocol.messages import Frame, Opcode
+from tests.support import left
 from tests.support.faults import Armed, Fault, _Injector
 
 BEGIN, BUCKET, HEARTBEAT = (Frame(opcode=code) for code in (Opcode.BEGIN, Opcode.BUCKET, Opcode.HEARTBEAT))
@@ -44,3 +47,31 @@ def test_a_reordering_that_nothing_has_come_behind_has_not_happened(tmp_path: Pa
     _Injector("daemon", tmp_path).send(Group(), (0,), Frame(opcode=Opcode.COMMITTED), lambda *_: None)
     with pytest.raises(AssertionError, match="the fault never happened: reorder at committed"), armed:
         pass
+
+
+@pytest.mark.parametrize(
+    ("family", "host", "nobody"),
+    [(socket.AF_INET, "127.0.0.1", "0.0.0.0"), (socket.AF_INET6, "::1", "::")],
+    ids=["IPv4", "IPv6"],
+)
+def test_a_descriptor_is_named_with_addresses_and_state(family: int, host: str, nobody: str) -> None:
+    me = os.getpid()
+    before = left.descriptors(me)
+
+    def named() -> dict[int, str]:
+        new = dict(left.descriptors(me).items() - before.items())
+        return {int(text.split()[0]): text.partition(" TCP ")[2] for text in left.named(me, new)}
+
+    with socket.create_server((host, 0), family=family) as server:
+        port = server.getsockname()[1]
+        assert port in left.listeners(me)
+        with socket.create_connection((host, port)) as client, server.accept()[0] as answered:
+            theirs = client.getsockname()[1]
+            assert named() == {
+                server.fileno(): f"{host}:{port} to {nobody}:0 LISTEN",
+                client.fileno(): f"{host}:{theirs} to {host}:{port} ESTABLISHED",
+                answered.fileno(): f"{host}:{port} to {host}:{theirs} ESTABLISHED",
+            }
+            client.shutdown(socket.SHUT_WR)
+            assert answered.recv(1) == b""
+            assert named()[answered.fileno()] == f"{host}:{port} to {host}:{theirs} CLOSE_WAIT"
