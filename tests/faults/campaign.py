@@ -42,7 +42,7 @@ FIRST_RESTART = 2_000_000  # and from here on those of a server that its launche
 RESTARTED, RESTARTS = " restarted", 4  # of one launch; pauses double
 NODE_DEATH_SHARE = 0.3  # of kills that end the server: each needs a fresh one
 RANKS = 2  # of servers, and of trainers but for those behind a link
-SIGNALLED = ("kill ", "stop ", "term ")
+SIGNALLED = {"kill": "kills", "stop": "stalls", "term": "asked_to_end"}  # as the summary counts them
 
 
 def draw(seed: int, case: int) -> tuple[Fault, str]:
@@ -150,12 +150,14 @@ def summary(rows: list[dict[str, Any]], left_at_end: list[str]) -> dict[str, Any
         for key in ("noticed_s", "recovered_s")
         if good
     }
-    of_processes = [row["fault"].split()[:2] for row in rows if row["fault"].startswith(SIGNALLED)]
+    faults = [row["fault"].split() for row in rows]
+    of_processes = [(what, who) for what, who, *_ in faults if what in SIGNALLED]
+    signals = Counter(what for what, _ in of_processes)
     return {
         "cases": len(rows),
         "failures": len(rows) - len(good),
         "left": sorted({thing for row in rows for thing in row.get("left", [])} | set(left_at_end)),
-        "kills_and_stalls": len(of_processes),
+        **{name: signals[what] for what, name in SIGNALLED.items()},
         "of_the_link": sum(row["transport"] == LINK for row in rows),
         "restarts_in_a_launch": sum(row["transport"].endswith(RESTARTED) for row in rows),
         "by_role": dict(sorted(Counter(" ".join(fault) for fault in of_processes).items())),

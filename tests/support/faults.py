@@ -15,6 +15,9 @@ committed       the daemon is about to send COMMITTED
 ==============  =============================================
 
 These are the points of one server alone, whose daemon awaits no COMMIT.
+
+A frame that is reordered is kept until the next one to the same peer, a heartbeat if nothing else comes, has
+gone ahead of it. Only then has the fault happened.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,6 +70,7 @@ BOTH_VALUES = {
     "stale": r"of epoch (\w+) in epoch (\w+)",
     "other_version": r"of version (\w+) in a round of version (\w+)|version (\w+) offered, version (\w+) is",
     "other_plan": r"trainer rank 0 has (\w+), (?:updater|trainer rank) \d+ has (\w+)",
+    "corrupt_bucket": r"sent (\w+), arrived (\w+)",
 }
 BUCKETS = ("corrupt_bucket",)
 LINKS: dict[str, dict[str, Any]] = {
@@ -159,10 +164,12 @@ class _Injector:
         self._side = side
         self._order, self._fired = directory / "fault.json", directory / "fired.json"
         self._lock = threading.Lock()
-        self._kept: list[tuple[Any, Any, Any]] = []
+        # A group whose epoch is over is not to be held by what it will never send.
+        self._kept: weakref.WeakKeyDictionary[Any, dict[int, Any]] = weakref.WeakKeyDictionary()
+        self._reordering = False  # until the first of what is kept is on its way
 
     def take(self, way: str, opcode: str, index: int) -> dict[str, Any] | None:
-        """The armed fault, if this is its point; it is spent then, and known to have fired."""
+        """The armed fault, if this is its point; it is spent then and, but for a reordering, has fired."""
         with self._lock:
             try:
                 order: dict[str, Any] = json.loads(self._order.read_text())
@@ -177,10 +184,14 @@ class _Injector:
                 return None
             if not self._spend():
                 return None
-            partial = self._fired.with_suffix(".new")
-            partial.write_text(json.dumps({"at": time.monotonic(), "pid": os.getpid()}))
-            partial.replace(self._fired)
+            if order["what"] != "reorder":
+                self._say_fired()
             return order
+
+    def _say_fired(self) -> None:
+        partial = self._fired.with_suffix(".new")
+        partial.write_text(json.dumps({"at": time.monotonic(), "pid": os.getpid()}))
+        partial.replace(self._fired)
 
     def _spend(self) -> bool:
         """Whether it is this process that takes the fault: several trainer ranks may meet it at once."""
@@ -197,7 +208,7 @@ class _Injector:
         send, start, post = ControlGroup.send, ControlGroup.__init__, DataLink.post_send
 
         def faulty_send(group: Any, peers: Any, frame: Any) -> None:
-            self._send(group, tuple(peers), frame, send)
+            self.send(group, tuple(peers), frame, send)
 
         def faulty_init(group: Any, *args: Any, deliver: Any, **kwargs: Any) -> None:
             def faulty_deliver(peer: int, event: Any) -> None:
@@ -219,6 +230,17 @@ class _Injector:
         ControlGroup.__init__ = faulty_init  # type: ignore[method-assign, assignment]
         DataLink.post_send = faulty_post  # type: ignore[method-assign]
 
+    def send(self, group: Any, peers: tuple[int, ...], frame: Any, send: Any) -> None:
+        """Send ``frame`` by ``send``, as the armed fault has it, and behind it what was kept until then."""
+        overtaken = self._take_kept(group, peers)  # and not what is kept while this frame is on its way
+        self._send(group, peers, frame, send)
+        for peer, kept in overtaken:
+            send(group, (peer,), kept)
+            with self._lock:
+                first, self._reordering = self._reordering, False
+            if first:
+                self._say_fired()
+
     def _send(self, group: Any, peers: tuple[int, ...], frame: Any, send: Any) -> None:
         order = self.take("send", frame.opcode.name, frame.index)
         what = order["what"] if order else ""
@@ -229,7 +251,8 @@ class _Injector:
         elif what == "drop":
             return
         elif what == "reorder":
-            self._kept.append((group, peers, frame))
+            with self._lock:
+                self._kept[group], self._reordering = dict.fromkeys(peers, frame), True
             return
         elif what in CHANGES:
             frame = CHANGES[what](frame)
@@ -242,11 +265,12 @@ class _Injector:
         send(group, peers, frame)
         if what == "duplicate":
             send(group, peers, frame)
-        if frame.opcode.name != "HEARTBEAT" and self._kept:
-            late, self._kept = self._kept, []
-            for kept_group, kept_peers, kept in late:
-                if kept_group is group:
-                    send(kept_group, kept_peers, kept)
+
+    def _take_kept(self, group: Any, peers: tuple[int, ...]) -> list[tuple[int, Any]]:
+        """What ``peers`` are to get behind the next frame to them."""
+        with self._lock:
+            kept = self._kept.get(group, {})
+            return [(peer, kept.pop(peer)) for peer in peers if peer in kept]
 
     def _buckets_broken(self, index: int) -> bool:
         try:
@@ -255,7 +279,7 @@ class _Injector:
             return False
         if order["what"] not in BUCKETS or index != order["bucket"] or not self._spend():
             return False
-        self._fired.write_text(json.dumps({"at": time.monotonic(), "pid": os.getpid()}))
+        self._say_fired()
         return True
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import socket
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,7 +15,11 @@ import psutil
 _PR_SET_CHILD_SUBREAPER = 36
 _CLONE_NEWNS = 0x20000
 _MS_REC, _MS_PRIVATE = 0x4000, 0x40000
-_LISTENS = "0A"  # in /proc/net/tcp
+# In /proc/net/tcp they are numbered from 1 on.
+_STATES = (
+    "ESTABLISHED", "SYN_SENT", "SYN_RECV", "FIN_WAIT1", "FIN_WAIT2", "TIME_WAIT", "CLOSE", "CLOSE_WAIT",
+    "LAST_ACK", "LISTEN", "CLOSING", "NEW_SYN_RECV",
+)  # fmt: skip
 
 
 class LeftBehind(AssertionError):
@@ -65,13 +71,29 @@ def _is_ours(path: Path) -> bool:
         return False
 
 
+def descriptors(pid: int) -> dict[int, str]:
+    """What each of a process's descriptors is open on, as the kernel names it."""
+    held = {}
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            held[int(fd.name)] = str(fd.readlink())
+    return held
+
+
+def named(pid: int, held: dict[int, str]) -> list[str]:
+    """These descriptors of a process; its TCP sockets with both addresses and the state that they are in."""
+    sockets = {f"socket:[{inode}]": (local, remote, state) for local, remote, state, inode in _sockets(pid)}
+    found = []
+    for fd, what in sorted(held.items()):
+        local, remote, state = sockets.get(what, ("", "", ""))
+        found.append(f"{fd} {what}" + (f" TCP {local} to {remote} {state}" if state else ""))
+    return found
+
+
 def listeners(pid: int) -> set[int]:
     """The TCP ports that a process listens on; none if it is gone."""
-    held = set()
     try:
-        for fd in Path(f"/proc/{pid}/fd").iterdir():
-            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-                held.add(str(fd.readlink()))
+        held = set(descriptors(pid).values())
         return {port for port, inode in _listening(pid) if f"socket:[{inode}]" in held}
     except (FileNotFoundError, ProcessLookupError):
         return set()
@@ -84,9 +106,27 @@ def listening(pid: int | None = None) -> set[int]:
 
 def _listening(pid: int) -> list[tuple[int, str]]:
     """Port and inode of each listener in a process's network namespace."""
+    return [
+        (int(local.rpartition(":")[2]), inode)
+        for local, _, state, inode in _sockets(pid)
+        if state == "LISTEN"
+    ]
+
+
+def _sockets(pid: int) -> list[tuple[str, str, str, str]]:
+    """Local and remote address, state and inode of each TCP socket in a process's network namespace."""
     lines = [
         line.split()
         for table in ("tcp", "tcp6")
         for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]
     ]
-    return [(int(line[1].rpartition(":")[2], 16), line[9]) for line in lines if line[3] == _LISTENS]
+    return [(_address(line[1]), _address(line[2]), _STATES[int(line[3], 16) - 1], line[9]) for line in lines]
+
+
+def _address(text: str) -> str:
+    """From hexadecimal; IPv4 addresses are one word there and IPv6 ones four, each in the host's order."""
+    host, _, port = text.partition(":")
+    words = [int(host[start : start + 8], 16) for start in range(0, len(host), 8)]
+    family = socket.AF_INET if len(words) == 1 else socket.AF_INET6
+    address = socket.inet_ntop(family, struct.pack(f"={len(words)}I", *words))
+    return f"{address}:{int(port, 16)}"

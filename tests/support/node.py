@@ -525,9 +525,9 @@ class Node:
         ranks = {f"trainer {rank}".removesuffix(" 0"): pid for rank, pid in enumerate(self.train().pids)}
         return servers | ranks
 
-    def descriptors(self) -> dict[str, int]:
-        """How many each lasting process has open."""
-        return {who: psutil.Process(pid).num_fds() for who, pid in self.lasting().items()}
+    def descriptors(self) -> dict[str, dict[int, str]]:
+        """What each lasting process has open: see ``left.descriptors``."""
+        return {who: left.descriptors(pid) for who, pid in self.lasting().items()}
 
     def listeners(self) -> dict[str, int]:
         """On how many TCP ports each lasting process listens."""
@@ -601,7 +601,7 @@ def bound_s(made: Node, fault: Fault) -> float:
     round_s = (
         2 * deadline_s + 2 * deadline_s + nbytes / SLOWEST_BYTES_PER_S
     )  # as in ``Session._next_actions``
-    lost = fault.what in ("drop", "reorder")
+    lost = fault.what == "drop"
     if (lost and fault.at == "committed") or fault.what == "slow link" or fault.what in faults.LOSSY:
         return round_s + SLACK_S  # nobody is silent, so only the round's own limit ends it
     silent = fault.what in ("stop", "cut", "corrupt") or (lost and fault.at == "before_begin")
@@ -620,7 +620,7 @@ class _Before:
     below: list[int]  # the launcher
     tree: list[str]
     ports: set[int]
-    descriptors: dict[str, int]
+    descriptors: dict[str, dict[int, str]]
     listeners: dict[str, int]
     files: set[str]
     records: dict[Path, int]
@@ -723,7 +723,7 @@ def suffer(made: Node, fault: Fault, *, seed: int) -> Outcome:
         recovered_s = _go_on(made, fault, struck, before, restarted=ends)
     return Outcome(
         str(fault), [_name(answer) for answer in answers], struck.noticed_s, round(within_s, 3), recovered_s,
-        made.descriptors(), struck.lost, rounds,
+        {who: len(held) for who, held in made.descriptors().items()}, struck.lost, rounds,
     )  # fmt: skip
 
 
@@ -788,9 +788,8 @@ def _assert_told(fault: Fault, answers: list[dict[str, Any]], before: int) -> No
         assert "version" in answer or "error" in answer, f"{who}: silence, {answer}"
         assert answer.get("version", before + 1) == before + 1, f"{who}: {answer} behind version {before}"
         assert answer.get("typed", True), f"{who}: {answer}"
-    if fault.what in (*faults.BUCKETS, *faults.BOTH_VALUES):
-        assert "error" in answers[0], f"{fault}: nobody noticed, {answers}"
     if fault.what in faults.BOTH_VALUES:
+        assert "error" in answers[0], f"{fault}: nobody noticed, {answers}"
         said = re.search(faults.BOTH_VALUES[fault.what], answers[0]["error"])
         assert said, f"{fault}: trainer rank 0 was not told both values: {answers[0]['error']}"
         theirs, right = (value for value in said.groups() if value is not None)
@@ -798,6 +797,8 @@ def _assert_told(fault: Fault, answers: list[dict[str, Any]], before: int) -> No
             assert int(theirs) == int(right) - 1, said
         elif fault.what == "other_version":
             assert (int(theirs), int(right)) in ((before - 1, before), (before - 1, before + 1)), said
+        elif fault.what == "corrupt_bucket":
+            assert theirs != right, said
         else:
             assert bytes.fromhex(theirs) == bytes(reversed(bytes.fromhex(right))), said
 
@@ -807,9 +808,10 @@ def _assert_closed(made: Node, fault: Fault, before: _Before) -> None:
 
     def grown() -> list[str]:
         more = [
-            f"{n - before.descriptors[who]} descriptor(s) of {who}"
-            for who, n in made.descriptors().items()
-            if n > before.descriptors[who] + SLACK
+            f"{len(held) - len(before.descriptors[who])} descriptor(s) of {who}, new are "
+            + "; ".join(left.named(made.lasting()[who], dict(held.items() - before.descriptors[who].items())))
+            for who, held in made.descriptors().items()
+            if len(held) > len(before.descriptors[who]) + SLACK
         ]
         more += [
             f"{n - before.listeners[who]} TCP listener(s) of {who}"

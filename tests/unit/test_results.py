@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks.simulate import shown
 from benchmarks.trace_shapes import collect
+from tests.faults.campaign import summary
 from tests.support.pages import ROOT, section, tables, text_of
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -105,3 +106,15 @@ def test_a_rank_that_died_is_named_and_not_waited_for() -> None:
     for rank in (0, 1):
         answers.put({"rank": rank})
     assert collect(ranks, answers) == [{"rank": 0}, {"rank": 1}], "whoever has answered may be gone"
+
+
+def test_a_campaign_counts_kills_stalls_and_requests_to_end_apart() -> None:
+    faults = {
+        "kill updater 1 at staged": 3, "stop engine at mid_bucket 2": 2, "term api at committed": 1,
+        "corrupt_bucket at mid_bucket 0": 4, "slow link at before_begin": 5,
+    }  # fmt: skip
+    row = {"transport": "gloo", "answer": "receipt", "noticed_s": 0.1, "recovered_s": 0.2}
+    rows = [row | {"fault": fault} for fault, count in faults.items() for _ in range(count)]
+    found = summary(rows, [])
+    assert (found["cases"], found["kills"], found["stalls"], found["asked_to_end"]) == (15, 3, 2, 1)
+    assert found["by_role"] == {"kill updater": 3, "stop engine": 2, "term api": 1}
