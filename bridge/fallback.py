@@ -22,7 +22,14 @@ from torch.distributed.tensor import DTensor
 from bridge import unsharded
 from bridge.config import BridgeConfig
 from bridge.environment import Ranks
-from bridge.errors import BridgeError, ConfigError, MappingError, RendezvousError, RoundAborted
+from bridge.errors import (
+    BridgeError,
+    ConfigError,
+    MappingError,
+    ProtocolError,
+    RendezvousError,
+    RoundAborted,
+)
 from bridge.job import Receipt
 from bridge.names import canonical_names
 from bridge.protocol import mapping as mapping_file
@@ -50,19 +57,18 @@ def notify_update(
     start = time.monotonic()
     keep = ranks.rank == 0
     tensors = gather_full(model, keep=keep, mapping=_reachable_mapping(config) if keep else None)
-    outcome: list[Receipt | str] = ["trainer rank 0 did not get as far as announcing the update"]
+    if ranks.rank != 0:
+        return _read_outcome(_share(b""))
+    outcome: Receipt | str = "trainer rank 0 did not get as far as announcing the update"
     try:
-        if ranks.rank == 0:
-            outcome = [_announce(config, url, directory, tensors, version, start)]
+        outcome = _announce(config, url, directory, tensors, version, start)
     except BridgeError as err:
-        outcome = [str(err)]
+        outcome = str(err)
         raise
     finally:
         if ranks.world_size > 1:
-            _share(outcome)
-    if isinstance(outcome[0], str):
-        raise RoundAborted(f"trainer rank 0's update was not committed: {outcome[0]}")
-    return outcome[0]
+            _share(_outcome(outcome))
+    return outcome
 
 
 def _announce(
@@ -83,18 +89,42 @@ def _announce(
     return msgspec.structs.replace(answer.round, total_s=time.monotonic() - start)
 
 
-def _share(outcome: list[Receipt | str]) -> None:
+def _share(data: bytes) -> bytes:
     """Give every rank rank 0's outcome, over the trainer's own default group."""
-    data = msgspec.json.encode(outcome[0]).ljust(OUTCOME_BYTES)[:OUTCOME_BYTES]
+    data = data.ljust(OUTCOME_BYTES)[:OUTCOME_BYTES]
     on_cpu = any(name in str(dist.get_backend()) for name in ("gloo", "cpu"))
     device = torch.device("cpu") if on_cpu else torch.device("cuda")
     wire = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
     dist.broadcast(wire, src=0)
-    text = wire.cpu().numpy().tobytes().rstrip()
+    return wire.cpu().numpy().tobytes()
+
+
+def _outcome(outcome: Receipt | str) -> bytes:
+    """As it is shared. A path in an error may be no UTF-8, and only then is the error another text."""
+    if isinstance(outcome, str):
+        outcome = outcome.encode(errors="replace").decode()
+    return msgspec.json.encode(outcome)
+
+
+def _read_outcome(data: bytes) -> Receipt:
+    """What rank 0 has shared.
+
+    Raises:
+        RoundAborted: it has no receipt; carries its reason.
+        ProtocolError: it is neither receipt nor reason.
+    """
     try:
-        outcome[0] = msgspec.json.decode(text, type=Receipt | str)
-    except UNREADABLE:
-        outcome[0] = text.decode(errors="replace")  # an error longer than the message
+        outcome = msgspec.json.decode(data, type=Receipt | str)
+    except UNREADABLE as err:
+        if not data.startswith(b'"'):
+            raise ProtocolError(
+                f"trainer rank 0 told its outcome by {len(data)} bytes that are neither a receipt nor a "
+                f"reason ({err}): {data[:80]!r}; whether the update is live, status tells"
+            ) from err
+        outcome = data[1:].decode(errors="replace")  # a reason longer than the message
+    if isinstance(outcome, str):
+        raise RoundAborted(f"trainer rank 0's update was not committed: {outcome}")
+    return outcome
 
 
 def _reachable_mapping(config: BridgeConfig) -> Mapping | None:

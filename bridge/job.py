@@ -9,8 +9,9 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from bridge.errors import BridgeError
+from bridge.errors import BridgeError, ProtocolError
 from bridge.guard import Reader, StepGuard
+from bridge.protocol.decoding import UNREADABLE
 from bridge.protocol.messages import ROLLBACK
 from bridge.sharding import LocalShards
 
@@ -46,6 +47,20 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
             f"version {self.version} live after {self.total_s * 1e3:.1f} ms: {self.bytes:,} bytes by "
             f"{self.transport} in {self.transfer_s * 1e3:.1f} ms, stood still for {self.flip_s * 1e3:.2f} ms"
         )
+
+
+def read_receipt(text: str, *, version: int) -> Receipt:
+    """The receipt in the text of the frame by which the other side says that ``version`` is live.
+
+    Raises:
+        ProtocolError: it is none.
+    """
+    try:
+        return msgspec.json.decode(text, type=Receipt)
+    except UNREADABLE as err:
+        raise ProtocolError(
+            f"version {version} is live, but this is no receipt ({err}): {text[:80]!r}"
+        ) from err
 
 
 class Vote(Protocol):

@@ -26,6 +26,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -57,18 +58,22 @@ try:
         {host: {name: gres["count"] if isinstance(gres, dict) else gres for name, gres in on["gres"].items()}
          for host, on in layout.items()}
         for layout in layouts]}
-except (AttributeError, LookupError, TypeError) as err:
-    answer = {"error": repr(err)}
-print(json.dumps(answer))
+    said = json.dumps(answer)
+except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as err:
+    said = json.dumps({"error": repr(err)})
+print(said)
 """
+
+
+_Count = Annotated[int, msgspec.Meta(ge=0, lt=10**18)]  # as many digits as are read elsewhere
 
 
 class _Answer(msgspec.Struct, frozen=True, kw_only=True):
     """What the child says: of each component by host, how many there are of what."""
 
-    job_id: int
-    restarts: int
-    gres: list[dict[str, dict[str, int]]]
+    job_id: _Count
+    restarts: _Count
+    gres: list[dict[str, dict[str, _Count]]]
 
 
 class Component(msgspec.Struct, frozen=True, kw_only=True):
@@ -163,19 +168,28 @@ def from_pyslurm(environ: Mapping[str, str] = os.environ) -> Shape:
     """
     said = _ask([sys.executable, "-c", _PYSLURM, str(job_of(environ))], environ)
     try:
-        told = msgspec.json.decode(said, type=_Answer)
-    except UNREADABLE as err:
-        raise UnsupportedVersion(f"pyslurm answered {said[:200]!r}, not as 25.11 does: {err}") from None
-    try:
         known = from_variables(environ)
     except ConfigError:
         known = from_scontrol(environ)
-    hosts, theirs = [part.hosts for part in known.components], [tuple(nodes) for nodes in told.gres]
+    return read_pyslurm(said, known.components)
+
+
+def read_pyslurm(said: str, known: Sequence[Component]) -> Shape:
+    """The shape from what the child says of pyslurm's, with the hosts and CPUs that are ``known``.
+
+    Raises:
+        UnsupportedVersion: it has another form than that of 25.11, or other hosts.
+    """
+    try:
+        told = msgspec.json.decode(said, type=_Answer)
+    except UNREADABLE as err:
+        raise UnsupportedVersion(f"pyslurm answered {said[:200]!r}, not as 25.11 does: {err}") from None
+    hosts, theirs = [part.hosts for part in known], [tuple(nodes) for nodes in told.gres]
     if hosts != theirs:
         raise UnsupportedVersion(f"pyslurm says that the job's hosts are {theirs}, and Slurm itself {hosts}")
     components = tuple(
         msgspec.structs.replace(part, gpus=tuple(_gpus(on) for on in nodes.values()))
-        for part, nodes in zip(known.components, told.gres, strict=True)
+        for part, nodes in zip(known, told.gres, strict=True)
     )
     return Shape(job_id=told.job_id, restarts=told.restarts, components=components)
 
@@ -343,8 +357,9 @@ def _ask(command: Sequence[str], environ: Mapping[str, str]) -> str:
     what = "pyslurm" if command[0] == sys.executable else command[0]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=ASK_TIMEOUT_S, env=dict(environ), check=False
-        )
+            command, capture_output=True, text=True, errors="replace", timeout=ASK_TIMEOUT_S,
+            env=dict(environ), check=False,
+        )  # fmt: skip
     except OSError as err:
         raise ConfigError(f"{what}: {err.strerror}") from err
     except subprocess.TimeoutExpired:

@@ -30,10 +30,9 @@ from bridge.errors import (
     RoundAborted,
     TransferError,
 )
-from bridge.job import Encoding, Job, Receipt, Vote, forget_frames
+from bridge.job import Encoding, Job, Receipt, Vote, forget_frames, read_receipt
 from bridge.joining import ask_admission, meet
 from bridge.moving import Mover
-from bridge.protocol.decoding import UNREADABLE
 from bridge.protocol.mapping import Mapping
 from bridge.protocol.messages import DIGEST_BYTES, Frame, Opcode
 from bridge.protocol.plan import Layout
@@ -578,12 +577,7 @@ class Session:
             else:
                 job.vote.staged()
         elif isinstance(action, Finished):
-            try:
-                receipt = msgspec.json.decode(action.text, type=Receipt)
-            except UNREADABLE as err:
-                raise ProtocolError(
-                    f"version {job.version} is live, but this is no receipt ({err}): {action.text[:80]!r}"
-                ) from err
+            receipt = read_receipt(action.text, version=job.version)
             return msgspec.structs.replace(receipt, total_s=time.monotonic() - job.started)
         elif isinstance(action, Close):
             raise RoundAborted(f"version {job.version} was not committed: {action.reason}")

@@ -21,6 +21,7 @@ CHECKSUM = ("first", "always", "off")
 STAGING = ("double", "in-place")
 FLIP = ("auto", "remap", "copy")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+MAX_DIGITS = 18  # of a number among vLLM's flags; Python reads some thousands and then raises ValueError
 
 # vLLM's spellings; the last one given wins, as in argparse.
 _TENSOR = ("--tensor-parallel-size", "-tp")
@@ -300,13 +301,13 @@ def _names_in(word: str) -> list[str]:
     if not word.lstrip().startswith(("{", "[")):
         name, equals, _ = word.partition("=")
         if not equals:
-            raise ConfigError(f"--lora-modules {word!r} among vLLM's flags is not NAME=PATH")
+            raise ConfigError(f"--lora-modules {word[:200]!r} among vLLM's flags is not NAME=PATH")
         return [name]
     try:
         found = json.loads(word)
         return [str(one["name"]) for one in (found if isinstance(found, list) else [found])]
-    except (ValueError, TypeError, KeyError) as err:
-        raise ConfigError(f"--lora-modules {word!r} among vLLM's flags has no name: {err!r}") from err
+    except (ValueError, TypeError, KeyError, RecursionError) as err:
+        raise ConfigError(f"--lora-modules {word[:200]!r} among vLLM's flags has no name: {err!r}") from err
 
 
 def node_faults(args: Sequence[str], environ: Mapping[str, str] = os.environ) -> list[str]:
@@ -319,8 +320,8 @@ def node_faults(args: Sequence[str], environ: Mapping[str, str] = os.environ) ->
     own, args = args, [*_config_file(args), *args]
     only_one = "the bridge's own --nnodes, --node-rank and --master-addr, before the --, pass it on"
     nodes = environ.get("NUM_INFERENCE_NODES", "")
-    if nodes and not nodes.isdecimal():
-        faults.append(f"NUM_INFERENCE_NODES is {nodes!r}, not a number")
+    if nodes and not _is_number(nodes):
+        faults.append(f"NUM_INFERENCE_NODES is {nodes[:200]!r}, not a number")
     elif nodes and int(nodes) > 1:
         faults.append(f"NUM_INFERENCE_NODES is {nodes}, which the launcher does not follow: {only_one}")
     if _number(args, 1, *_NODES) > 1:
@@ -350,13 +351,19 @@ def _config_file(args: Sequence[str]) -> list[str]:
         return []
     import yaml  # vLLM's own dependency; only needed with --config
 
+    # Beside its own error, a scalar that is not what it looks like, or is tagged as, raises whatever Python
+    # does: 2001-99-99, !!bool x, !!int "", !!timestamp x, and numbers too large for a float.
+    unreadable = (
+        OSError, yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError,
+        RecursionError,
+    )  # fmt: skip
     try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
-        raise ConfigError(f"cannot read vLLM's --config {path}: {err}") from err
-    if not isinstance(content or {}, dict):
-        raise ConfigError(f"vLLM's --config {path} holds a {type(content).__name__}, and not flags by name")
-    return [word for key, value in (content or {}).items() for word in _words(key, value)]
+        content = yaml.safe_load(Path(path).read_text()) or {}
+        if isinstance(content, dict):
+            return [word for key, value in content.items() for word in _words(key, value)]
+    except unreadable as err:
+        raise ConfigError(f"cannot read vLLM's --config {path}: {type(err).__name__}: {err}") from err
+    raise ConfigError(f"vLLM's --config {path} holds a {type(content).__name__}, and not flags by name")
 
 
 def _words(key: str, value: Any) -> list[str]:
@@ -388,9 +395,13 @@ def _number(args: Sequence[str], default: int, *names: str) -> int:
     text = _value(args, *names)
     if text is None:
         return default
-    if not text.isdecimal():
-        raise ConfigError(f"{names[0]} {text!r} among vLLM's flags is not a number")
+    if not _is_number(text):
+        raise ConfigError(f"{names[0]} {text[:200]!r} among vLLM's flags is not a number")
     return int(text)
+
+
+def _is_number(text: str) -> bool:
+    return text.isdecimal() and len(text) <= MAX_DIGITS
 
 
 def _is_given(args: Sequence[str], *names: str) -> bool:

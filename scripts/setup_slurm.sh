@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Install what tests/slurm starts its cluster from, where that can be done: Debian's or Ubuntu's SLURM, as root.
-# Elsewhere those tests are skipped, and say so. Idempotent; no daemon is started, and no file of /etc is needed.
+# Elsewhere those tests are skipped, and say so, or with BRIDGE_TEST_STRICT=1 fail. Idempotent; no daemon is
+# started, and no file of /etc is needed.
 set -euo pipefail
 
 packages=(slurmctld slurmd slurm-client munge iproute2)

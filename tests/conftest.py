@@ -16,6 +16,7 @@ import pytest
 
 from tests.support.left import move_apart, offspring
 from tests.support.models import build_checkpoint
+from tests.support.skips import pytest_sessionfinish, pytest_terminal_summary  # noqa: F401 - hooks
 from vllm_patching import residue
 
 SETTLE_S = 5.0
@@ -74,12 +75,3 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return path if path.exists() else build_checkpoint(kind, path, dtype=dtype, seed=seed)
 
     return build
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say at the very end, in red, how much was not tested."""
-    skipped = terminalreporter.stats.get("skipped", [])
-    if skipped:
-        terminalreporter.write_sep(
-            "!", f"{len(skipped)} SKIPPED: what they cover was NOT tested here", red=True
-        )

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from bridge import fallback, param_mappings
 from bridge import nodes as job_nodes
 from bridge.errors import BridgeError
-from bridge.job import Receipt
+from bridge.job import Receipt, read_receipt
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol import messages
 from bridge.protocol.decoding import UNREADABLE
@@ -43,7 +43,7 @@ from bridge.wire.device_memory import Allocation, Exhibit, Place, read_exhibit
 from bridge.wire.meeting import Meeting, Round
 from bridge.wire.peer_memory import Nonce, can_pull
 from bridge.wire.rendezvous import Answer, Loan, Offer, Request
-from launch import footprint, leftovers
+from launch import footprint, leftovers, options
 from tests.support.mappings import SOURCES, dtype_name, parallel_mapping
 from vllm_patching import (
     build,
@@ -148,6 +148,8 @@ def _variables(data: bytes) -> Any:
     lines = data.decode(errors="surrogateescape").split("\n")
     return job_nodes.from_variables({line.partition("=")[0]: line.partition("=")[2] for line in lines})
 
+
+KNOWN = (job_nodes.Component(hosts=("a1", "a2"), cpus=(8, 8), gpus=None),)
 
 # --- between the nodes of one server ---
 
@@ -295,6 +297,13 @@ def _weights_file(data: bytes) -> Any:
         return footprint._tensor_bytes(path, 2)
 
 
+def _server_config(data: bytes) -> Any:
+    with _file(data, "vllm.yaml") as path:
+        words = ("--config", str(path))
+        view = options.read_server_args(words, {})
+        return view, options.loaded_adapters(words), options.node_faults(words, {})
+
+
 def _layout_file(data: bytes) -> Any:
     with _file(data, "layout.json") as path:
         found = param_mappings.load_param_mappings(path)
@@ -359,6 +368,10 @@ PARSERS: dict[str, Parser] = {
     ),
     "scontrol's answer": Parser(_scontrol, (LINES[0], b"\n".join(LINES))),
     "variables of SLURM": Parser(_variables, VARIABLES),
+    "pyslurm's answer": Parser(
+        lambda data: job_nodes.read_pyslurm(data.decode(errors="replace"), KNOWN),
+        (b'{"job_id": 7, "restarts": 2, "gres": [{"a1": {"gpu": 1, "gpu:a100": 2, "x": 1}, "a2": {}}]}',),
+    ),
     "whereabouts": Parser(
         lambda data: can_pull(_meeting("where/0", data).whereabouts(0)),
         (msgspec.msgpack.encode(Nonce().whereabouts("h", on_gpu=False, gpu=None)),),
@@ -373,6 +386,12 @@ PARSERS: dict[str, Parser] = {
     "exhibit": Parser(read_exhibit, (_exhibit(),)),
     "receipt over HTTP": Parser(
         lambda data: fallback._read_answer("http://x", data), (msgspec.json.encode({"round": RECEIPT}),)
+    ),
+    "receipt in a frame": Parser(
+        lambda data: read_receipt(data.decode(errors="replace"), version=1), (msgspec.json.encode(RECEIPT),)
+    ),
+    "rank 0's outcome over HTTP": Parser(
+        fallback._read_outcome, (fallback._outcome(RECEIPT).ljust(fallback.OUTCOME_BYTES),)
     ),
     "socket message": Parser(_channel, (b"\0\0\0\x11" + b'{"type":"status"}',)),
     "socket request": Parser(
@@ -413,6 +432,18 @@ PARSERS: dict[str, Parser] = {
             b'{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}',
             b'{"dtype": "bfloat16", "text_config": {"hidden_size": 64, "num_experts": 4}, "vocab_size": 9}',
         ),
+    ),
+    "vLLM's --config": Parser(
+        _server_config,
+        (
+            b"port: 5\ntensor-parallel-size: 4\nlora-modules: [a=/p, b=/q]\nhf-overrides: {a: {b: 1}}\n",
+            b'{"port": 5, "enable-lora": true, "seed": 0x1f, "x": 2001-12-14, "y": !!float 1, "z": 1:30.5}',
+            b"seed: &a 1_000\nother: *a\nnull: ~\n2: !!binary aGk=\n",
+        ),
+    ),
+    "--lora-modules": Parser(
+        lambda data: options.loaded_adapters(["--lora-modules", data.decode(errors="surrogateescape")]),
+        (b"a=/x", b'{"name": "a", "path": "/x"}', b'[{"name": "a"}, {"name": "b"}]'),
     ),
     "newest-version": Parser(_newest, (b"0", b"9223372036854775807")),
     "launch": Parser(_launch_file, (b"", b"0123456789abcdef" * 2)),

@@ -205,6 +205,30 @@ def test_vllms_config_file_is_read_and_the_command_line_wins(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, "a: {b: " * 2000, "a: 2001-99-99", "a: !!bool x", 'a: !!int ""', "a: !!timestamp x",
+     f"a: {'1:' * 400}1.0", "a: 0x_", f"a: {'9' * 5000}", "a: {b: 2001-01-01}", "a: &a {b: *a}", "a: *b",
+     "a: \0"],
+)  # fmt: skip
+def test_a_config_file_that_cannot_be_read_is_named(tmp_path, text):
+    path = tmp_path / "vllm.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"cannot read vLLM's --config {path}: [A-Z]"):
+        read_server_args(("--config", str(path)), environ={})
+
+
+def test_flags_that_are_no_flags_of_vllms_are_named():
+    for word in ("[" * 100_000, '{"name":' * 50_000, "x" * 100_000):
+        with pytest.raises(ConfigError, match=r"--lora-modules .* among vLLM's flags") as caught:
+            loaded_adapters(["--lora-modules", word])
+        assert len(str(caught.value)) < 1000
+    with pytest.raises(ConfigError, match=r"--port '99.*' among vLLM's flags is not a number"):
+        read_server_args(("--port", "9" * 5000), environ={})
+    (fault,) = node_faults((), {"NUM_INFERENCE_NODES": "9" * 5000})
+    assert "not a number" in fault
+
+
+@pytest.mark.parametrize(
     ("args", "environ", "said"),
     [
         ((), {"NUM_INFERENCE_NODES": "2"}, "NUM_INFERENCE_NODES is 2"),

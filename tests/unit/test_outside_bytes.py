@@ -6,10 +6,12 @@ Never another exception, memory by what has come rather than by what was announc
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import resource
 import socket
 import struct
+import sys
 import tempfile
 import threading
 import time
@@ -26,16 +28,20 @@ import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bridge import fallback
+from bridge import fallback, nodes
 from bridge.config import BridgeConfig
+from bridge.environment import Ranks
 from bridge.errors import (
     BridgeError,
+    ConfigError,
     MappingError,
     ProtocolError,
     RendezvousError,
     RoundAborted,
     TransferError,
+    UnsupportedVersion,
 )
+from bridge.job import Receipt
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import ITEMSIZE, Mapping, RankMap, Write
 from bridge.protocol.messages import FRAME_BYTES, Frame, Opcode, encode
@@ -47,7 +53,18 @@ from bridge.wire.delta import Form
 from bridge.wire.delta_transport import DeltaSink
 from bridge.wire.device_transport import DevicePullSink
 from bridge.wire.meeting import Meeting, Round
-from tests.support.parsers import DOCUMENT, LAYOUT, PARSERS, REQUEST, SECRET, Parser, feed, hello
+from tests.support.parsers import (
+    DOCUMENT,
+    KNOWN,
+    LAYOUT,
+    PARSERS,
+    RECEIPT,
+    REQUEST,
+    SECRET,
+    Parser,
+    feed,
+    hello,
+)
 from vllm_patching import admission, build
 from vllm_patching.channel import MAX_FDS, MAX_MESSAGE_BYTES, Channel, ChannelClosed
 from vllm_patching.crew import Crew, Report
@@ -141,6 +158,56 @@ def test_what_breaks_parsers_breaks_none_of_these(name: str, data: bytes, bounde
 )
 def test_shapes_that_are_none_are_refused(data: bytes) -> None:
     assert not feed(PARSERS["config.json"], data)
+
+
+@st.composite
+def pyslurms(draw: st.DrawFn) -> SimpleNamespace:
+    """One that is as 25.11 but for one thing, which is missing or something else."""
+    other = draw(VALUES | st.sampled_from([10**400, {(1, 2): 3}, object(), "\ud800", float("nan"), -1, {}]))
+    at = {draw(st.sampled_from(["count", "gres", "on", "layout", "jobs", "attribute"])): other}
+    gres = at.get("gres", {"gpu": 1, "gpu:a100": at.get("count", {"count": 2})})
+    layout = at.get("layout", {"a1": at.get("on", {"gres": gres}), "a2": {"gres": {}}})
+    job = SimpleNamespace(
+        id=7, heterogeneous_id=7, heterogeneous_offset=0, requeue_count=2,
+        get_resource_layout_per_node=lambda: layout,
+    )  # fmt: skip
+    jobs = at.get("jobs", draw(st.sampled_from([{7: job}, {}, {7: job, 8: job}])))
+    told = SimpleNamespace(
+        Job=SimpleNamespace(load=lambda _: job),
+        Jobs=SimpleNamespace(load=lambda: jobs),
+    )
+    if "attribute" in at:
+        place = draw(st.sampled_from([job, job, told]))
+        name = draw(st.sampled_from(sorted(vars(place))))
+        if draw(st.booleans()):
+            delattr(place, name)
+        else:
+            setattr(place, name, other)
+    return told
+
+
+def test_a_pyslurm_of_any_form_tells_a_shape_or_is_named() -> None:
+    """What the child asks, run here: an error that it did not catch would look like no pyslurm at all."""
+    outcomes = []
+
+    @settings(fixed, max_examples=200)
+    @given(pyslurms())
+    def check(told: SimpleNamespace) -> None:
+        said = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+            patch.setitem(sys.modules, "pyslurm", told)
+            patch.setattr(sys, "argv", ["-c", "7"])
+            exec(nodes._PYSLURM, {})
+        try:
+            shape = nodes.read_pyslurm(said.getvalue(), KNOWN)
+        except UnsupportedVersion:
+            outcomes.append("named")
+        else:
+            outcomes.append("shape")
+            assert all(count >= 0 for part in shape.components for count in part.gpus or ())
+
+    check()
+    assert min(outcomes.count("named"), outcomes.count("shape")) > 10
 
 
 # --- what is whole, and says something impossible -----------------------------------------------------------
@@ -607,11 +674,51 @@ def test_a_trainer_takes_no_other_answer_for_a_receipt(answer: bytes, kind: type
         thread.join(5)
 
 
+def test_every_rank_has_rank_0s_outcome(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What rank 0 has shared, however long and whatever it is made of, is what the others raise or return."""
+    shared: list[bytes] = []
+
+    def share(data: bytes) -> bytes:
+        if data:
+            shared.append(data.ljust(fallback.OUTCOME_BYTES)[: fallback.OUTCOME_BYTES])
+        return shared[-1]
+
+    answers: list[Receipt | BridgeError] = [
+        RECEIPT, RoundAborted("no " + "room" * 5000), ConfigError("/p\udcff is no path"),
+        msgspec.structs.replace(RECEIPT, transport="x" * 5000),
+    ]  # fmt: skip
+
+    def announce(*_: Any) -> Receipt:
+        answer = answers.pop(0)
+        if isinstance(answer, BridgeError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(fallback, "_share", share)
+    monkeypatch.setattr(fallback, "_announce", announce)
+    config = BridgeConfig(http_url="http://h:1", update_dir=str(tmp_path), logdir=str(tmp_path))
+
+    def update(rank: int) -> Receipt:
+        return fallback.notify_update(config, {}, Ranks(rank=rank, world_size=2), version=1)
+
+    assert update(0) == update(1) == RECEIPT
+    with pytest.raises(RoundAborted, match="no roomroom"):
+        update(0)
+    with pytest.raises(RoundAborted, match="rank 0's update was not committed: no roomroom"):
+        update(1)
+    with pytest.raises(ConfigError, match="is no path"):
+        update(0)
+    with pytest.raises(RoundAborted, match=r"not committed: /p\? is no path"):
+        update(1)
+    assert update(0).transport == "x" * 5000
+    with pytest.raises(ProtocolError, match="status tells"):  # never that it was not committed
+        update(1)
+
+
 # --- update files -------------------------------------------------------------------------------------------
 
 
 def test_update_files_lie_below_the_directory_and_can_be_read(tmp_path: Path) -> None:
-    from bridge.errors import ConfigError
     from vllm_patching import update_files
 
     inside, outside = tmp_path / "in", tmp_path / "out"
