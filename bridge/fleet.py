@@ -522,8 +522,8 @@ class _Tally:
         """``before_commit`` is called once some server is about to be told to commit."""
         self._before_commit = before_commit
         self.stage_timeout_s = math.inf if policy == "all" else stage_timeout_s
-        # A session keeps its last round, which keeps its vote, which keeps this: it must not keep sessions, or
-        # whatever an epoch held (groups, sockets, snapshots) would be kept by its own last round.
+        # A session keeps its last round, that its vote, and that this: were sessions kept here, whatever an
+        # epoch held (groups, sockets, snapshots) would be kept by its own last round.
         self._sessions = weakref.WeakValueDictionary(sessions)
         self._ballot = Ballot(sessions, policy)
         self._lock = threading.Lock()
