@@ -162,9 +162,9 @@ def test_shapes_that_are_none_are_refused(data: bytes) -> None:
 
 @st.composite
 def pyslurms(draw: st.DrawFn) -> SimpleNamespace:
-    """One that is as 25.11 but for one thing, which is missing or something else."""
+    """One that is as 25.11, but for one thing at most, which is missing or something else."""
     other = draw(VALUES | st.sampled_from([10**400, {(1, 2): 3}, object(), "\ud800", float("nan"), -1, {}]))
-    at = {draw(st.sampled_from(["count", "gres", "on", "layout", "jobs", "attribute"])): other}
+    at = {draw(st.sampled_from(["", "", "count", "gres", "on", "layout", "jobs", "attribute"])): other}
     gres = at.get("gres", {"gpu": 1, "gpu:a100": at.get("count", {"count": 2})})
     layout = at.get("layout", {"a1": at.get("on", {"gres": gres}), "a2": {"gres": {}}})
     job = SimpleNamespace(
@@ -207,7 +207,8 @@ def test_a_pyslurm_of_any_form_tells_a_shape_or_is_named() -> None:
             assert all(count >= 0 for part in shape.components for count in part.gpus or ())
 
     check()
-    assert min(outcomes.count("named"), outcomes.count("shape")) > 10
+    assert outcomes.count("named") > 10
+    assert "shape" in outcomes
 
 
 # --- what is whole, and says something impossible -----------------------------------------------------------
