@@ -218,7 +218,7 @@ class Session:
         """
         self.closed = reason
         self._mover.interrupt()
-        frame = Frame(opcode=Opcode.ABORT, epoch=self._answer.epoch, version=self.version, text=reason)
+        frame = Frame(opcode=Opcode.ABORT, epoch=self.epoch, version=self.version, text=reason)
         # The daemon first: from then on nothing that is still sent can be served.
         self._perform_safely([Send(tuple(sorted(self._joined.peers, reverse=True)), frame)])
         self._inbox.put(_GiveUp(reason))  # after that: our thread would tell the ranks in words of its own
@@ -274,7 +274,7 @@ class Session:
         else:
             self._give_back()
         if not self._control.close(timeout_s=CLOSE_TIMEOUT_S):
-            logger.debug("a control thread of epoch %d still waits for its deadline", self._answer.epoch)
+            logger.debug("a control thread of epoch %d still waits for its deadline", self.epoch)
 
     def _give_back(self) -> None:
         self._mover.close()
@@ -344,7 +344,7 @@ class Session:
             event.text if isinstance(event, Frame) else str(event)
         ) or f"{self._who(peer)} left in order"
         level = logging.INFO if in_order else logging.WARNING
-        logger.log(level, "epoch %d is over: %s; a broadcast would connect anew", self._answer.epoch, reason)
+        logger.log(level, "epoch %d is over: %s; a broadcast would connect anew", self.epoch, reason)
         if self.rank == 0:
             actions = self._coordinator.shutdown() if in_order else self._coordinator.abort(reason)
         else:
@@ -352,7 +352,7 @@ class Session:
         self._perform_safely(actions)
         self.closed = reason
         if not in_order:
-            write_flight(self.config, f"epoch {self._answer.epoch} ended between two rounds: {reason}")
+            write_flight(self.config, f"epoch {self.epoch} ended between two rounds: {reason}")
 
     def _run_job(self, job: Job) -> None:
         if self.closed:
@@ -360,7 +360,7 @@ class Session:
             job.finish(None, RoundAborted(f"version {job.version} was not sent: {self.closed}"))
             return
         telemetry.stand_in_thread(epoch=self.epoch, version=job.version)
-        flight.note("round", epoch=self._answer.epoch, version=job.version, bytes=job.nbytes)
+        flight.note("round", epoch=self.epoch, version=job.version, bytes=job.nbytes)
         try:
             if job.encoding == "delta":
                 self._check_carries_changes()
@@ -642,5 +642,5 @@ class Session:
             return
         flight.note("bucket", version=version, index=index)
         daemons = range(self.world_size, self.world_size + self._answer.num_daemons)
-        frame = Frame(opcode=Opcode.BUCKET, epoch=self._answer.epoch, version=version, index=index)
+        frame = Frame(opcode=Opcode.BUCKET, epoch=self.epoch, version=version, index=index)
         self._control.send(daemons, frame)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.machine import machine
 from tests.slurm.cluster import PATH
 
 
@@ -43,7 +43,7 @@ def main() -> int:
     code = pytest.main([str(Path(__file__).parent), *rest], plugins=[found])
     document = {
         "command": f"python -m tests.slurm.rung {' '.join(sys.argv[1:])}",
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
+        "machine": machine(),
         "slurm": version.stdout.strip(),
         "tests": found.rows,
     }
