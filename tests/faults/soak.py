@@ -58,6 +58,8 @@ FAULTS: tuple[tuple[str, str, int | None], ...] = (
     ("kill", "trainer", None), ("stop", "trainer", None),
 )  # fmt: skip
 BRIEFLY_STOPPED_S = 3.0
+GROWTH_MB = 24.0
+GROWTH_DESCRIPTORS = 4  # connections that are being answered
 
 
 def roles(server: Server) -> dict[str, int]:
@@ -294,7 +296,8 @@ def soak(
 ) -> list[dict[str, Any]]:
     """Publish until the time is over, with a fault in each interval; a row for each.
 
-    It goes on until there were ``least_faults``: a slow machine needs the longer for each, not the fewer.
+    A fault that came due while the servers recovered from the one before it comes right afterwards. It goes
+    on until there were ``least_faults``: a slow machine needs the longer for each, not the fewer.
     """
     made.recover()
     made.check()
@@ -308,7 +311,7 @@ def soak(
             made.sample()
             rows.append({"minute": round((time.monotonic() - made.started) / 60, 2), **row})
             say(rows[-1])
-            due += every_s * max(1, -((due - time.monotonic()) // every_s))
+            due += every_s
         else:
             threading.Event().wait(publish_every_s)
             answer = made.publish()
@@ -325,28 +328,39 @@ def soak(
 
 
 def growth(samples: Sequence[Sample], *, least: int = 8) -> list[dict[str, Any]]:
-    """Of each process that lived through most of it: what it held early and late, medians of its quarters.
+    """What each life of at least ``least`` samples held early and late, of a process that was killed too.
 
-    Processes with fewer than ``least`` samples do not count, nor do the first minutes, in which buffers and
-    caches are made.
+    Early and late are its first and last quarter; its first sample does not count, in which connections,
+    buffers and caches are still made. Memory is the quarter's median. Of descriptors it is the least: a
+    connection that is being made or answered comes and goes, and what leaks is in every sample.
     """
     found = []
-    last = max(sample.minute for sample in samples)
     for who, pid in dict.fromkeys((s.who, s.pid) for s in samples):
-        mine = [s for s in samples if s.pid == pid and s.who == who and s.minute > 0.05 * last]
-        if len(mine) < least or mine[-1].minute - mine[0].minute < 0.6 * last:
+        mine = [s for s in samples if (s.who, s.pid) == (who, pid)]
+        if len(mine) < least:
             continue
-        quarter = len(mine) // 4
-        early, late = mine[:quarter], mine[-quarter:]
+        quarter = max(2, len(mine[1:]) // 4)
+        early, late = mine[1 : 1 + quarter], mine[-quarter:]
         found.append(
             {
                 "who": who,
+                "pid": pid,
                 "samples": len(mine),
                 "memory_mb": [statistics.median(s.memory_mb for s in part) for part in (early, late)],
-                "descriptors": [statistics.median(s.descriptors for s in part) for part in (early, late)],
+                "descriptors": [min(s.descriptors for s in part) for part in (early, late)],
             }
         )
     return found
+
+
+def grown(held_by: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Who of ``growth`` held more late than early, by more than what comes and goes."""
+    return [
+        held
+        for held in held_by
+        for (memory_early, memory_late), (open_early, open_late) in [(held["memory_mb"], held["descriptors"])]
+        if memory_late - memory_early >= GROWTH_MB or open_late - open_early > GROWTH_DESCRIPTORS
+    ]
 
 
 def summary(made: Soak, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -423,6 +437,8 @@ def main() -> int:
             failure = traceback.format_exc()
         write(failure)
     document["left_behind"] = left_behind(shm_before)
+    if more := grown(growth(made.samples)):
+        failure += f"grown: {json.dumps(more)}\n"
     document["load_errors"] = [load.errors for load in made.loads]
     write(failure)
     sys.stdout.write(f"{failure}{json.dumps(document.get('summary'), indent=1)}\nlogs in {directory}\n")

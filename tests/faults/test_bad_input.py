@@ -20,7 +20,7 @@ from torch import nn
 import bridge
 from bridge.errors import MappingError, RendezvousError, RendezvousRefused, TopologyError
 from bridge.protocol import mapping as mapping_file
-from tests.support.serving import UNBOUND, environment, free_port, serving
+from tests.support.serving import UNBOUND, environment, free_port, serving, wait_until
 from vllm_patching.channel import socket_path
 
 pytestmark = [pytest.mark.faults, pytest.mark.serving, pytest.mark.timeout(400)]
@@ -29,6 +29,7 @@ UP = "model.layers.0.mlp.up_proj.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
 NORM = "model.norm.weight"
 NOBODY = 65534
+SOON_S = 10.0
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,12 @@ def connect(path: Path) -> bridge.Bridge:
 # --- the mapping ---------------------------------------------------------------------------------------
 
 
+def daemon_says(node: SimpleNamespace, words: str) -> None:
+    """Within seconds: whoever is refused may know it before the daemon has said so."""
+    log = node.server.logdir / "daemon.log"
+    wait_until(f"{words!r} in {log}", lambda: words in log.read_text(), timeout_s=SOON_S)
+
+
 def test_missing_mapping(tmp_path):
     path = tmp_path / "vllm_bridge_config.json"
     with pytest.raises(RendezvousError, match="there is no mapping at") as caught:
@@ -120,7 +127,7 @@ def test_mapping_of_an_earlier_run(node, tmp_path):
     path.write_bytes(mapping_file.encode(msgspec.structs.replace(mine, rendezvous=forged)))
     with pytest.raises(bridge.BridgeError):
         bridge.Bridge.connect(bridge.BridgeConfig(config_path=str(path), connect_timeout_s=3.0))
-    assert "signed with another job's secret" in (node.server.logdir / "daemon.log").read_text()
+    daemon_says(node, "signed with another job's secret")
 
 
 def test_a_script_without_a_server_ends_with_a_message(tmp_path):
@@ -276,4 +283,4 @@ def test_an_unprivileged_stranger_on_the_socket(node, runtime_dir):
     finally:
         for place, mode in modes.items():
             place.chmod(mode)
-    assert f"of uid {NOBODY} is at the other end" in (node.server.logdir / "daemon.log").read_text()
+    daemon_says(node, f"of uid {NOBODY} is at the other end")

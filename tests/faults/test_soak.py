@@ -9,15 +9,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.faults.soak import KEEPER, RECOVER_S, growth, left_behind, soak, started
+from tests.faults.soak import KEEPER, RECOVER_S, grown, growth, left_behind, soak, started
 from vllm_patching import residue
 
 pytestmark = [pytest.mark.faults, pytest.mark.serving, pytest.mark.timeout(1500)]
 
 SEED = 15  # its first five faults hit both servers and the trainer; one starts vLLM again, the longest wait
 LEAST_FAULTS = 5
-DESCRIPTORS = 4  # more than before: connections that are being answered
-MEMORY_MB = 24.0
+LEAST_SAMPLES = 5  # of a process whose growth is looked at: two early, two late and its first
 
 
 def test_five_minutes_with_a_fault_every_twenty_seconds(tmp_path: Path, runtime_dir: Path) -> None:
@@ -34,12 +33,11 @@ def test_five_minutes_with_a_fault_every_twenty_seconds(tmp_path: Path, runtime_
     assert max(row["recovered_s"] for row in rows) < RECOVER_S
     assert made.loads[KEEPER].failed == 0, made.loads[KEEPER].errors
     assert made.loads[KEEPER].answered > 100
-    kept = [held for held in growth(made.samples, least=4) if held["who"].startswith(f"server {KEEPER} ")]
-    assert {held["who"].split()[-1] for held in kept} >= {"daemon", "engines", "workers", "launcher", "api"}
-    for held in kept:
-        (early, late), (open_early, open_late) = held["memory_mb"], held["descriptors"]
-        assert late - early < MEMORY_MB, held
-        assert open_late - open_early <= DESCRIPTORS, held
+    held_by = growth(made.samples, least=LEAST_SAMPLES)
+    assert {held["who"] for held in held_by} >= {
+        f"server {KEEPER} {role}" for role in ("daemon", "engines", "workers", "launcher", "api")
+    }
+    assert grown(held_by) == []
     assert not any(psutil.pid_exists(pid) for pid in everybody)
     assert left_behind(shm_before) == []
     assert set(runtime_dir.iterdir()) <= runs_before
