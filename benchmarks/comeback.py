@@ -1,8 +1,9 @@
 """How long a server whose vLLM is killed in a round is away, and how long the others are held up.
 
 Two real servers on this host's CPU are fed by one trainer; each is the other's peer. A round is begun, stands
-still in its middle on one of them, and there the engine core is killed. Every repetition has servers of its
-own: from the second death on, a launcher pauses before it starts vLLM again. Measured, in seconds:
+still in its middle on one of them, and there the engine core, its worker or the API server is killed. Every
+repetition has servers of its own: from the second death on, a launcher pauses before it starts vLLM again.
+Measured, in seconds:
 
 * until the trainer has its receipt for the version on the survivor;
 * until the one that died serves that version, which it gets from its peer;
@@ -22,6 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ from support.models import build_checkpoint
 from support.serving import Server, Trainers, serving_together, stop, training, wait_until
 
 START_TIMEOUT_S = 600.0
-FLAGS = ["--dtype=float32"]
+FLAGS = ["--dtype=float32", "--distributed-executor-backend=mp"]  # the worker is a process of its own
+ROLES = ("engine core", "worker", "API server")
 
 
 def vllm_of(server: Server, *, since: float) -> psutil.Process | None:
@@ -46,16 +49,27 @@ def vllm_of(server: Server, *, since: float) -> psutil.Process | None:
     return None
 
 
-def kill_in_a_round(trainers: Trainers, victim: Server, survivor: Server, seed: int) -> dict[str, float]:
+def pid_of(server: Server, role: str) -> int:
+    """The process of ``server`` that has one of ``ROLES``."""
+    if role == "API server":
+        found = vllm_of(server, since=0.0)
+        assert found is not None, f"{server.logdir} has no API server"
+        return found.pid
+    return int(server.status()["pids"][{"engine core": "engines", "worker": "workers"}[role]][0])
+
+
+def kill_in_a_round(
+    trainers: Trainers, victim: Server, survivor: Server, *, role: str, seed: int
+) -> dict[str, float]:
     """One repetition; both servers serve the same version before and after it."""
     trainers.must("broadcast")  # both are met, and have the updaters that the next round will have
     trainers.must("perturb", seed=seed)
-    pids = victim.status()["pids"]
-    stop(pids["updaters"][0])
+    pid = pid_of(victim, role)
+    stop(victim.status()["pids"]["updaters"][0])
     trainers.send("broadcast")
     wait_until("a round in the middle", lambda: victim.status()["state"] == "round", timeout_s=60)
     began, clock = time.monotonic(), time.time()
-    os.kill(pids["engines"][0], signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)
     (receipt,) = trainers.answers(timeout_s=60)
     committed_s = time.monotonic() - began
     made = receipt["version"]
@@ -87,7 +101,7 @@ def kill_in_a_round(trainers: Trainers, victim: Server, survivor: Server, seed: 
     }
 
 
-def measure(seed: int) -> dict[str, float]:
+def measure(role: str, seed: int) -> dict[str, float]:
     """One repetition, with servers of its own."""
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
@@ -105,36 +119,43 @@ def measure(seed: int) -> dict[str, float]:
             training("plain", model, logdir=root, dtype="float32", env=env) as trainers,
         ):
             trainers.must("broadcast")
-            return kill_in_a_round(trainers, one, two, seed)
+            return kill_in_a_round(trainers, one, two, role=role, seed=seed)
+
+
+def summary(repetitions: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
+    return {
+        name: {
+            "median": round(statistics.median(one[name] for one in repetitions), 3),
+            "worst": round(max(one[name] for one in repetitions), 3),
+        }
+        for name in repetitions[0]
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3, help="of each role")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    found = []
+    found: dict[str, list[dict[str, float]]] = {role: [] for role in ROLES}
     for repeat in range(args.repeats):
-        found.append(measure(repeat))
-        print(json.dumps(found[-1]), flush=True)
+        for role in ROLES:
+            found[role].append(measure(role, repeat))
+            print(json.dumps({"killed": role, **found[role][-1]}), flush=True)
     document = {
         "what": (__doc__ or "").splitlines()[0],
         "command": ["benchmarks/comeback.py", *sys.argv[1:]],
         "machine": machine(),
         "load_average": [round(load, 2) for load in os.getloadavg()[:2]],
         "summary": {
-            name: {
-                "median": round(statistics.median(one[name] for one in found), 3),
-                "worst": round(max(one[name] for one in found), 3),
-            }
-            for name in found[0]
+            "all": summary([one for ones in found.values() for one in ones]),
+            **{role: summary(ones) for role, ones in found.items()},
         },
         "repetitions": found,
     }
-    text = json.dumps(document, indent=1)
     print(json.dumps(document["summary"], indent=1))
     if args.out:
-        args.out.write_text(text + "\n")
+        args.out.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

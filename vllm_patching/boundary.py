@@ -141,7 +141,7 @@ class Boundary:
         return [self.page.slot(rank) for rank in range(self.num_ranks)]
 
     def _check_alive(self, before: str) -> None:
-        if not self._registry.complete:
+        if not self._registry.complete or self._registry.control is not self.page:
             gone = self._first_death() or "vLLM is not complete any more"
             raise TransferError(f"{before}, but {gone}")
 
@@ -156,6 +156,9 @@ class Boundary:
     ) -> None:
         with self._watching():
             engines, members = self._engines(), self._registry.members()
+            self._check_alive(
+                before
+            )  # here again: who was lost before this list was made is missed by nobody
             slots = self._slots()
             failures = [slot.failures for slot in slots]
             flight.note("vLLM asked", behind=before)

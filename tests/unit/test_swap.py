@@ -25,6 +25,7 @@ from vllm_patching.swap import DoubleStaging, InPlaceStaging
 
 RANKS = 2
 ENGINES = 2
+SOON_S = 20.0  # within which a thread has answered, on a machine that does much else
 
 
 class Server:
@@ -93,6 +94,36 @@ def test_an_engine_that_reads_nothing_holds_a_commit_no_longer_than_its_deadline
     assert time.monotonic() - start < 5
     channel.close()
     theirs.close()
+
+
+def test_an_engine_that_dies_right_before_it_is_asked_is_not_waited_for(server: Server) -> None:
+    """The version is noted on disk first, which takes its time, and the engine is killed meanwhile."""
+
+    def dies(_: int) -> None:
+        server.commits, server.complete = False, False
+        del server.engines[1]
+
+    boundary = Boundary(
+        server,  # type: ignore[arg-type]
+        timeout_s=SOON_S,
+        first_death=lambda: "vLLM engine core 1 (pid 7) is gone",
+        before_commit=dies,
+    )
+    start = time.monotonic()
+    with pytest.raises(
+        TransferError, match=r"version 1 was staged, but vLLM engine core 1 \(pid 7\) is gone"
+    ):
+        boundary.commit(1, if_late="")
+    assert time.monotonic() - start < SOON_S / 2
+    assert server.page.requested == 0
+
+
+def test_a_vllm_that_was_started_again_is_not_asked_for_what_another_one_staged(server: Server) -> None:
+    boundary = Boundary(server, timeout_s=SOON_S, first_death=lambda: "")  # type: ignore[arg-type]
+    server.control = ControlPage.create(RANKS, ENGINES)
+    with pytest.raises(TransferError, match="vLLM is not complete any more"):
+        boundary.commit(1, if_late="")
+    assert (server.page.requested, server.control.requested) == (0, 0)
 
 
 # --- two halves: which version the inactive one holds ------------------------------------------------------
