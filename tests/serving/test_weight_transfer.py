@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -11,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.support.checks import SINGLE, Streams, assert_equal
-from tests.support.serving import UNBOUND, Server, Trainers, serving, training
+from tests.support.serving import UNBOUND, Server, Trainers, serving, stop, training, wait_until
 
 ENDPOINTS = {**UNBOUND, "VLLM_SERVER_DEV_MODE": "1"}
 FLAGS = ["--dtype=float32", "--weight-transfer-config", json.dumps({"backend": "bridge"})]
@@ -59,9 +61,21 @@ def test_streams_go_on_while_a_loop_of_its_own_drives_the_endpoints(live, traine
     streams = Streams(live.server.api, width=4, tokens=400)
     for index in (1, 2, 1):
         trainer.must("load", path=str(live.sets[index]))
-        produced = streams.produced
         trainer.must("send_by_hand")
-        assert streams.produced > produced, "no token came while the server waited for the round"
+    (updater,) = live.server.status()["pids"]["updaters"]
+    stop(updater)  # a round that stands, as long as the deadline lets it
+    try:
+        trainer.send("send_by_hand")
+        wait_until("the round", lambda: live.server.status()["state"] == "round", timeout_s=30)
+        produced = streams.produced
+        wait_until(
+            "tokens while the server waits for the round", lambda: streams.produced > produced, timeout_s=30
+        )
+        assert live.server.status()["state"] == "round"
+    finally:
+        os.kill(updater, signal.SIGCONT)
+    (receipt,) = trainer.answers()
+    assert "version" in receipt, receipt
     assert all(streams.alive())
     streams.stop()
     assert streams.failures == []
