@@ -158,18 +158,12 @@ def assert_served(job: Job, model: Path, state: Path, *, servers: int, attempt: 
     served = [[answer["tokens"] for answer in api.greedy(4, 16)] for api in job.apis(model, attempt)]
     assert served == [expected] * servers
     assert expected != untrained(model)
+    job.wait("a flip to be written down", lambda: all(job.flips(attempt)))
     return {
         "servers": servers,
-        "last_version": last_version(job, attempt),
+        "last_version": job.flips(attempt)[0][-1],
         "tokens_equal": servers * sum(map(len, expected)),
     }
-
-
-def last_version(job: Job, attempt: int) -> int:
-    """What the trainer told last, once the first server's worker has written it down."""
-    _, version = job.versions()[-1]
-    job.wait(f"version {version} in the log of flips", lambda: version in job.flips(attempt)[0])
-    return job.flips(attempt)[0][-1]
 
 
 def untrained(model: Path) -> list[list[int]]:
