@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.serving, pytest.mark.timeout(900)]
 
 DEADLINE_S = 5.0
 PATIENCE_S = 3 * DEADLINE_S + 10
-REPAIR_S = 45.0
+REPAIR_S = 90.0  # a daemon starts again meanwhile, and a trainer comes, on a busy machine
 ATTEMPTS = 5
 FLAGS = [
     "--staging=in-place",

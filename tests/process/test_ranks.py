@@ -23,7 +23,7 @@ from tests.support.node import node
 from tests.support.ranks import run_ranks
 from tests.support.serving import stop, wait_until
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
 
 WAIT_S = 4.0
 SLACK_S = 10.0  # of a busy machine; torch's own groups wait for 1800

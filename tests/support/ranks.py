@@ -17,7 +17,7 @@ from bridge.protocol.plan import Plan, build_plan
 from bridge.sharding import LocalShards
 from tests.support.mappings import run_copies
 
-JOIN_TIMEOUT_S = 40
+JOIN_TIMEOUT_S = 120  # ranks import torch, and some DeepSpeed, on a busy machine
 
 # Forked from a process that has imported torch already and does nothing else: seconds cheaper than spawn.
 _context = multiprocessing.get_context("forkserver")
