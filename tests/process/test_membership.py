@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -241,10 +242,12 @@ def test_a_late_server_gets_the_version_from_a_peer_whose_rounds_go_on(
 def test_a_group_names_the_ranks_it_misses() -> None:
     served = rendezvous.serve_store("127.0.0.1", 0)
     named = rendezvous.members(2, "the updater of inference rank")
+    both = threading.Barrier(2)
 
     def come(rank: int) -> str:
         # Each by a connection of its own, as in life: in one, the second waits for the first one's wait.
         store = rendezvous.reach_store("127.0.0.1", served.port, timeout_s=3.0)
+        both.wait(20)  # or one may give up before the other has come
         with pytest.raises(RendezvousError) as caught:
             rendezvous.make_group(
                 store, "e1/data", rank=rank, size=4, address="127.0.0.1", timeout_s=3.0, named=named
