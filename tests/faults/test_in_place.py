@@ -120,6 +120,13 @@ def test_nothing_is_served_from_torn_weights(node):
         code, metrics = server.call("/bridge/metrics")
         assert code == 200
         assert "bridge_ready 0.0" in metrics
+
+        def quiet() -> bool:
+            before = streams.produced
+            assert server.call("/bridge/metrics")[0] == 200  # by the process that sends the tokens
+            return streams.produced == before
+
+        wait_until("the tokens of whole weights to have come", quiet, timeout_s=20)
         produced = streams.produced
         (answer,) = other.command("single", name=NORM, value=1.0)
         assert "part of the weights was to be laid over the checkpoint, but" in answer["error"]
