@@ -52,10 +52,14 @@ def one_is_stopped(path: Path) -> None:
     fleet.ready(None)
     pids: list[Any] = [None] * ranks.world_size
     dist.all_gather_object(pids, os.getpid())
+    stopped = path / "stopped"
     if ranks.rank == 1:
         wait_until("to have been stopped", (path / "goes-on").exists, timeout_s=60)
     elif ranks.rank == 0:
         stop(pids[1])
+        stopped.touch()
+    else:  # or it may have waited for long enough before rank 0 comes
+        wait_until("rank 1 to be stopped", stopped.exists, timeout_s=60)
     began = time.monotonic()
     with pytest.raises(PeerLost) as caught:
         fleet.ready(None)
