@@ -132,9 +132,9 @@ class Supervisor:
             on_ready: called once the server is ready; its result is the exit code, and the end.
         """
         process.become_subreaper()
-        self._leftovers.sweep()
-        keep(self.launch.run_dir)
         with self._signals():
+            self._leftovers.sweep()  # on a share it may take its time, and the run directory is there
+            keep(self.launch.run_dir)
             try:
                 return self._live(on_ready)
             except StopRequested as stop:

@@ -19,7 +19,7 @@ from tests.support.models import build_checkpoint
 from tests.support.skips import pytest_sessionfinish, pytest_terminal_summary  # noqa: F401 - hooks
 from vllm_patching import residue
 
-SETTLE_S = 5.0
+SETTLE_S = 30.0
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -35,7 +35,16 @@ import psutil
 from benchmarks.machine import machine
 from tests.support.checks import own_answers
 from tests.support.models import build_checkpoint
-from tests.support.serving import UNBOUND, Server, Trainers, alive, prompts, serving_together, wait_until
+from tests.support.serving import (
+    UNBOUND,
+    Server,
+    Trainers,
+    alive,
+    api_servers,
+    prompts,
+    serving_together,
+    wait_until,
+)
 from vllm_patching import residue
 
 DEADLINE_S = 5.0
@@ -67,9 +76,8 @@ def roles(server: Server) -> dict[str, int]:
     pids = server.status()["pids"]
     found = {role: int(pids[role][0]) for role in ("updaters", "workers", "engines") if pids.get(role)}
     found |= {"daemon": int(pids["daemon"])} if pids.get("daemon") else {}
-    for child in psutil.Process(server.process.pid).children():
-        if any("api_server" in part for part in child.cmdline()):
-            found["api"] = child.pid
+    if apis := api_servers(server):
+        found["api"] = apis[0]
     return {"launcher": server.process.pid, **found}
 
 
@@ -80,15 +88,18 @@ class Load(threading.Thread):
         super().__init__(name=f"load-{server.port}", daemon=True)
         self.server, self._pause_s = server, pause_s
         self.answered = self.failed = 0
+        self.longest_s = 0.0  # until an answer came, from the one before it on
         self.errors: list[str] = []
         self._over = threading.Event()
 
     def run(self) -> None:
-        prompt = prompts(1)[0]
+        prompt, before = prompts(1)[0], time.monotonic()
         while not self._over.wait(self._pause_s):
             try:
                 self.server.api.complete(prompt, max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
+                now = time.monotonic()
                 self.answered += 1
+                self.longest_s, before = max(self.longest_s, now - before), now
             except (OSError, HTTPException, ValueError, LookupError) as err:  # cut off anywhere in an answer
                 self.failed += 1
                 if len(self.errors) < 20:

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.serving, pytest.mark.timeout(900)]
 
 DEADLINE_S = 5.0
 PATIENCE_S = 3 * DEADLINE_S + 10
-REPAIR_S = 45.0
+REPAIR_S = 90.0  # a daemon starts again meanwhile, and a trainer comes, on a busy machine
 ATTEMPTS = 5
 FLAGS = [
     "--staging=in-place",
@@ -49,7 +49,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     with serving(
         sets[0], root / "logs", flags=["--dtype=float32"], bridge_flags=FLAGS, env=UNBOUND
     ) as server:
-        yield SimpleNamespace(server=server, sets=sets, by_set=[greedy(server)])
+        yield SimpleNamespace(server=server, sets=sets, first=greedy(server))
 
 
 def greedy(server: Server) -> list[dict[str, Any]]:
@@ -105,9 +105,9 @@ def test_nothing_is_served_from_torn_weights(node):
     server = node.server
     with train(node) as doomed, train(node) as other:
         version = publish(node, doomed, 1)
-        node.by_set.append(greedy(server))
+        second = greedy(server)
         publish(node, doomed, 0)
-        assert greedy(server) == node.by_set[0]
+        assert greedy(server) == node.first != second
         doomed.must("load", path=str(node.sets[1]))
         streams = Streams(server.api, width=4, tokens=480)
         updater = stop_midway(node, doomed)
@@ -120,6 +120,13 @@ def test_nothing_is_served_from_torn_weights(node):
         code, metrics = server.call("/bridge/metrics")
         assert code == 200
         assert "bridge_ready 0.0" in metrics
+
+        def quiet() -> bool:
+            before = streams.produced
+            assert server.call("/bridge/metrics")[0] == 200  # by the process that sends the tokens
+            return streams.produced == before
+
+        wait_until("the tokens of whole weights to have come", quiet, timeout_s=20)
         produced = streams.produced
         (answer,) = other.command("single", name=NORM, value=1.0)
         assert "part of the weights was to be laid over the checkpoint, but" in answer["error"]
@@ -132,7 +139,7 @@ def test_nothing_is_served_from_torn_weights(node):
         assert streams.failures == []
         assert streams.produced > produced
         assert server.status()["state"] == "ready"
-        assert greedy(server) == node.by_set[1]
+        assert greedy(server) == second
         other.must("close")
 
 
@@ -144,17 +151,19 @@ def test_a_trainer_that_dies_before_the_first_byte_disturbs_nobody(node):
         stop(updater)
         trainers.send("broadcast")
         wait_until("a round", lambda: server.status()["state"] == "round", timeout_s=30)
-        assert greedy(server) == node.by_set[0], "the engine serves until the updaters have leave to write"
+        assert greedy(server) == node.first, "the engine serves until the updaters have leave to write"
         (trainer,) = trainers.pids()
         os.kill(trainer, signal.SIGKILL)
         wait_until("the round to end", lambda: server.status()["trainer"] is None, timeout_s=PATIENCE_S)
         assert server.status()["state"] == "ready"
-        assert greedy(server) == node.by_set[0]
+        assert greedy(server) == node.first
 
 
 def test_torn_weights_are_known_to_the_next_daemon_and_repaired_by_a_file(node):
     server = node.server
     with train(node) as trainers:
+        publish(node, trainers, 1)
+        second = greedy(server)
         publish(node, trainers, 0)
         updater = stop_midway(node, trainers)
         daemon = server.status()["pids"]["daemon"]
@@ -167,7 +176,7 @@ def test_torn_weights_are_known_to_the_next_daemon_and_repaired_by_a_file(node):
         trainers.must("load", path=str(node.sets[1]))
         trainers.must("notify")
         assert server.status()["state"] == "ready"
-        assert greedy(server) == node.by_set[1]
+        assert greedy(server) == second
 
 
 def test_weights_that_nobody_repairs_end_the_server(node):

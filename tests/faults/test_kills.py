@@ -6,6 +6,7 @@ bytes, the daemon waits for "staged", the engine serves.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -25,6 +26,7 @@ from tests.support.serving import (
     Server,
     Trainers,
     alive,
+    api_servers,
     serving,
     stop,
     training,
@@ -64,11 +66,16 @@ class Held:
         stop(self.updater)
         trainers.send("broadcast")
         wait_until("a round in the middle", lambda: server.status()["state"] == "round", timeout_s=30)
+        self.since = math.nan  # when what ends the round has happened
+
+    def strike(self, pid: int, number: int = signal.SIGKILL) -> None:
+        """Send ``pid`` a signal: from now on the deadline counts."""
         self.since = time.monotonic()
+        os.kill(pid, number)
 
     def kill(self, pid: int) -> None:
         """End ``pid``, and let the updater go on where it stood."""
-        os.kill(pid, signal.SIGKILL)
+        self.strike(pid)
         self.release()
 
     def release(self) -> None:
@@ -232,7 +239,7 @@ def test_a_silent_trainer_ends_the_round_not_the_server(node):
         try:
             assert_old_version(node, held, served, "trainer rank 0", f"pid {pid}")
         finally:
-            os.kill(pid, signal.SIGCONT)
+            held.strike(pid, signal.SIGCONT)
         held.errors()
         assert_next_round_works(node, trainers, held)
         trainers.must("close")
@@ -257,14 +264,6 @@ def test_a_second_trainer_is_refused(node):
 # --- vLLM comes back, and the launcher's death is the end ---------------------------------------------------
 
 
-def api_server(server: Server, status: dict[str, Any]) -> int:
-    """vLLM is the launcher's child that is not the daemon."""
-    children = psutil.Process(server.process.pid).children()
-    (pid,) = [c.pid for c in children if "api_server" in " ".join(c.cmdline())]
-    assert pid != status["pids"]["daemon"]
-    return pid
-
-
 def assert_comes_back(server: Server, trainers: Trainers) -> None:
     """vLLM's API server dies in a round: vLLM is started again, and the next round makes it whole.
 
@@ -273,8 +272,8 @@ def assert_comes_back(server: Server, trainers: Trainers) -> None:
     held = Held(server, trainers)
     newest, daemon = held.before["weight_version"], held.before["pids"]["daemon"]
     vllm = [pid for pid in server.pids() if pid not in (daemon, *held.before["pids"]["updaters"])]
-    pid = api_server(server, held.before)
-    os.kill(pid, signal.SIGKILL)  # and the updater stays where it is: the daemon has to end it
+    (pid,) = api_servers(server)
+    held.strike(pid)  # and the updater stays where it is: the daemon has to end it
     (error,) = held.errors()
     # The engine core ends itself without its API server, and workers without their engine core: the trainer
     # may hear of those first.
@@ -306,13 +305,13 @@ def test_vllm_comes_back_and_the_launchers_death_is_the_end(sets, tmp_path, runt
         tree = server.pids()
         held = Held(server, trainers)
         assert greedy(server) == served  # in the middle of the round
-        os.kill(server.process.pid, signal.SIGKILL)
+        held.strike(server.process.pid)
         held.errors()
         assert server.process.wait(90) == -signal.SIGKILL
         wait_until(
             f"the end of {[p for p in tree if alive(p)]}", lambda: not any(map(alive, tree)), timeout_s=60
         )
-        wait_until("its run directory to go", lambda: set(runtime_dir.iterdir()) <= runs_before, timeout_s=10)
+        wait_until("its run directory to go", lambda: set(runtime_dir.iterdir()) <= runs_before, timeout_s=30)
         left = {path for path in set(residue.SHM_DIR.iterdir()) - shm_before if path.exists()}
         assert not left - residue.snapshot(psutil.pids()), "shared memory left behind"
         trainers.must("close")

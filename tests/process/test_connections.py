@@ -21,7 +21,7 @@ from tests.support.link import why_not as link_missing
 from tests.support.ranks import run_ranks
 from tests.support.serving import environment
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
 
 FORGETS_S, IDLE_S = 4.0, 8.0
 

@@ -165,6 +165,9 @@ def test_a_followers_daemon_that_is_told_to_end_is_another_daemons_to_replace(
 ) -> None:
     server.follower.process.terminate()  # not by its launcher's order
     assert server.follower.process.wait(SOON_S) == 128 + signal.SIGTERM
+    wait_until(  # or the server could still look whole
+        "the head to notice", lambda: server.head.status()["nodes"]["missing"] == [1], timeout_s=SOON_S
+    )
     server.follower.start()
     server.wait_whole()
     made = send(trainer, weights(4))

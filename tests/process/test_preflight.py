@@ -14,6 +14,7 @@ import pytest
 from bridge.errors import ConfigError
 from launch import footprint, preflight
 from launch.options import ServeOptions, read_server_args
+from tests.support.serving import free_port
 
 pytestmark = pytest.mark.processes
 
@@ -51,10 +52,7 @@ def faults(options: ServeOptions, around: preflight.Surroundings | None = None) 
 
 
 def make_options(tmp_path: Path, model: Path | str, *vllm_args: str, **changes: object) -> ServeOptions:
-    with socket.socket() as sock:
-        sock.bind(("0.0.0.0", 0))
-        port = sock.getsockname()[1]
-    args = ("--port", str(port), *vllm_args)
+    args = ("--port", str(free_port()), *vllm_args)
     return ServeOptions(model=str(model), vllm_args=args, logdir=tmp_path / "logs", **changes)
 
 

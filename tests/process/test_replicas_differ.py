@@ -80,14 +80,20 @@ def run(scenario, server: Node, path: Path) -> None:  # type: ignore[no-untyped-
     run_ranks(scenario, 2, path)
 
 
+def newest(server: Node) -> list[str]:
+    """What the newest batch has read, by rank."""
+    server.await_batch()
+    return [digest for _, digest in server.served()[-1]]
+
+
 def test_the_first_round_compares_them(server: Node, tmp_path: Path) -> None:
     run(by_default, server, tmp_path)
-    assert [digest for _, digest in server.served()[-1]] == server.serves(3)
+    assert newest(server) == server.serves(3)
 
 
 def test_every_round_does_if_it_is_asked_to(server: Node, tmp_path: Path) -> None:
     run(always, server, tmp_path)
-    assert [digest for _, digest in server.served()[-1]] == server.serves(7)
+    assert newest(server) == server.serves(7)
 
 
 def test_ranks_that_are_told_different_things_say_so(server: Node, tmp_path: Path) -> None:

@@ -51,8 +51,8 @@ def test_what_a_killed_process_named_is_unlinked_by_its_tracker() -> None:
                 [sys.executable, "-c", ENDING, pid], capture_output=True, text=True, check=True, timeout=60
             )
             assert ended.stdout.strip() == f"[{pid}]", ended.stderr
-            assert process.wait(5) == -signal.SIGKILL
+            assert process.wait(20) == -signal.SIGKILL
         finally:
             process.kill()  # or leaving the block would wait for it
-    wait_until("the tracker's end", lambda: not alive(tracker), timeout_s=5)
+    wait_until("the tracker's end", lambda: not alive(tracker), timeout_s=20)
     assert not path.exists()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -18,13 +17,14 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.support.serving import free_port, stop
 from vllm_patching.channel import is_kept
 
 ROOT = Path(__file__).parents[2]
 STAND_INS = ROOT / "tests" / "support" / "stand_ins.py"
-END_TIMEOUT_S = 20.0
+END_TIMEOUT_S = 60.0
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
 
 
 def poll_until(what: str, predicate: Callable[[], object], timeout_s: float = END_TIMEOUT_S) -> None:
@@ -33,12 +33,6 @@ def poll_until(what: str, predicate: Callable[[], object], timeout_s: float = EN
     while not predicate():
         assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
         pause.wait(0.05)
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 def _lives(process: psutil.Process) -> bool:
@@ -78,7 +72,15 @@ class Launched:
         """Remember every process below the launcher, and name those we know."""
         below = psutil.Process(self.process.pid).children(recursive=True)
         self.tree += [p for p in below if p not in self.tree]
-        return {p.cmdline()[2]: p for p in below if len(p.cmdline()) > 2 and str(STAND_INS) in p.cmdline()}
+        roles = {}
+        for process in below:
+            try:
+                words = process.cmdline()
+            except psutil.NoSuchProcess:  # an orphan that the launcher has yet to reap
+                continue
+            if len(words) > 2 and str(STAND_INS) in words:
+                roles[words[2]] = process
+        return roles
 
     def wait_ready(self) -> dict[str, psutil.Process]:
         poll_until(
@@ -146,14 +148,14 @@ def test_a_launcher_under_nohup_does_not_end_with_its_terminal(launch):
 def test_the_run_directory_is_locked_while_the_launcher_or_the_daemon_lives(launch):
     launched = launch()
     roles = launched.wait_ready()
-    os.kill(launched.process.pid, signal.SIGSTOP)  # nobody starts another daemon
+    stop(launched.process.pid)  # nobody starts another daemon
     roles["daemon"].kill()
     poll_until("its end", lambda: not _lives(roles["daemon"]))
     assert is_kept(launched.run_dir), "of the launcher alone"
     os.kill(launched.process.pid, signal.SIGCONT)
     poll_until("the daemon is back", lambda: "the daemon is back" in launched.text)
     again = launched.see_tree()
-    os.kill(again["daemon"].pid, signal.SIGSTOP)
+    stop(again["daemon"].pid)
     launched.process.kill()
     launched.process.wait()
     assert is_kept(launched.run_dir), "of the daemon alone"
@@ -172,7 +174,7 @@ def test_what_a_launch_left_that_was_killed_with_all_it_had_started_goes_with_th
     """As Slurm kills a step whose srun has died: nobody is there to clean up."""
     killed = launch()
     roles = killed.wait_ready()
-    killed.process.send_signal(signal.SIGSTOP)
+    stop(killed.process.pid)
     for role in ("daemon", "vllm", "engine"):
         roles[role].kill()
     killed.process.kill()
@@ -268,6 +270,7 @@ def test_a_restarted_vllm_that_does_not_come_up_is_another_death(launch):
 def test_sigterm_while_vllm_comes_back_ends_everything(launch):
     launched = launch("--server-restarts", "1")
     roles = launched.wait_ready()
+    Path(f"{launched.pids}.lost").touch()  # and it will not be back before it is asked to end
     roles["vllm"].kill()
     poll_until("the launcher to know", lambda: "starting it again" in launched.text)
     launched.process.send_signal(signal.SIGTERM)

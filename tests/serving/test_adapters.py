@@ -113,6 +113,7 @@ def test_versions_of_the_adapter_and_of_the_base_in_turns(served, trainer):
 
 @only_in_full("serving")  # streams live through versions of the model always, and so do an adapter's versions
 def test_streams_of_the_adapter_live_through_its_versions(served, trainer):
+    publish(served, trainer, 0)
     streams = Streams(Api(served.server.port, "policy"), width=4, tokens=300)
     versions = [send(served, trainer, name)["version"] for name in ("narrow", "wide") * 4]
     in_flight = sum(streams.alive())
@@ -125,6 +126,8 @@ def test_streams_of_the_adapter_live_through_its_versions(served, trainer):
 
 
 def test_an_adapter_that_does_not_fit_changes_nothing(served, trainer):
+    publish(served, trainer, 0)
+    send(served, trainer, "wide")
     before = served.server.status()["weight_version"]
     config = {"seed": 5, "r": 16, "target_modules": ["q_proj", "lm_head"], "use_dora": True}
     trainer.must("adapt", path=str(served.bases[0]), **config)
@@ -142,6 +145,7 @@ def test_an_adapter_that_does_not_fit_changes_nothing(served, trainer):
 
 
 def test_fsdp2_with_two_ranks(served, trainer):
+    publish(served, trainer, 0)
     trainer.must("close")
     with training("plain", served.bases[0], logdir=served.server.logdir, dtype="float32", ranks=2) as ranks:
         for name in ("narrow", "wide"):

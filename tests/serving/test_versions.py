@@ -96,6 +96,7 @@ def test_a_version_that_a_round_has_begun_to_overwrite_does_not_come_back(qwen3,
     (updater,) = qwen3.server.status()["pids"]["updaters"]
     stop(updater)
     trainer.must("broadcast", blocking=False)
+    wait_until("the round", lambda: qwen3.server.status()["state"] == "round", timeout_s=30)
     os.kill(updater, signal.SIGKILL)
     (lost,) = trainer.command("wait")
     assert "error" in lost
@@ -155,7 +156,7 @@ def test_fifty_updates_under_sixteen_streams(qwen3, trainer):
     assert_equal(qwen3.server.api.greedy(2), qwen3.fresh[1]["greedy"][:2], tolerance=1e-5)
 
 
-def test_the_next_step_waits_until_the_weights_have_been_read(qwen3, trainer):
+def test_the_next_step_waits_until_the_weights_have_been_read(qwen3, trainer, tmp_path):
     publish(qwen3, trainer, 0)
     trainer.must("load", path=str(qwen3.sets[1]))
     (updater,) = qwen3.server.status()["pids"]["updaters"]
@@ -163,13 +164,15 @@ def test_the_next_step_waits_until_the_weights_have_been_read(qwen3, trainer):
     try:
         (sent,) = trainer.must("broadcast", blocking=False)
         assert sent["seconds"] < 1.0
-        trainer.send("step", fill=0.0)
+        begun = tmp_path / "begun"
+        trainer.send("step", fill=0.0, begun=str(begun))
+        wait_until("the step to begin", begun.exists, timeout_s=30)
         with pytest.raises(TimeoutError):
             trainer.answers(timeout_s=1.0)
     finally:
         os.kill(updater, signal.SIGCONT)
     (step,) = trainer.answers()
-    assert step["seconds"] >= 0.9
+    assert step["seconds"] >= 1.0
     (receipt,) = trainer.must("wait")
     assert qwen3.server.status()["weight_version"] == receipt["version"]
     assert_equal(qwen3.server.api.greedy(), qwen3.fresh[1]["greedy"], tolerance=1e-5)

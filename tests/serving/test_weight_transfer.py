@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -11,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.support.checks import SINGLE, Streams, assert_equal
-from tests.support.serving import UNBOUND, Server, Trainers, serving, training
+from tests.support.serving import UNBOUND, Server, Trainers, serving, stop, training, wait_until
 
 ENDPOINTS = {**UNBOUND, "VLLM_SERVER_DEV_MODE": "1"}
 FLAGS = ["--dtype=float32", "--weight-transfer-config", json.dumps({"backend": "bridge"})]
@@ -42,6 +44,13 @@ def trainer(live: SimpleNamespace) -> Iterator[Trainers]:
         yield trainers
 
 
+@pytest.fixture(scope="module")
+def by_hand(trainer: Trainers) -> Trainers:
+    """The trainer, with a loop of its own from here on."""
+    trainer.must("init_by_hand")
+    return trainer
+
+
 @pytest.mark.parametrize("source", ["module", "one_buffer"])
 def test_three_versions_through_vllms_factory(live, trainer, source):
     before = live.server.status()["weight_version"]
@@ -54,39 +63,50 @@ def test_three_versions_through_vllms_factory(live, trainer, source):
     trainer.must("leave")
 
 
-def test_streams_go_on_while_a_loop_of_its_own_drives_the_endpoints(live, trainer):
-    trainer.must("init_by_hand")
+def test_streams_go_on_while_a_loop_of_its_own_drives_the_endpoints(live, by_hand):
     streams = Streams(live.server.api, width=4, tokens=400)
     for index in (1, 2, 1):
-        trainer.must("load", path=str(live.sets[index]))
+        by_hand.must("load", path=str(live.sets[index]))
+        by_hand.must("send_by_hand")
+    (updater,) = live.server.status()["pids"]["updaters"]
+    stop(updater)  # a round that stands, as long as the deadline lets it
+    try:
+        by_hand.send("send_by_hand")
+        wait_until("the round", lambda: live.server.status()["state"] == "round", timeout_s=30)
         produced = streams.produced
-        trainer.must("send_by_hand")
-        assert streams.produced > produced, "no token came while the server waited for the round"
+        wait_until(
+            "tokens while the server waits for the round", lambda: streams.produced > produced, timeout_s=30
+        )
+        assert live.server.status()["state"] == "round"
+    finally:
+        os.kill(updater, signal.SIGCONT)
+    (receipt,) = by_hand.answers()
+    assert "version" in receipt, receipt
     assert all(streams.alive())
     streams.stop()
     assert streams.failures == []
     assert_equal(live.server.api.greedy(), live.fresh[1]["greedy"], tolerance=1e-5)
 
 
-def test_a_wrong_shape_is_an_error_of_the_call_and_changes_nothing(live, trainer):
+def test_a_wrong_shape_is_an_error_of_the_call_and_changes_nothing(live, by_hand):
     served, before = live.server.api.greedy(2), live.server.status()["weight_version"]
-    (failed,) = trainer.must("send_by_hand", shorten=SINGLE)
+    (failed,) = by_hand.must("send_by_hand", shorten=SINGLE)
     assert failed["code"] == 500
     for said in (failed["sender"], failed["server"]):
         assert SINGLE in said
         assert "shape" in said
     assert f"version {before} is served on" in failed["server"]
     assert live.server.api.greedy(2) == served
-    trainer.must("load", path=str(live.sets[0]))
-    (receipt,) = trainer.must("send_by_hand")
+    by_hand.must("load", path=str(live.sets[0]))
+    (receipt,) = by_hand.must("send_by_hand")
     assert receipt["version"] == before + 1
     assert_equal(live.server.api.greedy(), live.fresh[0]["greedy"], tolerance=1e-5)
 
 
-def test_a_paused_server_commits(live, trainer):
+def test_a_paused_server_commits(live, by_hand):
     assert live.server.call("/pause?mode=keep", {})[0] == 200
-    trainer.must("load", path=str(live.sets[1]))
-    trainer.must("send_by_hand")
+    by_hand.must("load", path=str(live.sets[1]))
+    by_hand.must("send_by_hand")
     assert live.server.call("/resume", {})[0] == 200
     assert_equal(live.server.api.greedy(), live.fresh[1]["greedy"], tolerance=1e-5)
 

@@ -20,7 +20,7 @@ from tests.slurm.cluster import Cluster
 from tests.support.checks import own_answers
 from tests.support.faults import Armed, Fault
 from tests.support.full import in_full, only_in_full
-from tests.support.serving import REPO, UNBOUND, Api, wait_until
+from tests.support.serving import REPO, UNBOUND, Api, wait_until, whole_lines
 
 FULL = in_full("slurm")
 TRAINER = str(REPO / "tests" / "slurm" / "paced_trainer.py")
@@ -120,9 +120,14 @@ class Job:
     def flips(self, attempt: int = 0) -> list[list[int]]:
         """The versions that each server of an attempt has served, in order, as its first worker says."""
         return [
-            [json.loads(line)["version"] for line in (logdir / "flips-rank0.jsonl").read_text().splitlines()]
+            [json.loads(line)["version"] for line in whole_lines(logdir / "flips-rank0.jsonl")]
             for logdir in self.logdirs(attempt)
         ]
+
+    def wait_flips(self, expected: list[list[int]], attempt: int = 0) -> None:
+        """A worker writes them down behind the batch, which is not waited for."""
+        self.wait(f"{expected} to have been flipped to", lambda: self.flips(attempt) == expected,
+                  timeout_s=END_TIMEOUT_S)  # fmt: skip
 
     def release(self) -> None:
         (self.directory / "release").touch()
@@ -153,6 +158,7 @@ def assert_served(job: Job, model: Path, state: Path, *, servers: int, attempt: 
     served = [[answer["tokens"] for answer in api.greedy(4, 16)] for api in job.apis(model, attempt)]
     assert served == [expected] * servers
     assert expected != untrained(model)
+    job.wait("a flip to be written down", lambda: all(job.flips(attempt)))
     return {
         "servers": servers,
         "last_version": job.flips(attempt)[0][-1],
@@ -318,7 +324,7 @@ def test_slurm_itself_warns_ahead_of_the_time_limit_and_the_job_goes_on(
     breakable.call(*partition, "State=UP")
     job.wait_file("done")
     job.wait_versions([*before, *((last + step, last + step + 1) for step in range(3))])
-    assert job.flips(1) == [[last + 1, last + 2, last + 3]] * 2
+    job.wait_flips([[last + 1, last + 2, last + 3]] * 2, attempt=1)
     record_property(job.script, assert_served(job, model, state, servers=2, attempt=1))
     assert job.told("RestartCnt") == "1"
     job.release()

@@ -10,7 +10,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from tests.support.serving import Api, Server, prompts, wait_until
+from tests.support.serving import Api, Server, prompts, wait_until, whole_lines
 
 SINGLE = "model.layers.1.mlp.down_proj.weight"
 
@@ -73,21 +73,26 @@ def flips_of(logdir: Path, rank: int, *, up_to: int) -> list[tuple[int, int]]:
     path = logdir / f"flips-rank{rank}.jsonl"
 
     def read() -> list[tuple[int, int]]:
-        return [(row["batch"], row["version"]) for row in map(json.loads, path.read_text().splitlines())]
+        return [(row["batch"], row["version"]) for row in map(json.loads, whole_lines(path))]
 
     wait_until(
         f"rank {rank}'s flip to version {up_to} in {path}",
         lambda: up_to in (0, *(version for _, version in read())),
-        timeout_s=10,
+        timeout_s=30,
     )
     return read()
 
 
 class Streams:
-    """Requests kept in flight until told to stop: ``width`` at a time, each as long as the model allows."""
+    """Requests kept in flight until told to stop: ``width`` at a time, the longest of ``tokens`` tokens.
+
+    They differ in length, or all of them would end with one batch, and leave the engine idle until the next
+    ones have come.
+    """
 
     def __init__(self, api: Api, *, width: int, tokens: int) -> None:
-        self._api, self._tokens = api, tokens
+        self._api = api
+        self._tokens = [tokens - index * (tokens // (4 * width)) for index in range(width)]
         self._stop = threading.Event()
         self.finished: list[tuple[str, int]] = []
         self._counts = [0] * width
@@ -99,11 +104,11 @@ class Streams:
         self.started.wait(60)
 
     def _run(self, index: int) -> None:
-        first = True
+        first, tokens = True, self._tokens[index]
         while first or not self._stop.is_set():
             request = uuid.uuid4().hex
             prompt = [1, *(3 + (index * 31 + i * 7) % 90 for i in range(12))]
-            sampling = {"max_tokens": self._tokens, "temperature": 1.0, "seed": index, "ignore_eos": True}
+            sampling = {"max_tokens": tokens, "temperature": 1.0, "seed": index, "ignore_eos": True}
             count, reason = 0, None
             try:
                 for _, choice in self._api.stream(prompt, headers={"X-Request-Id": request}, **sampling):
@@ -116,8 +121,8 @@ class Streams:
             except OSError as err:
                 self.failures.append(f"request {index}: {err}")
                 return
-            if reason != "length" or count != self._tokens:
-                self.failures.append(f"request {index}: {count} of {self._tokens} tokens, ended by {reason}")
+            if reason != "length" or count != tokens:
+                self.failures.append(f"request {index}: {count} of {tokens} tokens, ended by {reason}")
             self.finished.append((request, count))
 
     @property

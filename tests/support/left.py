@@ -99,9 +99,9 @@ def listeners(pid: int) -> set[int]:
         return set()
 
 
-def listening(pid: int | None = None) -> set[int]:
-    """The TCP ports that anybody listens on in a process's network namespace, by default this one's."""
-    return {port for port, _ in _listening(pid or os.getpid())}
+def listening(pid: int) -> set[int]:
+    """The TCP ports that anybody listens on in a process's network namespace."""
+    return {port for port, _ in _listening(pid)}
 
 
 def _listening(pid: int) -> list[tuple[int, str]]:

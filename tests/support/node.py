@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -43,7 +43,7 @@ from tests.support.faults import Armed, Fault
 from tests.support.left import LeftBehind
 from tests.support.link import Link
 from tests.support.mappings import SOURCES, half_of, parallel_mapping
-from tests.support.serving import alive, environment, free_port, wait_until
+from tests.support.serving import alive, environment, free_port, wait_until, whole_lines
 
 BATCH_S = 0.01
 BUCKET_BYTES = 4096
@@ -188,10 +188,10 @@ def serve(engine: Any, workers: Sequence[Any], logdir: Path) -> None:
                 answers = [pipe.recv() for pipe in workers]
             except (EOFError, OSError):
                 return
-            count[0] += 1
             if answers != before:
                 before = answers
                 log.write(json.dumps({"at": time.monotonic(), "ranks": answers}) + "\n")
+            count[0] += 1  # behind the line: what a batch that was counted has read can be looked up
             time.sleep(BATCH_S)
 
 
@@ -494,21 +494,24 @@ class Node:
         answers = self.train().command("broadcast", seed=seed)
         assert all("version" in answer for answer in answers), answers
         self.seed, self.version = seed, answers[0]["version"]
+        self.await_batch()
         self.served()
+
+    def await_batch(self) -> None:
+        """Until what is live by now stands in ``served``: a receipt may come before the batch has ended."""
+        before = self.batches()
+        wait_until("a batch", lambda: self.batches() > before, timeout_s=30)
 
     def served(self) -> list[list[tuple[int, str]]]:
         """Version and digest of each rank, at every change since this was last asked."""
-        lines = (self.logdir / "served.jsonl").read_text().splitlines()
+        lines = whole_lines(self.logdir / "served.jsonl")
         new, self._read = lines[self._read :], len(lines)
         return [[tuple(rank) for rank in json.loads(line)["ranks"]] for line in new]
 
     def flipped(self, version: int) -> bool:
         """Whether all workers have noted that they flipped to it."""
         logs = [self.logdir / f"flips-rank{rank}.jsonl" for rank in range(self.ranks)]
-        return all(
-            any(json.loads(line)["version"] == version for line in log.read_text().splitlines())
-            for log in logs
-        )
+        return all(any(json.loads(line)["version"] == version for line in whole_lines(log)) for log in logs)
 
     def batches(self) -> int:
         return int.from_bytes((self.logdir / "batches").read_bytes(), "little")
@@ -736,12 +739,28 @@ def _end_and_start_again(made: Node, fault: Fault, struck: _Round, before: _Befo
     wait_until(f"{fault}: the end of all", lambda: not any(map(alive, before.below)), timeout_s=60)
     _assert_whole(made, fault, *struck.allowed)
     made.dismiss()
-    its_own = {path for path in made.files() if path.startswith(str(made.run_dir))}
-    found = (made.files() - before.files) | its_own
-    found |= {f"TCP port {port}" for port in before.ports & left.listening()}
-    if found:
-        raise LeftBehind(str(fault), found)
+
+    def found() -> set[str]:
+        its_own = {path for path in made.files() if path.startswith(str(made.run_dir))}
+        # Not whoever else on this host has got a port by now: orphans come below this process.
+        ports = {port for pid in left.offspring() for port in left.listeners(pid)}
+        return (made.files() - before.files) | its_own | {f"TCP port {port}" for port in before.ports & ports}
+
+    # A process counts as ended with its first thread; what it has open goes with the last.
+    _await_nothing(str(fault), found, timeout_s=15)
     made.start()
+
+
+def _await_nothing(fault: str, found: Callable[[], Collection[str]], *, timeout_s: float) -> None:
+    """Wait until nothing is ``found`` any more.
+
+    Raises:
+        LeftBehind: something stays.
+    """
+    try:
+        wait_until(f"{fault}: nothing more than before", lambda: not found(), timeout_s=timeout_s)
+    except TimeoutError as err:
+        raise LeftBehind(fault, found()) from err
 
 
 def _go_on(made: Node, fault: Fault, struck: _Round, before: _Before, *, restarted: bool) -> float:
@@ -821,11 +840,7 @@ def _assert_closed(made: Node, fault: Fault, before: _Before) -> None:
         return more + sorted(made.files() - before.files)
 
     # What was closed over a link that was cut ends with the kernel's next try, which comes ever later.
-    settle_s = 90 if fault.what == "cut" else 15
-    try:
-        wait_until(f"{fault}: nothing more than before", lambda: not grown(), timeout_s=settle_s)
-    except TimeoutError as err:
-        raise LeftBehind(str(fault), grown()) from err
+    _await_nothing(str(fault), grown, timeout_s=90 if fault.what == "cut" else 15)
 
 
 def _let_go_on(made: Node, fault: Fault, pid: int, patience_s: float) -> None:
@@ -852,8 +867,7 @@ def _recover(made: Node, seed: int) -> int:
             break
         assert time.monotonic() < deadline, f"no round is made any more: {answers}"
     made.seed, made.version = seed, answers[0]["version"]
-    batches = made.batches()
-    wait_until("batches", lambda: made.batches() > batches, timeout_s=10)
+    made.await_batch()
     return made.version
 
 

@@ -16,8 +16,9 @@ from bridge.protocol.mapping import Mapping
 from bridge.protocol.plan import Plan, build_plan
 from bridge.sharding import LocalShards
 from tests.support.mappings import run_copies
+from tests.support.serving import wait_until
 
-JOIN_TIMEOUT_S = 40
+JOIN_TIMEOUT_S = 120  # ranks import torch, and some DeepSpeed, on a busy machine
 
 # Forked from a process that has imported torch already and does nothing else: seconds cheaper than spawn.
 _context = multiprocessing.get_context("forkserver")
@@ -34,6 +35,10 @@ def _rank(scenario: Callable[[Path], None], rank: int, world_size: int, path: Pa
         )
         scenario(path)
         dist.barrier()
+        # Another rank may still be in the barrier, and what this one has sent be lost with its connection.
+        (path / f"done{rank}").touch()
+        done = [path / f"done{other}" for other in range(world_size)]
+        wait_until("every rank to be done", lambda: all(map(Path.exists, done)), timeout_s=JOIN_TIMEOUT_S)
         dist.destroy_process_group()
     except BaseException:
         (path / f"rank{rank}.txt").write_text(traceback.format_exc())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import random
 import select
 import signal
 import socket
@@ -20,6 +22,7 @@ from typing import Any
 REPO = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 480.0  # several at once, on two busy cores
 ANSWER_TIMEOUT_S = 180.0
+PORTS = range(20000, 29000)  # below what kernels give out, and what vLLM takes by default
 # vLLM would bind every server to the same core; tests run several side by side.
 UNBOUND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 # What vLLM lacks on a CPU for pipelines and for mixtures of experts data parallel is added there; see it.
@@ -39,10 +42,34 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody has at this moment, and that nobody is given who asks for any.
+
+    It is bound much later, by a process that has to start first. Meanwhile everything that others open takes
+    ports from the kernel's own range, which begins higher.
+    """
+    chance = random.SystemRandom()
+    while True:
+        port = chance.choice(PORTS)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError as err:
+                if err.errno != errno.EADDRINUSE:
+                    raise
+                continue
+        return port
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file that another process appends to, but for one that it is writing; none of no file.
+
+    What goes over the end of a page can be read when only its first part is there.
+    """
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return []
+    return text[: text.rfind("\n") + 1].splitlines()
 
 
 def wait_until(what: str, check: Callable[[], bool], *, timeout_s: float, interval_s: float = 0.05) -> None:
@@ -140,6 +167,20 @@ class Api:
             )
             answers.append({"tokens": choice["token_ids"], "logprobs": choice["logprobs"]["token_logprobs"]})
         return answers
+
+
+def api_servers(server: Server) -> list[int]:
+    """The launcher's children that are vLLM's API server: one, or none while vLLM starts again."""
+    import psutil
+
+    found = []
+    for child in psutil.Process(server.process.pid).children():
+        try:
+            if any("api_server" in word for word in child.cmdline()):
+                found.append(child.pid)
+        except psutil.NoSuchProcess:  # an orphan that the launcher has yet to reap
+            continue
+    return found
 
 
 class Server:

@@ -18,6 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from tests.support.serving import wait_until, whole_lines
+
 ROOT = Path(__file__).parents[2]
 SERVED = "served.json"
 HOST = "127.0.0.1"
@@ -30,7 +32,6 @@ def vllm(args: argparse.Namespace) -> int:
     import torch
 
     from tests.support.mappings import parallel_mapping
-    from tests.support.serving import wait_until
     from vllm_patching.arena import allocate
     from vllm_patching.channel import socket_path
     from vllm_patching.registration import Registration
@@ -151,8 +152,8 @@ class Small:
 
     @property
     def text(self) -> str:
-        """The launcher's console."""
-        return self._log.read_text()
+        """The launcher's console. What the daemon logs comes there a little later."""
+        return "\n".join(whole_lines(self._log))
 
     def status(self) -> dict[str, Any]:
         """The daemon's; of state "absent" without a daemon."""

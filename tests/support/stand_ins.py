@@ -166,7 +166,7 @@ def main() -> int:
     for name in ("--mode", "--vllm-mode", "--daemon-mode"):
         parser.add_argument(name, default="ready")
     parser.add_argument("--server-restarts", type=int, default=0)
-    parser.add_argument("--start-timeout", type=float, default=20.0)
+    parser.add_argument("--start-timeout", type=float, default=60.0)
     parser.add_argument("--outlive", type=float, default=60.0)
     parser.add_argument("--shutdown-timeout", type=float, default=10.0)
     args = parser.parse_args()

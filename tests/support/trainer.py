@@ -281,11 +281,16 @@ class Trainer:
 
         return dict(msgspec.to_builtins(self.pending.wait()))
 
-    def step(self, fill: float | None = None) -> dict[str, Any]:
-        """One optimizer step, which must wait for a broadcast under way; then overwrite the weights."""
+    def step(self, fill: float | None = None, begun: str = "") -> dict[str, Any]:
+        """One optimizer step, which must wait for a broadcast under way; then overwrite the weights.
+
+        ``begun`` is a file that says that it has begun.
+        """
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         start = time.perf_counter()
+        if begun:
+            Path(begun).touch()
         self.optimizer.step()
         seconds = time.perf_counter() - start
         if fill is not None:

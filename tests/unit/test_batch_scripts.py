@@ -59,7 +59,7 @@ def run(tmp_path: Path, script: str, **env: str) -> tuple[int, list[str], str]:
     (tmp_path / "steps").touch()
     done = subprocess.run(
         ["bash", "-c", f"set -euo pipefail\nsource {ROOT}/slurm/common.sh\n{START}{script}"],
-        capture_output=True, text=True, cwd=tmp_path, timeout=50, check=False,
+        capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False,
         env={
             "PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7",
             "SLURM_JOB_NAME": "job", "SHUTDOWN_TIMEOUT": "10", **env,

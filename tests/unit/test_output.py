@@ -161,7 +161,7 @@ def test_an_output_that_fails_does_not_cost_the_exit_code(log: Path) -> None:
             stderr=full,
             cwd=ROOT,
             env=buffered,
-            timeout=30,
+            timeout=120,
             check=False,
         )
     assert done.returncode == 75

@@ -431,7 +431,7 @@ def assert_still_heard(store: rendezvous.Store) -> None:
     client = rendezvous.reach_store("127.0.0.1", store.port, timeout_s=5)
     rendezvous.ask(client, REQUEST, SECRET, timeout_s=5)
     try:
-        assert daemon.events.get(timeout=5) == Requested(REQUEST)
+        assert daemon.events.get(timeout=20) == Requested(REQUEST)
     finally:
         door.close()
     assert daemon.events.empty()
@@ -639,7 +639,7 @@ def test_an_updater_that_talks_nonsense_counts_as_dead(data: bytes) -> None:
     with theirs:
         crew.adopt(0, Channel(ours))
         theirs.sendall(data)
-        assert reports.get(timeout=5) == Report(crew, 0, None)
+        assert reports.get(timeout=20) == Report(crew, 0, None)
     ours.close()
 
 

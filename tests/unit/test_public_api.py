@@ -86,7 +86,7 @@ def test_types_are_shipped() -> None:
 )  # fmt: skip
 def test_importing_loads_neither_torch_nor_vllm(use: str) -> None:
     code = f"import sys, bridge; {use}\nassert not {{'torch', 'vllm', 'numpy'}} & sys.modules.keys()"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=30)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
 # --- the earlier bridge's class --------------------------------------------------------------------------

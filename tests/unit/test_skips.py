@@ -61,7 +61,7 @@ def run(directory: Path, *flags: str, strict: bool) -> subprocess.CompletedProce
         cwd=directory,
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=120,
         check=False,
     )
 

@@ -163,7 +163,7 @@ def assert_no_more_held(before: tuple[set[str], set[str]]) -> None:
     def settled() -> bool:
         return all(now <= then for now, then in zip(held(), before, strict=True))
 
-    wait_until("threads and sockets to end", settled, timeout_s=5)
+    wait_until("threads and sockets to end", settled, timeout_s=20)
 
 
 def test_nobody_waits_longer_than_told_for_a_daemon_that_stands_still(daemon: tuple[int, int]) -> None:
@@ -208,13 +208,14 @@ def test_a_daemon_that_stands_still_costs_whoever_knocks_nothing(
     daemon: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pid, port = daemon
-    monkeypatch.setattr(rendezvous, "GREETING_TIMEOUT_S", 0.2)
     before = held()
     stop(pid)
-    for _ in range(5):
-        with pytest.raises(RendezvousError, match=r"nothing was heard for 0\.2 s; is the daemon stopped"):
-            reach(port)
-        assert_no_more_held(before)
+    with monkeypatch.context() as brief:
+        brief.setattr(rendezvous, "GREETING_TIMEOUT_S", 0.2)
+        for _ in range(5):
+            with pytest.raises(RendezvousError, match=r"nothing was heard for 0\.2 s; is the daemon stopped"):
+                reach(port)
+            assert_no_more_held(before)
     # It freezes behind its greeting; torch's own client then waits for more than was asked for.
     with pytest.raises(StoreSilent, match="its greeting"):
         DaemonStore("127.0.0.1", port, timeout_s=0.2)

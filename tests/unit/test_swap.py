@@ -26,6 +26,7 @@ from vllm_patching.swap import DoubleStaging, InPlaceStaging
 RANKS = 2
 ENGINES = 2
 SOON_S = 20.0  # within which a thread has answered, on a machine that does much else
+LATE_S = 0.2  # where none answers
 
 
 class Server:
@@ -90,8 +91,8 @@ def test_an_engine_that_reads_nothing_holds_a_commit_no_longer_than_its_deadline
     server.engines[0].channel = channel
     start = time.monotonic()
     with pytest.raises(TransferError, match="did not commit within"):
-        double(server).commit(1)
-    assert time.monotonic() - start < 5
+        double(server, timeout_s=LATE_S).commit(1)
+    assert time.monotonic() - start < SOON_S
     channel.close()
     theirs.close()
 
@@ -129,8 +130,10 @@ def test_a_vllm_that_was_started_again_is_not_asked_for_what_another_one_staged(
 # --- two halves: which version the inactive one holds ------------------------------------------------------
 
 
-def double(server: Server, *, copies: bool = False, **callbacks: Any) -> DoubleStaging:
-    boundary = Boundary(server, timeout_s=0.3, first_death=lambda: "")  # type: ignore[arg-type]
+def double(
+    server: Server, *, copies: bool = False, timeout_s: float = SOON_S, **callbacks: Any
+) -> DoubleStaging:
+    boundary = Boundary(server, timeout_s=timeout_s, first_death=lambda: "")  # type: ignore[arg-type]
     return DoubleStaging(boundary, copies=copies, **callbacks)
 
 
@@ -148,10 +151,10 @@ def test_the_first_version_has_the_checkpoint_before_it(server: Server) -> None:
 
 
 def test_what_vllm_was_asked_and_did_not_answer_is_kept_among_the_last_events(server: Server) -> None:
-    boundary = Boundary(server, timeout_s=0.3, first_death=lambda: "")  # type: ignore[arg-type]
+    boundary = Boundary(server, timeout_s=SOON_S, first_death=lambda: "")  # type: ignore[arg-type]
     flight._events.clear()
     boundary.commit(1, if_late="")
-    server.commits = False
+    server.commits, boundary.timeout_s = False, LATE_S
     with pytest.raises(TransferError, match="did not commit"):
         boundary.commit(2, if_late="")
     kept = [(event["event"], event["behind"]) for event in flight.events()]
@@ -174,7 +177,7 @@ def test_orders_to_write_end_it_and_so_does_a_commit_that_is_late(server: Server
     swap.orders()
     with pytest.raises(TransferError, match="begun to write over it"):
         swap.restore(None)
-    server.commits = False
+    server.commits, swap._boundary.timeout_s = False, LATE_S
     with pytest.raises(TransferError, match="did not commit within"):
         swap.commit(2)
     with pytest.raises(TransferError, match="still serves version 1 while version 2 waits"):
@@ -218,12 +221,14 @@ def test_a_rollback_that_is_late_leaves_nothing_to_come_back_to(server: Server) 
     publish(swap, 1)
     publish(swap, 2)
     assert swap.restore(None) == 1
-    server.commits = False
+    server.commits, swap._boundary.timeout_s = False, LATE_S
     with pytest.raises(TransferError, match="did not commit within"):
         swap.commit(3)
     server.commits = True
     wait_until(
-        "the late flip", lambda: server.page.slot(0).version == 3 == server.page.slot(1).version, timeout_s=5
+        "the late flip",
+        lambda: server.page.slot(0).version == 3 == server.page.slot(1).version,
+        timeout_s=SOON_S,
     )
     with pytest.raises(TransferError, match="not there any more"):
         swap.restore(None)
@@ -246,7 +251,7 @@ def test_a_flip_that_copies_keeps_nothing(server: Server) -> None:
 # --- one half ------------------------------------------------------------------------------------------
 
 
-def staging(server: Server, *, timeout_s: float = 5.0) -> InPlaceStaging:
+def staging(server: Server, *, timeout_s: float = SOON_S) -> InPlaceStaging:
     boundary = Boundary(server, timeout_s=timeout_s, first_death=lambda: "")  # type: ignore[arg-type]
     return InPlaceStaging(boundary, repair_timeout_s=60.0)
 
@@ -290,24 +295,25 @@ def test_a_daemon_that_died_while_it_committed_left_a_whole_version(server: Serv
 
 
 def test_a_commit_that_is_late_is_finished_when_the_ranks_follow(server: Server) -> None:
-    swap = staging(server, timeout_s=0.2)
-    server.commits = False
+    swap = staging(server)
     swap.hold()
     swap.begin(3)
+    server.commits, swap._boundary.timeout_s = False, LATE_S
     with pytest.raises(TransferError, match="goes on standing still"):
         swap.commit(3)
     assert swap.torn
-    server.commits = True
+    server.commits, swap._boundary.timeout_s = True, SOON_S
     swap.abandon("the commit was late")
     assert not swap.torn
     assert server.held() == [False, False]
 
 
 def test_a_live_version_is_not_reported_failed_because_the_engine_is_late_to_go_on(server: Server) -> None:
-    swap = staging(server, timeout_s=0.2)
+    swap = staging(server)
     swap.hold()
     swap.begin(3)
     server.stop()
+    swap._boundary.timeout_s = LATE_S
     for rank in range(RANKS):
         server.page.slot(rank).record(version=3, batch=1, flip_ns=7, active=0)
     assert swap.commit(3) == [7, 7]
@@ -315,7 +321,7 @@ def test_a_live_version_is_not_reported_failed_because_the_engine_is_late_to_go_
 
 
 def test_an_engine_that_does_not_stand_still_is_let_go(server: Server) -> None:
-    swap = staging(server, timeout_s=0.2)
+    swap = staging(server, timeout_s=LATE_S)
     server.stop()
     with pytest.raises(TransferError, match="nothing was written"):
         swap.hold()
@@ -323,7 +329,7 @@ def test_an_engine_that_does_not_stand_still_is_let_go(server: Server) -> None:
 
 
 def test_nothing_is_written_while_one_of_two_engines_still_runs(server: Server) -> None:
-    swap = staging(server, timeout_s=0.2)
+    swap = staging(server, timeout_s=LATE_S)
     server.stuck = {1}
     with pytest.raises(TransferError, match="nothing was written"):
         swap.hold()
