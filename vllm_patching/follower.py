@@ -245,6 +245,12 @@ class Follower:
         except RendezvousRefused as err:  # the file is older than who listens there now
             sock.close()
             raise RendezvousError(str(err)) from err
+        except PeerLost as err:
+            sock.close()
+            raise RendezvousError(
+                f"who listens at {meeting.host}:{meeting.port} did not answer ({err}): it ends, or is of "
+                f"another server, and does not know the secret in {FILE_NAME}"
+            ) from err
         except BaseException:
             sock.close()
             raise

@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 FILE_NAME = "nodes.json"
 HANDSHAKE_TIMEOUT_S = 10.0
+SAY_AGAIN_S = 60.0  # followers knock five times a second; why one was sent away is said this often
 END_CREW_TIMEOUT_S = 90.0  # a follower allows each of its updaters a third of it
 
 
@@ -205,6 +207,7 @@ class Nodes:
         self.master_port: int = args.master_port
         self.here: dict[int, Node] = {}
         self._lock = threading.Lock()
+        self._said: dict[str, float] = {}  # when it was said last why somebody was sent away, by why
         self._timers: dict[int, threading.Timer] = {}
         self._missed: dict[int, set[int]] = {}  # inference ranks that a lost node had, by node rank
         self._ending = False
@@ -271,7 +274,7 @@ class Nodes:
                 self._hear(node, link.receive())
         except BridgeError as err:
             if node is None:
-                logger.warning("ignored a stranger at the nodes' port: %s", err)
+                self._say_sent_away(type(err).__name__, f"ignored a stranger at the nodes' port: {err}")
             else:
                 self._lose(node, str(err))
         except Exception as err:  # the thread's edge: a node that nobody hears must not look present
@@ -289,7 +292,7 @@ class Nodes:
         node = Node(join, link)
         with self._lock:
             if (refused := self._refusal(join)) is not None:
-                logger.warning("refused %s at %s: %s", node.who, link.peer, refused.reason)
+                self._say_sent_away(refused.reason, f"refused {node.who} at {link.peer}: {refused.reason}")
                 link.send(refused)
                 return None
             link.send(  # before anything that the daemon's thread may want of a node that is here
@@ -310,6 +313,13 @@ class Nodes:
         if self._daemon.mapping is not None:
             self._publish(node)
         return node
+
+    def _say_sent_away(self, why: str, what: str) -> None:
+        now = time.monotonic()
+        self._said = {reason: said for reason, said in self._said.items() if now - said < SAY_AGAIN_S}
+        if why not in self._said:
+            self._said[why] = now
+            logger.warning("%s", what)
 
     def _is_back(self, node: Node) -> None:
         """It need not be given up any more, once every worker is here that it had when it was lost."""

@@ -5,7 +5,12 @@
 Four nodes, two that train and two with a server each. In each case the trainer makes a step, somebody dies
 or stands still meanwhile, and the version must be live all the same; then both servers must come to serve
 it, token for token. Case ``k`` of a seed is the same in every run, but for where in the step it strikes.
-All cases share one job, so a case is had again with those before it; ``--until 17`` ends the job behind it:
+
+Only a trainer rank that dies ends the job, as slurm/README.md says: with exit code 1, no requeue, and nothing
+left on any node. Until then servers answer by the version before the step or by the step's, whole. The next
+job, told of the last version that was served, goes on from the trainer's saved state and makes the step.
+
+All cases share a job otherwise, so one is had again with those before it; ``--until 17`` ends behind it:
 
     python -m tests.slurm.campaign --seed 1 --until 17
 """
@@ -13,9 +18,11 @@ All cases share one job, so a case is had again with those before it; ``--until 
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import statistics
@@ -25,7 +32,8 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,137 +41,273 @@ import psutil
 
 from benchmarks.machine import machine
 from tests.slurm.cluster import Cluster
-from tests.slurm.test_jobs import TRAINER, Job, assert_nothing_left, trained_answers
+from tests.slurm.test_jobs import (
+    TRAINER,
+    VLLM_FLAGS,
+    Job,
+    assert_nothing_left,
+    trained_answers,
+    untrained,
+)
 from tests.support.models import build_checkpoint
 from tests.support.serving import Api, stop, wait_until
 
-SERVERS = ("node3", "node4")
-# By role, what is in the command line of one on a server's node (of srun: on the batch script's). Not
-# slurmstepd: without it tasks go on, and srun never hears of their end, whatever we do.
+TRAINING, SERVERS = ("node1", "node2"), ("node3", "node4")
+RANKS_PER_NODE = 2
+# By role, what is in the command line of one on its node (of srun: on the batch script's). Not slurmstepd:
+# without it tasks go on, and srun never hears of their end, whatever we do.
 ROLES = {
     "launcher": "bridge.launch serve",
     "daemon": "vllm_patching.daemon",
     "updater": "vllm_patching.updater",
     "api": "openai.api_server",
     "engine": "VLLM::EngineCore",
+    "worker": "VLLM::Worker",
     "srun": "server.sh",
+    "trainer": f"-u {TRAINER}",  # as torchrun starts a rank; what starts torchrun names it too
 }
-KILLED = ("slurmd", "slurmd", "srun", "launcher", "daemon", "updater", "api", "engine")
-STOPPED = ("slurmd", "daemon", "updater", "engine")
-STOPPED_S = 8.0
+KILLED = ("slurmd", "slurmd", "srun", "launcher", "daemon", "updater", "api", "engine", "worker", "trainer")
+STOPPED = ("slurmd", "daemon", "updater", "engine", "worker", "trainer")
+# Less than a server's deadline costs time alone. A trainer rank also stands still for more, which costs the
+# round, and the trainer sends it again.
+STOPPED_S, TOO_LONG_S = 8.0, 20.0
 VERSION_TIMEOUT_S, RECOVER_TIMEOUT_S = 300.0, 400.0
 
 
-def draw(seed: int, case: int) -> tuple[str, str, str, float]:
-    """What happens, to which role, on which server's node, and how long after the step has begun."""
+@dataclass(frozen=True)
+class Fault:
+    """What happens to which role on which node, how long after the step has begun, and for how long."""
+
+    what: str
+    role: str
+    where: str
+    after_s: float
+    local_rank: int  # of trainer ranks, which are several on a node
+    stopped_s: float  # if it is
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.role}"
+
+    @property
+    def ends_the_job(self) -> bool:
+        return (self.what, self.role) == ("kill", "trainer")
+
+
+def draw(seed: int, case: int) -> Fault:
+    """The fault of one case."""
     chance = random.Random(f"slurm/{seed}/{case}")
     what = chance.choice(["kill", "kill", "stop"])
     role = chance.choice(KILLED if what == "kill" else STOPPED)
-    where = chance.choice(("node1", "node2", *SERVERS) if role == "slurmd" else SERVERS)
-    return what, role, where, chance.uniform(0.0, 1.0)
+    where = chance.choice({"slurmd": TRAINING + SERVERS, "trainer": TRAINING}.get(role, SERVERS))
+    after_s, local_rank = chance.uniform(0.0, 1.0), chance.randrange(RANKS_PER_NODE)
+    stopped_s = chance.choice((TOO_LONG_S, STOPPED_S) if role == "trainer" else (STOPPED_S,))
+    return Fault(what, role, where, after_s, local_rank, stopped_s)
+
+
+def flips(logdir: Path) -> list[int]:
+    """The versions that a server has flipped to, in order."""
+    log = logdir / "flips-rank0.jsonl"
+    return [json.loads(line)["version"] for line in log.read_text().splitlines()] if log.exists() else []
 
 
 class Campaign:
-    """One job, from case to case."""
+    """One job, from case to case, and the next one behind a fault that ends it."""
 
     def __init__(self, directory: Path, cases: int) -> None:
         self.cluster = Cluster(Path(tempfile.mkdtemp(prefix="vbs-")))
         self.model = build_checkpoint("qwen3", directory / "model", dtype="float32", seed=0)
-        self.state = directory / "state"
+        self.directory, self.state = directory, directory / "state"
+        self.step, self._steps = 0, cases
+        self._jobs, self._last = 0, 0  # how many there were, and the last version that any of them has served
+        self._answers = untrained(self.model)  # of the weights of ``step``
         self.cluster.start()
-        self.job = Job(
+        self.job = self._submit()
+
+    def _submit(self) -> Job:
+        """A job whose trainer goes on from what it has saved."""
+        latest = self.state / "latest"
+        self._restored = int(latest.read_text()) if latest.exists() else 0
+        self._jobs += 1
+        return Job(
             self.cluster,
-            directory / "job",
+            self.directory / f"job{self._jobs}",
             "train_and_serve.sbatch",
             ["--nodes=4"],
-            [TRAINER, str(self.model), str(self.state), str(cases)],
+            [TRAINER, str(self.model), str(self.state), str(self._steps)],
             MODEL=str(self.model),
             SERVE_NODES="2",
             STEP_BY_STEP="1",
             SERVER_RETRIES="1000",
+            TRAINERS_PER_NODE=str(RANKS_PER_NODE),
+            BRIDGE_VERSIONS_AFTER=str(self._last),
+            VLLM_FLAGS=f"{VLLM_FLAGS} --distributed-executor-backend=mp",  # one worker has a process too
         )
-        self.step, self._steps = 0, cases
 
-    def processes(self, role: str, where: str) -> list[psutil.Process]:
-        node = "node1" if role == "srun" else where
+    def processes(self, fault: Fault) -> list[psutil.Process]:
+        """Those of the fault's role; of trainer ranks the one."""
+        node = "node1" if fault.role == "srun" else fault.where
         found = []
         for process in self.cluster.inside(node):
             try:
                 words = process.cmdline() or [process.name()]
-                name = process.name() if role == "engine" else " ".join(words)
+                if ROLES[fault.role] not in f"{process.name()} {' '.join(words)}":
+                    continue
+                if fault.role == "srun" and not self._is_srun_of(words, fault.where):
+                    continue
+                if fault.role == "trainer" and process.environ()["LOCAL_RANK"] != str(fault.local_rank):
+                    continue
             except psutil.NoSuchProcess:
                 continue
-            line = f"{name} {' '.join(words)}"
-            if ROLES[role] in line and (role != "srun" or self._is_srun_of(words, where)):
-                found.append(process)
+            found.append(process)
         return found
 
     def _is_srun_of(self, words: list[str], where: str) -> bool:
         index = words.index(next(word for word in words if word.endswith("server.sh"))) + 1
         return words[0].endswith("srun") and words[index] == str(SERVERS.index(where))
 
-    def strike(self, what: str, role: str, where: str) -> None:
-        if role == "slurmd" and what == "kill":
-            self.cluster.replace_slurmd(where)
+    def strike(self, fault: Fault) -> None:
+        if fault.role == "slurmd" and fault.what == "kill":
+            self.cluster.replace_slurmd(fault.where)
             return
-        if role == "slurmd":
-            pid = self.cluster.slurmd(where)
+        if fault.role == "slurmd":
+            pid = self.cluster.slurmd(fault.where)
         else:  # the one before may have died in the case before
-            wait_until(f"the {role} of {where}", lambda: bool(self.processes(role, where)), timeout_s=120)
+            what = f"the {fault.role} of {fault.where}"
+            wait_until(what, lambda: bool(self.processes(fault)), timeout_s=120)
             # The first of several: what is forked of one has the same command line for a moment.
-            pid = self.processes(role, where)[0].pid
-        if what == "kill":
+            pid = self.processes(fault)[0].pid
+        if fault.what == "kill":
             os.kill(pid, signal.SIGKILL)
             return
         stop(pid)
-        threading.Event().wait(STOPPED_S)
+        threading.Event().wait(fault.stopped_s)
         try:
-            if role == "slurmd":  # nsenter stops with what it waits for
+            if fault.role == "slurmd":  # nsenter stops with what it waits for
                 os.kill(psutil.Process(pid).ppid(), signal.SIGCONT)
             os.kill(pid, signal.SIGCONT)
         except ProcessLookupError:
-            assert role == "updater", f"{role} was ended while it stood still"
+            assert fault.role == "updater", f"{fault.role} was ended while it stood still"
 
     def run(self, seed: int, case: int) -> dict[str, Any]:
-        what, role, where, after_s = draw(seed, case)
-        self.job.wait_file(f"paused{self.step}")
-        (self.job.directory / f"go{self.step}").touch()
-        self.step += 1
-        threading.Event().wait(after_s)
+        fault = draw(seed, case)
+        row: dict[str, Any] = {"case": case, "fault": str(fault), "where": fault.where}
+        if fault.role == "trainer":
+            row["local_rank"] = fault.local_rank
+        if fault.what == "stop":
+            row["stopped_s"] = fault.stopped_s
+        self._wait_paused()
+        return row | (self._lose_the_job(fault) if fault.ends_the_job else self._go_on(fault))
+
+    def _go_on(self, fault: Fault) -> dict[str, Any]:
+        """The version must be live all the same, and then on both servers."""
+        self._begin_step()
+        threading.Event().wait(fault.after_s)
         began = time.monotonic()
-        self.strike(what, role, where)
-        self.job.wait(
-            f"version of step {self.step}",
-            lambda: self.job.versions()[-1:] and self.job.versions()[-1][0] >= self.step,
-            timeout_s=VERSION_TIMEOUT_S,
-        )
+        self.strike(fault)
+        self._wait_live()
         live_s = time.monotonic() - began
-        self.job.wait_file(f"paused{self.step}" if self.step < self._steps else "done")
-        expected = trained_answers(self.model, self.state)
-        wait_until(
-            f"both servers to serve step {self.step}",
-            lambda: all(served == expected for served in self.served()),
-            timeout_s=RECOVER_TIMEOUT_S,
-            interval_s=0.5,
-        )
+        self._wait_served()
         return {
-            "case": case,
-            "fault": f"{what} {role}",
-            "where": where,
             "version": self.job.versions()[-1][1],
             "live_s": round(live_s, 2),
             "recovered_s": round(time.monotonic() - began, 2),
         }
 
-    def served(self) -> Iterator[Any]:
-        """What each server answers now; None for one that does not."""
-        for logdir in self.job.logdirs():
-            api = Api(0, str(self.model))
+    def _lose_the_job(self, fault: Fault) -> dict[str, Any]:
+        """It must end as it is said to, with nothing torn until then, and the next one make the step."""
+        before = [flips(logdir) for logdir in self.job.logdirs()]
+        ending = threading.Event()
+        with ThreadPoolExecutor(1) as thread:
+            watch = thread.submit(self._watch, ending)
             try:
-                api.url = (logdir / "server.url").read_text().strip()
-                yield [answer["tokens"] for answer in api.greedy(4, 16)]
-            except (OSError, ValueError):
-                yield None
+                self._begin_step()
+                threading.Event().wait(fault.after_s)
+                began = time.monotonic()
+                self.strike(fault)
+                self.job.wait_end("FAILED")
+            finally:
+                ending.set()
+        assert self.job.exit_code == "1:0", self.job.text()[-6000:]
+        assert self.job.told("RestartCnt") == "0"
+        assert re.search(r": exit 1; logs in ", self.job.text()), self.job.text()[-6000:]
+        assert_nothing_left(self.cluster)
+        ended_s = time.monotonic() - began
+        after = [flips(logdir) for logdir in self.job.logdirs()]
+        newest = max([self._last, *(one[-1] for one in before if one)])
+        self._last = max([newest, *(one[-1] for one in after if one)])
+        for old, new in zip(before, after, strict=True):
+            once = new == old or (self._last > newest and new == [*old, self._last])
+            assert once, f"{old} were served before the step, whose version is {self._last}, and then {new}"
+
+        old_answers, wanted = self._answers, self.step
+        self.job = self._submit()
+        assert self._restored in (wanted - 1, wanted), f"step {self._restored} was saved, of {wanted}"
+        self.step = self._restored
+        self._wait_paused()
+        if self.step < wanted:
+            self._begin_step()
+        self._wait_live()
+        version = self.job.versions()[-1][1]
+        assert version > self._last, f"version {version} is another one of the job before"
+        self._wait_served()
+        served_s = time.monotonic() - began
+        given = watch.result()
+        torn = [answer for _, answer in given if answer not in (old_answers, self._answers)]
+        assert not torn, (
+            f"{torn} are of neither step {wanted - 1}, {old_answers}, nor the next, {self._answers}"
+        )
+        return {
+            "version": version,
+            "answers": len(given),
+            "answers_behind": sum(asked >= began for asked, _ in given),
+            "ended_s": round(ended_s, 2),
+            "next_job_serves_s": round(served_s, 2),
+        }
+
+    def _watch(self, ending: threading.Event) -> list[tuple[float, list[list[int]]]]:
+        """When servers were asked, and their answers by one version from the first token to the last."""
+        given = []
+        while not ending.is_set():
+            for logdir in self.job.logdirs():
+                version, asked = flips(logdir), time.monotonic()
+                if (answer := self._ask(logdir)) is not None and flips(logdir) == version:
+                    given.append((asked, answer))
+            ending.wait(0.05)
+        return given
+
+    def _wait_paused(self) -> None:
+        """Until the trainer has made all steps so far, and stands before the next one or at the end."""
+        self.job.wait_file(f"paused{self.step - self._restored}" if self.step < self._steps else "done")
+
+    def _begin_step(self) -> None:
+        (self.job.directory / f"go{self.step - self._restored}").touch()
+        self.step += 1
+
+    def _wait_live(self) -> None:
+        self.job.wait(
+            f"version of step {self.step}",
+            lambda: self.job.versions()[-1:] and self.job.versions()[-1][0] >= self.step,
+            timeout_s=VERSION_TIMEOUT_S,
+        )
+
+    def _wait_served(self) -> None:
+        self._wait_paused()
+        self._answers = trained_answers(self.model, self.state)
+        wait_until(
+            f"both servers to serve step {self.step}",
+            lambda: [self._ask(logdir) for logdir in self.job.logdirs()] == [self._answers] * len(SERVERS),
+            timeout_s=RECOVER_TIMEOUT_S,
+            interval_s=0.5,
+        )
+
+    def _ask(self, logdir: Path) -> list[list[int]] | None:
+        """What a server answers now; None for one that does not."""
+        api = Api(0, str(self.model))
+        try:
+            api.url = (logdir / "server.url").read_text().strip()
+            return [answer["tokens"] for answer in api.greedy(4, 16)]
+        except (OSError, ValueError, http.client.HTTPException):
+            return None
 
     def end(self) -> None:
         """The job in order; nothing may be left on a node."""
@@ -181,11 +325,11 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "by_fault": dict(sorted(Counter(row["fault"] for row in rows).items())),
         **{
             key: {
-                "median": statistics.median(row[key] for row in good),
-                "worst": max(row[key] for row in good),
+                "median": statistics.median(row[key] for row in good if key in row),
+                "worst": max(row[key] for row in good if key in row),
             }
-            for key in ("live_s", "recovered_s")
-            if good
+            for key in ("live_s", "recovered_s", "ended_s", "next_job_serves_s")
+            if any(key in row for row in good)
         },
     }
 
@@ -222,9 +366,9 @@ def main() -> int:
         campaign.end()
     except Exception:  # noqa: BLE001 - the job is of no further use
         failure = traceback.format_exc()
-        what, role, where, _ = draw(args.seed, len(rows))
-        fault = f"{what} {role}" if len(rows) < cases else "the end of the job"
-        rows.append({"case": len(rows), "fault": fault, "where": where, "failure": failure})
+        drawn = draw(args.seed, len(rows))
+        fault = str(drawn) if len(rows) < cases else "the end of the job"
+        rows.append({"case": len(rows), "fault": fault, "where": drawn.where, "failure": failure})
         print(failure, campaign.job.text()[-6000:], flush=True)
     finally:
         campaign.job.cancel()

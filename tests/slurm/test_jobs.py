@@ -390,6 +390,68 @@ def test_two_jobs_on_the_same_nodes_and_what_scancel_leaves(
 
 
 @only_in_full("slurm")
+def test_of_two_servers_of_two_nodes_each_one_is_lost_whole_and_comes_back(
+    cluster: Cluster, submit: Callable[..., Job], checkpoint: Callable[..., Path], tmp_path: Path,
+    record_property: Record,
+) -> None:  # fmt: skip
+    """With a worker on its second node; the other one gets the version meanwhile."""
+    model, state = checkpoint("qwen3", "float32", 0), tmp_path / "state"
+    serve = submit(
+        "serve",
+        "serve.sbatch",
+        ["--nodes=4"],
+        [],
+        MODEL=str(model),
+        NODES_PER_SERVER="2",
+        VLLM_FLAGS=f"{VLLM_FLAGS} --tensor-parallel-size=2",
+    )
+    serve.wait("to serve", lambda: "serving at" in serve.text())
+    train = submit(
+        "train",
+        "train_and_serve.sbatch",
+        ["--nodes=2"],
+        [TRAINER, str(model), str(state), "4"],
+        SERVE_NODES="0",
+        BRIDGE_LOGDIRS=":".join(map(str, serve.logdirs())),
+        STEP_BY_STEP="1",
+        TRAINERS_PER_NODE="1",
+    )
+
+    def step(number: int) -> None:
+        train.wait_file(f"paused{number - 1}")
+        (train.directory / f"go{number - 1}").touch()
+        train.wait(f"step {number}", lambda: train.versions()[-1:] and train.versions()[-1][0] == number)
+
+    step(1)
+    step(2)
+    assert serve.flips() == [[1, 2], [1, 2]]
+    worker = next(process for process in cluster.inside("node4") if "VLLM::Worker" in process.name())
+    worker.kill()
+    step(3)
+    assert serve.flips()[0] == [1, 2, 3]
+    fresh = untrained(model)
+
+    def serves_the_checkpoint() -> bool:
+        try:
+            found = serve.apis(model)[1].greedy(4, 16)
+        except OSError:
+            return False
+        return [answer["tokens"] for answer in found] == fresh
+
+    serve.wait("the lost server to be there again", serves_the_checkpoint)
+    assert "server 1 ended with 75; starting it again (1 of 3)" in serve.text()
+    step(4)
+    train.wait_file("done")
+    assert [number for number, _ in train.versions()] == [1, 2, 3, 4]
+    record_property(serve.script, assert_served(serve, model, state, servers=2))
+    train.release()
+    train.wait_end("COMPLETED")
+    serve.cancel()
+    serve.wait_end("CANCELLED")
+    assert_nothing_left(cluster)
+
+
+@only_in_full("slurm")
 def test_one_node_trains_and_serves(
     cluster: Cluster, submit: Callable[..., Job], checkpoint: Callable[..., Path], tmp_path: Path,
     record_property: Record,

@@ -148,14 +148,18 @@ class Daemon:
         *,
         nnodes: int = 2,
         launch_id: str = "one",
+        logdir: Path | None = None,
         head: str = HERE,
         prefix: tuple[str, ...] = (),
     ) -> None:
-        """``head`` is the first node's address; the daemon's command begins with ``prefix``."""
+        """``head`` is the first node's address; the daemon's command begins with ``prefix``.
+
+        ``logdir`` is "log" in ``root``, unless another one is given.
+        """
         self._prefix = prefix
-        self.run_dir, self.log = root / f"run{node_rank}", root / f"daemon{node_rank}.log"
+        self.run_dir, self.log = root / f"{launch_id}{node_rank}", root / f"daemon{node_rank}.log"
         options = ServeOptions(
-            model="tests/parallel", vllm_args=("--tensor-parallel-size", "2"), logdir=root / "log",
+            model="tests/parallel", vllm_args=("--tensor-parallel-size", "2"), logdir=logdir or root / "log",
             nnodes=nnodes, node_rank=node_rank, master_addr=head, rendezvous_host=head,
             deadline_s=6.0, heartbeat_interval_s=0.5,
             commit_timeout_s=60.0, start_timeout_s=WAIT_S, transport="gloo",  # by the address it is told
@@ -194,11 +198,13 @@ class Daemon:
 class Server:
     """Two nodes; of the second, daemon and updaters live at the other end of ``link``, if there is one."""
 
-    def __init__(self, root: Path, *, link: Link | None = None) -> None:
+    def __init__(self, root: Path, *, launch_id: str = "one", link: Link | None = None) -> None:
+        """``launch_id`` names this start: one in the same ``root`` as an earlier has another."""
         self.root, self.logdir = root, root / "log"
         head = link.here if link is not None else HERE
-        self.head = Daemon(0, root, head=head)
-        self.follower = Daemon(1, root, head=head, prefix=link.inside() if link is not None else ())
+        self.head = Daemon(0, root, launch_id=launch_id, head=head)
+        inside = link.inside() if link is not None else ()
+        self.follower = Daemon(1, root, launch_id=launch_id, head=head, prefix=inside)
         for daemon in (self.head, self.follower):
             self._until(daemon, lambda daemon=daemon: bool(daemon.status()))  # type: ignore[misc]
         ends = [_context.Pipe() for _ in range(2)]

@@ -15,6 +15,8 @@ import pytest
 from benchmarks.simulate import shown
 from benchmarks.trace_shapes import collect
 from tests.faults.campaign import summary
+from tests.slurm.campaign import ROLES, SERVERS, STOPPED, TRAINING, draw
+from tests.slurm.campaign import summary as slurm_summary
 from tests.support.pages import ROOT, section, tables, text_of
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -118,3 +120,27 @@ def test_a_campaign_counts_kills_stalls_and_requests_to_end_apart() -> None:
     found = summary(rows, [])
     assert (found["cases"], found["kills"], found["stalls"], found["asked_to_end"]) == (15, 3, 2, 1)
     assert found["by_role"] == {"kill updater": 3, "stop engine": 2, "term api": 1}
+
+
+def test_a_slurm_campaign_counts_what_ends_its_job_apart() -> None:
+    on, ended = {"live_s": 1.0, "recovered_s": 2.0}, {"ended_s": 30.0, "next_job_serves_s": 90.0}
+    cases = {"kill worker": on, "kill trainer": ended, "stop trainer": {"live_s": 9.0, "recovered_s": 12.0}}
+    rows = [{"fault": fault} | times for fault, times in cases.items()]
+    found = slurm_summary([*rows, {"fault": "kill srun", "failure": "it hung"}])
+    assert (found["cases"], found["failures"]) == (4, 1)
+    assert found["live_s"] == {"median": 5.0, "worst": 9.0}
+    assert found["ended_s"] == {"median": 30.0, "worst": 30.0}
+    assert (found["recovered_s"]["worst"], found["next_job_serves_s"]["worst"]) == (12.0, 90.0)
+
+
+def test_a_slurm_campaign_comes_to_every_role_where_it_is() -> None:
+    faults = [draw(1, case) for case in range(1000)]
+    assert faults == [draw(1, case) for case in range(1000)]
+    where = {(fault.what, fault.role): set[str]() for fault in faults}
+    for fault in faults:
+        where[fault.what, fault.role].add(fault.where)
+    wanted = {("kill", role) for role in (*ROLES, "slurmd")} | {("stop", role) for role in STOPPED}
+    assert where.keys() == wanted
+    for (_, role), nodes in where.items():
+        places = {"trainer": TRAINING, "slurmd": TRAINING + SERVERS}.get(role, SERVERS)
+        assert nodes == set(places), role

@@ -292,6 +292,39 @@ def test_late_words_are_not_overwritten_by_the_registration_they_follow(page_fir
     assert head.failed == []
 
 
+def test_why_somebody_is_sent_away_is_not_said_at_each_knock(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = Head()
+    head.daemon.secret = "s"
+    second = msgspec.structs.replace(JOIN, protocol_version=PROTOCOL_VERSION, pid=8)
+
+    def knock(secret: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            near = socket.create_connection(listener.getsockname())
+            far, _ = listener.accept()
+        thread = threading.Thread(target=head.nodes._converse, args=(far,))
+        thread.start()
+        with near:
+            Link(near, secret, role=wire.FOLLOWER, deadline_s=5.0).send(second)
+            thread.join(5)
+        assert not thread.is_alive()
+
+    def knock_often() -> list[str]:
+        caplog.clear()
+        for _ in range(3):
+            knock("another")
+            knock("s")
+        return [record.getMessage() for record in caplog.records]
+
+    stranger, busy = knock_often()
+    assert "signed with another launch's secret" in stranger
+    assert "node 1 (daemon pid 7 on there) is here already" in busy
+    assert knock_often() == []
+    monkeypatch.setattr("vllm_patching.nodes.SAY_AGAIN_S", 0.0)
+    assert len(knock_often()) == 6
+
+
 def test_a_flip_that_fails_on_another_node_is_told_though_nobody_waits() -> None:
     head = Head()
     page = head.registry.control = ControlPage.create(2)
