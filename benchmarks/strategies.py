@@ -205,7 +205,7 @@ def direct_each(
     """Every server by itself: they begin at random within ``DRIFT_S`` of the first.
 
     Flows that share a link do so unevenly: a bucket costs servers more or less, at random, by ``UNEVEN`` at
-    most. A quarter of that or twice as much gives nearly the same; without any, servers keep step for long.
+    most. How unevenly counts for little; but without any of it, servers would keep step for long.
     ``in_turns`` is an order that the bridge does not have: at both ends, each updater of each server begins
     with another trainer rank.
     """
