@@ -25,7 +25,16 @@ from typing import Any
 from benchmarks import gpu_rates
 from benchmarks.machine import machine
 from benchmarks.model_shapes import KIMI_1T, LLAMA_70B, QWEN3_8B, Model, Server, Trainer, model_bytes
-from benchmarks.strategies import STRATEGIES, Cluster, Lanes, direct_each, plan_lanes
+from benchmarks.strategies import (
+    MOST_BUCKETS,
+    STRATEGIES,
+    Cluster,
+    Lanes,
+    direct_at_once,
+    direct_each,
+    direct_in_step,
+    plan_lanes,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +54,8 @@ CASES = (
     Case("70B", LLAMA_70B, Trainer(64), Server(8)),
     Case("1T", KIMI_1T, Trainer(256, expert_parallel=64), Server(8, engines=8), layers=3),
 )
-FEW, DRIFT_S = (1, 2, 4, 8), 0.01
+FEW = (1, 2, 4, 8)
 DOUBLED = 0.01
-MOST_BUCKETS = 2000  # of a plan whose servers are simulated one by one
 SERVERS = tuple(2**n for n in range(1, 11))
 ETHERNET = {"nic": 11.5e9, "nics_per_node": 1, "message_s": 60e-6, "hop_s": 30e-6}  # 100 Gbit/s, 92% of it
 
@@ -82,10 +90,10 @@ def orders(lanes: Lanes, cluster: Cluster) -> list[dict[str, float]]:
     return [
         {
             "servers": n,
-            "in_step": STRATEGIES["direct"](lanes, cluster, n),
-            "drifting": direct_each(lanes, cluster, n, spread_s=DRIFT_S),
-            "in_turns": direct_each(lanes, cluster, n, spread_s=DRIFT_S, in_turns=True),
-            "at_once": STRATEGIES["direct, all lanes at once"](lanes, cluster, n),
+            "in_step": direct_in_step(lanes, cluster, n),
+            "drifting": direct_each(lanes, cluster, n),
+            "in_turns": direct_each(lanes, cluster, n, in_turns=True),
+            "at_once": direct_at_once(lanes, cluster, n),
         }
         for n in FEW
     ]

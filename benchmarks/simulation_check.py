@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from benchmarks.fluid import Link, Transfer, simulate
 from benchmarks.machine import machine
 from benchmarks.model_shapes import Model, Server, Trainer, layouts_of, mapping_of, model_bytes
 from benchmarks.shaped_hosts import Host, shaped_hosts
-from benchmarks.simulation_ends import follow
+from benchmarks.simulation_ends import BareEnd, TrainerEnd, UpdaterEnd, follow
 from bridge.protocol import mapping as mappings
 from bridge.protocol.plan import Bucket, Copy, Plan, build_plan
 from bridge.wire.copy_jobs import rows_of
@@ -51,7 +51,7 @@ SMALL = Model(
 LARGER = dataclasses.replace(SMALL, name="larger", hidden=1024, intermediate=3072, layers=16, vocab=65536)
 BUCKET_BYTES = 2 << 20
 ITEMSIZE = 2
-BARE_BYTES, BARE_RUNS = 32 << 20, 9
+BARE_BYTES, BARE_RUNS, LINK_RUNS = 32 << 20, 9, 5
 SMALL_COPIES, SMALL_BYTES = 512, 4 << 10
 MEMORY_BYTES = 128 << 20  # more than caches hold
 ANSWER_S = 180.0
@@ -99,13 +99,13 @@ def core_of(role: str, number: int) -> int:
 
 
 class End:
-    """A process of ``simulation_ends.py``."""
+    """A process that ``simulation_ends.follow`` leads."""
 
-    def __init__(self, host: Host, core: int, **spec: Any) -> None:
+    def __init__(self, host: Host, core: int, kind: Callable[[dict[str, Any]], Any], **spec: Any) -> None:
         """``core`` counts on from the last one to the first."""
         self.host = host
         self._orders, theirs = _context.Pipe()
-        arguments = ({**spec, "core": core, "address": host.address}, host.namespace, theirs)
+        arguments = (kind, {**spec, "core": core, "address": host.address}, host.namespace, theirs)
         self._process = _context.Process(target=follow, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
@@ -152,15 +152,18 @@ def ends() -> Iterator[list[End]]:
 
 
 @functools.cache
-def measure_link(rates: tuple[str, str], *, into: bool) -> float:
-    """Payload bytes per second that one TCP connection gets through a rate."""
-    with shaped_hosts({"a": FREE if into else rates, "b": rates if into else FREE}) as hosts, ends() as made:
-        giver, taker = End(hosts["a"], 0, kind="bare"), End(hosts["b"], 1, kind="bare")
+def measure_link(out: str, into: str) -> float:
+    """Payload bytes per second that one TCP connection gets out of a host and into another."""
+    with shaped_hosts({"a": (out, ""), "b": ("", into)}) as hosts, ends() as made:
+        giver, taker = End(hosts["a"], 0, kind=BareEnd), End(hosts["b"], 1, kind=BareEnd)
         made += (giver, taker)
-        port = taker.ask("listen")
-        taker.order("take", nbytes=BARE_BYTES)
-        giver.ask("give", host=hosts["b"].address, port=port, nbytes=BARE_BYTES)
-        return float(taker.answer())
+        runs = []
+        for _ in range(LINK_RUNS):
+            port = taker.ask("listen")
+            taker.order("take", nbytes=BARE_BYTES)
+            giver.ask("give", host=hosts["b"].address, port=port, nbytes=BARE_BYTES)
+            runs.append(float(taker.answer()))
+        return statistics.median(runs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,10 +195,10 @@ def width_of(copy: Copy) -> int:
     return 0 if len(jobs) == jobs[0].rows == 1 else jobs[0].width * ITEMSIZE
 
 
-def measure_machine(widths: Sequence[int]) -> Machine:
-    """A bare Gloo pair without a limit, and what one thread does with rows of these widths."""
+def measure_gloo() -> tuple[float, float, float]:
+    """Bytes per second of a bare pair without a limit, and what that is of either end's core."""
     with shaped_hosts({"a": FREE, "b": FREE}) as hosts, ends() as made:
-        one, other = End(hosts["a"], 0, kind="bare"), End(hosts["b"], 1, kind="bare")
+        one, other = End(hosts["a"], 0, kind=BareEnd), End(hosts["b"], 1, kind=BareEnd)
         made += (one, other)
         port = one.ask("store")
         for rank, end in enumerate((one, other)):
@@ -207,7 +210,15 @@ def measure_machine(widths: Sequence[int]) -> Machine:
             one.order("gloo", sends=True, nbytes=8 * BARE_BYTES, bucket_bytes=BUCKET_BYTES)
             gloo, receiving = other.ask("gloo", sends=False, nbytes=8 * BARE_BYTES, bucket_bytes=BUCKET_BYTES)
             runs.append((gloo, one.answer()[1], receiving))
-        pair = sorted(runs[1:])[BARE_RUNS // 2]  # the first one warms up
+        return sorted(runs[1:])[BARE_RUNS // 2]  # the first one warms up
+
+
+def measure_machine(widths: Sequence[int]) -> Machine:
+    """A bare Gloo pair, and what one thread does with rows of these widths."""
+    pair = measure_gloo()
+    with shaped_hosts({"a": FREE, "b": FREE}) as hosts, ends() as made:
+        one, other = End(hosts["a"], 0, kind=BareEnd), End(hosts["b"], 1, kind=BareEnd)
+        made += (one, other)
         pid, address = one.ask("hold", nbytes=MEMORY_BYTES)
         holding = {"pulling": {"pid": pid, "address": address}}
 
@@ -333,7 +344,7 @@ def run(case: Case, directory: Path, rounds: int) -> tuple[Plan, list[float], li
     with shaped_hosts(rates) as hosts, ends() as made:
         trainers = [
             End(
-                hosts[f"trainer {rank}"], core_of("trainer", rank), kind="trainer", rank=rank,
+                hosts[f"trainer {rank}"], core_of("trainer", rank), kind=TrainerEnd, rank=rank,
                 mappings=[str(path)] * len(case.servers), layout=layouts[rank],
             )
             for rank in range(len(case.trainers))
@@ -344,7 +355,7 @@ def run(case: Case, directory: Path, rounds: int) -> tuple[Plan, list[float], li
                 End(
                     hosts[f"server {i}"],
                     core_of("updater", i * case.tp + rank),
-                    kind="updater",
+                    kind=UpdaterEnd,
                     rank=rank,
                     mapping=str(path),
                 )
@@ -392,7 +403,7 @@ def check(case: Case, rounds: int) -> dict[str, Any]:
     """Measure the parts, predict, then measure the whole."""
     wanted = {(rate, into) for hosts in (case.trainers, case.servers) for pair in hosts
               for into, rate in enumerate(pair) if rate}  # fmt: skip
-    links = {rate: measure_link(("", rate) if into else (rate, ""), into=bool(into)) for rate, into in wanted}
+    links = {rate: measure_link(*(("", rate) if into else (rate, ""))) for rate, into in wanted}
     with tempfile.TemporaryDirectory(prefix="check-") as directory:
         plan, seconds, transports = run(case, Path(directory), rounds)
     copies = [copy for lane in plan.lanes for bucket in lane.buckets for copy in bucket.copies]

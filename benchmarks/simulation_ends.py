@@ -308,7 +308,9 @@ def _each(buckets: list[Bucket], work: Callable[[Bucket], object]) -> float:
     return statistics.median(seconds[1:]) / len(buckets)
 
 
-def follow(spec: dict[str, Any], namespace: str, orders: Connection) -> None:
+def follow(
+    kind: Callable[[dict[str, Any]], Any], spec: dict[str, Any], namespace: str, orders: Connection
+) -> None:
     """A process's whole life: enter its host, keep to its core, then follow orders until there are none."""
     libc = ctypes.CDLL(None, use_errno=True)
     with open(f"/run/netns/{namespace}") as file:
@@ -318,10 +320,7 @@ def follow(spec: dict[str, Any], namespace: str, orders: Connection) -> None:
     os.sched_setaffinity(0, {cores[spec["core"] % len(cores)]})
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    kinds: dict[str, Callable[[dict[str, Any]], Any]] = {
-        "updater": UpdaterEnd, "trainer": TrainerEnd, "bare": BareEnd,
-    }  # fmt: skip
-    end = kinds[spec["kind"]](spec)
+    end = kind(spec)
     while (order := orders.recv()) is not None:
         method, arguments = order
         orders.send(getattr(end, method)(**arguments))

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 import random
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from bridge.protocol.plan import Plan, build_plan
 
 BUCKET_BYTES = 256 << 20  # the daemon's on GPUs
 RESOLUTION = 1e-4
+UNEVEN, DRIFT_S, DRAWS = 0.2, 0.01, 3
+ONE_BY_ONE, MOST_BUCKETS = 8, 2000  # servers that are simulated one by one, and buckets of their plan
 LONG_CHAIN = 32
 
 
@@ -66,6 +69,7 @@ class Lanes:
     nbytes: float
     largest_rank: float  # bytes of the inference rank that takes the most
     planned_layers: int
+    bucket_bytes: int
 
 
 def plan_of(model: Model, trainer: Trainer, server: Server, bucket_bytes: int = BUCKET_BYTES) -> Plan:
@@ -99,8 +103,9 @@ def plan_lanes(
     for (_, inference), parts in buckets.items():
         by_rank[inference] += sum(parts)
     return Lanes(
-        model, trainer, server, buckets, sum(by_rank.values()), max(by_rank.values()), layers or model.layers
-    )
+        model, trainer, server, buckets, sum(by_rank.values()), max(by_rank.values()),
+        layers or model.layers, bucket_bytes,
+    )  # fmt: skip
 
 
 def _lane_bytes(plan: Plan) -> dict[tuple[int, int], float]:
@@ -158,12 +163,29 @@ class _Network:
 # --- the bridge's own -------------------------------------------------------------------------------------
 
 
-@functools.cache
 def direct(lanes: Lanes, cluster: Cluster, servers: int) -> float:
     """NCCL between hosts as the bridge does it: each end goes through its lanes in order, bucket by bucket.
 
+    A few servers are simulated one by one, unless the plan is too large. Once servers are spread over the
+    trainers' cards, each further one costs what the fullest of these cards needs for it.
+    """
+    few = min(servers, ONE_BY_ONE) if sum(map(len, lanes.buckets.values())) <= MOST_BUCKETS else 1
+    if few == 1:
+        first = direct_in_step(lanes, cluster, 1)
+    else:
+        first = statistics.mean(direct_each(lanes, cluster, few, seed=seed) for seed in range(DRAWS))
+    card: defaultdict[int, float] = defaultdict(float)
+    for (trainer, _), parts in lanes.buckets.items():
+        card[trainer // cluster.gpus_per_nic] += sum(parts)
+    further = (servers - few) * max(card.values()) / cluster.nic
+    return max(first + further, direct_at_once(lanes, cluster, servers))
+
+
+@functools.cache
+def direct_in_step(lanes: Lanes, cluster: Cluster, servers: int) -> float:
+    """As ``direct``, if all servers kept step: the worst for the trainers' cards.
+
     A trainer rank has a stream for each server, and an updater has one; on both, one bucket moves at a time.
-    All servers keep step here, which is the worst for the trainer's cards; ``direct_each`` lets them drift.
     """
     network = _Network(cluster, lanes.server, servers)
     transfers: list[Transfer] = []
@@ -178,21 +200,24 @@ def direct(lanes: Lanes, cluster: Cluster, servers: int) -> float:
 
 
 def direct_each(
-    lanes: Lanes, cluster: Cluster, servers: int, *, spread_s: float, in_turns: bool = False
+    lanes: Lanes, cluster: Cluster, servers: int, *, seed: int = 0, in_turns: bool = False
 ) -> float:
-    """As ``direct``, every server by itself: they begin at random within ``spread_s`` of one another.
+    """Every server by itself: they begin at random within ``DRIFT_S`` of the first.
 
+    Flows that share a link do so unevenly: a bucket costs servers more or less, at random, by ``UNEVEN`` at
+    most. How unevenly counts for little; but without any of it, servers would keep step for long.
     ``in_turns`` is an order that the bridge does not have: at both ends, each updater of each server begins
     with another trainer rank.
     """
     network = _Network(cluster, lanes.server, servers)
-    draw, ranks = random.Random(1), lanes.trainer.ranks
+    draw, ranks = random.Random(seed), lanes.trainer.ranks
+    shares = {bucket[:3]: _uneven(draw, servers) for bucket in _buckets(lanes)}
     apart = max(1, ranks // (servers * lanes.server.ranks))
     transfers: list[Transfer] = []
     for server in range(servers):
         last: dict[tuple[str, int], int] = {}
         start = len(transfers)
-        transfers.append(Transfer(0.0, (), latency_s=draw.random() * spread_s))
+        transfers.append(Transfer(0.0, (), latency_s=draw.random() * DRIFT_S if server else 0.0))
 
         def turn(bucket: tuple[int, int, int, float], server: int = server) -> tuple[int, int, int]:
             index, trainer, inference, _ = bucket
@@ -201,13 +226,20 @@ def direct_each(
                 trainer = (trainer - first) % ranks
             return index, trainer, inference
 
-        for _, trainer, inference, nbytes in sorted(_buckets(lanes), key=turn):
+        for index, trainer, inference, nbytes in sorted(_buckets(lanes), key=turn):
             ends = (("trainer", trainer), ("updater", inference))
             after = tuple(last[end] for end in ends if end in last) or (start,)
             for end in ends:
                 last[end] = len(transfers)
-            transfers.append(_lane(network, trainer, inference, nbytes, after, server=server))
+            uneven = nbytes * shares[index, trainer, inference][server]
+            transfers.append(_lane(network, trainer, inference, uneven, after, server=server))
     return cluster.round_s + network.run(transfers).seconds
+
+
+def _uneven(draw: random.Random, servers: int) -> list[float]:
+    """What a bucket costs each server; the bucket as often as there are servers, all in all."""
+    shares = [1 + UNEVEN * (2 * draw.random() - 1) for _ in range(servers)]
+    return [share * servers / sum(shares) for share in shares]
 
 
 def direct_at_once(lanes: Lanes, cluster: Cluster, servers: int) -> float:
@@ -281,9 +313,9 @@ def _stations(lanes: Lanes, cluster: Cluster, servers: int) -> tuple[int, int]:
 @functools.cache
 def _relay(lanes: Lanes, cluster: Cluster, beside: int, levels: tuple[int, ...]) -> float:
     """``levels`` are the stations at each distance from the trainer, each for ``beside`` servers."""
-    first = direct(lanes, cluster, 1)
+    first = direct_in_step(lanes, cluster, 1)
     network = _Network(cluster, lanes.server, 1)
-    parts = _cut(lanes.largest_rank, BUCKET_BYTES)
+    parts = _cut(lanes.largest_rank, lanes.bucket_bytes)
     flows = min(cluster.gpus_per_nic, lanes.server.ranks)
     # What has arrived when: as if the first server's buckets came at an even pace.
     arriving = network.any("first", lanes.largest_rank / first)
@@ -320,7 +352,7 @@ def relay_doubling(lanes: Lanes, cluster: Cluster, servers: int) -> float:
     ]
     local = network.any("within hosts", cluster.nccl, beside - 1)
     transfers.append(Transfer(lanes.largest_rank, (local,), (steps - 1,) if steps else (), limit=1e15))
-    return direct(lanes, cluster, 1) + network.run(transfers).seconds
+    return direct_in_step(lanes, cluster, 1) + network.run(transfers).seconds
 
 
 # --- what others do ---------------------------------------------------------------------------------------
@@ -340,11 +372,11 @@ def gather_broadcast(lanes: Lanes, cluster: Cluster, servers: int) -> float:
         )
     broadcast = [network.trainer_card(0, 1), network.any("ring", cluster.nic)]
     hosts = _nodes(cluster, lanes.server.ranks * servers)
-    buckets = math.ceil(nbytes / BUCKET_BYTES)
+    latency = _calls(lanes, cluster)
     transfers = [
-        Transfer(nbytes, tuple(gather), latency_s=buckets * cluster.nccl_bucket_s),
+        Transfer(nbytes, tuple(gather), latency_s=latency),
         Transfer(
-            nbytes, tuple(broadcast), (0,), latency_s=buckets * _fill(cluster, hosts), limit=cluster.nccl
+            nbytes, tuple(broadcast), (0,), latency_s=latency + _fill(cluster, hosts), limit=cluster.nccl
         ),
     ]
     return network.run(transfers).seconds
@@ -360,10 +392,10 @@ def node_ring(lanes: Lanes, cluster: Cluster, servers: int) -> float:
 
 
 def node_tree(lanes: Lanes, cluster: Cluster, servers: int) -> float:
-    """The same along a binary tree of hosts: everyone sends twice, and few hops lie behind each other."""
+    """The same along a binary tree of hosts: who has two below it sends twice; hops in a row are few."""
     hosts = _nodes(cluster, lanes.server.ranks * servers)
     return _node_broadcast(
-        lanes, cluster, servers, sent=1 if hosts == 1 else 2, depth=math.ceil(math.log2(hosts + 1))
+        lanes, cluster, servers, sent=min(2, hosts - 1), depth=math.ceil(math.log2(hosts + 1))
     )
 
 
@@ -377,9 +409,8 @@ def _node_broadcast(lanes: Lanes, cluster: Cluster, servers: int, *, sent: int, 
         uses.append(network.any("tx", cluster.nic, sent / cards))
     # From one's own card come 1 / gpus_per_node of what every GPU gets.
     uses.append(network.any("nvlink", cluster.nccl, 1 - 1 / cluster.gpus_per_node))
-    buckets = math.ceil(nbytes / BUCKET_BYTES)
-    fill = buckets * _fill(cluster, depth)
-    return network.run([Transfer(nbytes, tuple(uses), latency_s=fill)]).seconds
+    latency = _calls(lanes, cluster) + _fill(cluster, depth)
+    return network.run([Transfer(nbytes, tuple(uses), latency_s=latency)]).seconds
 
 
 def shared_disk(lanes: Lanes, cluster: Cluster, servers: int) -> float:
@@ -402,9 +433,14 @@ def _nodes(cluster: Cluster, gpus: int) -> int:
     return -(-gpus // cluster.gpus_per_node)
 
 
+def _calls(lanes: Lanes, cluster: Cluster) -> float:
+    """What the calls for all buckets cost besides their bytes."""
+    return math.ceil(model_bytes(lanes.model) / lanes.bucket_bytes) * cluster.nccl_bucket_s
+
+
 def _fill(cluster: Cluster, depth: int) -> float:
-    """Until the first chunk of a call has come through ``depth`` hosts."""
-    return cluster.nccl_bucket_s + depth * (cluster.hop_s + cluster.chunk / cluster.nic)
+    """Until the first chunk has come through ``depth`` hosts; nobody waits for that before the next call."""
+    return depth * (cluster.hop_s + cluster.chunk / cluster.nic)
 
 
 STRATEGIES: dict[str, Callable[[Lanes, Cluster, int], float]] = {

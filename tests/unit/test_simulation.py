@@ -24,7 +24,16 @@ from benchmarks.model_shapes import (
     mapping_of,
     model_bytes,
 )
-from benchmarks.strategies import STRATEGIES, Cluster, Lanes, direct, direct_at_once, plan_lanes, plan_of
+from benchmarks.strategies import (
+    STRATEGIES,
+    Cluster,
+    Lanes,
+    direct,
+    direct_at_once,
+    direct_in_step,
+    plan_lanes,
+    plan_of,
+)
 from bridge.protocol.mapping import find_faults
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -250,6 +259,16 @@ def test_one_trainer_sends_to_each_server_in_turn_what_its_card_lets_out() -> No
 def test_lanes_in_turn_are_never_faster_than_all_at_once(lanes: Lanes) -> None:
     for servers in (1, 2, 8):
         assert direct(lanes, CLUSTER, servers) >= direct_at_once(lanes, CLUSTER, servers) * 0.99
+
+
+def test_servers_soon_drift_apart_and_many_are_told_from_one(
+    lanes: Lanes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = dataclasses.replace(CLUSTER, nic=CLUSTER.nic / 100)
+    each = [direct(lanes, slow, servers) for servers in (2, 8, 20)]
+    assert each[1] < 0.7 * direct_in_step(lanes, slow, 8)
+    monkeypatch.setattr(strategies, "MOST_BUCKETS", 0)
+    assert each == pytest.approx([direct(lanes, slow, servers) for servers in (2, 8, 20)], rel=0.2)
 
 
 # --- what was measured ------------------------------------------------------------------------------------
