@@ -30,7 +30,7 @@ from typing import Any
 import psutil
 from machine import machine
 from support.models import build_checkpoint
-from support.serving import Server, Trainers, serving_together, stop, training, wait_until
+from support.serving import Server, Trainers, api_servers, serving_together, stop, training, wait_until
 
 START_TIMEOUT_S = 600.0
 FLAGS = ["--dtype=float32", "--distributed-executor-backend=mp"]  # the worker is a process of its own
@@ -52,9 +52,8 @@ def vllm_of(server: Server, *, since: float) -> psutil.Process | None:
 def pid_of(server: Server, role: str) -> int:
     """The process of ``server`` that has one of ``ROLES``."""
     if role == "API server":
-        found = vllm_of(server, since=0.0)
-        assert found is not None, f"{server.logdir} has no API server"
-        return found.pid
+        (pid,) = api_servers(server)
+        return pid
     return int(server.status()["pids"][{"engine core": "engines", "worker": "workers"}[role]][0])
 
 

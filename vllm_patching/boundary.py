@@ -119,7 +119,6 @@ class Boundary:
         Raises:
             TransferError: somebody of vLLM died, or the engine did not answer within the deadline.
         """
-        self._check_alive("the engine was told to go on")
         self._ask(
             lambda: setattr(self.page, "hold", 0),
             lambda: all(engine.held == 0 for engine in self.page.engines()),
@@ -156,9 +155,7 @@ class Boundary:
     ) -> None:
         with self._watching():
             engines, members = self._engines(), self._registry.members()
-            self._check_alive(
-                before
-            )  # here again: who was lost before this list was made is missed by nobody
+            self._check_alive(before)  # only now: who was lost before this list was made is in no list
             slots = self._slots()
             failures = [slot.failures for slot in slots]
             flight.note("vLLM asked", behind=before)
