@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 GRAPHS = '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 8, 32]}'
 FLAGS = (
     "--no-enforce-eager",
-    f"--compilation-config={os.environ.get('BRIDGE_TEST_COMPILATION', GRAPHS)}",
+    f"--compilation-config={GRAPHS}",
     "--gpu-memory-utilization=0.1",
     "--dtype=bfloat16",
 )
