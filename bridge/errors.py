@@ -63,6 +63,8 @@ class TransferError(BridgeError):
 class PeerLost(TransferError):
     """A process died or was silent for longer than the deadline."""
 
+    first_hand = False  # whether it is no consequence of anything that another process could know better
+
 
 class ChecksumMismatch(TransferError):
     """Bytes that arrived are not the bytes that were sent."""

@@ -274,7 +274,7 @@ class Session:
         else:
             self._give_back()
         if not self._control.close(timeout_s=CLOSE_TIMEOUT_S):
-            logger.debug("a control thread of epoch %d still waits for its deadline", self.epoch)
+            logger.warning("a thread of the control group of epoch %d does not end", self.epoch)
 
     def _give_back(self) -> None:
         self._mover.close()
@@ -406,7 +406,7 @@ class Session:
 
     def _root_cause(self, err: BridgeError) -> BridgeError:
         """A broken transfer is often only how another process's failure looks from here."""
-        if not isinstance(err, PeerLost):
+        if not isinstance(err, PeerLost) or err.first_hand:
             return err
         deadline = time.monotonic() + ROOT_CAUSE_TIMEOUT_S
         while (left := deadline - time.monotonic()) > 0:

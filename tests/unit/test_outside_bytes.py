@@ -322,9 +322,8 @@ def test_a_control_group_delivers_frames_or_says_what_came(sent: list[bytes]) ->
         group, {0: "trainer rank 0"}, epoch=1, heartbeat_interval_s=60, deadline_s=5,
         deliver=lambda _, event: delivered.append(event),
     )  # fmt: skip
-    for thread in control._threads[:-1]:
-        thread.join(5)
-        assert not thread.is_alive()
+    control._receivers[0].join(5)
+    assert not control._receivers[0].is_alive()
     assert control.close(timeout_s=5)
     assert all(isinstance(event, Frame | BridgeError) for event in delivered)
     assert over.is_set() or delivered, "silence"
