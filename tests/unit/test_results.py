@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.simulate import shown
+from benchmarks.strategies import STRATEGIES
 from benchmarks.trace_shapes import collect
 from tests.faults.campaign import summary
 from tests.slurm.campaign import ROLES, SERVERS, STOPPED, TRAINING, draw
@@ -93,6 +94,13 @@ def test_the_ratios_to_what_was_measured_are_those_of_the_results() -> None:
     checked = [f"{case['ratio']:.2f}" for case in read("simulation-check.json")["cases"]]
     assert [rows[0]["ratio"], rows[1]["ratio"]] == ["1.00 each", ", ".join(checked[9:])]
     assert set(checked[:9]) == {"1.00"}
+
+
+def test_every_strategy_was_measured_and_the_table_has_its_ratios() -> None:
+    (rows,) = tables(section(README, "### Every strategy, over shaped links"))
+    cases = read("simulation-strategies.json")["cases"]
+    found = {name: [f"{case['strategies'][name]['ratio']:.2f}" for case in cases] for name in STRATEGIES}
+    assert {row.pop("strategy"): list(row.values()) for row in rows} == found
 
 
 def test_a_rank_that_died_is_named_and_not_waited_for() -> None:

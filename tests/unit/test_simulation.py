@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from benchmarks import gpu_rates, strategies
+from benchmarks import gpu_rates, strategies, strategies_check
 from benchmarks.fluid import Transfer, simulate
 from benchmarks.model_shapes import (
     KIMI_1T,
@@ -24,6 +24,7 @@ from benchmarks.model_shapes import (
     mapping_of,
     model_bytes,
 )
+from benchmarks.simulation_check import SMALL
 from benchmarks.strategies import (
     STRATEGIES,
     Cluster,
@@ -280,3 +281,19 @@ def test_rounds_on_gpus_are_predicted_within_a_fifth() -> None:
     older = found.pop("swap-2x2.json")
     assert older < 0.8, "it is now predicted too: say so there, and compare it as the others"
     assert all(0.8 < ratio < 1.2 for ratio in found.values()), found
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_is_predicted_within_a_fifth(name: str) -> None:
+    document = json.loads((RESULTS / "simulation-strategies.json").read_text())
+    for found in document["cases"]:
+        case, row = strategies_check.Case(**found["case"]), found["strategies"][name]
+        small = plan_lanes(
+            SMALL, Trainer(case.trainers), Server(case.tp), bucket_bytes=document["bucket_bytes"]
+        )
+        expected = STRATEGIES[name](small, Cluster(**found["cluster"]), case.servers)
+        assert row["predicted_s"] == pytest.approx(expected, rel=1e-3), (
+            "it is of another model: measure again"
+        )
+        assert 0.8 < expected / row["measured_s"] < 1.2, case.name
+        assert row["bytes_compared"] >= case.servers * found["model_bytes"]
