@@ -274,7 +274,7 @@ class Session:
         else:
             self._give_back()
         if not self._control.close(timeout_s=CLOSE_TIMEOUT_S):
-            logger.warning("a thread of the control group of epoch %d does not end", self.epoch)
+            logger.debug("a thread of the control group of epoch %d still waits", self.epoch)
 
     def _give_back(self) -> None:
         self._mover.close()

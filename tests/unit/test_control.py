@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -12,18 +13,18 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from bridge.errors import PeerLost
-from bridge.protocol.messages import Frame, Opcode
+from bridge.protocol.messages import FRAME_BYTES, Frame, Opcode, decode
 from bridge.protocol.session import Coordinator
 from bridge.wire import rendezvous
-from bridge.wire.control import LAST_WORDS_S, NEVER_TAG, ControlGroup
+from bridge.wire.control import CONTROL_TAG, NEVER_TAG, ControlGroup
 from tests.support.serving import wait_until
 
 
@@ -113,21 +114,33 @@ def met(size: int) -> Iterator[list[Any]]:
     yield [ends.pop(rank) for rank in range(size)]
 
 
-@dataclass
 class End:
-    """A control group's end, and what it has delivered."""
+    """A control group's end, and what it has delivered.
 
-    control: ControlGroup
-    heard: list[tuple[int, Any]]
+    ``answers`` is sent to all peers whenever something is; ``holds`` holds up whoever delivers a frame.
+    """
+
+    def __init__(self, group: Any, peers: tuple[int, ...], deadline_s: float) -> None:
+        self.heard: list[tuple[int, Any]] = []
+        self.answers: Frame | None = None
+        self.holds: threading.Event | None = None
+        self._peers = peers
+        self.control = ControlGroup(
+            group, {peer: f"rank {peer}" for peer in peers}, epoch=1, heartbeat_interval_s=0.05,
+            deadline_s=deadline_s, deliver=self._hear,
+        )  # fmt: skip
 
     @classmethod
     def of(cls, group: Any, *peers: int, deadline_s: float = 30.0) -> End:
-        heard: list[tuple[int, Any]] = []
-        control = ControlGroup(
-            group, {peer: f"rank {peer}" for peer in peers}, epoch=1, heartbeat_interval_s=0.05,
-            deadline_s=deadline_s, deliver=lambda peer, event: heard.append((peer, event)),
-        )  # fmt: skip
-        return cls(control, heard)
+        return cls(group, peers, deadline_s)
+
+    def _hear(self, peer: int, event: Any) -> None:
+        self.heard.append((peer, event))
+        if self.answers is not None:
+            with contextlib.suppress(PeerLost):
+                self.control.send(self._peers, self.answers)
+        if self.holds is not None:
+            assert self.holds.wait(20)
 
     def wait_for(self, count: int, *, timeout_s: float) -> None:
         wait_until(f"{count} event(s)", lambda: len(self.heard) >= count, timeout_s=timeout_s)
@@ -135,7 +148,7 @@ class End:
 
 def test_a_peer_that_takes_nothing_holds_up_no_other_and_is_named_to_them() -> None:
     """Rank 1 is connected, and stands still: what rank 0 sends it is not taken."""
-    with met(3) as (first, _stands_still, third):
+    with met(3) as (first, stands_still, third):
         hub, member = End.of(first, 1, 2, deadline_s=2.0), End.of(third, 0, deadline_s=2.0)
         hub.wait_for(1, timeout_s=20)
         peer, lost = hub.heard[0]
@@ -145,15 +158,108 @@ def test_a_peer_that_takes_nothing_holds_up_no_other_and_is_named_to_them() -> N
         assert str(lost) == "rank 1 was silent for 2 s (epoch 1)"
         assert member.heard == [], "it was held up by the one that stands still"
         began = time.monotonic()
-        hub.control.send([1, 2], Frame(opcode=Opcode.ABORT, epoch=1, text=str(lost)))
+        with pytest.raises(PeerLost, match="rank 1 was silent"):
+            hub.control.send([1, 2], Frame(opcode=Opcode.ABORT, epoch=1, text=str(lost)))
         assert time.monotonic() - began < 1, "the owner waits for the one that stands still"
         member.wait_for(1, timeout_s=1)
         assert (member.heard[0][1].opcode, member.heard[0][1].text) == (Opcode.ABORT, str(lost))
-        member.wait_for(2, timeout_s=LAST_WORDS_S + 5)
-        assert isinstance(member.heard[1][1], PeerLost), "and then the connections are closed"
-        assert len(hub.heard) == 1, "that they are tells rank 0 nothing"
+        texts = set()
+        while "ABORT" not in texts:  # the one that stood still goes on, and is told too
+            buffer = torch.empty(FRAME_BYTES, dtype=torch.uint8)
+            stands_still.recv([buffer], 0, CONTROL_TAG).wait(timedelta(seconds=5))
+            texts.add(decode(buffer.numpy().tobytes()).opcode.name)
+        assert len(hub.heard) == 1
         assert hub.control.close(timeout_s=20)
+        member.wait_for(2, timeout_s=5)
         assert member.control.close(timeout_s=20)
+
+
+def test_two_peers_that_stand_still_are_both_lost_in_one_deadline() -> None:
+    """Whoever is told of the first loss tells the others, who do not take it."""
+    with met(3) as (first, *_stand_still):
+        hub = End.of(first, 1, 2, deadline_s=2.0)
+        hub.answers = Frame(opcode=Opcode.ABORT, epoch=1, text="one is lost")
+        began = time.monotonic()
+        hub.wait_for(2, timeout_s=20)
+        assert time.monotonic() - began < 3.5, (
+            "the second was looked for only when the first had been waited for"
+        )
+        assert hub.control.close(timeout_s=1)
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["all are there", "another is lost"])
+def test_what_was_sent_to_a_busy_peer_arrives_before_the_end(lost: bool) -> None:
+    """Rank 2 is there, and takes nothing for longer than closing waits for goodbyes."""
+    with met(3) as (first, other, third):
+        hub, busy = End.of(first, 1, 2, deadline_s=5.0), End.of(third, 0, deadline_s=5.0)
+        another = End.of(other, 0, deadline_s=5.0)
+        go_on = threading.Event()
+        busy.holds = go_on
+        hub.control.send([2], Frame(opcode=Opcode.BUCKET, epoch=1))
+        busy.wait_for(1, timeout_s=5)
+        if lost:
+            another.control.close(timeout_s=0.1)
+            hub.wait_for(1, timeout_s=5)
+        word = Frame(opcode=Opcode.ABORT, epoch=1, text="the last word")
+        sending = threading.Thread(target=hub.control.send, args=([2], word))
+        sending.start()
+        sending.join(1.0)
+        assert sending.is_alive(), "nobody has taken it"
+        closing = threading.Thread(target=hub.control.close, kwargs={"timeout_s": 0.2})
+        closing.start()
+        closing.join(1.0)
+        assert closing.is_alive(), "it would be dropped"
+        go_on.set()
+        for thread in (sending, closing):
+            thread.join(5)
+            assert not thread.is_alive()
+        busy.wait_for(3, timeout_s=5)
+        assert busy.heard[1][1].text == "the last word"
+        assert isinstance(busy.heard[2][1], PeerLost)
+        busy.control.close(timeout_s=5)
+        another.control.close(timeout_s=5)
+
+
+def test_a_goodbye_that_is_answered_late_is_not_waited_for_again() -> None:
+    with met(2) as (one, other):
+        first, second = End.of(one, 1), End.of(other, 0)
+        first.control.send([1], Frame(opcode=Opcode.SHUTDOWN, epoch=1))
+        second.wait_for(1, timeout_s=5)
+        assert not threading.Event().wait(0.3), "several heartbeats' time"
+        second.control.send([0], Frame(opcode=Opcode.SHUTDOWN, epoch=1))
+        first.wait_for(1, timeout_s=5)
+        began = time.monotonic()
+        assert first.control.close(timeout_s=10)
+        assert second.control.close(timeout_s=10)
+        assert time.monotonic() - began < 3, "a heartbeat went out that nobody takes"
+
+
+def test_a_forked_child_leaves_the_group_to_its_parent() -> None:
+    with met(2) as (one, other):
+        first, second = End.of(one, 1), End.of(other, 0)
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                with contextlib.suppress(PeerLost):
+                    first.control.send([1], Frame(opcode=Opcode.SHUTDOWN, epoch=1))
+                    status = 2
+                status = status if status == 2 else int(not first.control.close(timeout_s=1))
+            finally:
+                os._exit(status)
+        ended: list[tuple[int, int]] = [(0, 0)]
+
+        def child_is_over() -> bool:
+            ended.append(os.waitpid(child, os.WNOHANG))
+            return ended[-1][0] == child
+
+        wait_until("the child", child_is_over, timeout_s=20)
+        assert os.waitstatus_to_exitcode(ended[-1][1]) == 0, "2: it spoke for its parent"
+        first.control.send([1], Frame(opcode=Opcode.BUCKET, epoch=1))
+        second.wait_for(1, timeout_s=5)
+        assert second.heard[0][1].opcode is Opcode.BUCKET
+        assert first.control.close(timeout_s=0.1)
+        assert second.control.close(timeout_s=5)
 
 
 def test_who_leaves_without_a_word_is_missed_at_once() -> None:
