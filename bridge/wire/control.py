@@ -147,7 +147,7 @@ class ControlGroup:
                 if self._closing.is_set() or peer in self._left or peer in self._dismissed:
                     continue  # whoever leaves takes nothing more
                 try:
-                    self._post(group, peer, self._heartbeat())
+                    self._beat(group, peer)
                 except PeerLost as err:
                     self._lose(peer, err)
                     return
@@ -171,13 +171,13 @@ class ControlGroup:
         """
         self.send(self._peers, Frame(opcode=Opcode.HEARTBEAT, epoch=self._epoch, text=self.doing()))
 
-    def _heartbeat(self) -> bytes:
-        """The same to all peers, made once for all of them."""
+    def _beat(self, group: Group, peer: int) -> None:
+        """One heartbeat, the same to all peers: with many of them, making it costs more than sending it."""
         now, (made, data) = time.monotonic(), self._beats
         if now - made > self._interval_s / 2:
             data = encode(Frame(opcode=Opcode.HEARTBEAT, epoch=self._epoch, text=self.doing()))
             self._beats = (now, data)
-        return data
+        self._post(group, peer, data)
 
     # --- from the peers ----------------------------------------------------------------------------
 

@@ -205,10 +205,18 @@ class _Injector:
         from bridge.wire.control import ControlGroup
         from bridge.wire.transport import BUCKET_TAG, DataLink
 
-        send, start, post = ControlGroup.send, ControlGroup.__init__, DataLink.post_send
+        send, start, beat = ControlGroup.send, ControlGroup.__init__, ControlGroup._beat
+        post = DataLink.post_send
 
         def faulty_send(group: Any, peers: Any, frame: Any) -> None:
             self.send(group, tuple(peers), frame, send)
+
+        def faulty_beat(group: Any, gloo: Any, peer: int) -> None:
+            overtaken = self._take_kept(group, (peer,))
+            beat(group, gloo, peer)
+            for _, kept in overtaken:
+                group._post(gloo, peer, encode(kept))  # by the thread that waits for what it sends
+                self._say_reordered()
 
         def faulty_init(group: Any, *args: Any, deliver: Any, **kwargs: Any) -> None:
             def faulty_deliver(peer: int, event: Any) -> None:
@@ -227,6 +235,7 @@ class _Injector:
             return post(link, tensor, tag)
 
         ControlGroup.send = faulty_send  # type: ignore[method-assign]
+        ControlGroup._beat = faulty_beat  # type: ignore[method-assign]
         ControlGroup.__init__ = faulty_init  # type: ignore[method-assign, assignment]
         DataLink.post_send = faulty_post  # type: ignore[method-assign]
 
@@ -236,10 +245,13 @@ class _Injector:
         self._send(group, peers, frame, send)
         for peer, kept in overtaken:
             send(group, (peer,), kept)
-            with self._lock:
-                first, self._reordering = self._reordering, False
-            if first:
-                self._say_fired()
+            self._say_reordered()
+
+    def _say_reordered(self) -> None:
+        with self._lock:
+            first, self._reordering = self._reordering, False
+        if first:
+            self._say_fired()
 
     def _send(self, group: Any, peers: tuple[int, ...], frame: Any, send: Any) -> None:
         order = self.take("send", frame.opcode.name, frame.index)
@@ -260,7 +272,7 @@ class _Injector:
             data = bytearray(encode(frame))
             data[order["bucket"] % 8] ^= 0x40  # magic, version or opcode
             for peer in peers:
-                group._send_one(peer, bytes(data))
+                group._post(group._open_group(), peer, bytes(data))
             return
         send(group, peers, frame)
         if what == "duplicate":
