@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 import math
+import os
 import queue
 import threading
 import time
@@ -110,6 +111,7 @@ class Session:
         self.closed = ""
         self.stale = False
         self._answer = answer
+        self._pid = os.getpid()
         self._inbox: _Inbox = queue.Queue()
         self._under_way: Job | None = None
         self._moving = False  # whether the background thread moves bytes, and hears nothing meanwhile
@@ -261,7 +263,9 @@ class Session:
         self._control.beat()
 
     def close(self) -> None:
-        """Leave: in order if the epoch is alive. Idempotent."""
+        """Leave: in order if the epoch is alive. Idempotent. In a forked child it is the parent's to do."""
+        if os.getpid() != self._pid:
+            return
         self._inbox.put(_Stop())
         self._thread.join(CLOSE_TIMEOUT_S)
         if not self.closed:

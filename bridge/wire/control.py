@@ -26,7 +26,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from bridge.errors import PeerLost, ProtocolError
+from bridge.errors import PeerLost, ProtocolError, TransferError
 from bridge.protocol.messages import FRAME_BYTES, Frame, Opcode, decode, encode
 from bridge.wire.rendezvous import Group, first_line
 
@@ -67,12 +67,14 @@ class ControlGroup:
         self.said: dict[int, str] = {}  # what each peer's last heartbeat said
         self._pid = os.getpid()
         self._frames = dict.fromkeys(self._peers, 0)  # taken of each peer; each counted by its own thread
-        self._news = threading.Condition()  # of the next four
+        self._news = threading.Condition()  # of the next five
         self._posted = dict.fromkeys(self._peers, 0)  # frames to each peer
         self._taken = dict.fromkeys(self._peers, 0)  # of those
         self._lost: dict[int, str] = {}  # and how
         self._left: set[int] = set()  # said goodbye
+        self._late: set[int] = set()  # have let a frame lie for the deadline, and none is waited for again
         self._dismissed: set[int] = set()  # were told goodbye
+        self._telling: set[int] = set()  # whose receiver is held up by the owner
         self._sent: dict[int, queue.SimpleQueue[dist.Work | None]] = {p: queue.SimpleQueue() for p in peers}
         self._beats = (-math.inf, b"")  # when the last heartbeat was made, and its bytes
         self._looked = time.monotonic()  # for who is silent
@@ -81,8 +83,13 @@ class ControlGroup:
         self._receivers = [self._thread(f"bridge-control-{peer}", self._receive, peer) for peer in peers]
         self._others = [self._thread(f"bridge-heartbeat-{peer}", self._see_to, peer) for peer in peers]
         self._others.append(self._thread("bridge-silence", self._watch))
-        for thread in (*self._receivers, *self._others):
-            thread.start()
+        try:
+            for thread in (*self._receivers, *self._others):
+                thread.start()
+        except RuntimeError as err:
+            self.close(timeout_s=0)
+            count = len(self._receivers) + len(self._others)
+            raise TransferError(f"the control group of epoch {epoch} takes {count} threads: {err}") from err
 
     @staticmethod
     def _thread(name: str, target: Callable[..., None], *args: object) -> threading.Thread:
@@ -97,25 +104,31 @@ class ControlGroup:
             PeerLost: names the first peer that is lost, or did not take it within the deadline. The others
                 are sent it all the same, and so is the lost one, should it wake up.
         """
-        group, peers, data = self._open_group(), tuple(peers), encode(frame)
+        self._open_group()
+        peers, data = tuple(peers), encode(frame)
         if frame.opcode is Opcode.SHUTDOWN:
             self._dismissed.update(peers)
         until, numbers, failed = time.monotonic() + self._deadline_s, {}, list[str]()
         for peer in peers:
             try:
-                numbers[peer] = self._post(group, peer, data)
+                numbers[peer] = self._post(peer, data)
             except PeerLost as err:
                 failed.append(str(err))
         with self._news:
             for peer, number in numbers.items():
-                while self._taken[peer] < number and peer not in self._lost and self._group is not None:
-                    if not self._news.wait(max(0.0, until - time.monotonic())) and time.monotonic() >= until:
-                        break
+                while self._taken[peer] < number and not self._hopeless(peer):
+                    self._news.wait(max(0.0, until - time.monotonic()))
+                    if time.monotonic() >= until:
+                        self._late.add(peer)
                 if self._taken[peer] < number:
                     late = f"{self._peers[peer]} did not take {frame.opcode.name} (epoch {self._epoch})"
                     failed.append(self._lost.get(peer, late))
         if failed:
             raise PeerLost(failed[0])
+
+    def _hopeless(self, peer: int) -> bool:
+        """Whether nobody waits for what was sent to ``peer``."""
+        return peer in self._lost or peer in self._late or self._group is None
 
     def _open_group(self) -> Group:
         group = self._group
@@ -125,14 +138,15 @@ class ControlGroup:
             raise PeerLost(f"the control group of epoch {self._epoch} is closed")
         return group
 
-    def _post(self, group: Group, peer: int, data: bytes) -> int:
+    def _post(self, peer: int, data: bytes) -> int:
         """Which of the frames to ``peer`` this is. Gloo drops what nobody keeps: its thread does."""
-        try:
-            work = group.send([torch.frombuffer(bytearray(data), dtype=torch.uint8)], peer, CONTROL_TAG)
-        except RuntimeError as err:
-            raise self._gone(peer, err) from err
-        with self._news:
-            self._sent[peer].put(work)
+        buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        with self._news:  # counted before it can be taken, and before the end that closing puts behind it
+            group = self._open_group()
+            try:
+                self._sent[peer].put(group.send([buffer], peer, CONTROL_TAG))
+            except RuntimeError as err:
+                raise self._gone(peer, err) from err
             self._posted[peer] += 1
             return self._posted[peer]
 
@@ -147,20 +161,22 @@ class ControlGroup:
                 if self._closing.is_set() or peer in self._left or peer in self._dismissed:
                     continue  # whoever leaves takes nothing more
                 try:
-                    self._beat(group, peer)
+                    self._beat(peer)
                 except PeerLost as err:
-                    self._lose(peer, err)
-                    return
+                    if not self._closing.is_set():
+                        self._lose(peer, err)
+                        return
                 continue
             if work is None:
                 return
             try:
-                work.wait(timedelta(seconds=2 * self._deadline_s))
+                work.wait(QUIET)
             except RuntimeError as err:
                 self._lose(peer, self._gone(peer, err))
                 return
             with self._news:
                 self._taken[peer] += 1
+                self._late.discard(peer)
                 self._news.notify_all()
 
     def beat(self) -> None:
@@ -171,13 +187,13 @@ class ControlGroup:
         """
         self.send(self._peers, Frame(opcode=Opcode.HEARTBEAT, epoch=self._epoch, text=self.doing()))
 
-    def _beat(self, group: Group, peer: int) -> None:
+    def _beat(self, peer: int) -> None:
         """One heartbeat, the same to all peers: with many of them, making it costs more than sending it."""
         now, (made, data) = time.monotonic(), self._beats
         if now - made > self._interval_s / 2:
             data = encode(Frame(opcode=Opcode.HEARTBEAT, epoch=self._epoch, text=self.doing()))
             self._beats = (now, data)
-        self._post(group, peer, data)
+        self._post(peer, data)
 
     # --- from the peers ----------------------------------------------------------------------------
 
@@ -203,7 +219,9 @@ class ControlGroup:
             if frame.opcode is Opcode.HEARTBEAT:
                 self.said[peer] = frame.text
             else:
+                self._telling.add(peer)
                 self._deliver(peer, frame)
+                self._telling.discard(peer)
             if frame.opcode is Opcode.SHUTDOWN:
                 return
 
@@ -227,18 +245,22 @@ class ControlGroup:
             passed_s, self._looked = now - self._looked, now
             if passed_s > self._deadline_s / 2:
                 self._stood_still = (now, passed_s)
-            for peer in self._peers.keys() - self._left - self._lost.keys():
+            for peer in self._peers.keys() - self._lost.keys():
                 silent_s[peer] += min(passed_s, tick_s + self._interval_s)
-                if self._frames[peer] != seen[peer]:
+                left = peer in self._left and self._taken[peer] >= self._posted[peer]
+                if self._frames[peer] != seen[peer] or peer in self._telling or left:
                     seen[peer], silent_s[peer] = self._frames[peer], 0.0
                 elif silent_s[peer] >= self._deadline_s:
-                    # Not from here: who is told tells others, some of whom are as silent and not yet lost.
-                    self._thread(f"bridge-lost-{peer}", self._lose, peer, self._silent(peer)).start()
+                    self._miss(peer)
 
-    def _silent(self, peer: int) -> PeerLost:
+    def _miss(self, peer: int) -> None:
+        """In a thread of its own: who is told tells others, some of whom are as silent and not yet lost."""
         lost = PeerLost(f"{self._peers[peer]} was silent for {self._deadline_s:g} s (epoch {self._epoch})")
         lost.first_hand = True
-        return lost
+        try:
+            self._thread(f"bridge-lost-{peer}", self._lose, peer, lost).start()
+        except RuntimeError:  # there is none to be had
+            self._lose(peer, lost)
 
     def _gone(self, peer: int, err: Exception) -> PeerLost:
         """A broken connection. Whoever stood still was given up by the others, and sees them gone."""
@@ -268,11 +290,11 @@ class ControlGroup:
         """
         if os.getpid() != self._pid:
             return True
-        self._closing.set()
-        self._deliver = _ignore  # whoever is told holds this group, and would be held by it
-        for sent in self._sent.values():
-            sent.put(None)  # behind what was sent last
         with self._news:
+            self._closing.set()
+            self._deliver = _ignore  # whoever is told holds this group, and would be held by it
+            for sent in self._sent.values():
+                sent.put(None)  # behind what was sent last
             self._news.wait_for(lambda: all(map(self._settled, self._peers)), timeout=self._deadline_s)
         if self._lost.keys() <= self._left:
             self._join(self._receivers, timeout_s)
@@ -286,7 +308,7 @@ class ControlGroup:
 
     def _settled(self, peer: int) -> bool:
         """Whether nothing that was sent to ``peer`` is still to be taken."""
-        return self._taken[peer] >= self._posted[peer] or peer in self._lost or peer in self._left
+        return self._taken[peer] >= self._posted[peer] or peer in self._left or self._hopeless(peer)
 
     def _end_waits(self) -> None:
         """End every wait on the group, here and, as all connections are closed by it, at its other ends."""
@@ -300,7 +322,7 @@ class ControlGroup:
     @staticmethod
     def _join(threads: Iterable[threading.Thread], timeout_s: float) -> bool:
         deadline = time.monotonic() + timeout_s
-        others = [thread for thread in threads if thread is not threading.current_thread()]
+        others = [t for t in threads if t.ident is not None and t is not threading.current_thread()]
         for thread in others:
             thread.join(max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in others)

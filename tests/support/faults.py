@@ -211,11 +211,11 @@ class _Injector:
         def faulty_send(group: Any, peers: Any, frame: Any) -> None:
             self.send(group, tuple(peers), frame, send)
 
-        def faulty_beat(group: Any, gloo: Any, peer: int) -> None:
+        def faulty_beat(group: Any, peer: int) -> None:
             overtaken = self._take_kept(group, (peer,))
-            beat(group, gloo, peer)
+            beat(group, peer)
             for _, kept in overtaken:
-                group._post(gloo, peer, encode(kept))  # by the thread that waits for what it sends
+                group._post(peer, encode(kept))  # by the thread that waits for what it sends
                 self._say_reordered()
 
         def faulty_init(group: Any, *args: Any, deliver: Any, **kwargs: Any) -> None:
@@ -272,7 +272,7 @@ class _Injector:
             data = bytearray(encode(frame))
             data[order["bucket"] % 8] ^= 0x40  # magic, version or opcode
             for peer in peers:
-                group._post(group._open_group(), peer, bytes(data))
+                group._post(peer, bytes(data))
             return
         send(group, peers, frame)
         if what == "duplicate":

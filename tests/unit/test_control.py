@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bridge.errors import PeerLost
+from bridge.errors import PeerLost, TransferError
 from bridge.protocol.messages import FRAME_BYTES, Frame, Opcode, decode
 from bridge.protocol.session import Coordinator
 from bridge.wire import rendezvous
@@ -218,6 +218,72 @@ def test_what_was_sent_to_a_busy_peer_arrives_before_the_end(lost: bool) -> None
         assert isinstance(busy.heard[2][1], PeerLost)
         busy.control.close(timeout_s=5)
         another.control.close(timeout_s=5)
+
+
+def test_a_peer_that_beats_and_takes_nothing_is_waited_for_once() -> None:
+    """It is not silent; its owner holds up whoever takes the frames."""
+    with met(2) as (one, other):
+        first, stuck = End.of(one, 1, deadline_s=1.5), End.of(other, 0, deadline_s=1.5)
+        stuck.holds = go_on = threading.Event()
+        first.control.send([1], Frame(opcode=Opcode.BUCKET, epoch=1))
+        stuck.wait_for(1, timeout_s=5)
+        began = time.monotonic()
+        with pytest.raises(PeerLost, match="rank 1 did not take FAILED"):
+            first.control.send([1], Frame(opcode=Opcode.FAILED, epoch=1))
+        assert time.monotonic() - began > 1.4
+        with pytest.raises(PeerLost, match="rank 1 did not take SHUTDOWN"):
+            first.control.send([1], Frame(opcode=Opcode.SHUTDOWN, epoch=1))
+        first.control.close(timeout_s=0.1)
+        assert time.monotonic() - began < 2.5, "it was waited for again"
+        assert [event.opcode for _, event in stuck.heard] == [Opcode.BUCKET], "its own end was called silent"
+        go_on.set()
+        stuck.control.close(timeout_s=5)
+
+
+@pytest.mark.parametrize("_time", range(10))
+def test_sending_and_closing_at_once_lose_nothing_and_wait_for_nothing(_time: int) -> None:
+    with met(2) as (one, other):
+        first, second = End.of(one, 1, deadline_s=8.0), End.of(other, 0, deadline_s=8.0)
+        sent: list[int] = []
+
+        def send_until_closed() -> None:
+            with contextlib.suppress(PeerLost):
+                while True:
+                    first.control.send([1], Frame(opcode=Opcode.BUCKET, epoch=1))
+                    sent.append(1)
+
+        senders = [threading.Thread(target=send_until_closed) for _ in range(3)]
+        for thread in senders:
+            thread.start()
+        wait_until("some frames", lambda: len(sent) > 20, timeout_s=10)
+        began = time.monotonic()
+        first.control.close(timeout_s=0.1)
+        assert time.monotonic() - began < 4, "a frame was counted and not seen to"
+        for thread in senders:
+            thread.join(10)
+            assert not thread.is_alive()
+        second.wait_for(len(sent), timeout_s=5)
+        second.control.close(timeout_s=5)
+
+
+def test_threads_that_cannot_be_had_leave_no_half_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    with met(2) as (one, other):
+        whole, count = End.of(one, 1), [0]
+        start = threading.Thread.start
+
+        def starts_one(thread: threading.Thread) -> None:
+            count[0] += 1
+            if count[0] == 2:
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", starts_one)
+        with pytest.raises(TransferError, match="epoch 1 takes 3 threads: can't start new thread"):
+            End.of(other, 0)
+        monkeypatch.undo()
+        whole.wait_for(1, timeout_s=5)
+        assert isinstance(whole.heard[0][1], PeerLost)
+        assert whole.control.close(timeout_s=5)
 
 
 def test_a_goodbye_that_is_answered_late_is_not_waited_for_again() -> None:
