@@ -30,7 +30,16 @@ from typing import Any
 import psutil
 from machine import machine
 from support.models import build_checkpoint
-from support.serving import Server, Trainers, api_servers, serving_together, stop, training, wait_until
+from support.serving import (
+    Server,
+    Trainers,
+    api_servers,
+    end_in_order_on_sigterm,
+    serving_together,
+    stop,
+    training,
+    wait_until,
+)
 
 START_TIMEOUT_S = 600.0
 FLAGS = ["--dtype=float32", "--distributed-executor-backend=mp"]  # the worker is a process of its own
@@ -136,6 +145,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="of each role")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    end_in_order_on_sigterm()
     found: dict[str, list[dict[str, float]]] = {role: [] for role in ROLES}
     for repeat in range(args.repeats):
         for role in ROLES:

@@ -32,6 +32,7 @@ from tests.support.faults import FRAMES, LINKS, PLANS, POINTS, SEVERAL, Fault
 from tests.support.left import LeftBehind
 from tests.support.link import Link
 from tests.support.node import ENDS_THE_SERVER, Node, suffer
+from tests.support.serving import end_in_order_on_sigterm
 from vllm_patching.residue import SHM_DIR
 
 WHO = ("trainer", "updater", "daemon", "engine", "worker", "api", "launcher")
@@ -199,6 +200,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no further case after so many")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    end_in_order_on_sigterm()
     began = time.monotonic()
     rows: list[dict[str, Any]] = []
     commands = [" ".join(["python -m tests.faults.campaign", *sys.argv[1:]])]

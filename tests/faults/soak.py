@@ -41,6 +41,7 @@ from tests.support.serving import (
     Trainers,
     alive,
     api_servers,
+    end_in_order_on_sigterm,
     prompts,
     serving_together,
     wait_until,
@@ -417,6 +418,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    end_in_order_on_sigterm()
     directory = Path(tempfile.mkdtemp(prefix="soak-"))
     os.environ.setdefault("XDG_RUNTIME_DIR", str(directory))
     shm_before = set(residue.SHM_DIR.iterdir())

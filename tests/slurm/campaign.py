@@ -50,7 +50,7 @@ from tests.slurm.test_jobs import (
     untrained,
 )
 from tests.support.models import build_checkpoint
-from tests.support.serving import Api, stop, wait_until
+from tests.support.serving import Api, end_in_order_on_sigterm, stop, wait_until
 
 TRAINING, SERVERS = ("node1", "node2"), ("node3", "node4")
 RANKS_PER_NODE = 2
@@ -341,6 +341,7 @@ def main() -> int:
     parser.add_argument("--until", type=int, metavar="CASE", help="the last case, instead of --cases")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    end_in_order_on_sigterm()
     cases = args.cases if args.until is None else args.until + 1
     directory = Path(tempfile.mkdtemp(prefix="slurm-campaign-"))
     directory.chmod(0o755)

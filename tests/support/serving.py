@@ -41,6 +41,11 @@ def environment(**extra: str) -> dict[str, str]:
     return {**env, **defaults, **extra}
 
 
+def end_in_order_on_sigterm() -> None:
+    """SIGTERM ends this program by way of its ``finally`` clauses, which end what it has started."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
 def free_port() -> int:
     """A port that nobody has at this moment, and that nobody is given who asks for any.
 
