@@ -295,6 +295,7 @@ def test_http_needs_the_key(qwen3):
     for path, body in (
         ("/bridge/status", None),
         ("/bridge/metrics", None),
+        ("/bridge/requests/cmpl-1", None),
         ("/bridge/notify_update", {"path": "/x"}),
     ):
         for key in ("", "wrong"):

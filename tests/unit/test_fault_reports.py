@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from bridge.protocol.messages import Frame, Opcode
+from tests.faults import campaign
 from tests.support import left
 from tests.support.faults import Armed, Fault, _Injector
 
@@ -40,6 +41,20 @@ def test_a_frame_is_reordered_once_another_one_is_ahead_of_it(tmp_path: Path, la
         assert sent == [((2,), later), ((2,), BEGIN)]
         injector.send(group, (1, 2), HEARTBEAT, send)
         assert sent[2:] == [((1, 2), HEARTBEAT), ((1,), BEGIN)]
+
+
+def test_a_seed_draws_the_same_faults_on_every_machine() -> None:
+    """A failing case of a committed result is found again by its number: `--seed 9 --case 351`."""
+    assert [
+        (str(fault), transport) for fault, transport in (campaign.draw(9, case) for case in (31, 314, 351))
+    ] == [
+        ("stop trainer 0 at mid_bucket 0", "pull"),
+        ("stop trainer 1 at staged", "gloo"),
+        ("stop trainer 0 at mid_bucket 2", "pull"),
+    ]
+    link = campaign.draw(9, campaign.FIRST_LINK)
+    assert link == campaign.draw(9, campaign.FIRST_LINK)
+    assert link[1] == campaign.LINK
 
 
 def test_a_reordering_that_nothing_has_come_behind_has_not_happened(tmp_path: Path) -> None:

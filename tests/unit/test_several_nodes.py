@@ -17,6 +17,8 @@ import pytest
 from bridge.errors import BridgeError, ConfigError, PeerLost, ProtocolError, RendezvousRefused
 from bridge.protocol.messages import PROTOCOL_VERSION
 from bridge.wire.rendezvous import Loan
+from launch.display import show_place
+from launch.options import ServeOptions, ServerView
 from launch.topology import find_place
 from vllm_patching import link as wire
 from vllm_patching.build import BUILD
@@ -489,6 +491,21 @@ def test_the_first_node_of_a_step_is_its_address_on_the_way_to_the_others(monkey
     )
     assert place({**STEP, "SLURM_NODEID": "0"}) == (2, 0, "10.0.0.7", "the SLURM step")
     assert asked == [["gpu08"]]
+
+
+def test_a_launcher_prints_the_place_it_understood(capsys: pytest.CaptureFixture[str]) -> None:
+    server = ServerView(
+        bind_host="", connect_host="", port=8000, tensor_parallel_size=4, pipeline_parallel_size=2
+    )
+    options = ServeOptions(
+        model="m", nnodes=2, node_rank=1, master_addr="10.0.0.7", place_origin="the SLURM step"
+    )
+    show_place(options, server)
+    assert capsys.readouterr().out.splitlines() == [
+        f"node           1 of 2 on {socket.gethostname()}, by the SLURM step: workers only",
+        "node 0         10.0.0.7:any free port, tensor 4 x pipeline 2",
+        "inference      8 rank(s), here 4, 5, 6, 7",
+    ]
 
 
 def test_a_place_that_is_not_known_is_refused() -> None:
