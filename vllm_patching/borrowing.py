@@ -68,6 +68,11 @@ class Borrowing:
         self._expected = False
         self.asking = False
 
+    @property
+    def has_peers(self) -> bool:
+        """Whether there is anybody to ask."""
+        return bool(self._peers)
+
     def expect(self) -> None:
         """The workers of a vLLM that was there before are back, and it will publish.
 

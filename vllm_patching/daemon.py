@@ -71,7 +71,11 @@ class Daemon:
         self.limits = Limits(args.heartbeat_interval, args.deadline, args.commit_timeout)
         # Simple: a signal handler puts into it, which must not meet a lock of the same thread.
         self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.registry = Registry(on_change=lambda: self.events.put(None), num_engines=args.num_engines)
+        self.registry = Registry(
+            on_change=lambda: self.events.put(None),
+            num_engines=args.num_engines,
+            begins_held=self._begins_held,
+        )
         self.newest = Newest(args.run_dir)
         self.admission = Admission(self)
         self.lending = Lending(self)
@@ -193,6 +197,24 @@ class Daemon:
                 self.new_crew()
             if self.mapping is not None:
                 self.borrowing.expect()
+        self._let_go_on()
+
+    def _begins_held(self, hello: dict[str, Any]) -> bool:
+        """Whether a new vLLM, which has the checkpoint, stands still until its peers have been asked."""
+        return self.nodes is None and self.borrowing.has_peers and hello.get("arena") != IN_PLACE
+
+    def _let_go_on(self) -> None:
+        """A vLLM that stood still for its peers serves what it has, now that nobody is asked any more."""
+        page = self.registry.control
+        held = page is not None and page.hold and isinstance(self.swap, DoubleStaging) and self.published
+        if not held or self.borrowing.asking:
+            return
+        assert self.boundary is not None
+        self.boundary.let_go()
+        if self.outdated:
+            logger.warning("no peer has sent a newer version, so vLLM goes on: %s", self.outdated)
+        else:
+            logger.info("vLLM goes on, with version %d", self.live_version)
 
     def _take(self, event: Any) -> None:
         """Do what one event asks for; None is there for what has changed elsewhere."""
@@ -288,14 +310,17 @@ class Daemon:
         page = self.registry.control
         if self.mapping is None:
             return ""
+        stands = "; it stands still meanwhile" if page is not None and page.hold else ""
         if self.published and page is not None and page.requested == self.version:
-            return "its peers are being asked for a newer version" if self.borrowing.asking else ""
+            return f"its peers are being asked for a newer version{stands}" if self.borrowing.asking else ""
         wanted = f"the newest version is {self.version}" if self.version else "no version was broadcast yet"
         if not self.published or page is None:
             return f"{self._first_death or 'vLLM is gone'}, and vLLM is not complete again; {wanted}"
+        comes = "its peers are being asked" if self.borrowing.asking else "it comes with the trainer's next "
+        comes += stands if self.borrowing.asking else "broadcast of the whole model"
         return (
-            f"vLLM was started again and serves version {page.requested or '0 (the checkpoint)'}, but "
-            f"{wanted}; it comes with the trainer's next broadcast of the whole model"
+            f"vLLM was started again and has version {page.requested or '0 (the checkpoint)'}, but "
+            f"{wanted}; {comes}"
         )
 
     @property

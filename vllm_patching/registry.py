@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -57,6 +58,9 @@ class Registry:
     engines: dict[int, Member] = field(default_factory=dict)
     control: ControlPage | None = None
     found_running: bool = False  # whether vLLM had the page before this daemon was there
+    begins_held: Callable[[dict[str, Any]], bool] = lambda _: (
+        False
+    )  # asked with a new vLLM's first introduction
 
     def admit(self, hello: dict[str, Any], channel: Channel, fds: tuple[int, ...]) -> Member:
         """Register a worker or an engine core, and answer it with the control page.
@@ -112,11 +116,12 @@ class Registry:
         hello = member.hello
         if self.control is None:
             self.found_running = control_fd >= 0
-            self.control = (
-                ControlPage(control_fd)
-                if control_fd >= 0
-                else ControlPage.create(hello["world_size"] * self.num_engines, self.num_engines)
-            )
+            if control_fd >= 0:
+                self.control = ControlPage(control_fd)
+            else:
+                self.control = ControlPage.create(hello["world_size"] * self.num_engines, self.num_engines)
+                if self.begins_held(hello):  # before there is an engine that could run a batch
+                    self.control.hold = time.monotonic_ns()
         elif control_fd >= 0 and not os.path.sameopenfile(control_fd, self.control.fd):
             raise ConfigError(
                 f"{member.who} follows another control page than those who came before it, so it would hear "

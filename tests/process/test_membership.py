@@ -113,6 +113,8 @@ def test_a_server_that_dies_comes_back_with_the_newest_version_from_its_peer(
 
         wait_until("the newest version on the server that died", in_state(two, "ready"), timeout_s=START_S)
         assert_serves(two, 2, second)
+        wait_until("it to answer", lambda: two.served()["answered"], timeout_s=20)
+        assert two.served()["answered"] == [2], "it answered with the checkpoint before"
         after = two.status()
         assert (after["weight_version"], after["pids"]["daemon"]) == (2, before["pids"]["daemon"])
         assert after["rendezvous"] == before["rendezvous"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.checks import own_answers
 from tests.support.serving import (
+    START_TIMEOUT_S,
     UNBOUND,
     Server,
     Trainers,
@@ -58,6 +60,19 @@ def publish_on(trainers: Trainers, places: list[str]) -> int:
     return int(answer["version"])
 
 
+def first_answers(server: Server) -> list[list[int]]:
+    """What a server says that starts again, as soon as it says anything."""
+    found: list[list[list[int]]] = []
+
+    def says() -> bool:
+        with contextlib.suppress(OSError):
+            found.append(answers(server))
+        return bool(found)
+
+    wait_until(f"the server at {server.logdir} to answer again", says, timeout_s=START_TIMEOUT_S)
+    return found[0]
+
+
 def kill_an_engine_in_a_round(trainers: Trainers, weights: Path, victim: Server, *, survivor: Server) -> None:
     """The survivor commits the round; the victim is started again, and gets its version from the survivor."""
     # None of these is what decides.
@@ -77,6 +92,7 @@ def kill_an_engine_in_a_round(trainers: Trainers, weights: Path, victim: Server,
     assert time.monotonic() - start < SOON_S
     assert version(survivor) == made
     wait_until("the engine's death to be seen", lambda: victim.status()["state"] != "round", timeout_s=30)
+    assert first_answers(victim) == answers(survivor), "those of the checkpoint, before its peer's came"
     victim.wait_ready()  # and until then it says that it is not
     after = victim.status()
     assert (after["weight_version"], after["pids"]["daemon"]) == (made, before["pids"]["daemon"])

@@ -180,6 +180,7 @@ def serve(engine: Any, workers: Sequence[Any], logdir: Path) -> None:
     with (logdir / "served.jsonl").open("a", buffering=1) as log:
         while True:
             output = SimpleNamespace()
+            held = engine.control.hold  # then it flips by a call, and no batch runs
             engine.before_schedule()
             engine.stamp(output)
             try:
@@ -188,6 +189,9 @@ def serve(engine: Any, workers: Sequence[Any], logdir: Path) -> None:
                 answers = [pipe.recv() for pipe in workers]
             except (EOFError, OSError):
                 return
+            if held:
+                time.sleep(BATCH_S)
+                continue
             if answers != before:
                 before = answers
                 log.write(json.dumps({"at": time.monotonic(), "ranks": answers}) + "\n")

@@ -14,6 +14,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,16 @@ from tests.support.serving import wait_until, whole_lines
 ROOT = Path(__file__).parents[2]
 SERVED = "served.json"
 HOST = "127.0.0.1"
+
+
+def answer(
+    page: Any, version: Callable[[], int], answered: list[int], write_down: Callable[[], None]
+) -> None:
+    """Batch after batch, under each version that is there while the engine does not stand still."""
+    while not threading.Event().wait(0.005):
+        if not page.hold and (now := version()) not in answered:
+            answered.append(now)
+            write_down()
 
 
 def vllm(args: argparse.Namespace) -> int:
@@ -45,14 +57,16 @@ def vllm(args: argparse.Namespace) -> int:
         arena.open_second_half()
         arena.live(0, arena.nbytes).zero_()  # the checkpoint
         arena.warm()
-    version = 0
+    version, answered = 0, list[int]()
+    writing = threading.Lock()
 
     def write_down() -> None:
-        digests = [blake3.blake3(a.live(0, a.nbytes).numpy().tobytes()).hexdigest() for a in arenas]
-        text = json.dumps({"pid": os.getpid(), "version": version, "digests": digests})
-        path = args.logdir / f".{SERVED}.{os.getpid()}"
-        path.write_text(text)
-        path.replace(args.logdir / SERVED)
+        with writing:
+            digests = [blake3.blake3(a.live(0, a.nbytes).numpy().tobytes()).hexdigest() for a in arenas]
+            found = {"pid": os.getpid(), "version": version, "digests": digests, "answered": answered}
+            path = args.logdir / f".{SERVED}.{os.getpid()}"
+            path.write_text(json.dumps(found))
+            path.replace(args.logdir / SERVED)
 
     write_down()
     socket_file = socket_path(Path(os.environ["BRIDGE_RUN_DIR"]))
@@ -88,6 +102,7 @@ def vllm(args: argparse.Namespace) -> int:
 
     engine.on_wake = flip
     engine.watch()
+    threading.Thread(target=answer, args=(page, lambda: version, answered, write_down), daemon=True).start()
 
     class Health(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -162,7 +177,7 @@ class Small:
         return daemon_status(self.run_dir) or {"state": "absent", "detail": self.text[-2000:], "pids": {}}
 
     def served(self) -> dict[str, Any]:
-        """Process, version and a digest of each rank's live half."""
+        """Process, version, a digest of each rank's live half, and which versions it answered under."""
         served: dict[str, Any] = json.loads((self.logdir / SERVED).read_text())
         return served
 

@@ -118,6 +118,21 @@ def test_more_engines_than_the_launcher_has_counted_are_refused() -> None:
     node.close()
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_a_new_vllm_stands_still_from_its_first_word_if_it_is_to(held: bool) -> None:
+    node = Node(engines=1, ranks_each=1)
+    asked: list[str] = []
+    node.registry.begins_held = lambda hello: asked.append(hello["type"]) or held  # type: ignore[func-returns-value]
+    node.worker(0)
+    assert node.registry.control is not None
+    assert bool(node.registry.control.hold) is held
+    node.registry.control.hold = 0  # let go
+    node.engine(0)
+    assert node.registry.control.hold == 0
+    assert asked == ["worker"]
+    node.close()
+
+
 def test_ranks_that_hold_different_layers_make_one_mapping() -> None:
     """As the stages of a pipeline do, with an embedding that is tied: first and last stage hold it."""
     node = Node(engines=1, ranks_each=2)
