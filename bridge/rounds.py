@@ -115,6 +115,7 @@ class Session:
         self._inbox: _Inbox = queue.Queue()
         self._under_way: Job | None = None
         self._moving = False  # whether the background thread moves bytes, and hears nothing meanwhile
+        self._ending: BridgeError | None = None  # what ended the epoch first; what follows says less
         self._staged_at = 0.0
         self._expired = False  # whether we have said that we wait no longer for other servers
         self._verdict_at = 0.0
@@ -292,12 +293,15 @@ class Session:
         if not isinstance(event, Frame) or event.opcode in ends:
             self._mover.interrupt()  # it may be waiting for a GPU, which hears nothing
         self._inbox.put((peer, event))
-        if self._moving and self.rank == 0 and (lost := self._lost(peer, event)) is not None:
+        lost = self._lost(peer, event)
+        self._ending = self._ending or lost
+        if self._moving and self.rank == 0 and lost is not None:
             # Our own thread may wait for whoever it was, by way of an updater, for as long as a slow transfer
             # might take. No commit can have been asked for yet.
             self._moving = False
-            write_flight(self.config, f"a round failed while its bytes were moved: {lost}")
-            self.give_up(str(lost), error=lost)
+            write_flight(self.config, f"a round failed while its bytes were moved: {self._ending}")
+            assert self._ending is not None
+            self.give_up(str(self._ending), error=type(self._ending)(str(self._ending)))
             return
         job = self._under_way
         if job is None or job.vote is None or job.done or not isinstance(event, Frame) or self.in_place:
@@ -629,6 +633,9 @@ class Session:
                 f"{plan.digest.hex()}; all ranks must read the same mapping file"
             )
         self._moving = True
+        if self.rank == 0 and (ending := self._ending) is not None:  # it came while BEGIN was taken
+            self._moving = False
+            raise type(ending)(str(ending))  # not the same, which a session would keep with our frames
         try:
             self._mover.move(
                 plan,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import queue
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from bridge.config import BridgeConfig
 from bridge.errors import PeerLost, RoundAborted
 from bridge.job import Job
+from bridge.protocol.messages import Frame, Opcode
 from bridge.protocol.session import Coordinator
 from bridge.rounds import Session, _GiveUp
 
@@ -56,3 +58,43 @@ def test_a_loss_that_was_said_twice_keeps_no_session() -> None:
         assert gone() is None, "only the collector would find it, and its sockets"
     finally:
         gc.enable()
+
+
+FAILED = Frame(opcode=Opcode.FAILED, epoch=1, version=1, text="version 5 offered, version 7 is served")
+GOODBYE = Frame(opcode=Opcode.SHUTDOWN, epoch=1, version=1)
+
+
+@pytest.fixture
+def meeting_a_failure(tmp_path: Path) -> Session:
+    session = session_without_a_server()
+    session.config = BridgeConfig(logdir=tmp_path)
+    session._ending, session._moving, session._under_way = None, False, None
+    session._joined = SimpleNamespace(peers={1: "the daemon"})  # type: ignore[assignment]
+    session._mover = SimpleNamespace(interrupt=lambda: None)  # type: ignore[assignment]
+    session.in_place, session.version = False, 1
+    return session
+
+
+def test_a_goodbye_hides_no_reason_that_came_while_begin_was_on_its_way(meeting_a_failure: Session) -> None:
+    """The reason came before the bytes began to move, the goodbye behind it."""
+    session = meeting_a_failure
+    session._under_way = job = Job(None, version=1, call=1, encoding="dense")
+    session._deliver(1, FAILED)
+    session._moving = True
+    session._deliver(1, GOODBYE)
+    assert FAILED.text in session.closed
+    with pytest.raises(RoundAborted, match="version 5 offered, version 7 is served"):
+        job.wait()
+
+
+def test_no_byte_moves_once_the_round_is_known_to_have_failed(meeting_a_failure: Session) -> None:
+    session = meeting_a_failure
+    moved: list[object] = []
+    session._mover = SimpleNamespace(interrupt=lambda: None, move=lambda *_, **__: moved.append(1))  # type: ignore[assignment]
+    session._meeting = SimpleNamespace(plan=lambda _: (SimpleNamespace(digest=b"d"), None, None))  # type: ignore[assignment]
+    session._deliver(1, FAILED)
+    job: Any = SimpleNamespace(shards=object(), version=1, encoding="dense")
+    with pytest.raises(RoundAborted, match="version 5 offered, version 7 is served"):
+        session._move(job, "joint", b"d")
+    assert moved == []
+    assert not session._moving
