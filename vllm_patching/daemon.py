@@ -310,17 +310,17 @@ class Daemon:
         page = self.registry.control
         if self.mapping is None:
             return ""
+        asking = self.borrowing.asking
         stands = "; it stands still meanwhile" if page is not None and page.hold else ""
         if self.published and page is not None and page.requested == self.version:
-            return f"its peers are being asked for a newer version{stands}" if self.borrowing.asking else ""
+            return f"its peers are being asked for a newer version{stands}" if asking else ""
         wanted = f"the newest version is {self.version}" if self.version else "no version was broadcast yet"
         if not self.published or page is None:
             return f"{self._first_death or 'vLLM is gone'}, and vLLM is not complete again; {wanted}"
-        comes = "its peers are being asked" if self.borrowing.asking else "it comes with the trainer's next "
-        comes += stands if self.borrowing.asking else "broadcast of the whole model"
+        comes = "it comes with the trainer's next broadcast of the whole model"
         return (
             f"vLLM was started again and has version {page.requested or '0 (the checkpoint)'}, but "
-            f"{wanted}; {comes}"
+            f"{wanted}; {f'its peers are being asked{stands}' if asking else comes}"
         )
 
     @property

@@ -58,9 +58,8 @@ class Registry:
     engines: dict[int, Member] = field(default_factory=dict)
     control: ControlPage | None = None
     found_running: bool = False  # whether vLLM had the page before this daemon was there
-    begins_held: Callable[[dict[str, Any]], bool] = lambda _: (
-        False
-    )  # asked with a new vLLM's first introduction
+    # Asked with a new vLLM's first introduction: whether it stands still until it is let go.
+    begins_held: Callable[[dict[str, Any]], bool] = lambda _: False
 
     def admit(self, hello: dict[str, Any], channel: Channel, fds: tuple[int, ...]) -> Member:
         """Register a worker or an engine core, and answer it with the control page.
