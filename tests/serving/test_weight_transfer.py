@@ -15,8 +15,10 @@ import pytest
 from tests.support.checks import SINGLE, Streams, assert_equal
 from tests.support.serving import UNBOUND, Server, Trainers, serving, stop, training, wait_until
 
-ENDPOINTS = {**UNBOUND, "VLLM_SERVER_DEV_MODE": "1"}
-FLAGS = ["--dtype=float32", "--weight-transfer-config", json.dumps({"backend": "bridge"})]
+DEV_MODE = {"VLLM_SERVER_DEV_MODE": "1"}
+BACKEND_FLAGS = ("--weight-transfer-config", json.dumps({"backend": "bridge"}))
+ENDPOINTS = {**UNBOUND, **DEV_MODE}
+FLAGS = ["--dtype=float32", *BACKEND_FLAGS]
 
 pytestmark = [pytest.mark.serving, pytest.mark.timeout(1500)]
 
@@ -30,11 +32,12 @@ def live(fresh_qwen3: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory)
 
 
 def endpoint_training(
-    server: Server, checkpoint: Path, kind: str = "plain", *, ranks: int = 1
-) -> AbstractContextManager[Trainers]:
+    server: Server, checkpoint: Path, kind: str = "plain", *, ranks: int = 1, dtype: str = "float32",
+    env: dict[str, str] | None = None,
+) -> AbstractContextManager[Trainers]:  # fmt: skip
     """Trainer ranks that post to ``server``."""
-    env = {"SERVER_URL": server.api.url}
-    options = {"dtype": "float32", "ranks": ranks, "env": env, "module": "support.endpoint_trainer"}
+    given = {"SERVER_URL": server.api.url, **(env or {})}
+    options = {"dtype": dtype, "ranks": ranks, "env": given, "module": "support.endpoint_trainer"}
     return training(kind, checkpoint, logdir=server.logdir, **options)
 
 

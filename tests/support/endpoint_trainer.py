@@ -5,6 +5,7 @@ python -m support.endpoint_trainer KIND CHECKPOINT DTYPE      (SERVER_URL is set
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import threading
@@ -39,7 +40,9 @@ class OneBuffer(WeightSource):
         return [ParamMeta(name, p.dtype, tuple(p.shape)) for name, p in self._parameters.items()]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        buffer = torch.empty(max(p.numel() for p in self._parameters.values()), dtype=torch.float32)
+        first = next(iter(self._parameters.values()))
+        size = max(p.numel() for p in self._parameters.values())
+        buffer = torch.empty(size, dtype=first.dtype, device=first.device)
         for name, parameter in self._parameters.items():
             part = buffer[: parameter.numel()].view(parameter.shape)
             part.copy_(materialize_full_tensor(parameter.detach()))
@@ -56,9 +59,10 @@ class EndpointTrainer(Trainer):
     def init(self, source: str) -> dict[str, Any]:
         """Meet the server through vLLM's factory."""
         made = {"module": ModuleSource, "one_buffer": OneBuffer}[source](self.model)
-        self.sender = WeightTransferTrainerFactory.trainer_init(
-            BridgeTrainerInitInfo(rank=int(os.environ["RANK"])), client=self.client, source=made
-        )
+        init = WeightTransferTrainerFactory.trainer_init
+        named = ("bridge", None) if "backend" in inspect.signature(init).parameters else ()  # vLLM 0.26
+        info = BridgeTrainerInitInfo(rank=int(os.environ["RANK"]))
+        self.sender = init(*named, info, client=self.client, source=made)
         return {}
 
     def send(self) -> dict[str, Any]:
