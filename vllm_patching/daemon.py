@@ -492,6 +492,7 @@ class Daemon:
         if self.swap is not None:
             self.swap.let_go()
         listener.close()
+        self.newest.close()
         socket_path(self.args.run_dir).unlink(missing_ok=True)
         if os.getppid() != self.args.launcher_pid:
             residue.clean_up_behind(self.vllm_pids, self._shm, self.args.run_dir)

@@ -233,7 +233,7 @@ class Epoch:
         if self._control is None:
             return
         try:
-            self._control.send(action.peers, action.frame)
+            self._control.send(action.peers, action.frame, awaited=action.awaited)
         except PeerLost as err:
             # Its receiver thread reports the loss as an event of its own.
             logger.warning("epoch %d: %s not delivered: %s", self.epoch, action.frame.opcode.name, err)

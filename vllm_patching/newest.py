@@ -6,6 +6,7 @@ before it. No number may stand for two versions, so the daemon counts on from th
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from bridge.protocol.mapping import write_atomically
 from bridge.protocol.messages import MAX_VERSION
 
 FILE_NAME = "newest-version"
+DIGITS = len(str(MAX_VERSION))
 
 
 class Newest:
@@ -26,11 +28,12 @@ class Newest:
             ConfigError: the file is damaged.
         """
         self._path = run_dir / FILE_NAME
+        self._fd = -1
         try:
             data = self._path.read_bytes()
         except FileNotFoundError:
             data = b"0"
-        self.version = int(data) if re.fullmatch(b"[0-9]{1,19}", data) else MAX_VERSION + 1
+        self.version = int(data) if re.fullmatch(b"[0-9]{1,%d}" % DIGITS, data) else MAX_VERSION + 1
         if self.version > MAX_VERSION:
             raise ConfigError(f"{self._path} holds {data[:32]!r}, which is no version; end the launcher")
 
@@ -42,10 +45,28 @@ class Newest:
         """
         if version > self.version:
             try:
-                write_atomically(self._path, str(version).encode())
+                self._write(b"%0*d" % (DIGITS, version))
             except OSError as err:
                 raise TransferError(f"version {version} could not be noted in {self._path}: {err}") from err
             self.version = version
+
+    def _write(self, data: bytes) -> None:
+        """In one call, and of one length: who is killed in it has written all of it or nothing.
+
+        It is between staged and live, so no disk is waited for: a launch ends with its host.
+        """
+        if self._fd < 0 or not os.fstat(self._fd).st_nlink:  # what was cleaned away is read by nobody
+            self.close()
+            write_atomically(self._path, data, durable=False)
+            self._fd = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC)
+        elif (written := os.pwrite(self._fd, data, 0)) != len(data):
+            raise OSError(f"{written} of {len(data)} bytes could be written")
+
+    def close(self) -> None:
+        """Let go of the file. Idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 def forget(run_dir: Path) -> None:

@@ -42,10 +42,11 @@ class State(enum.Enum):
 
 
 class Send(msgspec.Struct, frozen=True):
-    """Action: send ``frame`` to ``peers`` (control-group ranks)."""
+    """Action: send ``frame`` to ``peers`` (control-group ranks), and wait until they have taken it."""
 
     peers: tuple[int, ...]
     frame: Frame
+    awaited: bool = True  # or let it go on its way
 
 
 class Stage(msgspec.Struct, frozen=True):
@@ -181,7 +182,8 @@ class InferenceSession(_Machine):
         if self._staged != self._ranks:
             return []
         self.state = State.STAGED if self._asks else State.COMMITTING
-        staged = Send(self._coordinator, self._frame(Opcode.STAGED))
+        # The version is live the sooner for it.
+        staged = Send(self._coordinator, self._frame(Opcode.STAGED), awaited=False)
         return [staged] if self._asks else [staged, Commit(self.version)]
 
     def on_committed(self, measurements: str) -> list[Action]:

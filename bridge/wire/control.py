@@ -97,8 +97,10 @@ class ControlGroup:
 
     # --- to the peers ------------------------------------------------------------------------------
 
-    def send(self, peers: Iterable[int], frame: Frame) -> None:
+    def send(self, peers: Iterable[int], frame: Frame, *, awaited: bool = True) -> None:
         """Send one frame to each of ``peers``, and wait until those that are there have taken it.
+
+        Unless it is ``awaited`` nobody waits: what is sent behind it comes behind it.
 
         Raises:
             PeerLost: names the first peer that is lost, or did not take it within the deadline. The others
@@ -115,7 +117,7 @@ class ControlGroup:
             except PeerLost as err:
                 failed.append(str(err))
         with self._news:
-            for peer, number in numbers.items():
+            for peer, number in numbers.items() if awaited else ():
                 while self._taken[peer] < number and not self._hopeless(peer):
                     self._news.wait(max(0.0, until - time.monotonic()))
                     if time.monotonic() >= until:

@@ -33,6 +33,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -208,8 +209,8 @@ class _Injector:
         send, start, beat = ControlGroup.send, ControlGroup.__init__, ControlGroup._beat
         post = DataLink.post_send
 
-        def faulty_send(group: Any, peers: Any, frame: Any) -> None:
-            self.send(group, tuple(peers), frame, send)
+        def faulty_send(group: Any, peers: Any, frame: Any, *, awaited: bool = True) -> None:
+            self.send(group, tuple(peers), frame, partial(send, awaited=awaited))
 
         def faulty_beat(group: Any, peer: int) -> None:
             overtaken = self._take_kept(group, (peer,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -9,7 +10,8 @@ from types import ModuleType
 import pytest
 
 from bridge import telemetry
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, TransferError
+from bridge.protocol.mapping import write_atomically
 from bridge.protocol.messages import MAX_VERSION
 from launch.commands import make_run_dir
 from launch.options import ServeOptions
@@ -23,6 +25,52 @@ def test_the_next_daemon_goes_on_from_it(tmp_path: Path) -> None:
     first.raise_to(7)
     first.raise_to(3)
     assert first.version == Newest(tmp_path).version == 7
+    for version in (8, 10**18, MAX_VERSION):
+        first.raise_to(version)
+        assert first.version == Newest(tmp_path).version == version
+    first.close()
+    first.close()
+
+
+def test_a_note_that_was_cleaned_away_is_made_again(tmp_path: Path) -> None:
+    first = Newest(tmp_path)
+    for version in (1, 2, 3):
+        first.raise_to(version)
+        newest.forget(tmp_path)
+    first.raise_to(4)
+    assert Newest(tmp_path).version == 4
+    first.close()
+
+
+def test_a_full_disk_holds_up_no_number_behind_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is a block for it. Whatever it is that cannot be written is said, and not taken for written."""
+    first = Newest(tmp_path)
+    first.raise_to(1)
+    monkeypatch.setattr(newest, "write_atomically", None)
+    first.raise_to(2)
+    assert Newest(tmp_path).version == 2
+    monkeypatch.setattr(os, "pwrite", lambda *_: 3)
+    with pytest.raises(TransferError, match=r"version 3 could not be noted in .*: 3 of 19 bytes"):
+        first.raise_to(3)
+    assert first.version == 2
+    first.close()
+
+
+def test_nobody_waits_for_a_disk_between_staged_and_live(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sync(_: int) -> None:
+        raise AssertionError("4 ms")
+
+    monkeypatch.setattr(os, "fsync", sync)
+    first = Newest(tmp_path)
+    for version in (1, 2):
+        first.raise_to(version)
+    first.close()
+    with pytest.raises(AssertionError):
+        write_atomically(tmp_path / "other", b"")  # what must outlive the host does
 
 
 def test_the_next_launch_does_not(tmp_path: Path) -> None:
