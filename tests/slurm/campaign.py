@@ -277,10 +277,10 @@ class Campaign:
 
     def _wait_paused(self) -> None:
         """Until the trainer has made all steps so far, and stands before the next one or at the end."""
-        self.job.wait_file(f"paused{self.step - self._restored}" if self.step < self._steps else "done")
+        self.job.wait_paused(self.step - self._restored)
 
     def _begin_step(self) -> None:
-        (self.job.directory / f"go{self.step - self._restored}").touch()
+        self.job.go(self.step - self._restored)
         self.step += 1
 
     def _wait_live(self) -> None:

@@ -62,12 +62,16 @@ PropagateResourceLimits=NONE
 ReturnToService=2
 MinJobAge=3600
 SlurmdTimeout={slurmd_timeout}
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
 SchedulerType=sched/backfill
 SchedulerParameters=sched_min_interval=200000,bf_interval=2,batch_sched_delay=1
 AccountingStorageType=accounting_storage/none
 NodeName=DEFAULT CPUs={cpus} RealMemory={memory} Gres=gpu:{gpus} State=UNKNOWN
 NodeName=node[1-{nodes}] NodeAddr={subnet}.[1-{nodes}]
-PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 State=UP
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=2 State=UP
 """
 # The node's first process. Names come from the hosts file alone: nobody answers for others here.
 NODE = """\
@@ -125,7 +129,7 @@ class Cluster:
             self._spawn("slurmctld", "slurmctld", "-D", "-f", str(self.root / "slurm.conf"))
             for name in self.names:
                 self.boot(name)
-            idle = ["sinfo", "--noheader", "--Node", "--states=idle", "--format=%N"]
+            idle = ["sinfo", "--noheader", "--partition=all", "--Node", "--states=idle", "--format=%N"]
             wait_until(
                 f"{len(self.names)} idle nodes (logs in {self.root})",
                 lambda: len(self.call(*idle, check=False).split()) == len(self.names),

@@ -1,9 +1,9 @@
 """examples/requeued_trainer.py, paced so that a test can look on.
 
-    PACE_DIR=DIRECTORY [PAUSE_AT=N] [STEP_BY_STEP=1] [MORE_STEPS=N] paced_trainer.py MODEL STATE STEPS
+    PACE_DIR=DIRECTORY [STEP_BY_STEP=1] [MORE_STEPS=N] paced_trainer.py MODEL STATE STEPS
 
-In a job's first attempt it waits after PAUSE_AT steps until it is asked to stop, or DIRECTORY/go exists; with
-STEP_BY_STEP after each number N of steps, for DIRECTORY/goN. With MORE_STEPS a later attempt makes so many.
+With STEP_BY_STEP it makes DIRECTORY/pausedA.N after the N steps that attempt A of the job has made so far,
+and waits until it is asked to stop, or DIRECTORY/goA.N exists. With MORE_STEPS a later attempt makes so many.
 When all steps are done, the servers are kept until DIRECTORY/release exists. A rank that ends since it was
 asked to stop makes DIRECTORY/stoppedRANK. Faults happen that are armed in BRIDGE_TEST_FAULTS.
 """
@@ -22,7 +22,6 @@ from tests.support.serving import REPO, wait_until
 
 TIMEOUT_S = 600.0
 DIRECTORY = Path(os.environ["PACE_DIR"])
-PAUSE_AT = int(os.environ.get("PAUSE_AT", "-1"))
 STEP_BY_STEP = "STEP_BY_STEP" in os.environ
 calls = 0
 ask = bridge.should_stop
@@ -30,8 +29,8 @@ ask = bridge.should_stop
 
 def paced() -> bool:
     global calls
-    if (STEP_BY_STEP or calls == PAUSE_AT) and os.environ["JOB_EPOCH"] == "0":
-        which = str(calls) if STEP_BY_STEP else ""
+    if STEP_BY_STEP:
+        which = f"{os.environ['JOB_EPOCH']}.{calls}"
         if dist.get_rank() == 0:
             (DIRECTORY / f"paused{which}").touch()
         go = DIRECTORY / f"go{which}"

@@ -11,8 +11,11 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, time
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -129,6 +132,15 @@ class Job:
         self.wait(f"{expected} to have been flipped to", lambda: self.flips(attempt) == expected,
                   timeout_s=END_TIMEOUT_S)  # fmt: skip
 
+    def wait_paused(self, made: int, attempt: int = 0) -> None:
+        """Until the trainer of an attempt stands still behind the steps that it made, or has made all."""
+        files = [self.directory / name for name in (f"paused{attempt}.{made}", "done")]
+        self.wait(f"{made} steps of attempt {attempt}", lambda: any(file.exists() for file in files))
+
+    def go(self, made: int, attempt: int = 0) -> None:
+        """It stands there: let it make the next one."""
+        (self.directory / f"go{attempt}.{made}").touch()
+
     def release(self) -> None:
         (self.directory / "release").touch()
 
@@ -149,23 +161,66 @@ def trained_answers(model: Path, state: Path) -> list[list[int]]:
     return own_answers(fresh)
 
 
-def assert_served(job: Job, model: Path, state: Path, *, servers: int, attempt: int = 0) -> dict[str, int]:
+def assert_served(job: Job, model: Path, state: Path, *, servers: int, attempt: int = 0) -> int:
     """Every server gives the tokens of the trainer's last weights, which are not those that it loaded.
 
-    Returns what was found, in numbers.
+    Returns how many tokens were compared.
     """
     expected = trained_answers(model, state)
     served = [[answer["tokens"] for answer in api.greedy(4, 16)] for api in job.apis(model, attempt)]
     assert served == [expected] * servers
     assert expected != untrained(model)
-    job.wait("a flip to be written down", lambda: all(job.flips(attempt)))
-    return {
-        "servers": servers,
-        "last_version": job.flips(attempt)[0][-1],
-        "tokens_equal": servers * sum(map(len, expected)),
-    }
+    return servers * sum(map(len, expected))
 
 
+@dataclass
+class Steps:
+    """The steps of a trainer that waits for a sign before each, and what all servers answer behind each."""
+
+    trains: Job
+    serves: Job  # the same, or the servers' own
+    model: Path
+    state: Path
+    servers: int
+    attempt: int = 0
+    before: int = 0  # that earlier attempts have made
+    versions: list[int] = field(default_factory=list)
+    tokens: int = 0  # that were compared
+
+    def begin(self, step: int) -> None:
+        self.trains.wait_paused(step - 1 - self.before, self.attempt)
+        self.trains.go(step - 1 - self.before, self.attempt)
+
+    def check(self, step: int) -> None:
+        """The last version is of ``step``, and all servers give its tokens."""
+        self.trains.wait_paused(step - self.before, self.attempt)
+        self.trains.wait(f"step {step}", lambda: [made for made, _ in self.trains.versions()][-1:] == [step])
+        self.tokens += assert_served(
+            self.serves, self.model, self.state, servers=self.servers, attempt=self.serves_in
+        )
+        self.versions.append(self.trains.versions()[-1][1])
+
+    def make(self, *steps: int) -> None:
+        for step in steps:
+            self.begin(step)
+            self.check(step)
+
+    def requeued(self, step: int) -> None:
+        """The next attempt goes on from ``step``, which is served first of all."""
+        self.attempt, self.before = self.attempt + 1, step
+        self.check(step)
+
+    @property
+    def serves_in(self) -> int:
+        """The attempt of the job that serves."""
+        return self.attempt if self.serves is self.trains else int(self.serves.told("RestartCnt"))
+
+    def found(self) -> dict[str, Any]:
+        """In numbers, for the result."""
+        return {"servers": self.servers, "versions": self.versions, "tokens_equal": self.tokens}
+
+
+@cache
 def untrained(model: Path) -> list[list[int]]:
     import torch
     from transformers import AutoModelForCausalLM
@@ -202,7 +257,7 @@ REQUEUED = [*BEFORE, (4, 5), *((step, step + 1) for step in range(5, 11))]
 def paused_job(
     cluster: Cluster, directory: Path, model: Path, state: Path, *, nodes: int, servers: int,
     het: bool = False, **env: str,
-) -> Job:  # fmt: skip
+) -> Steps:  # fmt: skip
     """Ten steps that may be requeued once, of which four are served; ``het`` asks for two components."""
     together = [f"--nodes={nodes}"]
     apart = [f"--nodes={nodes - servers}", ":", f"--nodes={servers}", "--cpus-per-task=2"]
@@ -215,12 +270,23 @@ def paused_job(
         MODEL=str(model),
         **({} if het else {"SERVE_NODES": str(servers)}),
         MAX_REQUEUES="1",
-        PAUSE_AT="4",
+        STEP_BY_STEP="1",
         **env,
     )
-    job.wait_file("paused")
+    steps = Steps(job, job, model, state, servers)
+    steps.make(1, 2, 3, 4)
     job.wait_versions(BEFORE)
-    return job
+    return steps
+
+
+def go_on(steps: Steps) -> None:
+    """What a requeued job of the above must do until it is done."""
+    job = steps.trains
+    steps.requeued(4)
+    steps.make(5, 6, 7, 8, 9, 10)
+    job.wait_file("done")
+    job.wait_versions(REQUEUED)
+    assert job.told("RestartCnt") == "1"
 
 
 @pytest.mark.parametrize("het", [False, True] if FULL else [False])
@@ -228,7 +294,8 @@ def test_a_requeued_job_goes_on_from_what_was_served(
     breakable: Cluster, checkpoint: Callable[..., Path], tmp_path: Path, record_property: Record, het: bool
 ) -> None:
     model, state = checkpoint("qwen3", "float32", 0), tmp_path / "state"
-    job = paused_job(breakable, tmp_path / "job", model, state, nodes=4, servers=2, het=het)
+    steps = paused_job(breakable, tmp_path / "job", model, state, nodes=4, servers=2, het=het)
+    job = steps.trains
     for name in breakable.names:  # jobs do not die with it, nor does the next signal
         breakable.replace_slurmd(name)
     ports = {api.url.rpartition(":")[2] for api in job.apis(model)}
@@ -236,10 +303,8 @@ def test_a_requeued_job_goes_on_from_what_was_served(
     breakable.call("scancel", "--batch", "--signal=USR2", job.id)
     job.wait("to be requeued", lambda: "requeue 1 of 1" in job.text(), timeout_s=END_TIMEOUT_S)
     assert "exit 75" in job.text()
-    job.wait_file("done")
-    job.wait_versions(REQUEUED)
-    assert job.told("RestartCnt") == "1"
-    record_property(job.script, assert_served(job, model, state, servers=2, attempt=1))
+    go_on(steps)
+    record_property(job.script, steps.found())
     job.release()
     job.wait_end("COMPLETED")
     assert job.exit_code == "0:0"
@@ -249,12 +314,13 @@ def test_a_requeued_job_goes_on_from_what_was_served(
 IN_ROUNDS = "--bucket-bytes=65536"  # SERVE_FLAGS for rounds of many buckets, to be held between two of them
 
 
-def cancel_in_a_round(trains: Job, serves: Job) -> None:
+def cancel_in_a_round(steps: Steps) -> None:
     """Let a paused trainer begin a round, and cancel both jobs, or the one, while bytes are on the way."""
+    trains, serves = steps.trains, steps.serves
     before, jobs = trains.versions(), dict.fromkeys((trains, serves))
     fault = Fault("delay", at="mid_bucket", bucket=1, seconds=JOB_TIMEOUT_S)
     with Armed(fault, trains.directory) as held:
-        (trains.directory / "go").touch()
+        steps.begin(before[-1][0] + 1)
         trains.wait("to be in a round", lambda: held.fired)
         for job in jobs:
             job.cancel()
@@ -272,12 +338,12 @@ def test_a_job_that_is_cancelled_in_a_round_leaves_nothing(
     breakable: Cluster, checkpoint: Callable[..., Path], tmp_path: Path, het: bool
 ) -> None:
     directory, model = tmp_path / "job", checkpoint("qwen3", "float32", 0)
-    job = paused_job(
+    steps = paused_job(
         breakable, directory, model, tmp_path / "state", nodes=4, servers=2, het=het, SERVE_FLAGS=IN_ROUNDS,
         BRIDGE_TEST_FAULTS=str(directory),
     )  # fmt: skip
-    cancel_in_a_round(job, job)
-    assert job.told("RestartCnt") == "0"
+    cancel_in_a_round(steps)
+    assert steps.trains.told("RestartCnt") == "0"
     assert_nothing_left(breakable)
 
 
@@ -325,8 +391,42 @@ def test_slurm_itself_warns_ahead_of_the_time_limit_and_the_job_goes_on(
     job.wait_file("done")
     job.wait_versions([*before, *((last + step, last + step + 1) for step in range(3))])
     job.wait_flips([[last + 1, last + 2, last + 3]] * 2, attempt=1)
-    record_property(job.script, assert_served(job, model, state, servers=2, attempt=1))
+    record_property("tokens_equal", assert_served(job, model, state, servers=2, attempt=1))
     assert job.told("RestartCnt") == "1"
+    job.release()
+    job.wait_end("COMPLETED")
+    assert job.exit_code == "0:0"
+    assert_nothing_left(breakable)
+
+
+@only_in_full("slurm")
+@pytest.mark.parametrize("grace_s", [0, 120])
+def test_a_preempted_job_goes_on_behind_the_urgent_one(
+    breakable: Cluster, submit: Callable[..., Job], checkpoint: Callable[..., Path], tmp_path: Path,
+    record_property: Record, grace_s: int,
+) -> None:  # fmt: skip
+    """Where there is a grace time, the warning comes first, and the script asks for the requeue itself."""
+    breakable.call("scontrol", "update", "PartitionName=all", f"GraceTime={grace_s}")
+    model, state = checkpoint("qwen3", "float32", 0), tmp_path / "state"
+    steps = paused_job(breakable, tmp_path / "job", model, state, nodes=4, servers=2)
+    job = steps.trains
+    began, end = tmp_path / "began", tmp_path / "end"
+    wait = f"touch {began}; until [ -e {end} ]; do sleep 0.2; done"
+    options = ["--partition=urgent", "--nodes=4", "--exclusive", f"--output={tmp_path / 'urgent'}"]
+    breakable.call("sbatch", *options, "--wrap", wait, cwd=tmp_path)
+    job.wait("to give way", began.exists, timeout_s=END_TIMEOUT_S)
+    assert job.told("State") == "PENDING"
+    assert ("USR2" in job.text()) == ("exit 75" in job.text()) == (grace_s > 0)
+    assert job.versions() == BEFORE
+    # The next attempt stays away until the nodes that this one has left were looked at.
+    partition = ("scontrol", "update", "PartitionName=all")
+    breakable.call(*partition, "State=DOWN")
+    end.touch()
+    assert_nothing_left(breakable)
+    assert job.told("State") == "PENDING"
+    breakable.call(*partition, "State=UP")
+    go_on(steps)
+    record_property(job.script, steps.found())
     job.release()
     job.wait_end("COMPLETED")
     assert job.exit_code == "0:0"
@@ -352,6 +452,7 @@ def test_two_jobs_on_the_same_nodes_and_what_scancel_leaves(
         [*nodes, "--cpus-per-task=2", ":", f"--nodes={servers}", f"--nodelist={where}", "--cpus-per-task=2"],
         [TRAINER, str(models[0]), str(states[0]), str(versions)],
         MODEL=str(models[0]),
+        STEP_BY_STEP="1",
     )
     serve = submit(
         "serve",
@@ -371,18 +472,24 @@ def test_two_jobs_on_the_same_nodes_and_what_scancel_leaves(
         [TRAINER, str(models[1]), str(states[1]), str(versions + 1)],
         SERVE_NODES="0",
         BRIDGE_LOGDIRS=":".join(map(str, serve.logdirs())),
-        PAUSE_AT=str(versions),
+        STEP_BY_STEP="1",
         BRIDGE_TEST_FAULTS=str(tmp_path / "train"),
     )
-    for job, at in ((het, "done"), (train, "paused")):
-        job.wait_file(at)
-        job.wait_versions([(step, step) for step in range(1, versions + 1)])
-    record_property(het.script, assert_served(het, models[0], states[0], servers=servers))
-    found = assert_served(serve, models[1], states[1], servers=2 // nodes_per_server)
-    record_property(serve.script, found)
+    both = (
+        Steps(het, het, models[0], states[0], servers),
+        Steps(train, serve, models[1], states[1], 2 // nodes_per_server),
+    )
+    for step in range(1, versions + 1):
+        for steps in both:
+            steps.begin(step)
+        for steps in both:
+            steps.check(step)
+    for steps in both:
+        steps.trains.wait_versions([(step, step) for step in range(1, versions + 1)])
+        record_property(steps.serves.script, steps.found())
     assert trained_answers(models[0], states[0]) != trained_answers(models[1], states[1])
 
-    cancel_in_a_round(train, serve)
+    cancel_in_a_round(both[1])
     het.release()
     het.wait_end("COMPLETED")
     assert het.exit_code == "0:0"
@@ -417,17 +524,13 @@ def test_of_two_servers_of_two_nodes_each_one_is_lost_whole_and_comes_back(
         TRAINERS_PER_NODE="1",
     )
 
-    def step(number: int) -> None:
-        train.wait_file(f"paused{number - 1}")
-        (train.directory / f"go{number - 1}").touch()
-        train.wait(f"step {number}", lambda: train.versions()[-1:] and train.versions()[-1][0] == number)
-
-    step(1)
-    step(2)
+    steps = Steps(train, serve, model, state, servers=2)
+    steps.make(1, 2)
     assert serve.flips() == [[1, 2], [1, 2]]
     worker = next(process for process in cluster.inside("node4") if "VLLM::Worker" in process.name())
     worker.kill()
-    step(3)
+    steps.begin(3)
+    train.wait("step 3", lambda: [made for made, _ in train.versions()][-1:] == [3])
     assert serve.flips()[0] == [1, 2, 3]
     fresh = untrained(model)
 
@@ -440,10 +543,47 @@ def test_of_two_servers_of_two_nodes_each_one_is_lost_whole_and_comes_back(
 
     serve.wait("the lost server to be there again", serves_the_checkpoint)
     assert "server 1 ended with 75; starting it again (1 of 3)" in serve.text()
-    step(4)
-    train.wait_file("done")
+    steps.make(4)
     assert [number for number, _ in train.versions()] == [1, 2, 3, 4]
-    record_property(serve.script, assert_served(serve, model, state, servers=2))
+    record_property(serve.script, steps.found())
+    train.release()
+    train.wait_end("COMPLETED")
+    serve.cancel()
+    serve.wait_end("CANCELLED")
+    assert_nothing_left(cluster)
+
+
+@only_in_full("slurm")
+def test_servers_that_are_requeued_get_the_next_version(
+    cluster: Cluster, submit: Callable[..., Job], checkpoint: Callable[..., Path], tmp_path: Path,
+    record_property: Record,
+) -> None:  # fmt: skip
+    """Their trainers are another job, which runs all the while and names the links to the last attempt."""
+    model, state = checkpoint("qwen3", "float32", 0), tmp_path / "state"
+    serve = submit("serve", "serve.sbatch", ["--nodes=2"], [], MODEL=str(model), MAX_REQUEUES="1")
+    serve.wait("to serve", lambda: "serving at" in serve.text())
+    links = sorted(serve.directory.glob("*/server-*"))
+    assert len(links) == 2
+    train = submit(
+        "train",
+        "train_and_serve.sbatch",
+        ["--nodes=2"],
+        [TRAINER, str(model), str(state), "10"],
+        SERVE_NODES="0",
+        BRIDGE_LOGDIRS=":".join(map(str, links)),
+        STEP_BY_STEP="1",
+    )
+    steps = Steps(train, serve, model, state, servers=2)
+    steps.make(1, 2, 3, 4)
+    cluster.call("scancel", "--batch", "--signal=USR2", serve.id)
+    serve.wait("to be requeued", lambda: "requeue 1 of 1" in serve.text(), timeout_s=END_TIMEOUT_S)
+    steps.make(5)  # it waits for the servers
+    assert serve.told("RestartCnt") == "1"
+    steps.make(6, 7, 8, 9, 10)
+    train.wait_versions([(step, step) for step in range(1, 11)])
+    serve.wait_flips([[1, 2, 3, 4]] * 2)
+    serve.wait_flips([[5, 6, 7, 8, 9, 10]] * 2, attempt=1)
+    record_property(serve.script, steps.found())
     train.release()
     train.wait_end("COMPLETED")
     serve.cancel()
@@ -459,10 +599,13 @@ def test_one_node_trains_and_serves(
     """The launcher has the trainer beside the server, and ends with its exit code."""
     model, state = checkpoint("qwen3", "float32", 0), tmp_path / "state"
     words = [TRAINER, str(model), str(state), "10"]
-    job = submit("one", "train_and_serve.sbatch", ["--nodes=1"], words, MODEL=str(model))
+    env = {"MODEL": str(model), "STEP_BY_STEP": "1"}
+    job = submit("one", "train_and_serve.sbatch", ["--nodes=1"], words, **env)
+    steps = Steps(job, job, model, state, servers=1)
+    steps.make(*range(1, 11))
     job.wait_file("done")
     job.wait_versions([(step, step) for step in range(1, 11)])
-    record_property(job.script, assert_served(job, model, state, servers=1))
+    record_property(job.script, steps.found())
     job.release()
     job.wait_end("COMPLETED")
     assert job.exit_code == "0:0"
@@ -478,14 +621,13 @@ def test_a_lost_node_is_replaced_and_the_job_goes_on(
     node4 = ("scontrol", "update", "NodeName=node4")
     breakable.call(*node4, "State=DRAIN", "Reason=spare")
     model, state = checkpoint("qwen3", "float32", 0), tmp_path / "state"
-    job = paused_job(breakable, tmp_path / "job", model, state, nodes=3, servers=1)
+    steps = paused_job(breakable, tmp_path / "job", model, state, nodes=3, servers=1)
+    job = steps.trains
     breakable.call(*node4, "State=RESUME")
     breakable.crash(lost)
-    (job.directory / "go").touch()
+    steps.begin(5)
     job.wait("to be requeued", lambda: job.told("RestartCnt") == "1")
-    job.wait_file("done")
-    job.wait_versions(REQUEUED)
-    assert_served(job, model, state, servers=1, attempt=1)
+    go_on(steps)
     job.release()
     job.wait_end("COMPLETED")
     breakable.boot(lost)  # or it could not be looked at
@@ -509,14 +651,14 @@ def test_slurmds_die_at_random_and_every_version_comes(
         SERVE_NODES="2",
         STEP_BY_STEP="1",
     )
+    steps = Steps(job, job, model, state, servers=2)
     for step in range(1, SLURMD_KILLS + 1):
-        job.wait_file(f"paused{step - 1}")
-        (job.directory / f"go{step - 1}").touch()
+        steps.begin(step)
         threading.Event().wait(chance.uniform(0.0, 1.0))
         breakable.replace_slurmd(chance.choice(breakable.names))
-        job.wait_versions([(done, done) for done in range(1, step + 1)])
+        steps.check(step)
     job.wait_file("done")
-    assert_served(job, model, state, servers=2)
+    job.wait_versions([(step, step) for step in range(1, SLURMD_KILLS + 1)])
     assert job.told("RestartCnt") == "0"
     job.release()
     job.wait_end("COMPLETED")
