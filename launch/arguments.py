@@ -205,6 +205,7 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
     _flag(group, "--deadline", float, d.deadline_s, "silence that ends a round")
     _flag(group, "--commit-timeout", float, d.commit_timeout_s, "for all ranks to reach a batch boundary")
     _flag(group, "--repair-timeout", float, d.repair_timeout_s, "for torn weights (in-place) to be repaired")
+    _flag(group, "--hold-outdated", float, d.hold_outdated_s, "requests, till a restarted vLLM is up to date")
     _flag(group, "--start-timeout", float, d.start_timeout_s, "until the server must be ready")
     _flag(group, "--shutdown-timeout", float, d.shutdown_timeout_s, "between asking and SIGKILL")
     _flag(group, "--max-daemon-restarts", int, d.max_daemon_restarts, "a count; then everything ends")
@@ -262,6 +263,7 @@ def make_options(
         deadline_s=args.deadline,
         commit_timeout_s=args.commit_timeout,
         repair_timeout_s=args.repair_timeout,
+        hold_outdated_s=args.hold_outdated,
         bucket_bytes=args.bucket_bytes,
         transport=args.transport,
         checksum=args.checksum,

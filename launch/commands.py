@@ -194,6 +194,7 @@ def daemon_command(
         "--deadline": f"{options.deadline_s:g}",
         "--commit-timeout": f"{options.commit_timeout_s:g}",
         "--repair-timeout": f"{options.repair_timeout_s:g}",
+        "--hold-outdated": f"{options.hold_outdated_s:g}",
         "--bucket-bytes": options.bucket_bytes,
         "--transport": options.transport,
         "--checksum": options.checksum,

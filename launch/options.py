@@ -61,6 +61,7 @@ class ServeOptions:
     deadline_s: float = 15.0
     commit_timeout_s: float = 120.0
     repair_timeout_s: float = 600.0
+    hold_outdated_s: float = 0.0
     bucket_bytes: int = 0  # by device
     transport: str = "auto"
     checksum: str = "first"
@@ -170,6 +171,18 @@ class ServeOptions:
             faults.append(f"--adapters {self.adapters} needs --enable-lora among vLLM's flags")
         if self.shutdown_timeout_s < 0:
             faults.append(f"--shutdown-timeout is {self.shutdown_timeout_s:g}, it cannot be negative")
+        if not self.hold_outdated_s >= 0:
+            faults.append(f"--hold-outdated is {self.hold_outdated_s:g}, it cannot be negative")
+        elif self.hold_outdated_s and self.staging == "in-place":
+            faults.append(
+                f"--hold-outdated {self.hold_outdated_s:g} with --staging in-place: what stands still there "
+                "stands still to be written; leave it out"
+            )
+        elif self.hold_outdated_s and not self.server_restarts:
+            faults.append(
+                f"--hold-outdated {self.hold_outdated_s:g} is for a vLLM that was started again, and here "
+                "none is (several nodes, adapters of trainers, or --max-server-restarts 0); leave it out"
+            )
         if self.deadline_s < 2 * self.heartbeat_interval_s:
             faults.append(
                 f"--deadline {self.deadline_s:g} leaves no room for two heartbeats of "

@@ -97,6 +97,7 @@ class Daemon:
         self._final = False  # whether the server ends with the daemon
         self._closing = False
         self._publish_due = 0.0  # the earliest time for another try, on the monotonic clock
+        self._hold_due = 0.0  # until when a vLLM without the newest version stands still, likewise
         self.published = False  # whether the vLLM that was published is still there, all of it
         self._dead_page: ControlPage | None = None  # of a vLLM of which a part has died
         self.handled = threading.Condition()  # notified behind each event, for those who wait for a round
@@ -200,19 +201,23 @@ class Daemon:
         self._let_go_on()
 
     def _begins_held(self, hello: dict[str, Any]) -> bool:
-        """Whether a new vLLM, which has the checkpoint, stands still until its peers have been asked."""
-        return self.nodes is None and self.borrowing.has_peers and hello.get("arena") != IN_PLACE
+        """Whether a new vLLM, which has the checkpoint, stands still until there is something newer.
+
+        That is known if versions were served before it, and asked of its peers.
+        """
+        waits = self.borrowing.has_peers or (self.args.hold_outdated > 0 and self.newest.version > 0)
+        return self.nodes is None and waits and hello.get("arena") != IN_PLACE
 
     def _let_go_on(self) -> None:
-        """A vLLM that stood still for its peers serves what it has, now that nobody is asked any more."""
+        """A vLLM that stood still serves what it has: the newest version, or nothing newer came in time."""
         page = self.registry.control
         held = page is not None and page.hold and isinstance(self.swap, DoubleStaging) and self.published
-        if not held or self.borrowing.asking:
+        if not held or self.borrowing.asking or (self.outdated and time.monotonic() < self._hold_due):
             return
         assert self.boundary is not None
         self.boundary.let_go()
         if self.outdated:
-            logger.warning("no peer has sent a newer version, so vLLM goes on: %s", self.outdated)
+            logger.warning("no newer version has come, so vLLM goes on: %s", self.outdated)
         else:
             logger.info("vLLM goes on, with version %d", self.live_version)
 
@@ -320,7 +325,7 @@ class Daemon:
         comes = "it comes with the trainer's next broadcast of the whole model"
         return (
             f"vLLM was started again and has version {page.requested or '0 (the checkpoint)'}, but "
-            f"{wanted}; {f'its peers are being asked{stands}' if asking else comes}"
+            f"{wanted}; {'its peers are being asked' if asking else comes}{stands}"
         )
 
     @property
@@ -360,6 +365,9 @@ class Daemon:
             meeting.port,
         )
         self.published = True
+        if page is not None and page.hold:
+            self._hold_due = time.monotonic() + self.args.hold_outdated
+            self._look_again(self.args.hold_outdated)
         if self.nodes is not None:
             self.nodes.publish()
         if self.crew is None or self.crew.has_died:
@@ -376,7 +384,11 @@ class Daemon:
         if why != self.last_error:
             logger.error("%s; trying again every %g s", why, PUBLISH_RETRY_S)
         self.last_error, self._publish_due = why, time.monotonic() + PUBLISH_RETRY_S
-        again = threading.Timer(PUBLISH_RETRY_S, self.events.put, (None,))
+        self._look_again(PUBLISH_RETRY_S)
+
+    def _look_again(self, delay_s: float) -> None:
+        """Handle an event of no content then, whatever happens until then."""
+        again = threading.Timer(min(delay_s, threading.TIMEOUT_MAX), self.events.put, (None,))
         again.daemon = True
         again.start()
 

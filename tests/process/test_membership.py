@@ -132,6 +132,37 @@ def test_a_server_that_dies_comes_back_with_the_newest_version_from_its_peer(
         assert_serves(two, 4, third)
 
 
+@pytest.mark.parametrize("hold", ["inf", "1"])
+def test_a_server_without_peers_that_is_to_wait_answers_nothing_until_the_newest_version_comes(
+    start: Callable[..., Small], hold: str
+) -> None:
+    server = start("one", tp=2, hold=hold)
+    wait_until("the server", in_state(server, "ready"), timeout_s=START_S)
+    # That the checkpoint is served at first is what it is there for.
+    wait_until("it to answer", lambda: server.served()["answered"] == [0], timeout_s=20)
+    with trainer(server) as bridge:
+        bridge.broadcast_weights(weights(1))
+        before = server.served()["pid"]
+        os.kill(before, signal.SIGKILL)
+        wait_until("a new vLLM", lambda: server.served()["pid"] != before, timeout_s=START_S)
+        wait_until("all of it", lambda: server.status().get("complete", False), timeout_s=START_S)
+        assert server.status()["state"] == "recovering"
+        if hold == "inf":
+            assert "broadcast of the whole model; it stands still meanwhile" in server.status()["detail"]
+            assert server.served()["answered"] == []
+        else:
+            wait_until("it to answer", lambda: server.served()["answered"] == [0], timeout_s=20)
+            assert "stands still" not in server.status()["detail"]
+            wait_until(
+                "why", lambda: "no newer version has come, so vLLM goes on" in server.text, timeout_s=20
+            )
+        assert bridge.broadcast_weights(weights(2)).version == 2
+    assert_serves(server, 2, weights(2))
+    wait_until("it to answer", lambda: server.served()["answered"][-1:] == [2], timeout_s=20)
+    assert server.served()["answered"] == ([2] if hold == "inf" else [0, 2])
+    assert server.status()["state"] == "ready"
+
+
 def test_what_a_lost_epoch_held_goes_with_it(start: Callable[..., Small]) -> None:
     """Nor does a trainer of several servers keep it that has switched the collector of circles off."""
     servers = [start(name, tp=1) for name in ("one", "two")]

@@ -129,6 +129,7 @@ def launch(args: argparse.Namespace) -> int:
     options = ServeOptions(
         model="tests/parallel", logdir=args.logdir, heartbeat_interval_s=0.5, deadline_s=5.0,
         peers=tuple(Path(peer) for peer in args.peers.split(os.pathsep) if peer), transport=args.transport,
+        hold_outdated_s=args.hold,
     )  # fmt: skip
     argv = [sys.executable, __file__, "vllm", "--logdir", str(args.logdir), "--tp", str(args.tp)]
     argv += ["--port", str(args.port), "--flip", args.flip]
@@ -153,7 +154,7 @@ class Small:
     """One such server, from the outside."""
 
     def __init__(self, logdir: Path, run_dir: Path, port: int, *, tp: int, **flags: str) -> None:
-        """``flags`` are the script's, such as ``peers``, ``transport`` and ``flip``."""
+        """``flags`` are the script's, such as ``peers``, ``transport``, ``hold`` and ``flip``."""
         logdir.mkdir(exist_ok=True)
         self.logdir, self.run_dir, self.tp = logdir, run_dir, tp
         argv = [sys.executable, __file__, "launch", "--logdir", str(logdir), "--run-dir", str(run_dir)]
@@ -200,6 +201,7 @@ def main() -> int:
     parser.add_argument("--tp", type=int, required=True)
     parser.add_argument("--peers", default="")
     parser.add_argument("--transport", default="auto")
+    parser.add_argument("--hold", type=float, default=0.0)
     parser.add_argument("--flip", default="auto")
     args = parser.parse_args()
     return {"launch": launch, "vllm": vllm}[args.role](args)
