@@ -12,6 +12,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,12 +45,17 @@ PATIENCE_S = 3 * DEADLINE_S + 10
 FLAGS = ["--dtype=float32", "--distributed-executor-backend=mp"]
 
 
-def start(model: Path, logdir: Path) -> Any:
-    return serving(model, logdir, flags=FLAGS, bridge_flags=TIMES, env=UNBOUND)
+def start(model: Path, logdir: Path, *more: str) -> Any:
+    return serving(model, logdir, flags=FLAGS, bridge_flags=[*TIMES, *more], env=UNBOUND)
 
 
 def greedy(server: Server) -> list[dict[str, Any]]:
     return server.api.greedy(2, 16)
+
+
+def tokens(server: Server) -> list[list[int]]:
+    """Of what is served: logprobs depend on who else is in a batch."""
+    return [answer["tokens"] for answer in greedy(server)]
 
 
 class Held:
@@ -264,10 +270,11 @@ def test_a_second_trainer_is_refused(node):
 # --- vLLM comes back, and the launcher's death is the end ---------------------------------------------------
 
 
-def assert_comes_back(server: Server, trainers: Trainers) -> None:
+def assert_comes_back(server: Server, trainers: Trainers, checkpoint: list[dict[str, Any]]) -> None:
     """vLLM's API server dies in a round: vLLM is started again, and the next round makes it whole.
 
-    Engine cores and workers die in ``test_soak``.
+    Until then it answers nothing, as it has only the ``checkpoint``. Engine cores and workers die in
+    ``test_soak``.
     """
     held = Held(server, trainers)
     newest, daemon = held.before["weight_version"], held.before["pids"]["daemon"]
@@ -287,7 +294,14 @@ def assert_comes_back(server: Server, trainers: Trainers) -> None:
     assert status["pids"]["daemon"] == daemon
     assert not any(map(alive, vllm)), "nothing of the dead vLLM is left running"
     assert f"vllm (pid {pid}) was killed by SIGKILL" in server.text()
-    (receipt,) = trainers.must("broadcast")
+    assert "it stands still meanwhile" in status["detail"]
+    ask = {"model": str(server.model), "prompt": "1", "max_tokens": 1}
+    with pytest.raises(TimeoutError):
+        server.api.open("/v1/completions", ask, timeout_s=3)
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(tokens, server)
+        (receipt,) = trainers.must("broadcast")
+        assert waiting.result(60) == tokens(server) != [answer["tokens"] for answer in checkpoint]
     assert receipt["version"] == newest + 1
     assert server.status()["state"] == "ready"
 
@@ -296,11 +310,11 @@ def test_vllm_comes_back_and_the_launchers_death_is_the_end(sets, tmp_path, runt
     shm_before, runs_before = set(residue.SHM_DIR.iterdir()), set(runtime_dir.iterdir())
     logdir = tmp_path / "logs"
     with (
-        start(sets[0], logdir) as server,
+        start(sets[0], logdir, "--hold-outdated=inf") as server,
         training("plain", sets[0], logdir=logdir, dtype="float32") as trainers,
     ):
-        begin(SimpleNamespace(server=server, sets=sets), trainers)
-        assert_comes_back(server, trainers)
+        first = begin(SimpleNamespace(server=server, sets=sets), trainers)  # the checkpoint's weights
+        assert_comes_back(server, trainers, first)
         served = greedy(server)
         tree = server.pids()
         held = Held(server, trainers)
