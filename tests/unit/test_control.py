@@ -223,18 +223,18 @@ def test_what_was_sent_to_a_busy_peer_arrives_before_the_end(lost: bool) -> None
 def test_a_peer_that_beats_and_takes_nothing_is_waited_for_once() -> None:
     """It is not silent; its owner holds up whoever takes the frames."""
     with met(2) as (one, other):
-        first, stuck = End.of(one, 1, deadline_s=1.5), End.of(other, 0, deadline_s=1.5)
+        first, stuck = End.of(one, 1, deadline_s=2.5), End.of(other, 0, deadline_s=2.5)
         stuck.holds = go_on = threading.Event()
         first.control.send([1], Frame(opcode=Opcode.BUCKET, epoch=1))
         stuck.wait_for(1, timeout_s=5)
         began = time.monotonic()
         with pytest.raises(PeerLost, match="rank 1 did not take FAILED"):
             first.control.send([1], Frame(opcode=Opcode.FAILED, epoch=1))
-        assert time.monotonic() - began > 1.4
+        assert time.monotonic() - began > 2.4
         with pytest.raises(PeerLost, match="rank 1 did not take SHUTDOWN"):
             first.control.send([1], Frame(opcode=Opcode.SHUTDOWN, epoch=1))
         first.control.close(timeout_s=0.1)
-        assert time.monotonic() - began < 2.5, "it was waited for again"
+        assert time.monotonic() - began < 4.5, "it was waited for again"
         assert [event.opcode for _, event in stuck.heard] == [Opcode.BUCKET], "its own end was called silent"
         go_on.set()
         stuck.control.close(timeout_s=5)
