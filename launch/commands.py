@@ -114,6 +114,7 @@ def vllm_command(options: ServeOptions, run_dir: Path, environ: Mapping[str, str
         "BRIDGE_LOGDIR": str(options.logdir.absolute()),
         "BRIDGE_PREFIX_CACHE": options.prefix_cache,
         "BRIDGE_STAGING": options.staging,
+        "BRIDGE_HOLD_OUTDATED": f"{options.hold_outdated_s:g}",
         "BRIDGE_FLIP": options.flip,
         "BRIDGE_ADAPTERS": json.dumps(options.sent_adapters),
         "BRIDGE_HTTP": str(int(options.http)),

@@ -130,6 +130,13 @@ class ServeOptions:
         return 0 if self.nnodes > 1 or self.sent_adapters else self.max_server_restarts
 
     @property
+    def _is_started_again(self) -> bool:
+        try:
+            return self.server_restarts > 0
+        except ConfigError:  # vLLM's arguments cannot be read: a fault of its own
+            return True
+
+    @property
     def sent_adapters(self) -> tuple[str, ...]:
         """The served names of the LoRA adapters that trainers may send.
 
@@ -178,7 +185,7 @@ class ServeOptions:
                 f"--hold-outdated {self.hold_outdated_s:g} with --staging in-place: what stands still there "
                 "stands still to be written; leave it out"
             )
-        elif self.hold_outdated_s and not self.server_restarts:
+        elif self.hold_outdated_s and not self._is_started_again:
             faults.append(
                 f"--hold-outdated {self.hold_outdated_s:g} is for a vLLM that was started again, and here "
                 "none is (several nodes, adapters of trainers, or --max-server-restarts 0); leave it out"

@@ -443,7 +443,7 @@ class Supervisor:
                 "restart", child="daemon", count=restarts.count, limit=restarts.limit, pause_s=pause_s
             )
             logger.warning(
-                "%s; restarting it%s (%d of %d); vLLM serves on with the weights it has",
+                "%s; restarting it%s (%d of %d); vLLM goes on meanwhile with the weights it has",
                 child.describe(),
                 f" in {pause_s:g} s" if pause_s else "",
                 restarts.count,

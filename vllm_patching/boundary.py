@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from bridge import flight
 from bridge.errors import TransferError
@@ -131,7 +131,7 @@ class Boundary:
     def let_go(self) -> None:
         """Let every engine go on, without waiting; nothing happens to one that does not stand still."""
         self.page.hold = 0
-        self._wake(self._engines())
+        wake(self._engines())
 
     def _engines(self) -> list[Member]:
         return list(self._registry.engines.values())
@@ -160,7 +160,7 @@ class Boundary:
             failures = [slot.failures for slot in slots]
             flight.note("vLLM asked", behind=before)
             ask()
-            self._wake(engines)
+            wake(engines)
             deadline = time.monotonic() + self.timeout_s
             next_wake = time.monotonic() + WAKE_INTERVAL_S
             pause = threading.Event()
@@ -174,7 +174,7 @@ class Boundary:
                 if now > deadline:
                     raise TransferError(late())
                 if now >= next_wake:
-                    self._wake(engines)
+                    wake(engines)
                     next_wake = now + WAKE_INTERVAL_S
                 pause.wait(POLL_S)
             flight.note("vLLM answered", behind=before)
@@ -187,12 +187,14 @@ class Boundary:
         finally:
             self._watch(False)
 
-    def _wake(self, engines: Sequence[Member]) -> None:
-        for engine in engines:
-            try:
-                engine.channel.nudge({"type": "wake"})
-            except ChannelClosed:
-                logger.debug("the connection of %s ended; its reader reports it", engine.who)
+
+def wake(engines: Iterable[Member]) -> None:
+    """Let engine cores look at the control page, also those that have nothing to do."""
+    for engine in engines:
+        try:
+            engine.channel.nudge({"type": "wake"})
+        except ChannelClosed:
+            logger.debug("the connection of %s ended; its reader reports it", engine.who)
 
 
 def end_engines(registry: Registry, why: str) -> None:

@@ -29,7 +29,7 @@ from bridge.wire import rendezvous
 from vllm_patching import arguments, residue
 from vllm_patching.admission import Admission
 from vllm_patching.borrowing import Borrowing
-from vllm_patching.boundary import Boundary, end_engines
+from vllm_patching.boundary import Boundary, end_engines, wake
 from vllm_patching.channel import listen, socket_path
 from vllm_patching.control_page import ControlPage
 from vllm_patching.crew import Crew, Report
@@ -97,7 +97,7 @@ class Daemon:
         self._final = False  # whether the server ends with the daemon
         self._closing = False
         self._publish_due = 0.0  # the earliest time for another try, on the monotonic clock
-        self._hold_due = 0.0  # until when a vLLM without the newest version stands still, likewise
+        self._unpublished = ""  # why the last one failed
         self.published = False  # whether the vLLM that was published is still there, all of it
         self._dead_page: ControlPage | None = None  # of a vLLM of which a part has died
         self.handled = threading.Condition()  # notified behind each event, for those who wait for a round
@@ -206,16 +206,29 @@ class Daemon:
         That is known if versions were served before it, and asked of its peers.
         """
         waits = self.borrowing.has_peers or (self.args.hold_outdated > 0 and self.newest.version > 0)
-        return self.nodes is None and waits and hello.get("arena") != IN_PLACE
+        # One engine of several in lockstep would stand still while another waits for it to step.
+        return waits and self.nodes is None and hello.get("arena") != IN_PLACE and not hello.get("lockstep")
+
+    def _held_for_s(self, page: ControlPage) -> float:
+        """How much longer a vLLM without the newest version stands still.
+
+        Its mark says since when it does, also to a daemon that has come later.
+        """
+        return float(page.hold / 1e9 + self.args.hold_outdated - time.monotonic())
 
     def _let_go_on(self) -> None:
         """A vLLM that stood still serves what it has: the newest version, or nothing newer came in time."""
         page = self.registry.control
-        held = page is not None and page.hold and isinstance(self.swap, DoubleStaging) and self.published
-        if not held or self.borrowing.asking or (self.outdated and time.monotonic() < self._hold_due):
+        if page is None or not page.hold or not self.registry.complete:
             return
-        assert self.boundary is not None
-        self.boundary.let_go()
+        if IN_PLACE in {member.hello.get("arena") for member in self.registry.members()}:
+            return  # where it is written
+        # While the mapping cannot be written, nobody can bring anything.
+        comes = self.published and (self.borrowing.asking or (self.in_round and self.outdated))
+        if comes or (self.outdated and self._held_for_s(page) > 0):
+            return
+        page.hold = 0
+        wake(self.registry.engines.values())
         if self.outdated:
             logger.warning("no newer version has come, so vLLM goes on: %s", self.outdated)
         else:
@@ -320,6 +333,8 @@ class Daemon:
         if self.published and page is not None and page.requested == self.version:
             return f"its peers are being asked for a newer version{stands}" if asking else ""
         wanted = f"the newest version is {self.version}" if self.version else "no version was broadcast yet"
+        if self._unpublished:
+            return f"{self._unpublished}, so nobody can bring a version; {wanted}{stands}"
         if not self.published or page is None:
             return f"{self._first_death or 'vLLM is gone'}, and vLLM is not complete again; {wanted}"
         comes = "it comes with the trainer's next broadcast of the whole model"
@@ -364,10 +379,9 @@ class Daemon:
             meeting.host,
             meeting.port,
         )
-        self.published = True
-        if page is not None and page.hold:
-            self._hold_due = time.monotonic() + self.args.hold_outdated
-            self._look_again(self.args.hold_outdated)
+        self.published, self._unpublished = True, ""
+        if page is not None and page.hold and self.args.hold_outdated:
+            self._look_again(self._held_for_s(page))
         if self.nodes is not None:
             self.nodes.publish()
         if self.crew is None or self.crew.has_died:
@@ -383,12 +397,14 @@ class Daemon:
     def _publish_later(self, why: str) -> None:
         if why != self.last_error:
             logger.error("%s; trying again every %g s", why, PUBLISH_RETRY_S)
-        self.last_error, self._publish_due = why, time.monotonic() + PUBLISH_RETRY_S
+        self.last_error = self._unpublished = why
+        self._publish_due = time.monotonic() + PUBLISH_RETRY_S
         self._look_again(PUBLISH_RETRY_S)
 
     def _look_again(self, delay_s: float) -> None:
         """Handle an event of no content then, whatever happens until then."""
-        again = threading.Timer(min(delay_s, threading.TIMEOUT_MAX), self.events.put, (None,))
+        delay_s = min(max(0.0, delay_s), threading.TIMEOUT_MAX)
+        again = threading.Timer(delay_s, self.events.put, (None,))
         again.daemon = True
         again.start()
 
@@ -466,6 +482,7 @@ class Daemon:
             # One death ends all of vLLM: the first is the cause, the others follow from it.
             self._first_death = self.last_error = self.given_up or f"{who} is gone"
         self.published, self._dead_page = False, self.registry.control
+        self._unpublished = ""
         self.borrowing.close()
         self.lending.reclaim("vLLM is gone, and its memory must be free")
         if self.epoch is not None:

@@ -46,7 +46,8 @@ FLAGS = ["--dtype=float32", "--distributed-executor-backend=mp"]
 
 
 def start(model: Path, logdir: Path, *more: str) -> Any:
-    return serving(model, logdir, flags=FLAGS, bridge_flags=[*TIMES, *more], env=UNBOUND)
+    env = {**UNBOUND, "VLLM_SERVER_DEV_MODE": "1"}  # for /pause and /resume
+    return serving(model, logdir, flags=FLAGS, bridge_flags=[*TIMES, *more], env=env)
 
 
 def greedy(server: Server) -> list[dict[str, Any]]:
@@ -300,7 +301,10 @@ def assert_comes_back(server: Server, trainers: Trainers, checkpoint: list[dict[
         server.api.open("/v1/completions", ask, timeout_s=3)
     with ThreadPoolExecutor(1) as thread:
         waiting = thread.submit(tokens, server)
+        # As loops do that pause vLLM for a transfer: unanswered, they would wait for ever.
+        assert server.call("/pause?mode=keep", {})[0] == 200
         (receipt,) = trainers.must("broadcast")
+        assert server.call("/resume", {})[0] == 200
         assert waiting.result(60) == tokens(server) != [answer["tokens"] for answer in checkpoint]
     assert receipt["version"] == newest + 1
     assert server.status()["state"] == "ready"

@@ -5,6 +5,7 @@ Launchers, daemons, updaters, lenders and the trainer's side are the real ones; 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -25,6 +26,7 @@ from bridge.config import BridgeConfig
 from bridge.environment import Ranks
 from bridge.errors import ConfigError, RendezvousError, RendezvousRefused
 from bridge.joining import ask_admission
+from bridge.protocol.mapping import CONFIG_NAME
 from bridge.trainer import Bridge
 from bridge.wire import rendezvous
 from tests.support.mappings import SOURCES, half_of, parallel_mapping
@@ -132,35 +134,76 @@ def test_a_server_that_dies_comes_back_with_the_newest_version_from_its_peer(
         assert_serves(two, 4, third)
 
 
-@pytest.mark.parametrize("hold", ["inf", "1"])
-def test_a_server_without_peers_that_is_to_wait_answers_nothing_until_the_newest_version_comes(
-    start: Callable[..., Small], hold: str
-) -> None:
-    server = start("one", tp=2, hold=hold)
-    wait_until("the server", in_state(server, "ready"), timeout_s=START_S)
-    # That the checkpoint is served at first is what it is there for.
-    wait_until("it to answer", lambda: server.served()["answered"] == [0], timeout_s=20)
-    with trainer(server) as bridge:
-        bridge.broadcast_weights(weights(1))
-        before = server.served()["pid"]
-        os.kill(before, signal.SIGKILL)
-        wait_until("a new vLLM", lambda: server.served()["pid"] != before, timeout_s=START_S)
-        wait_until("all of it", lambda: server.status().get("complete", False), timeout_s=START_S)
-        assert server.status()["state"] == "recovering"
-        if hold == "inf":
-            assert "broadcast of the whole model; it stands still meanwhile" in server.status()["detail"]
-            assert server.served()["answered"] == []
-        else:
+@pytest.fixture
+def outdated(start: Callable[..., Small]) -> Iterator[Callable[[str], tuple[Small, Bridge]]]:
+    """``outdated(hold)``: a server whose vLLM was started again behind version 1, and its trainer."""
+    with contextlib.ExitStack() as stack:
+
+        def make(hold: str, *, meanwhile: Callable[[Small], None] = lambda _: None) -> tuple[Small, Bridge]:
+            server = start("one", tp=2, hold=hold)
+            wait_until("the server", in_state(server, "ready"), timeout_s=START_S)
+            # That the checkpoint is served at first is what it is there for.
             wait_until("it to answer", lambda: server.served()["answered"] == [0], timeout_s=20)
-            assert "stands still" not in server.status()["detail"]
-            wait_until(
-                "why", lambda: "no newer version has come, so vLLM goes on" in server.text, timeout_s=20
-            )
-        assert bridge.broadcast_weights(weights(2)).version == 2
+            bridge = stack.enter_context(trainer(server))
+            bridge.broadcast_weights(weights(1))
+            before = server.served()["pid"]
+            os.kill(before, signal.SIGKILL)
+            meanwhile(server)
+            wait_until("a new vLLM", lambda: server.served()["pid"] != before, timeout_s=START_S)
+            return server, bridge
+
+        yield make
+
+
+def assert_held(server: Small) -> None:
+    wait_until("all of it", lambda: server.status().get("complete", False), timeout_s=START_S)
+    status = server.status()
+    assert status["state"] == "recovering"
+    assert "broadcast of the whole model; it stands still meanwhile" in status["detail"]
+    assert server.served()["answered"] == []
+
+
+@pytest.mark.parametrize("killed", ["nobody", "the daemon"])
+def test_a_server_without_peers_that_is_to_wait_answers_nothing_until_the_newest_version_comes(
+    outdated: Callable[[str], tuple[Small, Bridge]], killed: str
+) -> None:
+    server, bridge = outdated("inf")
+    assert_held(server)
+    if killed == "the daemon":
+        os.kill(server.status()["pids"]["daemon"], signal.SIGKILL)
+        wait_until("another one", lambda: "the daemon is back" in server.text, timeout_s=START_S)
+        assert_held(server)
+    assert bridge.broadcast_weights(weights(2)).version == 2
+    wait_until("it to answer", lambda: bool(server.served()["answered"]), timeout_s=20)
+    assert server.served()["answered"] == [2]
     assert_serves(server, 2, weights(2))
-    wait_until("it to answer", lambda: server.served()["answered"][-1:] == [2], timeout_s=20)
-    assert server.served()["answered"] == ([2] if hold == "inf" else [0, 2])
     assert server.status()["state"] == "ready"
+
+
+def test_it_goes_on_once_it_has_waited(outdated: Callable[[str], tuple[Small, Bridge]]) -> None:
+    server, bridge = outdated("1")
+    wait_until("it to answer", lambda: server.served()["answered"] == [0], timeout_s=START_S)
+    wait_until("why", lambda: "no newer version has come, so vLLM goes on" in server.text, timeout_s=20)
+    assert server.status()["state"] == "recovering"
+    assert "stands still" not in server.status()["detail"]
+    assert bridge.broadcast_weights(weights(2)).version == 2
+    wait_until("it to answer", lambda: server.served()["answered"] == [0, 2], timeout_s=20)
+
+
+def test_it_goes_on_though_its_mapping_cannot_be_written(
+    outdated: Callable[..., tuple[Small, Bridge]],
+) -> None:
+    def occupy(server: Small) -> None:
+        (server.logdir / CONFIG_NAME).unlink()
+        (server.logdir / CONFIG_NAME).mkdir()
+
+    server, bridge = outdated("2", meanwhile=occupy)
+    wait_until("it to answer", lambda: server.served()["answered"] == [0], timeout_s=60)
+    assert not server.status()["complete"]
+    assert "cannot be written to" in server.status()["detail"]
+    (server.logdir / CONFIG_NAME).rmdir()
+    wait_until("it to be published", lambda: server.status().get("complete", False), timeout_s=30)
+    assert bridge.broadcast_weights(weights(2)).version == 2
 
 
 def test_what_a_lost_epoch_held_goes_with_it(start: Callable[..., Small]) -> None:

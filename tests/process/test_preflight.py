@@ -144,6 +144,11 @@ def test_holding_back_what_is_outdated_where_nothing_can_be(tmp_path, model, fla
     assert [text.startswith(fault) for text in faults] == ([True] if fault else [])
 
 
+def test_every_check_runs_though_adapters_cannot_be_read(tmp_path, model):
+    several = [make_options(tmp_path, model, "--lora-modules", "{", hold_outdated_s=s) for s in (0.0, 5.0)]
+    assert faults(several[0]) == faults(several[1])
+
+
 def test_damaged_weight_file(tmp_path, model):
     (model / "model.safetensors").write_bytes(b"\xff" * 100)
     assert "not a whole safetensors file" in faults(make_options(tmp_path, model))["model"]

@@ -208,6 +208,8 @@ class Steps:
     def requeued(self, step: int) -> None:
         """The next attempt goes on from ``step``, which is served first of all."""
         self.attempt, self.before = self.attempt + 1, step
+        known = len(self.versions)
+        self.trains.wait("its version", lambda: len(self.trains.versions()) > known)
         self.check(step)
 
     @property
@@ -402,9 +404,8 @@ def test_slurm_itself_warns_ahead_of_the_time_limit_and_the_job_goes_on(
 @only_in_full("slurm")
 @pytest.mark.parametrize("grace_s", [0, 120])
 def test_a_preempted_job_goes_on_behind_the_urgent_one(
-    breakable: Cluster, submit: Callable[..., Job], checkpoint: Callable[..., Path], tmp_path: Path,
-    record_property: Record, grace_s: int,
-) -> None:  # fmt: skip
+    breakable: Cluster, checkpoint: Callable[..., Path], tmp_path: Path, record_property: Record, grace_s: int
+) -> None:
     """Where there is a grace time, the warning comes first, and the script asks for the requeue itself."""
     breakable.call("scontrol", "update", "PartitionName=all", f"GraceTime={grace_s}")
     model, state = checkpoint("qwen3", "float32", 0), tmp_path / "state"
@@ -571,6 +572,7 @@ def test_servers_that_are_requeued_get_the_next_version(
         [TRAINER, str(model), str(state), "10"],
         SERVE_NODES="0",
         BRIDGE_LOGDIRS=":".join(map(str, links)),
+        BRIDGE_COMMIT="all",  # or the one that is there first would have the version first
         STEP_BY_STEP="1",
     )
     steps = Steps(train, serve, model, state, servers=2)

@@ -97,7 +97,7 @@ def worker(rank: int, ranks: int, pipes: Sequence[tuple[Any, Any]]) -> None:
     hello = {
         "type": "worker", "rank": rank, "world_size": ranks, "tp_degree": ranks, "model": "tests/tiny",
         "dtype": "bfloat16", "vllm_version": "0.32.0", "gpu": "", "arena": arena.kind, "handles": [],
-        "descriptors": 2, "hooks": {"execute_model": True},
+        "descriptors": 2, "lockstep": False, "hooks": {"execute_model": True},
         "rank_map": msgspec.to_builtins(rank_map),
         "vocabularies": msgspec.to_builtins(document.vocabularies), "omitted_vocabularies": {},
     }  # fmt: skip

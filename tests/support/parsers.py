@@ -217,7 +217,7 @@ def hello(kind: str) -> dict[str, Any]:
     return {
         **common, "rank": 0, "model": "m", "dtype": "bfloat16", "vllm_version": "0.32", "tp_degree": 2,
         "gpu": "", "arena": "remap", "handles": [], "descriptors": 2, "omitted_vocabularies": {},
-        "rank_map": msgspec.to_builtins(DOCUMENT.ranks[0]),
+        "lockstep": False, "rank_map": msgspec.to_builtins(DOCUMENT.ranks[0]),
         "vocabularies": msgspec.to_builtins(DOCUMENT.vocabularies),
     }  # fmt: skip
 

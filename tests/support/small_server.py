@@ -78,7 +78,7 @@ def vllm(args: argparse.Namespace) -> int:
             "type": "worker", "rank": rank, "world_size": args.tp, "tp_degree": args.tp,
             "model": document.model, "dtype": document.dtype, "vllm_version": document.vllm_version,
             "gpu": "", "arena": arena.kind, "handles": (), "descriptors": len(fds), "hooks": {},
-            "rank_map": msgspec.to_builtins(rank_map),
+            "lockstep": False, "rank_map": msgspec.to_builtins(rank_map),
             "vocabularies": msgspec.to_builtins(document.vocabularies), "omitted_vocabularies": {},
         }  # fmt: skip
         registration = Registration(hello, fds=fds, who=f"small worker {rank}")
