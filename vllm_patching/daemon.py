@@ -219,8 +219,8 @@ class Daemon:
     def _let_go_on(self) -> None:
         """A vLLM that stood still serves what it has: the newest version, or nothing newer came in time."""
         page = self.registry.control
-        if page is None or not page.hold or not self.registry.complete:
-            return
+        if page is None or not page.hold or not (self.published or self._unpublished):
+            return  # or nobody could have been asked yet
         if IN_PLACE in {member.hello.get("arena") for member in self.registry.members()}:
             return  # where it is written
         # While the mapping cannot be written, nobody can bring anything.

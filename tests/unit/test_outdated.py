@@ -11,6 +11,7 @@ import pytest
 from vllm_patching.daemon import Daemon
 
 HELLO = {"type": "worker", "arena": "remap", "lockstep": False}
+UNPUBLISHED = {"published": False, "_unpublished": "the mapping cannot be written"}
 
 
 def daemon(**changes: Any) -> Any:
@@ -26,6 +27,7 @@ def daemon(**changes: Any) -> Any:
         ),
         args=SimpleNamespace(hold_outdated=60.0), newest=SimpleNamespace(version=3), nodes=None,
         borrowing=SimpleNamespace(asking=False, has_peers=False), published=True, in_round=False,
+        _unpublished="",
         outdated="version 3 is newer", live_version=0, page=page, woken=woken,
     )  # fmt: skip
     here._held_for_s = lambda page: Daemon._held_for_s(here, page)
@@ -47,10 +49,10 @@ def daemon(**changes: Any) -> Any:
         ({"outdated": ""}, True),
         ({"outdated": "", "borrowing__asking": True}, False),  # a peer may know of a newer one
         ({"outdated": "", "in_round": True}, True),  # the newest one is there, the round is the next one's
-        ({"published": False}, False),
-        ({"published": False, "args__hold_outdated": 4.0}, True),  # its mapping cannot be written
-        ({"published": False, "args__hold_outdated": 0.0, "borrowing__asking": True}, True),
-        ({"args__hold_outdated": 4.0, "registry__complete": False}, False),  # there is nobody yet to go on
+        ({"published": False, "args__hold_outdated": 0.0}, False),  # it is about to be
+        (UNPUBLISHED, False),
+        ({**UNPUBLISHED, "args__hold_outdated": 4.0}, True),
+        ({**UNPUBLISHED, "args__hold_outdated": 0.0, "borrowing__asking": True}, True),
     ],
 )  # fmt: skip
 def test_when_it_goes_on(changes: dict[str, Any], goes_on: bool) -> None:
