@@ -81,6 +81,6 @@ class DeviceError(BridgeError):
 
 
 class ProtocolError(BridgeError):
-    """An impossible frame or transition: a defect of the bridge, never of its user."""
+    """An impossible frame or transition: a defect of the bridge or of the wire, never of its user."""
 
     exit_code = 70

@@ -57,7 +57,7 @@ def serve(step: int) -> None:
     """Under a number above all that were served before, which BRIDGE_VERSIONS_AFTER says."""
     try:
         receipt = bridge.broadcast_weights(model)
-    except bridge.TransferError as err:  # on every rank: a server was lost on the way
+    except (bridge.TransferError, bridge.ProtocolError) as err:  # on every rank
         print(f"step {step} is sent again: {err}", flush=True)
         receipt = bridge.broadcast_weights(model)  # waits for it to be there again
     if dist.get_rank() == 0:
