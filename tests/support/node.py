@@ -410,6 +410,7 @@ class Node:
         self._flags = [
             f"--deadline={deadline_s:g}", f"--heartbeat-interval={deadline_s / 8:g}",
             f"--commit-timeout={2 * deadline_s:g}", *flags,
+            *(["--hold-outdated=inf"] if restarts else ()),  # then none but the checkpoint's would be served
         ]  # fmt: skip
         self.seed = 0  # of the weights that are served
         self.version = 0
@@ -780,8 +781,6 @@ def _go_on(made: Node, fault: Fault, struck: _Round, before: _Before, *, restart
         faults.empty(made.shm)
     # A broadcast that ends in an error may be live all the same, and is then made again under a new number.
     again = [(struck.new + 1, later) for later in range(struck.before + 1, version + 1)]
-    if restarted:  # a vLLM serves its checkpoint until it is brought the version
-        again.append((0, 0))
     seen = _assert_whole(made, fault, *struck.allowed, *again)
     if any("version" in answer for answer in struck.answers):
         # An engine that was killed in the first batch under it had no time to note that.
