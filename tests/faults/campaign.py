@@ -154,12 +154,14 @@ def summary(rows: list[dict[str, Any]], left_at_end: list[str]) -> dict[str, Any
     faults = [row["fault"].split() for row in rows]
     of_processes = [(what, who) for what, who, *_ in faults if what in SIGNALLED]
     signals = Counter(what for what, _ in of_processes)
+    links = Counter(row["fault"].partition(" at ")[0] for row in rows if row["transport"] == LINK)
     return {
         "cases": len(rows),
         "failures": len(rows) - len(good),
         "left": sorted({thing for row in rows for thing in row.get("left", [])} | set(left_at_end)),
         **{name: signals[what] for what, name in SIGNALLED.items()},
-        "of_the_link": sum(row["transport"] == LINK for row in rows),
+        "of_the_link": links.total(),
+        "by_link": dict(sorted(links.items())),
         "restarts_in_a_launch": sum(row["transport"].endswith(RESTARTED) for row in rows),
         "by_role": dict(sorted(Counter(" ".join(fault) for fault in of_processes).items())),
         "answers": dict(Counter(row["answer"] for row in good)),
