@@ -18,6 +18,7 @@ All cases share a job otherwise, so one is had again with those before it; ``--u
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
 import json
 import os
@@ -32,6 +33,7 @@ import threading
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,34 +201,50 @@ class Campaign:
         return row | (self._lose_the_job(fault) if fault.ends_the_job else self._go_on(fault))
 
     def _go_on(self, fault: Fault) -> dict[str, Any]:
-        """The version must be live all the same, and then on both servers."""
-        self._begin_step()
-        threading.Event().wait(fault.after_s)
-        began = time.monotonic()
-        self.strike(fault)
-        self._wait_live()
-        live_s = time.monotonic() - began
-        self._wait_served()
+        """The version must be live all the same, then on both servers, and until then the one before it."""
+        before = self._answers
+        with self._watching() as given:
+            self._begin_step()
+            threading.Event().wait(fault.after_s)
+            began = time.monotonic()
+            self.strike(fault)
+            self._wait_live()
+            live_s = time.monotonic() - began
+            self._wait_served()
+            recovered_s = time.monotonic() - began
+        self._assert_whole(given, before)
         return {
             "version": self.job.versions()[-1][1],
+            "answers": len(given),
             "live_s": round(live_s, 2),
-            "recovered_s": round(time.monotonic() - began, 2),
+            "recovered_s": round(recovered_s, 2),
         }
+
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[list[tuple[float, list[list[int]]]]]:
+        """Ask both servers all the while; what they answer, and when they were asked, is there behind it."""
+        ending, given = threading.Event(), list[tuple[float, list[list[int]]]]()
+        with ThreadPoolExecutor(1) as thread:
+            watch = thread.submit(self._watch, self.job.logdirs(), ending)
+            try:
+                yield given
+            finally:
+                ending.set()
+            given += watch.result()
+
+    def _assert_whole(self, given: list[tuple[float, list[list[int]]]], before: list[list[int]]) -> None:
+        torn = [answer for _, answer in given if answer not in (before, self._answers)]
+        assert not torn, f"{torn} are of neither the step before, {before}, nor of this one, {self._answers}"
 
     def _lose_the_job(self, fault: Fault) -> dict[str, Any]:
         """It must end as it is said to, with nothing torn until then, and the next one make the step."""
         before = [flips(logdir) for logdir in self.job.logdirs()]
-        ending = threading.Event()
-        with ThreadPoolExecutor(1) as thread:
-            watch = thread.submit(self._watch, ending)
-            try:
-                self._begin_step()
-                threading.Event().wait(fault.after_s)
-                began = time.monotonic()
-                self.strike(fault)
-                self.job.wait_end("FAILED")
-            finally:
-                ending.set()
+        with self._watching() as given:
+            self._begin_step()
+            threading.Event().wait(fault.after_s)
+            began = time.monotonic()
+            self.strike(fault)
+            self.job.wait_end("FAILED")
         assert self.job.exit_code == "1:0", self.job.text()[-6000:]
         assert self.job.told("RestartCnt") == "0"
         assert re.search(r": exit 1; logs in ", self.job.text()), self.job.text()[-6000:]
@@ -251,11 +269,7 @@ class Campaign:
         assert version > self._last, f"version {version} is another one of the job before"
         self._wait_served()
         served_s = time.monotonic() - began
-        given = watch.result()
-        torn = [answer for _, answer in given if answer not in (old_answers, self._answers)]
-        assert not torn, (
-            f"{torn} are of neither step {wanted - 1}, {old_answers}, nor the next, {self._answers}"
-        )
+        self._assert_whole(given, old_answers)
         return {
             "version": version,
             "answers": len(given),
@@ -264,11 +278,11 @@ class Campaign:
             "next_job_serves_s": round(served_s, 2),
         }
 
-    def _watch(self, ending: threading.Event) -> list[tuple[float, list[list[int]]]]:
+    def _watch(self, logdirs: list[Path], ending: threading.Event) -> list[tuple[float, list[list[int]]]]:
         """When servers were asked, and their answers by one version from the first token to the last."""
         given = []
         while not ending.is_set():
-            for logdir in self.job.logdirs():
+            for logdir in logdirs:
                 version, asked = flips(logdir), time.monotonic()
                 if (answer := self._ask(logdir)) is not None and flips(logdir) == version:
                     given.append((asked, answer))
