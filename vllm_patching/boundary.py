@@ -130,8 +130,7 @@ class Boundary:
 
     def let_go(self) -> None:
         """Let every engine go on, without waiting; nothing happens to one that does not stand still."""
-        self.page.hold = 0
-        wake(self._engines())
+        let_go(self.page, self._registry)
 
     def _engines(self) -> list[Member]:
         return list(self._registry.engines.values())
@@ -186,6 +185,12 @@ class Boundary:
             yield
         finally:
             self._watch(False)
+
+
+def let_go(page: ControlPage, registry: Registry) -> None:
+    """Let every engine go on, without waiting; nothing happens to one that does not stand still."""
+    page.hold = 0
+    wake(list(registry.engines.values()))
 
 
 def wake(engines: Iterable[Member]) -> None:

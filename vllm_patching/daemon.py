@@ -29,7 +29,7 @@ from bridge.wire import rendezvous
 from vllm_patching import arguments, residue
 from vllm_patching.admission import Admission
 from vllm_patching.borrowing import Borrowing
-from vllm_patching.boundary import Boundary, end_engines, wake
+from vllm_patching.boundary import Boundary, end_engines, let_go
 from vllm_patching.channel import listen, socket_path
 from vllm_patching.control_page import ControlPage
 from vllm_patching.crew import Crew, Report
@@ -221,15 +221,15 @@ class Daemon:
         page = self.registry.control
         if page is None or not page.hold or not (self.published or self._unpublished):
             return  # or nobody could have been asked yet
-        if IN_PLACE in {member.hello.get("arena") for member in self.registry.members()}:
+        if IN_PLACE in self.registry.arenas:
             return  # where it is written
+        outdated = bool(self.outdated)
         # While the mapping cannot be written, nobody can bring anything.
-        comes = self.published and (self.borrowing.asking or (self.in_round and self.outdated))
-        if comes or (self.outdated and self._held_for_s(page) > 0):
+        comes = self.published and (self.borrowing.asking or (self.in_round and outdated))
+        if comes or (outdated and self._held_for_s(page) > 0):
             return
-        page.hold = 0
-        wake(self.registry.engines.values())
-        if self.outdated:
+        let_go(page, self.registry)
+        if outdated:
             logger.warning("no newer version has come, so vLLM goes on: %s", self.outdated)
         else:
             logger.info("vLLM goes on, with version %d", self.live_version)
@@ -418,7 +418,7 @@ class Daemon:
             watch=self.nodes.watch if self.nodes is not None else lambda _: None,
         )
         # What the workers have, whatever the launcher said: an earlier daemon may have published for them.
-        kinds = {worker.hello["arena"] for worker in self.registry.workers.values()}
+        kinds = self.registry.arenas
         if IN_PLACE in kinds:
             self.swap = InPlaceStaging(
                 self.boundary,

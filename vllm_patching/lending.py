@@ -111,7 +111,7 @@ class Lending:
             return "it serves the checkpoint, and no version"
         if here.live_version != here.version:
             return f"it serves version {here.live_version} itself, and version {here.version} is the newest"
-        if {worker.hello["arena"] for worker in here.registry.workers.values()} != {REMAP}:
+        if here.registry.arenas != {REMAP}:
             return "its weights are served from memory that rounds write, so a loan could be torn"
         if here.mapping.adapters:
             return "it serves adapters that trainers send, which are not lent"

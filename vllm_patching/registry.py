@@ -197,6 +197,12 @@ class Registry:
             return [*self.workers.values(), *self.engines.values()]
 
     @property
+    def arenas(self) -> set[str]:
+        """The kinds of memory that workers have their weights in."""
+        with self.lock:
+            return {worker.hello["arena"] for worker in self.workers.values()}
+
+    @property
     def complete(self) -> bool:
         """Whether every worker and every engine is registered."""
         return len(self.engines) == self.num_engines and self.has_all_workers

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -39,14 +38,13 @@ def trainer(served: SimpleNamespace) -> Iterator[Trainers]:
         yield trainers
 
 
-def check(served: SimpleNamespace, trainer: Trainers, index: int, send: str) -> dict[str, Any]:
+def check(served: SimpleNamespace, trainer: Trainers, index: int, send: str) -> None:
     trainer.must("load", path=str(served.sets[index]))
     before = served.live.status()["weight_version"]
     (receipt,) = trainer.must(send)
     assert receipt["version"] == before + 1
     assert receipt["transport"] == "pull-gpu"
     assert served.live.api.greedy() == served.fresh[index]
-    return receipt
 
 
 @pytest.mark.parametrize("source", ["module", "one_buffer"])

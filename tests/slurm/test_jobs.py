@@ -191,10 +191,14 @@ class Steps:
         self.trains.wait_paused(step - 1 - self.before, self.attempt)
         self.trains.go(step - 1 - self.before, self.attempt)
 
+    def wait_live(self, step: int) -> None:
+        """The last version is of ``step``, whoever serves it."""
+        self.trains.wait(f"step {step}", lambda: [made for made, _ in self.trains.versions()][-1:] == [step])
+
     def check(self, step: int) -> None:
         """The last version is of ``step``, and all servers give its tokens."""
         self.trains.wait_paused(step - self.before, self.attempt)
-        self.trains.wait(f"step {step}", lambda: [made for made, _ in self.trains.versions()][-1:] == [step])
+        self.wait_live(step)
         self.tokens += assert_served(
             self.serves, self.model, self.state, servers=self.servers, attempt=self.serves_in
         )
@@ -434,6 +438,27 @@ def test_a_preempted_job_goes_on_behind_the_urgent_one(
     assert_nothing_left(breakable)
 
 
+def submit_trainers(
+    submit: Callable[..., Job],
+    nodes: Sequence[str],
+    words: Sequence[str],
+    logdirs: Sequence[Path],
+    **env: str,
+) -> Job:
+    """Trainers, a step at a sign, of servers that are another job's."""
+    served = {"SERVE_NODES": "0", "BRIDGE_LOGDIRS": ":".join(map(str, logdirs)), "STEP_BY_STEP": "1"}
+    return submit("train", "train_and_serve.sbatch", nodes, [TRAINER, *words], **served, **env)
+
+
+def end_in_order(steps: Steps, cluster: Cluster) -> None:
+    """The trainers have made all steps, and their servers, another job, are not wanted any more."""
+    steps.trains.release()
+    steps.trains.wait_end("COMPLETED")
+    steps.serves.cancel()
+    steps.serves.wait_end("CANCELLED")
+    assert_nothing_left(cluster)
+
+
 @pytest.mark.parametrize("nodes_per_server", [1, 2] if FULL else [2])
 def test_two_jobs_on_the_same_nodes_and_what_scancel_leaves(
     cluster: Cluster, submit: Callable[..., Job], checkpoint: Callable[..., Path], tmp_path: Path,
@@ -466,16 +491,9 @@ def test_two_jobs_on_the_same_nodes_and_what_scancel_leaves(
         SERVE_FLAGS=IN_ROUNDS,
     )
     serve.wait("to serve", lambda: "serving at" in serve.text())
-    train = submit(
-        "train",
-        "train_and_serve.sbatch",
-        nodes,
-        [TRAINER, str(models[1]), str(states[1]), str(versions + 1)],
-        SERVE_NODES="0",
-        BRIDGE_LOGDIRS=":".join(map(str, serve.logdirs())),
-        STEP_BY_STEP="1",
-        BRIDGE_TEST_FAULTS=str(tmp_path / "train"),
-    )
+    words = [str(models[1]), str(states[1]), str(versions + 1)]
+    faults = {"BRIDGE_TEST_FAULTS": str(tmp_path / "train")}
+    train = submit_trainers(submit, nodes, words, serve.logdirs(), **faults)
     both = (
         Steps(het, het, models[0], states[0], servers),
         Steps(train, serve, models[1], states[1], 2 // nodes_per_server),
@@ -514,16 +532,8 @@ def test_of_two_servers_of_two_nodes_each_one_is_lost_whole_and_comes_back(
         VLLM_FLAGS=f"{VLLM_FLAGS} --tensor-parallel-size=2",
     )
     serve.wait("to serve", lambda: "serving at" in serve.text())
-    train = submit(
-        "train",
-        "train_and_serve.sbatch",
-        ["--nodes=2"],
-        [TRAINER, str(model), str(state), "4"],
-        SERVE_NODES="0",
-        BRIDGE_LOGDIRS=":".join(map(str, serve.logdirs())),
-        STEP_BY_STEP="1",
-        TRAINERS_PER_NODE="1",
-    )
+    words = [str(model), str(state), "4"]
+    train = submit_trainers(submit, ["--nodes=2"], words, serve.logdirs(), TRAINERS_PER_NODE="1")
 
     steps = Steps(train, serve, model, state, servers=2)
     steps.make(1, 2)
@@ -531,7 +541,7 @@ def test_of_two_servers_of_two_nodes_each_one_is_lost_whole_and_comes_back(
     worker = next(process for process in cluster.inside("node4") if "VLLM::Worker" in process.name())
     worker.kill()
     steps.begin(3)
-    train.wait("step 3", lambda: [made for made, _ in train.versions()][-1:] == [3])
+    steps.wait_live(3)
     assert serve.flips()[0] == [1, 2, 3]
     fresh = untrained(model)
 
@@ -547,11 +557,7 @@ def test_of_two_servers_of_two_nodes_each_one_is_lost_whole_and_comes_back(
     steps.make(4)
     assert [number for number, _ in train.versions()] == [1, 2, 3, 4]
     record_property(serve.script, steps.found())
-    train.release()
-    train.wait_end("COMPLETED")
-    serve.cancel()
-    serve.wait_end("CANCELLED")
-    assert_nothing_left(cluster)
+    end_in_order(steps, cluster)
 
 
 @only_in_full("slurm")
@@ -565,16 +571,9 @@ def test_servers_that_are_requeued_get_the_next_version(
     serve.wait("to serve", lambda: "serving at" in serve.text())
     links = sorted(serve.directory.glob("*/server-*"))
     assert len(links) == 2
-    train = submit(
-        "train",
-        "train_and_serve.sbatch",
-        ["--nodes=2"],
-        [TRAINER, str(model), str(state), "10"],
-        SERVE_NODES="0",
-        BRIDGE_LOGDIRS=":".join(map(str, links)),
-        BRIDGE_COMMIT="all",  # or the one that is there first would have the version first
-        STEP_BY_STEP="1",
-    )
+    words = [str(model), str(state), "10"]
+    # "all", or the one that is there first would have the version first
+    train = submit_trainers(submit, ["--nodes=2"], words, links, BRIDGE_COMMIT="all")
     steps = Steps(train, serve, model, state, servers=2)
     steps.make(1, 2, 3, 4)
     cluster.call("scancel", "--batch", "--signal=USR2", serve.id)
@@ -586,11 +585,7 @@ def test_servers_that_are_requeued_get_the_next_version(
     serve.wait_flips([[1, 2, 3, 4]] * 2)
     serve.wait_flips([[5, 6, 7, 8, 9, 10]] * 2, attempt=1)
     record_property(serve.script, steps.found())
-    train.release()
-    train.wait_end("COMPLETED")
-    serve.cancel()
-    serve.wait_end("CANCELLED")
-    assert_nothing_left(cluster)
+    end_in_order(steps, cluster)
 
 
 @only_in_full("slurm")

@@ -301,7 +301,7 @@ def test_what_is_left_of_an_earlier_attempt_of_a_job_stays_outside(monkeypatch: 
 def test_a_loan_ahead_gives_way_to_a_server_that_can_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     daemon: Any = SimpleNamespace(
         nodes=None, published=True, mapping=OURS, swap=SimpleNamespace(torn=""), version=5, live_version=5,
-        registry=SimpleNamespace(workers={0: SimpleNamespace(hello={"arena": REMAP})}), epoch=None,
+        registry=SimpleNamespace(arenas={REMAP}), epoch=None,
         in_round=False, store={}, secret="s",
     )  # fmt: skip
     daemon.store = SimpleNamespace(set=lambda *_: None)

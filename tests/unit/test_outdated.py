@@ -22,9 +22,7 @@ def daemon(**changes: Any) -> Any:
     )
     page = SimpleNamespace(hold=time.monotonic_ns() - 5 * 10**9)
     here = SimpleNamespace(
-        registry=SimpleNamespace(
-            control=page, complete=True, engines={0: engine}, members=lambda: [SimpleNamespace(hello=HELLO)]
-        ),
+        registry=SimpleNamespace(control=page, engines={0: engine}, arenas={HELLO["arena"]}),
         args=SimpleNamespace(hold_outdated=60.0), newest=SimpleNamespace(version=3), nodes=None,
         borrowing=SimpleNamespace(asking=False, has_peers=False), published=True, in_round=False,
         _unpublished="",
@@ -63,8 +61,7 @@ def test_when_it_goes_on(changes: dict[str, Any], goes_on: bool) -> None:
 
 
 def test_what_is_written_in_place_is_not_let_go() -> None:
-    here = daemon(args__hold_outdated=0.0)
-    here.registry.members = lambda: [SimpleNamespace(hello={**HELLO, "arena": "in-place"})]
+    here = daemon(args__hold_outdated=0.0, registry__arenas={"in-place"})
     Daemon._let_go_on(here)
     assert here.page.hold
 
