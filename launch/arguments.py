@@ -10,7 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bridge.errors import ConfigError, DeviceError, RendezvousError
-from launch.options import CHECKSUM, FLIP, LOG_LEVELS, PREFIX_CACHE, STAGING, TRANSPORTS, ServeOptions
+from launch.options import (
+    CHECKSUM,
+    FLIP,
+    LOG_LEVELS,
+    PREFIX_CACHE,
+    SERVE_CHECKPOINT,
+    STAGING,
+    TRANSPORTS,
+    ServeOptions,
+)
 from launch.topology import find_place
 
 PROGRAM = "python -m bridge.launch"
@@ -189,6 +198,14 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
         PREFIX_CACHE,
     )
     _flag(
+        group,
+        "--serve-checkpoint",
+        str,
+        d.serve_checkpoint,
+        "first: a vLLM that is started again answers 503 until the newest version is there; never: every one",
+        SERVE_CHECKPOINT,
+    )
+    _flag(
         group, "--staging", str, d.staging, "in-place: weights held once; pauses for each transfer", STAGING
     )
     _flag(group, "--flip", str, d.flip, "how two halves change places; auto: remap if possible", FLIP)
@@ -205,7 +222,6 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
     _flag(group, "--deadline", float, d.deadline_s, "silence that ends a round")
     _flag(group, "--commit-timeout", float, d.commit_timeout_s, "for all ranks to reach a batch boundary")
     _flag(group, "--repair-timeout", float, d.repair_timeout_s, "for torn weights (in-place) to be repaired")
-    _flag(group, "--hold-outdated", float, d.hold_outdated_s, "requests, till a restarted vLLM is up to date")
     _flag(group, "--start-timeout", float, d.start_timeout_s, "until the server must be ready")
     _flag(group, "--shutdown-timeout", float, d.shutdown_timeout_s, "between asking and SIGKILL")
     _flag(group, "--max-daemon-restarts", int, d.max_daemon_restarts, "a count; then everything ends")
@@ -263,7 +279,7 @@ def make_options(
         deadline_s=args.deadline,
         commit_timeout_s=args.commit_timeout,
         repair_timeout_s=args.repair_timeout,
-        hold_outdated_s=args.hold_outdated,
+        serve_checkpoint=args.serve_checkpoint,
         bucket_bytes=args.bucket_bytes,
         transport=args.transport,
         checksum=args.checksum,

@@ -17,7 +17,7 @@ from bridge.errors import ConfigError
 from bridge.nodes import MASTER_OFFSET, free_port, job_of
 from bridge.protocol.mapping import CONFIG_NAME
 from launch.options import ServeOptions, read_server_args
-from vllm_patching import residue
+from vllm_patching import gate, residue
 
 PLUGIN_NAME = "weight_bridge"
 PLUGIN_GROUP = "vllm.general_plugins"
@@ -114,7 +114,6 @@ def vllm_command(options: ServeOptions, run_dir: Path, environ: Mapping[str, str
         "BRIDGE_LOGDIR": str(options.logdir.absolute()),
         "BRIDGE_PREFIX_CACHE": options.prefix_cache,
         "BRIDGE_STAGING": options.staging,
-        "BRIDGE_HOLD_OUTDATED": f"{options.hold_outdated_s:g}",
         "BRIDGE_FLIP": options.flip,
         "BRIDGE_ADAPTERS": json.dumps(options.sent_adapters),
         "BRIDGE_HTTP": str(int(options.http)),
@@ -129,6 +128,8 @@ def vllm_command(options: ServeOptions, run_dir: Path, environ: Mapping[str, str
         env["VLLM_RPC_BASE_PATH"] = str(run_dir)
     module = "vllm_patching.headless" if options.node_rank else "vllm.entrypoints.openai.api_server"
     argv = (sys.executable, "-m", module, "--model", options.model, *options.vllm_args)
+    if not options.node_rank:
+        argv += ("--middleware", gate.MIDDLEWARE)  # beside the user's own, which vLLM asks behind it
     if options.nnodes > 1:
         argv += _node_flags(options)
     return Command(name="vllm", argv=argv, env=env)
@@ -195,11 +196,11 @@ def daemon_command(
         "--deadline": f"{options.deadline_s:g}",
         "--commit-timeout": f"{options.commit_timeout_s:g}",
         "--repair-timeout": f"{options.repair_timeout_s:g}",
-        "--hold-outdated": f"{options.hold_outdated_s:g}",
         "--bucket-bytes": options.bucket_bytes,
         "--transport": options.transport,
         "--checksum": options.checksum,
         "--prefix-cache": options.prefix_cache,
+        "--serve-checkpoint": options.serve_checkpoint,
         "--update-dir": options.updates.absolute(),
         "--peers": os.pathsep.join(str(peer.absolute()) for peer in options.peers),
         "--launcher-pid": launcher_pid,

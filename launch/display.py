@@ -136,6 +136,8 @@ def _facts(status: dict[str, Any]) -> list[tuple[str, str]]:
             f"updaters {pids.get('updaters')}",
         ),
     ]
+    if status.get("kept_out"):
+        facts.append(("requests", f"kept out: {status['kept_out']}"))
     if nodes := status.get("nodes"):
         missing = f"; missing {nodes['missing']}" if nodes["missing"] else ""
         hosts = ", ".join(f"{rank} on {host}" for rank, host in nodes["hosts"].items())

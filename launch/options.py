@@ -20,6 +20,7 @@ PREFIX_CACHE = ("salt", "keep")
 CHECKSUM = ("first", "always", "off")
 STAGING = ("double", "in-place")
 FLIP = ("auto", "remap", "copy")
+SERVE_CHECKPOINT = ("first", "never", "always")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 MAX_DIGITS = 18  # of a number among vLLM's flags; Python reads some thousands and then raises ValueError
 
@@ -61,13 +62,13 @@ class ServeOptions:
     deadline_s: float = 15.0
     commit_timeout_s: float = 120.0
     repair_timeout_s: float = 600.0
-    hold_outdated_s: float = 0.0
     bucket_bytes: int = 0  # by device
     transport: str = "auto"
     checksum: str = "first"
     staging: str = "double"
     flip: str = "auto"
     prefix_cache: str = "salt"
+    serve_checkpoint: str = "first"
     adapters: str | None = None  # None: those that vLLM is to load at the start
     peers: tuple[Path, ...] = ()
     update_dir: Path | None = None  # None: <logdir>/updates
@@ -130,13 +131,6 @@ class ServeOptions:
         return 0 if self.nnodes > 1 or self.sent_adapters else self.max_server_restarts
 
     @property
-    def _is_started_again(self) -> bool:
-        try:
-            return self.server_restarts > 0
-        except ConfigError:  # vLLM's arguments cannot be read: a fault of its own
-            return True
-
-    @property
     def sent_adapters(self) -> tuple[str, ...]:
         """The served names of the LoRA adapters that trainers may send.
 
@@ -178,18 +172,6 @@ class ServeOptions:
             faults.append(f"--adapters {self.adapters} needs --enable-lora among vLLM's flags")
         if self.shutdown_timeout_s < 0:
             faults.append(f"--shutdown-timeout is {self.shutdown_timeout_s:g}, it cannot be negative")
-        if not self.hold_outdated_s >= 0:
-            faults.append(f"--hold-outdated is {self.hold_outdated_s:g}, it cannot be negative")
-        elif self.hold_outdated_s and self.staging == "in-place":
-            faults.append(
-                f"--hold-outdated {self.hold_outdated_s:g} with --staging in-place: what stands still there "
-                "stands still to be written; leave it out"
-            )
-        elif self.hold_outdated_s and not self._is_started_again:
-            faults.append(
-                f"--hold-outdated {self.hold_outdated_s:g} is for a vLLM that was started again, and here "
-                "none is (several nodes, adapters of trainers, or --max-server-restarts 0); leave it out"
-            )
         if self.deadline_s < 2 * self.heartbeat_interval_s:
             faults.append(
                 f"--deadline {self.deadline_s:g} leaves no room for two heartbeats of "

@@ -16,8 +16,16 @@ port=$("$PYTHON" -m bridge.nodes port $((index + 1)))
 read -rd '' -a own_flags <<<"$SERVE_FLAGS" || true # of all lines
 unset BRIDGE_LOGDIRS # of all servers; the launcher tells its own trainer which one it has
 
-# A --port among the flags comes later, and wins.
+# Once a version was served, by this attempt or an earlier, MODEL's own weights answer nobody.
+checkpoint=never
+if ((!${BRIDGE_VERSIONS_AFTER:-0})); then
+    found=0
+    grep -rqE --include='flips-rank*.jsonl' '"version": *[1-9]' "$JOB_DIR" || found=$?
+    ((found != 1)) || checkpoint=first # 2: a log cannot be read, which may hold the last one
+fi
+
+# A --port among the flags comes later, and wins; and so does what SERVE_FLAGS says.
 exec "$PYTHON" -m bridge.launch serve --logdir "$logdir" --rendezvous-host "${RENDEZVOUS_HOST:-${address% *}}" \
     --start-timeout "$START_TIMEOUT" --shutdown-timeout "$SHUTDOWN_TIMEOUT" --peers "$SERVER_PEERS" \
-    "${own_flags[@]}" \
+    --serve-checkpoint "$checkpoint" "${own_flags[@]}" \
     -- "$1" --port "$port" "${@:2}"

@@ -48,7 +48,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--deadline", type=float, default=15.0)
     parser.add_argument("--commit-timeout", type=float, default=120.0)
     parser.add_argument("--repair-timeout", type=float, default=600.0)
-    parser.add_argument("--hold-outdated", type=float, default=0.0)
+    parser.add_argument("--serve-checkpoint", choices=("first", "never", "always"), default="first")
     parser.add_argument("--bucket-bytes", type=int, default=0)
     parser.add_argument("--transport", choices=("auto", "pull", "nccl", "gloo"), default="auto")
     parser.add_argument("--checksum", choices=("first", "always", "off"), default="first")

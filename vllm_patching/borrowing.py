@@ -23,7 +23,7 @@ from bridge.errors import BridgeError, MappingError
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol.mapping import CONFIG_NAME, Mapping
 from bridge.wire import rendezvous
-from vllm_patching.events import Learned
+from vllm_patching.events import Learned, PeersAsked
 
 if TYPE_CHECKING:
     from vllm_patching.daemon import Daemon
@@ -66,7 +66,14 @@ class Borrowing:
         self._peers = [peer for peer in peers if os.fspath(peer.absolute()) != self._own]
         self._stopping = threading.Event()  # of the vLLM that is there; each has one of its own
         self._expected = False
-        self.asking = False
+        self._lock = threading.Lock()  # between the daemon's thread and those that ask, who change the two
+        # The open one, set once nobody is asked it any more; closed by the daemon's thread.
+        self._question: threading.Event | None = None
+
+    @property
+    def asking(self) -> bool:
+        """Whether peers are asked for a newer version, or what they said has yet to be heard."""
+        return self._question is not None
 
     @property
     def has_peers(self) -> bool:
@@ -85,7 +92,8 @@ class Borrowing:
     def begin(self) -> None:
         """See whether a peer has a newer version than vLLM has, and get it; no matter if that goes on."""
         here = self._daemon
-        if not self._peers or (self.asking and not self._stopping.is_set()):
+        asked = self._question is not None and not self._question.is_set()
+        if not self._peers or (asked and not self._stopping.is_set()):
             return
         self._stopping.set()
         if (here.swap is not None and here.swap.keeps_what_is_staged) or (
@@ -97,41 +105,49 @@ class Borrowing:
                 "broadcast"
             )
             return
-        self._stopping = threading.Event()
-        self.asking = True
+        with self._lock:
+            self._stopping, self._question = threading.Event(), threading.Event()
         thread = threading.Thread(
-            target=self._run, args=(self._stopping,), name="bridge-borrowing", daemon=True
+            target=self._run, args=(self._stopping, self._question), name="bridge-borrowing", daemon=True
         )
         thread.start()
 
     def satisfied(self) -> None:
         """A trainer has made a version live: nothing need wait for the peers."""
-        self.asking = False
+        self._question = None
+
+    def heard(self, question: threading.Event) -> None:
+        """All that was learned by asking ``question`` has been taken in; in the daemon's thread."""
+        if self._question is question:
+            self._question = None
 
     def close(self) -> None:
         """The daemon ends, or its vLLM has."""
         self._expected = False
         self._stopping.set()
 
-    def _run(self, stopping: threading.Event) -> None:
+    def _run(self, stopping: threading.Event, question: threading.Event) -> None:
         try:
-            while self._get_newest(stopping):
-                self._stop_asking(stopping)
-                if not self._falls_behind(stopping) or self._stopping is not stopping:
+            while self._get_newest(stopping, question):
+                self._stop_asking(question)
+                if not self._falls_behind(stopping):
                     return
-                self.asking = True
+                with self._lock:
+                    if self._stopping is not stopping:
+                        return  # another vLLM's question is open
+                    self._question = question = threading.Event()
         except Exception:  # the thread's edge: without it the server is as good as without peers
             logger.exception("the peers could not be asked")
         finally:
-            self._stop_asking(stopping)
+            self._stop_asking(question)
 
-    def _get_newest(self, stopping: threading.Event) -> bool:
+    def _get_newest(self, stopping: threading.Event, question: threading.Event) -> bool:
         """Ask until there is nothing more to do; whether that is so, and not the end."""
         attempt = 0
         while not self._borrow(stopping):
             attempt += self._daemon.published  # before, it cannot have it
             if attempt == ATTEMPTS:
-                self._stop_asking(stopping)
+                self._stop_asking(question)
                 logger.warning(
                     "no peer sends a version newer than %d now, and not every one answers or is between "
                     "rounds; they are asked again now and then",
@@ -167,10 +183,11 @@ class Borrowing:
                 behind_since = here.version
         return False
 
-    def _stop_asking(self, stopping: threading.Event) -> None:
-        if self._stopping is stopping:
-            self.asking = False
-            self._daemon.events.put(None)
+    def _stop_asking(self, question: threading.Event) -> None:
+        if not question.is_set():
+            question.set()
+            # It is closed only behind what was learned, which lies in the daemon's queue.
+            self._daemon.events.put(PeersAsked(question))
 
     def _borrow(self, stopping: threading.Event) -> bool:
         """Whether there is nothing more to do."""

@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from bridge import flight
 from bridge.errors import TransferError
@@ -40,12 +40,14 @@ class Boundary:
         timeout_s: float,
         first_death: Callable[[], str],
         before_commit: Callable[[int], None] = lambda _: None,
+        after_commit: Callable[[], None] = lambda: None,
         watch: Callable[[bool], None] = lambda _: None,
     ) -> None:
         """``timeout_s`` bounds each wait; ``first_death`` names whose death ended vLLM, "" if nobody's.
 
-        ``before_commit`` is told each version right before it is asked for. ``watch`` is told before and
-        after a wait: words of other nodes' ranks come by message.
+        ``before_commit`` is told each version right before it is asked for, ``after_commit`` once it is live,
+        before anybody else hears so. ``watch`` is told before and after a wait: words of other nodes' ranks
+        come by message.
         """
         assert registry.control is not None
         self.page: ControlPage = registry.control
@@ -54,6 +56,7 @@ class Boundary:
         self._first_death = first_death
         self._watch = watch
         self._before_commit = before_commit
+        self._after_commit = after_commit
 
     @property
     def num_ranks(self) -> int:
@@ -88,6 +91,7 @@ class Boundary:
             failure=f"a rank could not flip to version {version}",
             late=late,
         )
+        self._after_commit()
         return [slot.flip_ns for slot in slots]
 
     def hold(self) -> None:
@@ -130,7 +134,8 @@ class Boundary:
 
     def let_go(self) -> None:
         """Let every engine go on, without waiting; nothing happens to one that does not stand still."""
-        let_go(self.page, self._registry)
+        self.page.hold = 0
+        self._wake(self._engines())
 
     def _engines(self) -> list[Member]:
         return list(self._registry.engines.values())
@@ -159,7 +164,7 @@ class Boundary:
             failures = [slot.failures for slot in slots]
             flight.note("vLLM asked", behind=before)
             ask()
-            wake(engines)
+            self._wake(engines)
             deadline = time.monotonic() + self.timeout_s
             next_wake = time.monotonic() + WAKE_INTERVAL_S
             pause = threading.Event()
@@ -173,7 +178,7 @@ class Boundary:
                 if now > deadline:
                     raise TransferError(late())
                 if now >= next_wake:
-                    wake(engines)
+                    self._wake(engines)
                     next_wake = now + WAKE_INTERVAL_S
                 pause.wait(POLL_S)
             flight.note("vLLM answered", behind=before)
@@ -186,20 +191,13 @@ class Boundary:
         finally:
             self._watch(False)
 
-
-def let_go(page: ControlPage, registry: Registry) -> None:
-    """Let every engine go on, without waiting; nothing happens to one that does not stand still."""
-    page.hold = 0
-    wake(list(registry.engines.values()))
-
-
-def wake(engines: Iterable[Member]) -> None:
-    """Let engine cores look at the control page, also those that have nothing to do."""
-    for engine in engines:
-        try:
-            engine.channel.nudge({"type": "wake"})
-        except ChannelClosed:
-            logger.debug("the connection of %s ended; its reader reports it", engine.who)
+    def _wake(self, engines: Sequence[Member]) -> None:
+        """Let engine cores look at the control page, also those that have nothing to do."""
+        for engine in engines:
+            try:
+                engine.channel.nudge({"type": "wake"})
+            except ChannelClosed:
+                logger.debug("the connection of %s ended; its reader reports it", engine.who)
 
 
 def end_engines(registry: Registry, why: str) -> None:

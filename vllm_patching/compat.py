@@ -313,14 +313,9 @@ def loader_weights(loader: Any, model_config: Any, model: nn.Module) -> Iterator
     return iter(weights)
 
 
-def steps_in_lockstep(parallel: Any) -> bool:
-    """Whether engines step together: those of a mixture of experts that is served data parallel."""
-    return bool(parallel.data_parallel_size > 1)  # it is 1 in each engine of a dense model
-
-
 def _unsupported_in_lockstep(parallel: Any) -> list[str]:
-    """What cannot be combined with engines that step together."""
-    if not steps_in_lockstep(parallel):
+    """What cannot be combined with engines that step together: those of a mixture of experts."""
+    if parallel.data_parallel_size == 1:  # as in each engine of a dense model
         return []
     layout = f"--data-parallel-size {parallel.data_parallel_size} with a mixture of experts"
     faults = []
@@ -328,8 +323,6 @@ def _unsupported_in_lockstep(parallel: Any) -> list[str]:
         faults.append(f"{layout} and --pipeline-parallel-size: that was never tested")
     if os.environ.get("BRIDGE_STAGING") == "in-place":
         faults.append(f"{layout} and --staging in-place: its engines cannot stand still one by one")
-    if float(os.environ.get("BRIDGE_HOLD_OUTDATED", "0")) > 0:
-        faults.append(f"{layout} and --hold-outdated: likewise")
     return faults
 
 

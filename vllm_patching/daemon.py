@@ -29,7 +29,7 @@ from bridge.wire import rendezvous
 from vllm_patching import arguments, residue
 from vllm_patching.admission import Admission
 from vllm_patching.borrowing import Borrowing
-from vllm_patching.boundary import Boundary, end_engines, let_go
+from vllm_patching.boundary import Boundary, end_engines
 from vllm_patching.channel import listen, socket_path
 from vllm_patching.control_page import ControlPage
 from vllm_patching.crew import Crew, Report
@@ -40,15 +40,18 @@ from vllm_patching.events import (
     Broken,
     Heard,
     Learned,
+    LookAgain,
     Lost,
     NodeFailed,
     Notified,
+    PeersAsked,
     Requested,
     Stop,
 )
 from vllm_patching.file_round import stage_file
 from vllm_patching.fixed_arena import COPY, IN_PLACE
 from vllm_patching.frontdesk import FrontDesk, start_thread
+from vllm_patching.gate import Checkpoint, Gate, Word
 from vllm_patching.lending import Lending
 from vllm_patching.link import End
 from vllm_patching.newest import Newest
@@ -74,8 +77,9 @@ class Daemon:
         self.registry = Registry(
             on_change=lambda: self.events.put(None),
             num_engines=args.num_engines,
-            begins_held=self._begins_held,
+            on_new_vllm=lambda page: self.gate.close(page),
         )
+        self.gate = Gate(args.run_dir)
         self.newest = Newest(args.run_dir)
         self.admission = Admission(self)
         self.lending = Lending(self)
@@ -98,8 +102,10 @@ class Daemon:
         self._closing = False
         self._publish_due = 0.0  # the earliest time for another try, on the monotonic clock
         self._unpublished = ""  # why the last one failed
+        self._looking = False  # whether LookAgain is on its way
         self.published = False  # whether the vLLM that was published is still there, all of it
         self._dead_page: ControlPage | None = None  # of a vLLM of which a part has died
+        self._known_page: ControlPage | None = None  # of the vLLM that was complete last
         self.handled = threading.Condition()  # notified behind each event, for those who wait for a round
         self.filing = False  # whether a version is being staged from a file
         self.last_error: str | None = None
@@ -190,49 +196,65 @@ class Daemon:
         if self._over:
             if self.registry.engines:  # one that has come since, of a vLLM that is not whole
                 end_engines(self.registry, self.given_up)
-        elif self.registry.complete and not self.published and time.monotonic() >= self._publish_due:
-            self._first_death = self.given_up = ""
-            self._publish()
+        elif self.registry.complete and not self.published:
+            if time.monotonic() >= self._publish_due:
+                self._first_death = self.given_up = ""
+                self._publish()
+            else:
+                self._look_again()
         elif self._expected:
             if self.crew is None:
                 self.new_crew()
             if self.mapping is not None:
                 self.borrowing.expect()
-        self._let_go_on()
+        self._mind_the_gate()
 
-    def _begins_held(self, hello: dict[str, Any]) -> bool:
-        """Whether a new vLLM, which has the checkpoint, stands still until there is something newer.
-
-        That is known if versions were served before it, and asked of its peers.
-        """
-        waits = self.borrowing.has_peers or (self.args.hold_outdated > 0 and self.newest.version > 0)
-        # One engine of several in lockstep would stand still while another waits for it to step.
-        return waits and self.nodes is None and hello.get("arena") != IN_PLACE and not hello.get("lockstep")
-
-    def _held_for_s(self, page: ControlPage) -> float:
-        """How much longer a vLLM without the newest version stands still.
-
-        Its mark says since when it does, also to a daemon that has come later.
-        """
-        return float(page.hold / 1e9 + self.args.hold_outdated - time.monotonic())
-
-    def _let_go_on(self) -> None:
-        """A vLLM that stood still serves what it has: the newest version, or nothing newer came in time."""
+    def _mind_the_gate(self) -> None:
+        """Let requests in once vLLM serves what it should; it is closed from the start."""
         page = self.registry.control
-        if page is None or not page.hold or not (self.published or self._unpublished):
-            return  # or nobody could have been asked yet
-        if IN_PLACE in self.registry.arenas:
-            return  # where it is written
-        outdated = bool(self.outdated)
-        # While the mapping cannot be written, nobody can bring anything.
-        comes = self.published and (self.borrowing.asking or (self.in_round and outdated))
-        if comes or (outdated and self._held_for_s(page) > 0):
+        if page is None or page is not self._known_page or page is self._dead_page:
             return
-        let_go(page, self.registry)
-        if outdated:
-            logger.warning("no newer version has come, so vLLM goes on: %s", self.outdated)
-        else:
-            logger.info("vLLM goes on, with version %d", self.live_version)
+        try:
+            if self.gate.word.open:
+                self.gate.keep(page)
+                return
+            word = self._word(page)
+            self.gate.say(word, page)
+        except TransferError as err:
+            if self.last_error != str(err):
+                logger.error("%s; trying again every %g s", err, PUBLISH_RETRY_S)
+            self.last_error = str(err)
+            self._look_again()
+            return
+        if page.requested > self.live_version:
+            self._look_again()  # nobody says so when a rank has flipped
+        if word.open and self.outdated:
+            logger.warning("requests are let in all the same: %s", self.outdated)
+        elif word.open:
+            logger.info("requests are let in, with version %d", self.live_version)
+
+    def _word(self, page: ControlPage) -> Word:
+        """What a complete vLLM's API servers are told. Anybody may hear it: no host, pid or path is in it."""
+        rule: Checkpoint = self.args.serve_checkpoint
+        if self.borrowing.asking or (self._unpublished and self.borrowing.has_peers):
+            return Word(open=False, why="its peers are asked for a newer version", soon=True)
+        if rule == "always" or 0 < self.version <= self.live_version:
+            return Word(open=True)
+        if page.requested == self.version > 0:
+            return Word(open=False, why=f"version {self.version} is about to be live", soon=True)
+        if self.version:
+            comes = "it comes with the trainer's next broadcast of the whole model"
+            comes = (
+                "nobody can bring it, as the mapping file cannot be written" if self._unpublished else comes
+            )
+            has = f"has version {page.requested or '0 (the checkpoint)'}, but the newest version is"
+            return Word(open=False, why=f"vLLM was started again and {has} {self.version}; {comes}")
+        if rule == "never":
+            return Word(
+                open=False,
+                why="no version was broadcast yet, and --serve-checkpoint never keeps requests out",
+            )
+        return Word(open=True)
 
     def _take(self, event: Any) -> None:
         """Do what one event asks for; None is there for what has changed elsewhere."""
@@ -246,6 +268,10 @@ class Daemon:
             self.lending.consider(event.loan)
         elif isinstance(event, Learned):
             self._learn(event.version)
+        elif isinstance(event, PeersAsked):
+            self.borrowing.heard(event.question)
+        elif isinstance(event, LookAgain):
+            self._looking = False
         elif isinstance(event, Notified):
             event.reply.put(stage_file(self, event))
         elif isinstance(event, Report):
@@ -325,22 +351,27 @@ class Daemon:
     @property
     def outdated(self) -> str:
         """Why what is served is not the newest version, "" if it is, or if nothing ever was."""
+        if not (behind := self._behind) or self.gate.word.open or self.registry.control is None:
+            return behind
+        return f"{behind}; requests {'wait' if self.gate.word.soon else 'are refused'} meanwhile"
+
+    @property
+    def _behind(self) -> str:
         page = self.registry.control
         if self.mapping is None:
             return ""
         asking = self.borrowing.asking
-        stands = "; it stands still meanwhile" if page is not None and page.hold else ""
         if self.published and page is not None and page.requested == self.version:
-            return f"its peers are being asked for a newer version{stands}" if asking else ""
+            return "its peers are being asked for a newer version" if asking else ""
         wanted = f"the newest version is {self.version}" if self.version else "no version was broadcast yet"
         if self._unpublished:
-            return f"{self._unpublished}, so nobody can bring a version; {wanted}{stands}"
+            return f"{self._unpublished}, so nobody can bring a version; {wanted}"
         if not self.published or page is None:
             return f"{self._first_death or 'vLLM is gone'}, and vLLM is not complete again; {wanted}"
         comes = "it comes with the trainer's next broadcast of the whole model"
         return (
             f"vLLM was started again and has version {page.requested or '0 (the checkpoint)'}, but "
-            f"{wanted}; {'its peers are being asked' if asking else comes}{stands}"
+            f"{wanted}; {'its peers are being asked' if asking else comes}"
         )
 
     @property
@@ -352,6 +383,7 @@ class Daemon:
     def _publish(self) -> None:
         """vLLM is complete: for the first time, or again after it was started again."""
         args = self.args
+        self._known_page, self._dead_page = self.registry.control, None
         mapping = self.registry.mapping()
         if self.store is None:  # it outlives vLLM, and so do its address and the job's secret
             self.store = rendezvous.serve_store(args.rendezvous_host, args.rendezvous_port)
@@ -380,8 +412,6 @@ class Daemon:
             meeting.port,
         )
         self.published, self._unpublished = True, ""
-        if page is not None and page.hold and self.args.hold_outdated:
-            self._look_again(self._held_for_s(page))
         if self.nodes is not None:
             self.nodes.publish()
         if self.crew is None or self.crew.has_died:
@@ -399,14 +429,15 @@ class Daemon:
             logger.error("%s; trying again every %g s", why, PUBLISH_RETRY_S)
         self.last_error = self._unpublished = why
         self._publish_due = time.monotonic() + PUBLISH_RETRY_S
-        self._look_again(PUBLISH_RETRY_S)
+        self._look_again()
 
-    def _look_again(self, delay_s: float) -> None:
-        """Handle an event of no content then, whatever happens until then."""
-        delay_s = min(max(0.0, delay_s), threading.TIMEOUT_MAX)
-        again = threading.Timer(delay_s, self.events.put, (None,))
-        again.daemon = True
-        again.start()
+    def _look_again(self) -> None:
+        """Handle an event of no content in a while, whatever happens until then."""
+        if not self._looking:
+            self._looking = True
+            again = threading.Timer(PUBLISH_RETRY_S, self.events.put, (LookAgain(),))
+            again.daemon = True
+            again.start()
 
     def _prepare_swap(self) -> None:
         limits = self.limits
@@ -415,6 +446,7 @@ class Daemon:
             timeout_s=limits.commit_timeout_s,
             first_death=lambda: self._first_death,
             before_commit=self.newest.raise_to,
+            after_commit=self._mind_the_gate,  # who is told of the version may ask for its tokens
             watch=self.nodes.watch if self.nodes is not None else lambda _: None,
         )
         # What the workers have, whatever the launcher said: an earlier daemon may have published for them.

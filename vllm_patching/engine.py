@@ -243,7 +243,7 @@ def _hook_calls(engine: Any, updates: WeightUpdates | None) -> None:
 
 
 def _hook_pauses(engine: Any, hold: Hold) -> None:
-    """Keep vLLM's own pauses and ours apart: theirs begin and end outside of a hold."""
+    """Keep vLLM's own pauses and ours apart: theirs begin, are reported done and end outside of a hold."""
 
     def make_set(set_pause_state: Wrapped) -> Wrapped:
         def set_unless_held(state: Any) -> None:
@@ -254,15 +254,15 @@ def _hook_pauses(engine: Any, hold: Hold) -> None:
 
     def make_complete(pause_complete: Wrapped) -> Wrapped:
         def complete_unless_held() -> bool:
-            return (not hold.active or hold.answers_pauses) and bool(pause_complete())
+            return not hold.active and bool(pause_complete())
 
         return complete_unless_held
 
     def make_notify(notify: Wrapped) -> Wrapped:
         def notify_unless_held() -> None:
             if hold.active:
-                hold.confirm()
-            if not hold.active or hold.answers_pauses:  # else it is not the idle engine that others wait for
+                hold.confirm()  # and that is not the idle engine that others wait for
+            else:
                 notify()
 
         return notify_unless_held

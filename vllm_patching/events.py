@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,18 @@ class Learned:
     """A peer serves this version, so it is the newest of ours too."""
 
     version: int
+
+
+@dataclass(frozen=True)
+class PeersAsked:
+    """Nobody is asked any more, or for now; behind whatever was learned of them."""
+
+    question: threading.Event
+
+
+@dataclass(frozen=True)
+class LookAgain:
+    """Time has passed, in which something may have changed of which nobody tells."""
 
 
 @dataclass(frozen=True)

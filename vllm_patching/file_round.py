@@ -62,6 +62,7 @@ def stage_file(daemon: Daemon, event: Notified) -> dict[str, Any]:
         if daemon.filing:
             daemon.filing = False
             telemetry.stand(epoch=None, version=daemon.version)
+    daemon.borrowing.satisfied()
     daemon.committed += 1
     daemon.last_round = LastRound(
         version=version,

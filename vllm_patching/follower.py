@@ -433,6 +433,7 @@ class Follower:
             detail=self.failed or detail,
             complete=state == "ready",
             borrowing=False,
+            kept_out="",
             weight_version=min((rank.version for rank in ranks), default=0),
             requested_version=0,
             writing=0,

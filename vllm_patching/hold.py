@@ -1,5 +1,4 @@
-"""The engine stands still for the daemon: while the one half of ``--staging in-place`` is written, or, in a
-vLLM that was started again, until the newest version has come.
+"""The engine's side of ``--staging in-place``: stand still while the live weights are written.
 
 vLLM's own mechanism stops the scheduler and keeps the requests (the state behind ``/pause?mode=keep``). Two
 things are added: batches in flight finish on every rank before the stand-still is confirmed, and what vLLM's
@@ -10,7 +9,6 @@ daemon ends a hold.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from typing import Any
 
@@ -32,20 +30,11 @@ class Hold:
         self._ticket = 0
         self._wish: Any = None  # the pause state that vLLM's user wants, for afterwards
         self._since_ns = 0
-        self._in_place = os.environ.get("BRIDGE_STAGING") == "in-place"
 
     @property
     def active(self) -> bool:
         """Whether nothing may be scheduled."""
         return self._ticket != 0
-
-    @property
-    def answers_pauses(self) -> bool:
-        """Whether vLLM's user may hear that a pause is complete: it is, and nobody writes under it.
-
-        A trainer that pauses before it broadcasts must hear so of a vLLM that waits for this broadcast.
-        """
-        return self.slot is not None and self.slot.held == self._ticket and not self._in_place
 
     def follow(self) -> None:
         """Stop or go on as the control page says; called between two steps."""

@@ -49,7 +49,6 @@ class WorkerHello(_Member, kw_only=True, tag="worker"):
     tp_degree: _Size
     gpu: str
     arena: str
-    lockstep: bool
     handles: tuple[str, ...]
     descriptors: Annotated[int, msgspec.Meta(ge=0, le=MAX_FDS)]
     rank_map: RankMap

@@ -31,8 +31,13 @@ class StatusCollector(Collector):
         )
         yield _gauge(
             "bridge_ready",
-            "1 when every rank has published its memory, and serves the newest version.",
-            int(status["state"] in ("ready", "round")),
+            "1 when every rank has published its memory, and requests are answered with the newest version.",
+            int(status["state"] in ("ready", "round") and not status["kept_out"]),
+        )
+        yield _gauge(
+            "bridge_requests_kept_out",
+            "1 while requests wait, or are answered with 503: what vLLM has is not the newest version.",
+            int(bool(status["kept_out"])),
         )
         rounds = CounterMetricFamily("bridge_rounds", "Rounds by outcome.", labels=["outcome"])
         for outcome, count in status["rounds"].items():

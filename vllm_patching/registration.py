@@ -88,8 +88,7 @@ class Registration:
                     "%s lost the daemon (%s); serving on, waiting for the next one", self._who, err
                 )
                 if not self._reconnect(parent):
-                    return
-                continue
+                    return  # else it is woken too: a daemon may have died between its word and the nudge
             if self.on_wake is not None:
                 self.on_wake()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -58,8 +57,8 @@ class Registry:
     engines: dict[int, Member] = field(default_factory=dict)
     control: ControlPage | None = None
     found_running: bool = False  # whether vLLM had the page before this daemon was there
-    # Asked with a new vLLM's first introduction: whether it stands still until it is let go.
-    begins_held: Callable[[dict[str, Any]], bool] = lambda _: False
+    # Told of a new vLLM's page, before any of its processes is answered, and so before it has an API.
+    on_new_vllm: Callable[[ControlPage], None] = lambda _: None
 
     def admit(self, hello: dict[str, Any], channel: Channel, fds: tuple[int, ...]) -> Member:
         """Register a worker or an engine core, and answer it with the control page.
@@ -119,8 +118,7 @@ class Registry:
                 self.control = ControlPage(control_fd)
             else:
                 self.control = ControlPage.create(hello["world_size"] * self.num_engines, self.num_engines)
-                if self.begins_held(hello):  # before there is an engine that could run a batch
-                    self.control.hold = time.monotonic_ns()
+                self.on_new_vllm(self.control)
         elif control_fd >= 0 and not os.path.sameopenfile(control_fd, self.control.fd):
             raise ConfigError(
                 f"{member.who} follows another control page than those who came before it, so it would hear "

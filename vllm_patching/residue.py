@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from vllm_patching import linux, newest
+from vllm_patching import gate, linux, newest
 
 logger = logging.getLogger(__name__)
 
@@ -213,6 +213,7 @@ def _session(pid: int) -> int | None:
 def forget_launch(run_dir: Path) -> None:
     """Remove what a launch's daemons have noted in its run directory; it is of no use to another launch."""
     newest.forget(run_dir)
+    gate.forget(run_dir)
     (run_dir / LAUNCH_FILE).unlink(missing_ok=True)
 
 

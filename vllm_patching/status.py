@@ -73,6 +73,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="s
     detail: str
     complete: bool
     borrowing: bool
+    kept_out: str
     weight_version: int
     requested_version: int
     writing: int
@@ -119,6 +120,7 @@ def describe(daemon: Daemon) -> Status:
         detail=detail,
         complete=daemon.published,
         borrowing=daemon.borrowing.asking,
+        kept_out=daemon.gate.word.why,
         weight_version=min((rank.version for rank in ranks), default=0),
         requested_version=daemon.version,
         writing=page.writing if page else 0,

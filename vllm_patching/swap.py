@@ -148,7 +148,7 @@ class DoubleStaging:
         """Nothing: the half that was written is not read, and the next round writes all of it."""
 
     def let_go(self) -> None:
-        """Nothing: an engine that waits for a version waits for the next daemon."""
+        """Nothing: the engine never stands still."""
 
 
 class InPlaceStaging:

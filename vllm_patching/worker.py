@@ -325,7 +325,6 @@ def publish(worker: Any) -> None:
         "vllm_version": compat.installed_version(),
         "gpu": _gpu_of(arena),
         "arena": arena.kind,
-        "lockstep": compat.steps_in_lockstep(parallel),
         "handles": arena.handles(),
         "descriptors": len(fds),
         "hooks": {

@@ -32,6 +32,7 @@ from bridge.wire import rendezvous
 from tests.support.mappings import SOURCES, half_of, parallel_mapping
 from tests.support.serving import alive, free_port, stop, wait_until
 from tests.support.small_server import Small
+from vllm_patching import gate
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
 
@@ -135,12 +136,14 @@ def test_a_server_that_dies_comes_back_with_the_newest_version_from_its_peer(
 
 
 @pytest.fixture
-def outdated(start: Callable[..., Small]) -> Iterator[Callable[[str], tuple[Small, Bridge]]]:
-    """``outdated(hold)``: a server whose vLLM was started again behind version 1, and its trainer."""
+def outdated(start: Callable[..., Small]) -> Iterator[Callable[..., tuple[Small, Bridge]]]:
+    """``outdated(...)``: a server whose vLLM was started again behind version 1, and its trainer."""
     with contextlib.ExitStack() as stack:
 
-        def make(hold: str, *, meanwhile: Callable[[Small], None] = lambda _: None) -> tuple[Small, Bridge]:
-            server = start("one", tp=2, hold=hold)
+        def make(
+            *, meanwhile: Callable[[Small], None] = lambda _: None, **flags: str
+        ) -> tuple[Small, Bridge]:
+            server = start("one", tp=2, **flags)
             wait_until("the server", in_state(server, "ready"), timeout_s=START_S)
             # That the checkpoint is served at first is what it is there for.
             wait_until("it to answer", lambda: server.served()["answered"] == [0], timeout_s=20)
@@ -155,55 +158,87 @@ def outdated(start: Callable[..., Small]) -> Iterator[Callable[[str], tuple[Smal
         yield make
 
 
-def assert_held(server: Small) -> None:
-    wait_until("all of it", lambda: server.status().get("complete", False), timeout_s=START_S)
+def assert_kept_out(server: Small) -> None:
+    wait_until("why", lambda: "broadcast" in server.status().get("kept_out", ""), timeout_s=START_S)
     status = server.status()
-    assert status["state"] == "recovering"
-    assert "broadcast of the whole model; it stands still meanwhile" in status["detail"]
+    assert (status["state"], status["complete"]) == ("recovering", True)
+    assert "broadcast of the whole model; requests are refused meanwhile" in status["detail"]
     assert server.served()["answered"] == []
 
 
 @pytest.mark.parametrize("killed", ["nobody", "the daemon"])
-def test_a_server_without_peers_that_is_to_wait_answers_nothing_until_the_newest_version_comes(
-    outdated: Callable[[str], tuple[Small, Bridge]], killed: str
+def test_a_server_without_peers_answers_nothing_until_the_newest_version_comes(
+    outdated: Callable[..., tuple[Small, Bridge]], killed: str
 ) -> None:
-    server, bridge = outdated("inf")
-    assert_held(server)
+    server, bridge = outdated()
+    assert_kept_out(server)
     if killed == "the daemon":
         os.kill(server.status()["pids"]["daemon"], signal.SIGKILL)
         wait_until("another one", lambda: "the daemon is back" in server.text, timeout_s=START_S)
-        assert_held(server)
+        assert_kept_out(server)
     assert bridge.broadcast_weights(weights(2)).version == 2
+    assert gate.read(server.run_dir / gate.FILE_NAME).open, "whoever has the receipt may ask for its tokens"
     wait_until("it to answer", lambda: bool(server.served()["answered"]), timeout_s=20)
     assert server.served()["answered"] == [2]
     assert_serves(server, 2, weights(2))
-    assert server.status()["state"] == "ready"
+    status = server.status()
+    assert (status["state"], status["kept_out"]) == ("ready", "")
 
 
-def test_it_goes_on_once_it_has_waited(outdated: Callable[[str], tuple[Small, Bridge]]) -> None:
-    server, bridge = outdated("1")
+def test_requests_are_let_in_while_there_is_no_daemon(start: Callable[..., Small]) -> None:
+    server = start("one", tp=1)
+    wait_until("the server", in_state(server, "ready"), timeout_s=START_S)
+    wait_until("the launcher to know", (server.logdir / "server.url").exists, timeout_s=START_S)
+    wait_until("it to answer", lambda: server.served()["answered"] == [0], timeout_s=20)
+    asked = server.served()["asked"]
+    pid = server.status()["pids"]["daemon"]
+    stop(pid)
+    wait_until("requests meanwhile", lambda: server.served()["asked"] > asked, timeout_s=20)
+    os.kill(pid, signal.SIGKILL)
+    wait_until("another daemon", lambda: "the daemon is back" in server.text, timeout_s=START_S)
+    assert server.served()["refused"] == 0
+    assert server.status()["kept_out"] == ""
+
+
+def test_the_checkpoint_is_served_to_whom_asks_for_it(
+    outdated: Callable[..., tuple[Small, Bridge]],
+) -> None:
+    server, bridge = outdated(checkpoint="always")
     wait_until("it to answer", lambda: server.served()["answered"] == [0], timeout_s=START_S)
-    wait_until("why", lambda: "no newer version has come, so vLLM goes on" in server.text, timeout_s=20)
+    wait_until("why", lambda: "requests are let in all the same" in server.text, timeout_s=20)
     assert server.status()["state"] == "recovering"
-    assert "stands still" not in server.status()["detail"]
+    assert "requests" not in server.status()["detail"]
     assert bridge.broadcast_weights(weights(2)).version == 2
     wait_until("it to answer", lambda: server.served()["answered"] == [0, 2], timeout_s=20)
 
 
-def test_it_goes_on_though_its_mapping_cannot_be_written(
+def test_where_the_checkpoint_is_never_served_the_first_answer_is_the_first_versions(
+    start: Callable[..., Small],
+) -> None:
+    server = start("one", tp=1, checkpoint="never")
+    wait_until("the server", in_state(server, "ready"), timeout_s=START_S)
+    wait_until("a request", lambda: server.served()["refused"] > 0, timeout_s=20)
+    assert "no version was broadcast yet" in server.status()["kept_out"]
+    with trainer(server) as bridge:
+        bridge.broadcast_weights(weights(1))
+    wait_until("it to answer", lambda: bool(server.served()["answered"]), timeout_s=20)
+    assert server.served()["answered"] == [1]
+
+
+def test_requests_are_refused_while_the_mapping_cannot_be_written(
     outdated: Callable[..., tuple[Small, Bridge]],
 ) -> None:
     def occupy(server: Small) -> None:
         (server.logdir / CONFIG_NAME).unlink()
         (server.logdir / CONFIG_NAME).mkdir()
 
-    server, bridge = outdated("2", meanwhile=occupy)
-    wait_until("it to answer", lambda: server.served()["answered"] == [0], timeout_s=60)
+    server, bridge = outdated(meanwhile=occupy)
+    wait_until("why", lambda: "cannot be written" in server.status().get("kept_out", ""), timeout_s=60)
     assert not server.status()["complete"]
-    assert "cannot be written to" in server.status()["detail"]
     (server.logdir / CONFIG_NAME).rmdir()
     wait_until("it to be published", lambda: server.status().get("complete", False), timeout_s=30)
     assert bridge.broadcast_weights(weights(2)).version == 2
+    wait_until("it to answer", lambda: server.served()["answered"] == [2], timeout_s=20)
 
 
 def test_what_a_lost_epoch_held_goes_with_it(start: Callable[..., Small]) -> None:

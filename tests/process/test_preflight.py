@@ -127,28 +127,6 @@ def test_how_halves_change_places_is_not_asked_where_there_is_one(tmp_path, mode
     assert "--repair-timeout is 0, it must be above 0 seconds" in text
 
 
-@pytest.mark.parametrize(
-    ("flags", "fault"),
-    [
-        ({"hold_outdated_s": 5.0}, ""),
-        ({"hold_outdated_s": float("inf")}, ""),
-        ({"hold_outdated_s": -1.0}, "--hold-outdated is -1, it cannot be negative"),
-        ({"hold_outdated_s": float("nan")}, "--hold-outdated is nan, it cannot be negative"),
-        ({"hold_outdated_s": 5.0, "staging": "in-place"}, "--hold-outdated 5 with --staging in-place"),
-        ({"hold_outdated_s": 5.0, "max_server_restarts": 0}, "--hold-outdated 5 is for a vLLM that was"),
-        ({"hold_outdated_s": 5.0, "nnodes": 2}, "--hold-outdated 5 is for a vLLM that was"),
-    ],
-)
-def test_holding_back_what_is_outdated_where_nothing_can_be(tmp_path, model, flags, fault):
-    faults = make_options(tmp_path, model, **flags).faults()
-    assert [text.startswith(fault) for text in faults] == ([True] if fault else [])
-
-
-def test_every_check_runs_though_adapters_cannot_be_read(tmp_path, model):
-    several = [make_options(tmp_path, model, "--lora-modules", "{", hold_outdated_s=s) for s in (0.0, 5.0)]
-    assert faults(several[0]) == faults(several[1])
-
-
 def test_damaged_weight_file(tmp_path, model):
     (model / "model.safetensors").write_bytes(b"\xff" * 100)
     assert "not a whole safetensors file" in faults(make_options(tmp_path, model))["model"]

@@ -44,6 +44,7 @@ from tests.support.left import LeftBehind
 from tests.support.link import Link
 from tests.support.mappings import SOURCES, half_of, parallel_mapping
 from tests.support.serving import alive, environment, free_port, wait_until, whole_lines
+from vllm_patching import gate
 
 BATCH_S = 0.01
 BUCKET_BYTES = 4096
@@ -97,7 +98,7 @@ def worker(rank: int, ranks: int, pipes: Sequence[tuple[Any, Any]]) -> None:
     hello = {
         "type": "worker", "rank": rank, "world_size": ranks, "tp_degree": ranks, "model": "tests/tiny",
         "dtype": "bfloat16", "vllm_version": "0.32.0", "gpu": "", "arena": arena.kind, "handles": [],
-        "descriptors": 2, "lockstep": False, "hooks": {"execute_model": True},
+        "descriptors": 2, "hooks": {"execute_model": True},
         "rank_map": msgspec.to_builtins(rank_map),
         "vocabularies": msgspec.to_builtins(document.vocabularies), "omitted_vocabularies": {},
     }  # fmt: skip
@@ -172,6 +173,7 @@ def engine(ranks: int) -> None:
 
 def serve(engine: Any, workers: Sequence[Any], logdir: Path) -> None:
     """Batch after batch, until a worker has died."""
+    let_in = Path(os.environ["BRIDGE_RUN_DIR"]) / gate.FILE_NAME
     progress = logdir / "batches"
     progress.write_bytes(bytes(8))
     with progress.open("r+b") as file:
@@ -180,7 +182,7 @@ def serve(engine: Any, workers: Sequence[Any], logdir: Path) -> None:
     with (logdir / "served.jsonl").open("a", buffering=1) as log:
         while True:
             output = SimpleNamespace()
-            held = engine.control.hold  # then it flips by a call, and no batch runs
+            asked = gate.read(let_in).open  # else there is no request: it flips by a call, and no batch runs
             engine.before_schedule()
             engine.stamp(output)
             try:
@@ -189,7 +191,7 @@ def serve(engine: Any, workers: Sequence[Any], logdir: Path) -> None:
                 answers = [pipe.recv() for pipe in workers]
             except (EOFError, OSError):
                 return
-            if held:
+            if not asked:
                 time.sleep(BATCH_S)
                 continue
             if answers != before:
@@ -410,7 +412,6 @@ class Node:
         self._flags = [
             f"--deadline={deadline_s:g}", f"--heartbeat-interval={deadline_s / 8:g}",
             f"--commit-timeout={2 * deadline_s:g}", *flags,
-            *(["--hold-outdated=inf"] if restarts else ()),  # then none but the checkpoint's would be served
         ]  # fmt: skip
         self.seed = 0  # of the weights that are served
         self.version = 0

@@ -88,7 +88,6 @@ def worker(rank: int, run_dir: str, logdir: str, batches: Connection) -> None:
         "vllm_version": DOCUMENT.vllm_version,
         "gpu": "",
         "arena": arena.kind,
-        "lockstep": False,
         "handles": arena.handles(),
         "descriptors": len(fds),
         "hooks": {},

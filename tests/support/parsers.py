@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 
 from bridge import fallback, param_mappings
 from bridge import nodes as job_nodes
-from bridge.errors import BridgeError
+from bridge.errors import BridgeError, ProtocolError
 from bridge.job import Receipt, read_receipt
 from bridge.protocol import mapping as mapping_file
 from bridge.protocol import messages
@@ -49,6 +49,7 @@ from vllm_patching import (
     build,
     endpoints,
     follower,
+    gate,
     introductions,
     link,
     newest,
@@ -217,7 +218,7 @@ def hello(kind: str) -> dict[str, Any]:
     return {
         **common, "rank": 0, "model": "m", "dtype": "bfloat16", "vllm_version": "0.32", "tp_degree": 2,
         "gpu": "", "arena": "remap", "handles": [], "descriptors": 2, "omitted_vocabularies": {},
-        "lockstep": False, "rank_map": msgspec.to_builtins(DOCUMENT.ranks[0]),
+        "rank_map": msgspec.to_builtins(DOCUMENT.ranks[0]),
         "vocabularies": msgspec.to_builtins(DOCUMENT.vocabularies),
     }  # fmt: skip
 
@@ -280,6 +281,14 @@ def _update_path(data: bytes) -> Any:
 def _newest(data: bytes) -> Any:
     with _file(data, newest.FILE_NAME) as path:
         return newest.Newest(path.parent).version
+
+
+def _gate(data: bytes) -> Any:
+    with _file(data, gate.FILE_NAME) as path:
+        word = gate.read(path)
+    if word == gate.NOT_SAID:  # it keeps out, and raises nothing
+        raise ProtocolError(word.why)
+    return word
 
 
 def _launch_file(data: bytes) -> Any:
@@ -446,6 +455,7 @@ PARSERS: dict[str, Parser] = {
         (b"a=/x", b'{"name": "a", "path": "/x"}', b'[{"name": "a"}, {"name": "b"}]'),
     ),
     "newest-version": Parser(_newest, (b"0", b"9223372036854775807")),
+    "gate": Parser(_gate, (b'{"open":true}', b'{"open":false,"why":"version 3 is newer","soon":true}')),
     "launch": Parser(_launch_file, (b"", b"0123456789abcdef" * 2)),
     "leftovers": Parser(
         leftovers.read_note, (b'{"run_dir": "/tmp/x", "shared_memory": ["psm_1", "sem.mp-2"]}',)

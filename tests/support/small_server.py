@@ -9,6 +9,7 @@ Run as a script: ``small_server.py {launch,vllm} --logdir D --tp N ...``.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import signal
@@ -27,14 +28,43 @@ SERVED = "served.json"
 HOST = "127.0.0.1"
 
 
-def answer(
-    page: Any, version: Callable[[], int], answered: list[int], write_down: Callable[[], None]
-) -> None:
-    """Batch after batch, under each version that is there while the engine does not stand still."""
-    while not threading.Event().wait(0.005):
-        if not page.hold and (now := version()) not in answered:
-            answered.append(now)
-            write_down()
+class Clients:
+    """One request after another, each through the gate that is in front of vLLM's API."""
+
+    def __init__(self, version: Callable[[], int], write_down: Callable[[], None]) -> None:
+        self._version, self._write_down = version, write_down
+        self.answered: list[int] = []  # under which versions
+        self.asked = self.refused = 0
+
+    def run(self) -> None:
+        """Ask, for as long as this process lives."""
+        asyncio.run(self._ask_all())
+
+    async def _ask_all(self) -> None:
+        from vllm_patching.gate import GateMiddleware
+
+        gate = GateMiddleware(self._api)
+        while True:
+            await gate(
+                {"type": "http", "method": "POST", "path": "/v1/completions"}, self._receive, self._send
+            )
+            self.asked += 1
+            if self.asked % 20 == 0:
+                self._write_down()
+            await asyncio.sleep(0.005)
+
+    async def _api(self, _scope: Any, _receive: Any, _send: Any) -> None:
+        if (now := self._version()) not in self.answered:
+            self.answered.append(now)
+            self._write_down()
+
+    async def _receive(self) -> dict[str, Any]:
+        return {"type": "http.request", "body": b""}
+
+    async def _send(self, message: Any) -> None:
+        if message["type"] == "http.response.start":  # the gate's own: the API above sends nothing
+            assert message["status"] == 503
+            self.refused += 1
 
 
 def vllm(args: argparse.Namespace) -> int:
@@ -57,17 +87,21 @@ def vllm(args: argparse.Namespace) -> int:
         arena.open_second_half()
         arena.live(0, arena.nbytes).zero_()  # the checkpoint
         arena.warm()
-    version, answered = 0, list[int]()
+    version = 0
     writing = threading.Lock()
 
     def write_down() -> None:
         with writing:
             digests = [blake3.blake3(a.live(0, a.nbytes).numpy().tobytes()).hexdigest() for a in arenas]
-            found = {"pid": os.getpid(), "version": version, "digests": digests, "answered": answered}
+            found = {
+                "pid": os.getpid(), "version": version, "digests": digests, "answered": clients.answered,
+                "asked": clients.asked, "refused": clients.refused,
+            }  # fmt: skip
             path = args.logdir / f".{SERVED}.{os.getpid()}"
             path.write_text(json.dumps(found))
             path.replace(args.logdir / SERVED)
 
+    clients = Clients(lambda: version, write_down)
     write_down()
     socket_file = socket_path(Path(os.environ["BRIDGE_RUN_DIR"]))
     wait_until("the daemon to listen", socket_file.exists, timeout_s=120)
@@ -78,7 +112,7 @@ def vllm(args: argparse.Namespace) -> int:
             "type": "worker", "rank": rank, "world_size": args.tp, "tp_degree": args.tp,
             "model": document.model, "dtype": document.dtype, "vllm_version": document.vllm_version,
             "gpu": "", "arena": arena.kind, "handles": (), "descriptors": len(fds), "hooks": {},
-            "lockstep": False, "rank_map": msgspec.to_builtins(rank_map),
+            "rank_map": msgspec.to_builtins(rank_map),
             "vocabularies": msgspec.to_builtins(document.vocabularies), "omitted_vocabularies": {},
         }  # fmt: skip
         registration = Registration(hello, fds=fds, who=f"small worker {rank}")
@@ -102,7 +136,7 @@ def vllm(args: argparse.Namespace) -> int:
 
     engine.on_wake = flip
     engine.watch()
-    threading.Thread(target=answer, args=(page, lambda: version, answered, write_down), daemon=True).start()
+    threading.Thread(target=clients.run, daemon=True).start()
 
     class Health(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -129,7 +163,7 @@ def launch(args: argparse.Namespace) -> int:
     options = ServeOptions(
         model="tests/parallel", logdir=args.logdir, heartbeat_interval_s=0.5, deadline_s=5.0,
         peers=tuple(Path(peer) for peer in args.peers.split(os.pathsep) if peer), transport=args.transport,
-        hold_outdated_s=args.hold,
+        serve_checkpoint=args.checkpoint,
     )  # fmt: skip
     argv = [sys.executable, __file__, "vllm", "--logdir", str(args.logdir), "--tp", str(args.tp)]
     argv += ["--port", str(args.port), "--flip", args.flip]
@@ -154,7 +188,7 @@ class Small:
     """One such server, from the outside."""
 
     def __init__(self, logdir: Path, run_dir: Path, port: int, *, tp: int, **flags: str) -> None:
-        """``flags`` are the script's, such as ``peers``, ``transport``, ``hold`` and ``flip``."""
+        """``flags`` are the script's, such as ``peers``, ``transport``, ``checkpoint`` and ``flip``."""
         logdir.mkdir(exist_ok=True)
         self.logdir, self.run_dir, self.tp = logdir, run_dir, tp
         argv = [sys.executable, __file__, "launch", "--logdir", str(logdir), "--run-dir", str(run_dir)]
@@ -201,7 +235,7 @@ def main() -> int:
     parser.add_argument("--tp", type=int, required=True)
     parser.add_argument("--peers", default="")
     parser.add_argument("--transport", default="auto")
-    parser.add_argument("--hold", type=float, default=0.0)
+    parser.add_argument("--checkpoint", default="first")
     parser.add_argument("--flip", default="auto")
     args = parser.parse_args()
     return {"launch": launch, "vllm": vllm}[args.role](args)

@@ -68,6 +68,37 @@ def run(tmp_path: Path, script: str, **env: str) -> tuple[int, list[str], str]:
     return done.returncode, (tmp_path / "calls").read_text().splitlines(), done.stdout + done.stderr
 
 
+SERVER = """
+mkdir -p job/attempt-1/server-0 job/attempt-0/server-0
+[[ -z $VERSION ]] || echo '{"at": 1, "version": '$VERSION'}' >job/attempt-0/server-0/flips-rank0.jsonl
+export SERVE_FLAGS JOB_DIR=$PWD/job PYTHON=$PWD/python START_TIMEOUT=9 SERVER_PEERS=
+"$REPO/slurm/server.sh" 0 "$JOB_DIR/attempt-1/server-0" "" some/model --dtype=float32
+"""
+
+
+@pytest.mark.parametrize(
+    ("version", "after", "flags", "told"),
+    [
+        ("", "0", "", ["first"]),
+        ("0", "0", "", ["first"]),
+        ("7", "0", "", ["never"]),  # an earlier attempt has served it
+        ("", "12", "", ["never"]),  # servers whose logs lie elsewhere have
+        ("7", "0", "--serve-checkpoint always", ["never", "always"]),  # the later one wins
+    ],
+)
+def test_a_server_that_takes_anothers_place_answers_nothing_with_the_checkpoint(
+    tmp_path: Path, version: str, after: str, flags: str, told: list[str]
+) -> None:
+    code, calls, text = run(
+        tmp_path, SERVER, VERSION=version, BRIDGE_VERSIONS_AFTER=after, SERVE_FLAGS=flags, REPO=str(ROOT)
+    )
+    assert code == 0, text
+    (serve,) = [call.split() for call in calls if call.startswith("-m bridge.launch serve")]
+    own = serve[: serve.index("--")]
+    assert [own[i + 1] for i, word in enumerate(own) if word == "--serve-checkpoint"] == told
+    assert serve[serve.index("--") + 1 :] == ["some/model", "--port", "4711", "--dtype=float32"]
+
+
 TERM = "scancel --signal=TERM"
 REQUEUE = "scontrol requeue 7"
 STAYS = "echo $$ >>steps; while :; do sleep 0.1; done"

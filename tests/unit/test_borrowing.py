@@ -24,7 +24,7 @@ from tests.support.mappings import identity_mapping
 from vllm_patching.admission import Admission
 from vllm_patching.arena import REMAP
 from vllm_patching.borrowing import Borrowing, differs
-from vllm_patching.events import Learned
+from vllm_patching.events import Learned, PeersAsked
 from vllm_patching.lending import Lending
 
 OURS = identity_mapping(("checkpoint", {"a": (4, 2), "b": (3,)}))
@@ -63,7 +63,7 @@ def test_a_server_of_another_model_is_no_peer_and_its_version_is_not_waited_for(
         registry=SimpleNamespace(control=None),
     )  # fmt: skip
     borrowing = Borrowing(daemon, [peer])
-    borrowing.asking = True
+    borrowing._question = threading.Event()
     assert borrowing._borrow(threading.Event())
     assert daemon.events.empty()
     assert f"{peer} is of another model, and no peer" in caplog.text
@@ -93,7 +93,18 @@ def test_peers_are_asked_once_when_the_workers_are_back_and_again_behind_the_nex
     borrowing.begin()  # it has published, and the same question goes on
     assert runs.empty()
     go_on.set()
-    assert daemon.events.get(timeout=10) is None
+    asked = daemon.events.get(timeout=10)
+    assert isinstance(asked, PeersAsked)
+    assert borrowing.asking, "until the daemon has heard what lies before it in its queue"
+    borrowing.heard(threading.Event())
+    assert borrowing.asking, "another question's end"
+    borrowing.begin()  # nobody is asked any more, so it asks anew
+    assert runs.get(timeout=10)
+    borrowing.heard(asked.question)
+    assert borrowing.asking, "an earlier question's end"
+    later = daemon.events.get(timeout=10)
+    assert isinstance(later, PeersAsked)
+    borrowing.heard(later.question)
     assert not borrowing.asking
     borrowing.expect()
     assert runs.empty(), "one that found nothing is not begun again by the next event"
@@ -117,7 +128,7 @@ class Peer:
             registry=SimpleNamespace(control=self.page),
         )  # fmt: skip
         self.borrowing = Borrowing(self.daemon, [tmp_path / "other"])
-        self.borrowing.asking = True
+        self.borrowing._question = threading.Event()
         self.lent: list[int] = []
         self.then: list[int] = []  # what it serves behind the first loan, the second, ..
         monkeypatch.setattr(self.borrowing, "_ask", self._answer)

@@ -115,7 +115,7 @@ def test_each_word_goes_to_its_owner():
     command = commands.vllm_command(options, Path("/run/dir"), environ={})
     assert command.argv[1:] == (
         *("-m", "vllm.entrypoints.openai.api_server", "--model", "some/model"),
-        *("--port", "1", "--logdir", "vllm's own"),
+        *("--port", "1", "--logdir", "vllm's own", "--middleware", "vllm_patching.gate.GateMiddleware"),
     )
 
 

@@ -457,7 +457,7 @@ def test_flags_named_anywhere_exist():
         "--partition", "--steps", "--gpu-memory-utilization", "--compilation-config", "--data-parallel-size",
         "--data-parallel-rank", "--enable-expert-parallel", "--pipeline-parallel-size", "--cpu-offload-gb",
         "--offload-group-size", "--weight-transfer-config", "--distributed-executor-backend",
-        "--kv-transfer-config", "--enable-fault-tolerance", "--headless", "--ntasks-per-node",
+        "--kv-transfer-config", "--enable-fault-tolerance", "--headless", "--middleware", "--ntasks-per-node",
         "--data-parallel-size-local", "--moe-backend",
         "--enable-lora", "--lora-modules",
         "--max-lora-rank",

@@ -38,11 +38,6 @@ class Engine:
         self.notified += 1
 
 
-@pytest.fixture(autouse=True)
-def _in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BRIDGE_STAGING", "in-place")
-
-
 def held(engine: Any) -> tuple[EngineBridge, ControlPage]:
     bridge, page = EngineBridge(engine, salted=False), ControlPage.create(2)
     bridge.connect(page)
@@ -69,25 +64,6 @@ def test_a_hold_is_confirmed_only_when_nothing_runs() -> None:
     engine._notify_idle_state_callbacks()
     assert engine.notified == 1
     assert engine._pause_complete()
-
-
-def test_a_vllm_that_waits_for_its_weights_answers_who_pauses_before_he_sends_them(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("BRIDGE_STAGING", "double")
-    engine = Engine()
-    bridge, page = held(engine)
-    page.hold = 7
-    bridge.hold.follow()
-    engine.scheduler.set_pause_state(PauseState.PAUSED_NEW)
-    assert not engine._pause_complete(), "batches may still be in flight"
-    engine._notify_idle_state_callbacks()
-    assert (page.engine(0).held, engine.notified) == (7, 1)
-    assert engine._pause_complete()
-    assert engine.scheduler.pause_state is PauseState.PAUSED_ALL
-    page.hold = 0
-    bridge.hold.follow()
-    assert engine.scheduler.pause_state is PauseState.PAUSED_NEW, "until its user resumes"
 
 
 def test_a_rank_that_does_not_come_to_rest_confirms_nothing() -> None:

@@ -1,83 +1,117 @@
-"""Which vLLM stands still for the newest version, and when it goes on without; the daemon's own decisions."""
+"""When requests are let in to a vLLM; the daemon's own decisions."""
 
 from __future__ import annotations
 
-import time
+import functools
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from vllm_patching.daemon import Daemon
+from vllm_patching.gate import FILE_NAME, Gate, Word
 
-HELLO = {"type": "worker", "arena": "remap", "lockstep": False}
+BEHIND = "version 3 is newer"
 UNPUBLISHED = {"published": False, "_unpublished": "the mapping cannot be written"}
+FRESH = {"version": 0, "_behind": "", "outdated": ""}
 
 
-def daemon(**changes: Any) -> Any:
-    """What the decisions look at: a vLLM that stands still, 5 s ago, and is to do so for 60."""
-    woken: list[str] = []
-    engine = SimpleNamespace(
-        who="an engine", channel=SimpleNamespace(nudge=lambda message: woken.append(message))
-    )
-    page = SimpleNamespace(hold=time.monotonic_ns() - 5 * 10**9)
+def daemon(run_dir: Path, **changes: Any) -> Any:
+    """What the decisions look at: a vLLM that was started again behind version 3."""
+    page = SimpleNamespace(requested=0)
+    looks = list[None]()
     here = SimpleNamespace(
-        registry=SimpleNamespace(control=page, engines={0: engine}, arenas={HELLO["arena"]}),
-        args=SimpleNamespace(hold_outdated=60.0), newest=SimpleNamespace(version=3), nodes=None,
-        borrowing=SimpleNamespace(asking=False, has_peers=False), published=True, in_round=False,
-        _unpublished="",
-        outdated="version 3 is newer", live_version=0, page=page, woken=woken,
+        registry=SimpleNamespace(control=page), args=SimpleNamespace(serve_checkpoint="first"),
+        borrowing=SimpleNamespace(asking=False, has_peers=False), published=True, _unpublished="",
+        _known_page=page, _dead_page=None,
+        version=3, live_version=0, _behind=BEHIND, outdated=BEHIND, last_error=None, gate=Gate(run_dir),
+        _look_again=lambda: looks.append(None), looks=looks,
     )  # fmt: skip
-    here._held_for_s = lambda page: Daemon._held_for_s(here, page)
+    here._word = lambda page: Daemon._word(here, page)
     for name, value in changes.items():
-        owner, _, attribute = name.rpartition("__")
-        setattr(getattr(here, owner) if owner else here, attribute, value)
+        *owners, attribute = name.split("__")
+        setattr(functools.reduce(getattr, owners, here), attribute, page if value == "its own" else value)
+    here.gate.close(here.registry.control)
     return here
 
 
 @pytest.mark.parametrize(
-    ("changes", "goes_on"),
+    ("changes", "open_"),
     [
         ({}, False),
-        ({"args__hold_outdated": 4.0}, True),  # its time was over a second ago
-        ({"args__hold_outdated": 4.0, "in_round": True}, False),  # it may come any moment
-        ({"args__hold_outdated": 0.0, "borrowing__asking": True}, False),
-        ({"args__hold_outdated": 0.0}, True),  # its peers have nothing
-        ({"args__hold_outdated": float("inf")}, False),
-        ({"outdated": ""}, True),
-        ({"outdated": "", "borrowing__asking": True}, False),  # a peer may know of a newer one
-        ({"outdated": "", "in_round": True}, True),  # the newest one is there, the round is the next one's
-        ({"published": False, "args__hold_outdated": 0.0}, False),  # it is about to be
+        ({"live_version": 3}, True),
+        ({"live_version": 2, "registry__control__requested": 3}, False),  # and not on every rank yet
+        ({"live_version": 3, "borrowing__asking": True}, False),  # a peer may know of a newer one
+        ({"args__serve_checkpoint": "always"}, True),
+        ({"args__serve_checkpoint": "always", "borrowing__asking": True}, False),  # it may come any moment
+        ({"args__serve_checkpoint": "never"}, False),
+        ({"args__serve_checkpoint": "never", "live_version": 3}, True),
+        (FRESH, True),
+        ({**FRESH, "borrowing__asking": True}, False),
+        ({**FRESH, "args__serve_checkpoint": "never"}, False),
+        ({**FRESH, **UNPUBLISHED}, True),
+        ({**FRESH, **UNPUBLISHED, "borrowing__has_peers": True}, False),  # once it is written, they are asked
         (UNPUBLISHED, False),
-        ({**UNPUBLISHED, "args__hold_outdated": 4.0}, True),
-        ({**UNPUBLISHED, "args__hold_outdated": 0.0, "borrowing__asking": True}, True),
+        ({**FRESH, "_known_page": None}, False),  # another's: this vLLM is not complete yet
+        ({**FRESH, "registry__control": None}, False),
+        ({**FRESH, "_dead_page": "its own"}, False),  # a part of it is gone, and the rest will be
     ],
 )  # fmt: skip
-def test_when_it_goes_on(changes: dict[str, Any], goes_on: bool) -> None:
-    here = daemon(**changes)
-    Daemon._let_go_on(here)
-    assert (here.page.hold == 0) is goes_on
-    assert bool(here.woken) is goes_on
+def test_who_is_let_in(tmp_path: Path, changes: dict[str, Any], open_: bool) -> None:
+    here = daemon(tmp_path, **changes)
+    Daemon._mind_the_gate(here)
+    assert here.gate.word.open is open_
+    assert Gate(tmp_path).word.open is open_, "as another process reads it"
 
 
-def test_what_is_written_in_place_is_not_let_go() -> None:
-    here = daemon(args__hold_outdated=0.0, registry__arenas={"in-place"})
-    Daemon._let_go_on(here)
-    assert here.page.hold
+def test_why_not_is_said_and_whether_it_ends_by_itself(tmp_path: Path) -> None:
+    here = daemon(tmp_path)
+    Daemon._mind_the_gate(here)
+    why = "has version 0 (the checkpoint), but the newest version is 3; it comes with the trainer's next"
+    assert why in here.gate.word.why
+    assert not here.gate.word.soon
+    here._unpublished = "the mapping cannot be written to /home/somebody: No space left on device"
+    Daemon._mind_the_gate(here)
+    assert "nobody can bring it, as the mapping file cannot be written" in here.gate.word.why
+    assert "/home" not in here.gate.word.why, "anybody may hear it"
+    here._unpublished, here.borrowing.asking = "", True
+    Daemon._mind_the_gate(here)
+    assert here.gate.word == Word(open=False, why="its peers are asked for a newer version", soon=True)
+    here.borrowing.asking, here.registry.control.requested = False, 3
+    assert not here.looks
+    Daemon._mind_the_gate(here)
+    assert here.gate.word == Word(open=False, why="version 3 is about to be live", soon=True)
+    assert here.looks, "no rank says that it has flipped behind its time"
+    here.live_version, here.outdated = 3, ""
+    Daemon._mind_the_gate(here)
+    assert here.gate.word == Word(open=True)
+    here.version, here.outdated = 4, BEHIND  # it was left out of a round, and serves on meanwhile
+    Daemon._mind_the_gate(here)
+    assert here.gate.word == Word(open=True)
+    never = daemon(tmp_path, **FRESH, args__serve_checkpoint="never")
+    Daemon._mind_the_gate(never)
+    assert "no version was broadcast yet" in never.gate.word.why
 
 
-@pytest.mark.parametrize(
-    ("changes", "hello", "held"),
-    [
-        ({}, {}, True),
-        ({"newest__version": 0}, {}, False),  # nothing but the checkpoint was ever served
-        ({"newest__version": 0, "borrowing__has_peers": True}, {}, True),
-        ({"args__hold_outdated": 0.0}, {}, False),
-        ({"args__hold_outdated": 0.0, "borrowing__has_peers": True}, {}, True),
-        ({"nodes": object()}, {}, False),
-        ({}, {"arena": "in-place"}, False),
-        ({"borrowing__has_peers": True}, {"lockstep": True}, False),  # another engine would wait for its step
-    ],
-)
-def test_who_stands_still_from_the_start(changes: dict[str, Any], hello: dict[str, Any], held: bool) -> None:
-    assert Daemon._begins_held(daemon(**changes), {**HELLO, **hello}) is held
+def test_a_disk_that_is_full_keeps_out_and_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    here = daemon(tmp_path, live_version=3)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vllm_patching.gate.write_atomically", full)
+        Daemon._mind_the_gate(here)
+        Daemon._mind_the_gate(here)
+    assert not here.gate.word.open
+    assert not Gate(tmp_path).word.open
+    assert len(here.looks) == 2
+    assert sum("No space left on device" in line for line in caplog.messages) == 1
+    Daemon._mind_the_gate(here)
+    assert here.gate.word.open
+    (tmp_path / FILE_NAME).unlink()  # as a cleaner of old files does
+    Daemon._mind_the_gate(here)
+    assert Gate(tmp_path).word.open

@@ -96,6 +96,7 @@ READ = {
     "vllm_patching/channel.py:Channel._receive_message": "socket message",
     "vllm_patching/daemon.py:Daemon._settle": "(the daemon's own receipt)",
     "vllm_patching/endpoints.py:_read_announcement": "HTTP body",
+    "vllm_patching/gate.py:read": "gate",
     "vllm_patching/link.py:": "(a decoder is made, which read_frame uses)",
     "vllm_patching/link.py:Link.receive": "a stranger at the nodes' port",
     "vllm_patching/link.py:read_frame": "frame between nodes",

@@ -9,9 +9,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, TransferError
 from tests.support.mappings import identity_mapping
 from vllm_patching.channel import Channel
+from vllm_patching.control_page import ControlPage
 from vllm_patching.registry import Member, Registry
 
 SHAPES = {"embed": (8, 4), "layers.0": (4, 4), "layers.1": (4, 6), "norm": (4,)}
@@ -118,18 +119,26 @@ def test_more_engines_than_the_launcher_has_counted_are_refused() -> None:
     node.close()
 
 
-@pytest.mark.parametrize("held", [False, True])
-def test_a_new_vllm_stands_still_from_its_first_word_if_it_is_to(held: bool) -> None:
+def test_a_new_vllm_is_told_of_before_its_first_process_is_answered() -> None:
     node = Node(engines=1, ranks_each=1)
-    asked: list[str] = []
-    node.registry.begins_held = lambda hello: asked.append(hello["type"]) or held  # type: ignore[func-returns-value]
+    told: list[ControlPage] = []
+    node.registry.on_new_vllm = told.append
     node.worker(0)
-    assert node.registry.control is not None
-    assert bool(node.registry.control.hold) is held
-    node.registry.control.hold = 0  # let go
     node.engine(0)
-    assert node.registry.control.hold == 0
-    assert asked == ["worker"]
+    assert told == [node.registry.control]
+    node.close()
+
+
+def test_a_vllm_for_which_the_gate_cannot_be_closed_is_not_registered() -> None:
+    node = Node(engines=1, ranks_each=1)
+
+    def refuse(_: ControlPage) -> None:
+        raise TransferError("the gate cannot be closed")
+
+    node.registry.on_new_vllm = refuse
+    with pytest.raises(TransferError, match="gate"):
+        node.worker(0)
+    assert (node.registry.members(), node.registry.control) == ([], None)
     node.close()
 
 

@@ -14,6 +14,7 @@ import pytest
 from launch.display import show_status
 from vllm_patching import status
 from vllm_patching.control_page import ControlPage
+from vllm_patching.gate import Word
 from vllm_patching.status import LastRound, Status
 
 UNPUBLISHED = {"mapping": None, "published": False}
@@ -51,6 +52,7 @@ def daemon(page: ControlPage, **moment: Any) -> Any:
         "failed": "", "mapping": SimpleNamespace(model="m", num_inference_ranks=2), "published": True,
         "registry": registry, "in_round": False, "swap": None, "outdated": "", "epoch": None, "nodes": None,
         "borrowing": SimpleNamespace(asking=False), "version": 3, "admission": SimpleNamespace(epochs=2),
+        "gate": SimpleNamespace(word=Word(open=True)),
         "crew": None, "args": SimpleNamespace(rendezvous_host="h"), "store": SimpleNamespace(port=7),
         "committed": 3, "aborted": 1, "last_error": None, "given_up": "", "filing": False,
         "last_round": LastRound(
