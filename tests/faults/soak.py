@@ -70,6 +70,7 @@ FAULTS: tuple[tuple[str, str, int | None], ...] = (
 BRIEFLY_STOPPED_S = 3.0
 GROWTH_MB = 24.0
 GROWTH_DESCRIPTORS = 4  # connections that are being answered
+REST_S = 60.0  # in which groups of a lost epoch let go of peers that were stopped; 12 s were seen
 
 
 def roles(server: Server) -> dict[str, int]:
@@ -242,6 +243,20 @@ class Soak:
                 continue  # an updater of a crew that was just replaced
             self.samples.append(Sample(minute, who, pid, round(memory.uss / 2**20, 2), descriptors))
 
+    def sample_at_rest(self) -> None:
+        """The last sample, once nobody holds more than before: what leaks stays, what is let go of goes."""
+        least: dict[tuple[str, int], int] = {}
+        for s in self.samples:
+            least[s.who, s.pid] = min(s.descriptors, least.get((s.who, s.pid), s.descriptors))
+        known, deadline = len(self.samples), time.monotonic() + REST_S
+        while True:
+            self.sample()
+            more = [s.descriptors - least.get((s.who, s.pid), s.descriptors) for s in self.samples[known:]]
+            if max(more) <= GROWTH_DESCRIPTORS or time.monotonic() > deadline:
+                return
+            del self.samples[known:]
+            threading.Event().wait(1)
+
 
 def start_trainer(sets: Sequence[Path], directory: Path, servers: Sequence[Server]) -> Trainers:
     env = {
@@ -335,7 +350,7 @@ def soak(
                 made.recover()
     made.recover()
     made.check()
-    made.sample()
+    made.sample_at_rest()
     return rows
 
 
