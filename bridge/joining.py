@@ -166,7 +166,6 @@ def _ask(
         mapping_digest=mapping.digest,
         host=socket.gethostname(),
         pid=os.getpid(),
-        torch_version=str(torch.__version__),
         trainer=trainer,
         asked_ns=time.monotonic_ns(),
         restores=restores,

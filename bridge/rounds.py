@@ -88,6 +88,11 @@ def write_flight(config: BridgeConfig, why: str) -> None:
         flight.write(why, Path(config.config_path).parent)
 
 
+def _another(err: BridgeError) -> BridgeError:
+    """The same error for somebody else to raise: this one would keep the frames that it comes through."""
+    return type(err)(str(err))
+
+
 class Session:
     """One epoch, seen from one trainer rank. Made by ``open``; ``closed`` says why it is over."""
 
@@ -301,7 +306,7 @@ class Session:
             self._moving = False
             write_flight(self.config, f"a round failed while its bytes were moved: {self._ending}")
             assert self._ending is not None
-            self.give_up(str(self._ending), error=type(self._ending)(str(self._ending)))
+            self.give_up(str(self._ending), error=_another(self._ending))
             return
         job = self._under_way
         if job is None or job.vote is None or job.done or not isinstance(event, Frame) or self.in_place:
@@ -314,7 +319,7 @@ class Session:
     def _lost(self, peer: int, event: Event) -> BridgeError | None:
         """Why no round can go on, if ``event`` says that somebody is lost to it."""
         if not isinstance(event, Frame):
-            return type(event)(str(event))  # not the same: our own thread raises that one
+            return _another(event)  # our own thread raises that one
         if event.opcode is Opcode.FAILED:
             return RoundAborted(event.text)
         if event.opcode is Opcode.SHUTDOWN:
@@ -635,7 +640,7 @@ class Session:
         self._moving = True
         if self.rank == 0 and (ending := self._ending) is not None:  # it came while BEGIN was taken
             self._moving = False
-            raise type(ending)(str(ending))  # not the same, which a session would keep with our frames
+            raise _another(ending)
         try:
             self._mover.move(
                 plan,

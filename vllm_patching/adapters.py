@@ -24,7 +24,8 @@ import torch
 from bridge.errors import ConfigError, MappingError
 from bridge.protocol.mapping import ADAPTER, ADAPTER_FLAG, ITEMSIZE, Source, Target, Vocabulary, Write
 from vllm_patching import coverage, lora_compat
-from vllm_patching.arena import SEGMENT_ALIGNMENT, Arena
+from vllm_patching.arena import SEGMENT_ALIGNMENT, Arena, staging
+from vllm_patching.fixed_arena import IN_PLACE
 from vllm_patching.recorder import Recorder, ValueGuard
 from vllm_patching.tracing import LiveTensor, Trace, TracedWrite, dtype_name, storage_key
 
@@ -116,7 +117,7 @@ def shelving(manager: Any, names: Sequence[str], vocabularies: Mapping[str, Sequ
     listing = ", ".join(names)
     if manager is None:
         raise ConfigError(f"adapters are to be sent ({listing}), but vLLM was started without --enable-lora")
-    if os.environ.get("BRIDGE_STAGING") == "in-place":
+    if staging() == IN_PLACE:
         raise ConfigError(
             f"adapters are to be sent ({listing}), and with --staging in-place a round that fails midway "
             'would leave one torn, which no broadcast of the model repairs; pass --adapters "" to serve them '

@@ -9,6 +9,7 @@ graphs and compiled code never learn of it. ``cpu_arena`` and ``cuda_arena`` mak
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from typing import Protocol
 
@@ -84,6 +85,11 @@ class Halves(Protocol):
 
     def synchronize(self) -> None:
         """Wait until everything written is there."""
+
+
+def staging() -> str:
+    """``serve --staging``, as the launcher has told all of vLLM's processes."""
+    return os.environ.get("BRIDGE_STAGING", "double")
 
 
 def allocate(nbytes: int, device: torch.device, *, staging: str, flip: str) -> Arena:

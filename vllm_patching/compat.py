@@ -26,6 +26,8 @@ from torch import nn
 
 from bridge.errors import ConfigError, UnsupportedVersion
 from vllm_patching import residue
+from vllm_patching.arena import staging
+from vllm_patching.fixed_arena import IN_PLACE
 
 SUPPORTED = tuple(f"0.{minor}" for minor in range(26, 34))
 TESTED = ("0.26", "0.32")
@@ -321,7 +323,7 @@ def _unsupported_in_lockstep(parallel: Any) -> list[str]:
     faults = []
     if parallel.pipeline_parallel_size > 1:
         faults.append(f"{layout} and --pipeline-parallel-size: that was never tested")
-    if os.environ.get("BRIDGE_STAGING") == "in-place":
+    if staging() == IN_PLACE:
         faults.append(f"{layout} and --staging in-place: its engines cannot stand still one by one")
     return faults
 

@@ -297,7 +297,7 @@ def rehome(
     arena = arenas.allocate(
         nbytes,
         _device_of(homes),
-        staging=os.environ.get("BRIDGE_STAGING", "double"),
+        staging=arenas.staging(),
         flip=os.environ.get("BRIDGE_FLIP", "auto"),
     )
     targets = [_target(home, offsets) for home in homes]

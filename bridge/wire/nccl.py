@@ -40,7 +40,11 @@ def version() -> str:
 
 
 def why_not(peer: DeviceWhereabouts | None, device: torch.device) -> str:
-    """ "" if NCCL can join ``device`` to a trainer's GPU, else the reason."""
+    """ "" if NCCL can join ``device`` to a trainer's GPU, else the reason.
+
+    Versions are compared for being the same, in no order: NCCL gives no promise that two of them understand
+    each other, and one that does not hangs.
+    """
     if peer is None:
         return "its weights are not on a GPU that can be named"
     if not version() or peer.nccl != version():

@@ -64,7 +64,6 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     mapping_digest: str
     host: str
     pid: _Pid
-    torch_version: str
     trainer: Annotated[str, msgspec.Meta(max_length=32)] = ""
     asked_ns: _Number = 0
     restores: _Number = 0

@@ -84,7 +84,6 @@ REQUEST = Request(
     mapping_digest="d",
     host="h",
     pid=7,
-    torch_version="2",
 )
 LAYOUT = Layout(
     rank=0,

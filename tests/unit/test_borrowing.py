@@ -229,7 +229,7 @@ class Door:
 def who_knocks(**request: Any) -> Request:
     usual: dict[str, Any] = {
         "protocol_version": PROTOCOL_VERSION, "world_size": 1, "mapping_digest": OURS.digest, "host": "node",
-        "pid": 7, "torch_version": "2",
+        "pid": 7,
     }  # fmt: skip
     return Request(**(usual | request))
 
