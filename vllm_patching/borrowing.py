@@ -114,12 +114,14 @@ class Borrowing:
 
     def satisfied(self) -> None:
         """A trainer has made a version live: nothing need wait for the peers."""
-        self._question = None
+        with self._lock:
+            self._question = None
 
     def heard(self, question: threading.Event) -> None:
         """All that was learned by asking ``question`` has been taken in; in the daemon's thread."""
-        if self._question is question:
-            self._question = None
+        with self._lock:
+            if self._question is question:
+                self._question = None
 
     def close(self) -> None:
         """The daemon ends, or its vLLM has."""

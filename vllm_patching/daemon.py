@@ -78,9 +78,11 @@ class Daemon:
             on_change=lambda: self.events.put(None),
             num_engines=args.num_engines,
             on_new_vllm=lambda page: self.gate.close(page),
+            on_found_vllm=lambda page: self.gate.found(page),
         )
         self.gate = Gate(args.run_dir)
         self.newest = Newest(args.run_dir)
+        self._learned = 0  # of a peer, noted or not
         self.admission = Admission(self)
         self.lending = Lending(self)
         self.borrowing = Borrowing(self, args.peers)
@@ -236,25 +238,26 @@ class Daemon:
     def _word(self, page: ControlPage) -> Word:
         """What a complete vLLM's API servers are told. Anybody may hear it: no host, pid or path is in it."""
         rule: Checkpoint = self.args.serve_checkpoint
-        if self.borrowing.asking or (self._unpublished and self.borrowing.has_peers):
+        newest = 0 < self.version <= self.live_version
+        fresh = not self.version and rule != "never"  # the checkpoint is what there is
+        if self._unpublished:
+            if rule == "always" or newest or (fresh and not self.borrowing.has_peers):
+                return Word(open=True)
+            return Word(open=False, why="the mapping file cannot be written, so nobody can bring a version")
+        if self.borrowing.asking:
             return Word(open=False, why="its peers are asked for a newer version", soon=True)
-        if rule == "always" or 0 < self.version <= self.live_version:
+        if rule == "always" or newest or fresh:
             return Word(open=True)
-        if page.requested == self.version > 0:
-            return Word(open=False, why=f"version {self.version} is about to be live", soon=True)
-        if self.version:
-            comes = "it comes with the trainer's next broadcast of the whole model"
-            comes = (
-                "nobody can bring it, as the mapping file cannot be written" if self._unpublished else comes
-            )
-            has = f"has version {page.requested or '0 (the checkpoint)'}, but the newest version is"
-            return Word(open=False, why=f"vLLM was started again and {has} {self.version}; {comes}")
-        if rule == "never":
+        if not self.version:
             return Word(
                 open=False,
                 why="no version was broadcast yet, and --serve-checkpoint never keeps requests out",
             )
-        return Word(open=True)
+        if page.requested == self.version:
+            return Word(open=False, why=f"version {self.version} is about to be live", soon=True)
+        has = f"vLLM has version {page.requested or '0 (the checkpoint)'}, but the newest version is"
+        comes = "it comes with the trainer's next broadcast of the whole model"
+        return Word(open=False, why=f"{has} {self.version}; {comes}")
 
     def _take(self, event: Any) -> None:
         """Do what one event asks for; None is there for what has changed elsewhere."""
@@ -287,6 +290,7 @@ class Daemon:
 
     def _learn(self, version: int) -> None:
         """A peer serves ``version``."""
+        self._learned = max(self._learned, version)
         try:
             self.newest.raise_to(version)
         except TransferError:
@@ -346,7 +350,7 @@ class Daemon:
     def version(self) -> int:
         """The newest version: the one every rank serves or is about to, unless vLLM was started again."""
         page = self.registry.control
-        return max(self.newest.version, page.requested if page else 0)
+        return max(self.newest.version, self._learned, page.requested if page else 0)
 
     @property
     def outdated(self) -> str:
@@ -370,7 +374,7 @@ class Daemon:
             return f"{self._first_death or 'vLLM is gone'}, and vLLM is not complete again; {wanted}"
         comes = "it comes with the trainer's next broadcast of the whole model"
         return (
-            f"vLLM was started again and has version {page.requested or '0 (the checkpoint)'}, but "
+            f"vLLM has version {page.requested or '0 (the checkpoint)'}, but "
             f"{wanted}; {'its peers are being asked' if asking else comes}"
         )
 

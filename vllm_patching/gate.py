@@ -73,7 +73,7 @@ class Gate:
         """Take over what an earlier daemon of the launch has said: vLLM lives on behind it."""
         self._path = run_dir / FILE_NAME
         self._lock = threading.Lock()
-        self._vllm: object = None  # for which the gate was closed last
+        self._vllm: object = None  # whose gate it is
         self.word = read(self._path)
 
     def close(self, vllm: object) -> None:
@@ -91,6 +91,11 @@ class Gate:
                     f"{self._path} cannot be removed, so requests would be answered: {err}"
                 ) from err
 
+    def found(self, vllm: object) -> None:
+        """A vLLM was there before this daemon; what the one before has said of it stands."""
+        with self._lock:
+            self._vllm = vllm
+
     def say(self, word: Word, vllm: object) -> None:
         """Say it to the API servers of ``vllm``, unless the gate is open already, or another's by now.
 
@@ -98,20 +103,24 @@ class Gate:
             TransferError: it could not be written down; requests are kept out as before.
         """
         with self._lock:
-            if self.word.open or word == self.word or self._vllm not in (None, vllm):
+            if self.word.open or self._vllm is not vllm or word == self.word == read(self._path):
                 return
-            self._write(word)
+            try:
+                self._write(word)
+            except TransferError as err:
+                self.word = Word(open=False, why=str(err), soon=True)  # for status
+                raise
             self.word = word
 
     def keep(self, vllm: object) -> None:
-        """Write the open gate's file again, if somebody has removed it: an API server may not have read it.
+        """Write the open gate's file again, if somebody has emptied or removed it: one may not have read it.
 
         Raises:
             TransferError: it could not be written down.
         """
-        if not self._path.exists():
+        if not read(self._path).open:
             with self._lock:
-                if self.word.open and self._vllm in (None, vllm):
+                if self.word.open and self._vllm is vllm:
                     self._write(self.word)
 
     def _write(self, word: Word) -> None:
@@ -147,7 +156,7 @@ class GateMiddleware:
             return await self._app(scope, receive, send)
         word = read(self._path)
         if not word.open and word.soon:
-            word = await self._wait()
+            word = await self._wait(scope.get("app"))
         if word.open:
             self._open = True
             return await self._app(scope, receive, send)
@@ -157,21 +166,27 @@ class GateMiddleware:
             return await send({"type": "websocket.close", "code": TRY_AGAIN_LATER, "reason": word.why[:120]})
         return await _refuse(send, word.why)
 
-    async def _wait(self) -> Word:
-        """The word when it is final, or the newest behind ``SOON_S``."""
+    async def _wait(self, app: Any) -> Word:
+        """The word when it is final, or the newest behind ``SOON_S``, or when the API server is to end."""
         if self._looking is None or self._looking.done():
-            self._looking = asyncio.create_task(self._look())
+            self._looking = asyncio.create_task(self._look(app))
         try:
             return await asyncio.wait_for(asyncio.shield(self._looking), SOON_S)
         except TimeoutError:
             return read(self._path)
 
-    async def _look(self) -> Word:
+    async def _look(self, app: Any) -> Word:
         while True:
             word = read(self._path)
-            if word.open or not word.soon:
+            if word.open or not word.soon or _is_to_end(app):
                 return word
             await asyncio.sleep(LOOK_S)
+
+
+def _is_to_end(app: Any) -> bool:
+    """Whether uvicorn, whose server vLLM keeps in the app's state, waits for the last requests."""
+    server = getattr(getattr(app, "state", None), "server", None)
+    return bool(getattr(server, "should_exit", False))
 
 
 def passes(scope: Message) -> bool:

@@ -57,8 +57,10 @@ class Registry:
     engines: dict[int, Member] = field(default_factory=dict)
     control: ControlPage | None = None
     found_running: bool = False  # whether vLLM had the page before this daemon was there
-    # Told of a new vLLM's page, before any of its processes is answered, and so before it has an API.
+    # Told of a new vLLM's page, before any of its processes is answered, and so before it has an API; and of
+    # the page that a vLLM has which was there before this daemon.
     on_new_vllm: Callable[[ControlPage], None] = lambda _: None
+    on_found_vllm: Callable[[ControlPage], None] = lambda _: None
 
     def admit(self, hello: dict[str, Any], channel: Channel, fds: tuple[int, ...]) -> Member:
         """Register a worker or an engine core, and answer it with the control page.
@@ -116,6 +118,7 @@ class Registry:
             self.found_running = control_fd >= 0
             if control_fd >= 0:
                 self.control = ControlPage(control_fd)
+                self.on_found_vllm(self.control)
             else:
                 self.control = ControlPage.create(hello["world_size"] * self.num_engines, self.num_engines)
                 self.on_new_vllm(self.control)

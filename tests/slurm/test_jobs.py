@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, time
 from functools import cache
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -245,7 +246,7 @@ def refusals(job: Job, model: Path, attempt: int = 0, servers: Sequence[int] = (
         except urllib.error.HTTPError as err:
             with err:
                 found.append(f"{err.code} {err.read().decode()}")
-        except (OSError, IndexError):
+        except (OSError, HTTPException, IndexError):
             found.append("")
         else:
             raise AssertionError(f"{logdirs[index]} answers with the checkpoint: {answer}")

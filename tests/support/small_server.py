@@ -43,8 +43,8 @@ class Clients:
     async def _ask_all(self) -> None:
         from vllm_patching.gate import GateMiddleware
 
-        gate = GateMiddleware(self._api)
         while True:
+            gate = GateMiddleware(self._api)  # a new one each time, which has not seen it open
             await gate(
                 {"type": "http", "method": "POST", "path": "/v1/completions"}, self._receive, self._send
             )

@@ -8,6 +8,7 @@ import json
 import pkgutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -57,6 +58,12 @@ class Served:
         return asyncio.run(self.call(path, **scope))
 
 
+def keep_out(run_dir: Path) -> None:
+    one, vllm = Gate(run_dir), object()
+    one.close(vllm)
+    one.say(Word(open=False, why=WHY), vllm)
+
+
 @pytest.fixture
 def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("BRIDGE_RUN_DIR", str(tmp_path))
@@ -64,7 +71,7 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_request_that_is_kept_out_hears_why(run_dir: Path) -> None:
-    Gate(run_dir).say(Word(open=False, why=WHY), object())
+    keep_out(run_dir)
     served = Served()
     start, body = served.ask()
     assert served.came == []
@@ -82,7 +89,7 @@ def test_a_request_that_is_kept_out_hears_why(run_dir: Path) -> None:
 
 
 def test_what_runs_no_model_passes_a_closed_gate(run_dir: Path) -> None:
-    Gate(run_dir).say(Word(open=False, why=WHY), object())
+    keep_out(run_dir)
     served = Served()
     asked = ["/pause", "/resume", "/tokenize", "/bridge/notify_update", "/v1/completions/render"]
     for path in asked:
@@ -105,7 +112,8 @@ def test_an_open_gate_stays_open_whatever_is_said(run_dir: Path) -> None:
     one.say(Word(open=False, why=WHY), vllm)
     assert Served().ask()[0]["status"] == 200
     after = Gate(run_dir)  # another daemon's
-    after.say(Word(open=False, why=WHY), object())
+    after.found(vllm)
+    after.say(Word(open=False, why=WHY), vllm)
     served = Served()
     assert served.ask()[0]["status"] == 200
     (run_dir / FILE_NAME).unlink()  # as a cleaner of old files does
@@ -149,6 +157,37 @@ def test_what_comes_by_itself_is_waited_for(run_dir: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gate, "read", see)
         assert asyncio.run(both())[0]["status"] == 200
+
+
+def test_a_word_is_said_again_if_its_file_is_gone_and_a_stray_process_shuts_no_living_vllm_out(
+    run_dir: Path,
+) -> None:
+    one, living, stray = Gate(run_dir), object(), object()
+    one.close(living)
+    for _ in range(2):
+        one.say(Word(open=False, why=WHY), living)
+        assert gate.read(run_dir / FILE_NAME).why == WHY
+        (run_dir / FILE_NAME).write_bytes(b"")
+    one.close(stray)
+    one.found(living)
+    one.say(Word(open=True), living)
+    assert Served().ask()[0]["status"] == 200
+
+
+def test_who_waits_holds_up_no_end_of_the_api_server(run_dir: Path) -> None:
+    one, vllm, served = Gate(run_dir), object(), Served()
+    one.close(vllm)
+    server = SimpleNamespace(should_exit=False)
+    app = SimpleNamespace(state=SimpleNamespace(server=server))
+
+    async def end() -> list[dict[str, Any]]:
+        pending = asyncio.create_task(served.call("/v1/completions", app=app))
+        while served.middleware._looking is None:
+            await asyncio.sleep(0)
+        server.should_exit = True
+        return await asyncio.wait_for(pending, 10)  # far below SOON_S
+
+    assert asyncio.run(end())[0]["status"] == 503
 
 
 def test_a_thousand_requests_that_wait_read_the_file_as_often_as_one(

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import functools
+import os
+import queue
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from vllm_patching.arguments import parse_args
+from vllm_patching.control_page import ControlPage
 from vllm_patching.daemon import Daemon
+from vllm_patching.events import Learned, LookAgain, Lost, PeersAsked
 from vllm_patching.gate import FILE_NAME, Gate, Word
 
 BEHIND = "version 3 is newer"
@@ -51,6 +58,7 @@ def daemon(run_dir: Path, **changes: Any) -> Any:
         ({**FRESH, "borrowing__asking": True}, False),
         ({**FRESH, "args__serve_checkpoint": "never"}, False),
         ({**FRESH, **UNPUBLISHED}, True),
+        ({**UNPUBLISHED, "args__serve_checkpoint": "always"}, True),
         ({**FRESH, **UNPUBLISHED, "borrowing__has_peers": True}, False),  # once it is written, they are asked
         (UNPUBLISHED, False),
         ({**FRESH, "_known_page": None}, False),  # another's: this vLLM is not complete yet
@@ -73,7 +81,7 @@ def test_why_not_is_said_and_whether_it_ends_by_itself(tmp_path: Path) -> None:
     assert not here.gate.word.soon
     here._unpublished = "the mapping cannot be written to /home/somebody: No space left on device"
     Daemon._mind_the_gate(here)
-    assert "nobody can bring it, as the mapping file cannot be written" in here.gate.word.why
+    assert "the mapping file cannot be written, so nobody can bring a version" in here.gate.word.why
     assert "/home" not in here.gate.word.why, "anybody may hear it"
     here._unpublished, here.borrowing.asking = "", True
     Daemon._mind_the_gate(here)
@@ -115,3 +123,62 @@ def test_a_disk_that_is_full_keeps_out_and_is_tried_again(
     (tmp_path / FILE_NAME).unlink()  # as a cleaner of old files does
     Daemon._mind_the_gate(here)
     assert Gate(tmp_path).word.open
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Iterator[Daemon]:
+    """A daemon whose vLLM is complete, with the checkpoint, and whose peers are asked."""
+    args = parse_args(
+        [
+            "--run-dir",
+            str(tmp_path),
+            "--logdir",
+            str(tmp_path / "logs"),
+            f"--peers={tmp_path}",
+            "--launcher-pid=1",
+        ]
+    )
+    here = Daemon(args)
+    page = ControlPage.create(1)
+    here.registry.control = here._known_page = page
+    here.published, here.mapping = True, SimpleNamespace()  # type: ignore[assignment]
+    here.gate.close(page)
+    yield here
+    here.newest.close()
+    os.close(page.fd)
+
+
+def test_what_a_peer_has_keeps_out_though_it_cannot_be_noted(
+    whole: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question = whole.borrowing._question = threading.Event()
+    monkeypatch.setattr(whole.newest, "_write", lambda _: (_ for _ in ()).throw(OSError(28, "full")))
+    for event in (Learned(7), PeersAsked(question)):
+        whole._take(event)
+        whole._mind_the_gate()
+        assert not whole.gate.word.open
+    assert "the newest version is 7" in whole.gate.word.why
+
+
+def test_a_vllm_of_which_a_part_has_died_is_let_nobody_in_to(whole: Daemon) -> None:
+    whole._take(Lost("worker rank 0"))
+    whole._mind_the_gate()
+    assert not whole.gate.word.open
+    whole.published = True  # as of another one, whole
+    whole._dead_page = None
+    whole._mind_the_gate()
+    assert whole.gate.word.open
+
+
+def test_it_looks_again_once_however_often_that_was_asked_for(
+    whole: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_patching.daemon.PUBLISH_RETRY_S", 0.05)
+    for _ in range(2):
+        whole._look_again()
+        whole._look_again()
+        event = whole.events.get(timeout=10)
+        assert isinstance(event, LookAgain)
+        with pytest.raises(queue.Empty):
+            whole.events.get(timeout=0.2)
+        whole._take(event)
