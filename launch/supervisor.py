@@ -576,6 +576,8 @@ class Supervisor:
             self.launch.logdir / CONFIG_NAME,
             status["rendezvous"],
         )
+        if why := status["kept_out"]:
+            logger.warning("requests are answered with 503 for now: %s", why)
 
     def _show_url(self, shown: bool) -> None:
         """Have clients told where the server is, or not; ``_look`` tries again what fails.

@@ -219,6 +219,7 @@ def test_where_the_checkpoint_is_never_served_the_first_answer_is_the_first_vers
     wait_until("the server", in_state(server, "ready"), timeout_s=START_S)
     wait_until("a request", lambda: server.served()["refused"] > 0, timeout_s=20)
     assert "no version was broadcast yet" in server.status()["kept_out"]
+    wait_until("why", lambda: "answered with 503 for now: no version was" in server.text, timeout_s=START_S)
     with trainer(server) as bridge:
         bridge.broadcast_weights(weights(1))
     wait_until("it to answer", lambda: bool(server.served()["answered"]), timeout_s=20)

@@ -109,6 +109,7 @@ def daemon(args: argparse.Namespace) -> int:
                 "pids": {"daemon": os.getpid(), "engines": [], "workers": here},
                 "rendezvous": "127.0.0.1:1",
                 "complete": len(here) == 2,
+                "kept_out": "",
                 "weight_version": 0,
                 "last_error": None,
             }
