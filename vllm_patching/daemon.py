@@ -64,6 +64,7 @@ logger = logging.getLogger("vllm_patching.daemon")  # __name__ is __main__ here
 
 MAX_IDLE_DEATHS = 5
 PUBLISH_RETRY_S = 2.0
+COMES = "it comes with the trainer's next broadcast of the whole model"
 
 
 class Daemon:
@@ -255,9 +256,7 @@ class Daemon:
             )
         if page.requested == self.version:
             return Word(open=False, why=f"version {self.version} is about to be live", soon=True)
-        has = f"vLLM has version {page.requested or '0 (the checkpoint)'}, but the newest version is"
-        comes = "it comes with the trainer's next broadcast of the whole model"
-        return Word(open=False, why=f"{has} {self.version}; {comes}")
+        return Word(open=False, why=_lacking(page, self.version, COMES))
 
     def _take(self, event: Any) -> None:
         """Do what one event asks for; None is there for what has changed elsewhere."""
@@ -372,11 +371,7 @@ class Daemon:
             return f"{self._unpublished}, so nobody can bring a version; {wanted}"
         if not self.published or page is None:
             return f"{self._first_death or 'vLLM is gone'}, and vLLM is not complete again; {wanted}"
-        comes = "it comes with the trainer's next broadcast of the whole model"
-        return (
-            f"vLLM has version {page.requested or '0 (the checkpoint)'}, but "
-            f"{wanted}; {'its peers are being asked' if asking else comes}"
-        )
+        return _lacking(page, self.version, "its peers are being asked" if asking else COMES)
 
     @property
     def live_version(self) -> int:
@@ -561,6 +556,12 @@ class Daemon:
         socket_path(self.args.run_dir).unlink(missing_ok=True)
         if os.getppid() != self.args.launcher_pid:
             residue.clean_up_behind(self.vllm_pids, self._shm, self.args.run_dir)
+
+
+def _lacking(page: ControlPage, newest: int, then: str) -> str:
+    """What is said of a whole vLLM without ``newest``, to its operator and to whoever asks it for tokens."""
+    has = page.requested or "0 (the checkpoint)"
+    return f"vLLM has version {has}, but the newest version is {newest}; {then}"
 
 
 def main() -> int:

@@ -44,6 +44,13 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400)]
 Record = Callable[[str, object], None]
 
 
+def api_of(logdir: Path, model: Path) -> Api:
+    """The server of a log directory, which says where it answers while it is ready."""
+    api = Api(0, str(model))
+    api.url = (logdir / "server.url").read_text().strip()
+    return api
+
+
 class Job:
     """A batch job of one of the scripts, in a directory of its own."""
 
@@ -101,12 +108,7 @@ class Job:
         return sorted(self.directory.glob(f"*/attempt-{attempt}/server-*"))
 
     def apis(self, model: Path, attempt: int = 0) -> list[Api]:
-        made = []
-        for logdir in self.logdirs(attempt):
-            api = Api(0, str(model))
-            api.url = (logdir / "server.url").read_text().strip()
-            made.append(api)
-        return made
+        return [api_of(logdir, model) for logdir in self.logdirs(attempt)]
 
     def wait_versions(self, expected: list[tuple[int, int]]) -> None:
         """What it printed may come later than a file that it made after that."""
@@ -239,10 +241,8 @@ def refusals(job: Job, model: Path, attempt: int = 0, servers: Sequence[int] = (
     found = []
     logdirs = job.logdirs(attempt)
     for index in servers:
-        api = Api(0, str(model))
         try:
-            api.url = (logdirs[index] / "server.url").read_text().strip()
-            answer = api.complete([1, 2, 3], max_tokens=1)
+            answer = api_of(logdirs[index], model).complete([1, 2, 3], max_tokens=1)
         except urllib.error.HTTPError as err:
             with err:
                 found.append(f"{err.code} {err.read().decode()}")
