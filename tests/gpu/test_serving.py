@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from tests.support.models import build_checkpoint
-from tests.support.serving import Api, Server, serving, training
+from tests.support.serving import START_TIMEOUT_S, Api, Server, alive, serving, training, wait_until
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 
@@ -189,6 +190,31 @@ def test_a_killed_trainer_leaves_a_whole_version(
     with training("plain", sets[0], logdir=live.logdir, env=ON_GPU) as trainers:
         trainers.must("broadcast")
     assert live.api.greedy() == fresh[0]
+
+
+def test_a_vllm_that_is_started_again_answers_nothing_before_the_newest_version(
+    sets: list[Path], fresh: list[list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    """The GPU's memory comes back with it, and its API is closed until the trainer's next broadcast."""
+    with (
+        serving(sets[0], tmp_path, flags=FLAGS, env=SERVER_ENV) as server,
+        training("plain", sets[0], logdir=server.logdir, env=ON_GPU) as trainers,
+    ):
+        trainers.must("load", path=str(sets[1]))
+        trainers.must("broadcast")
+        assert server.api.greedy() == fresh[1]
+        free = torch.cuda.mem_get_info(0)[0]
+        pids = server.status()["pids"]
+        os.kill(pids["engines"][0], signal.SIGKILL)
+        wait_until("vLLM", lambda: "vLLM is back" in server.text(), timeout_s=START_TIMEOUT_S)
+        assert not any(map(alive, [*pids["engines"], *pids["workers"]]))
+        body = {"model": str(sets[0]), "prompt": [1, 5], "max_tokens": 1}
+        code, text = server.call("/v1/completions", body)
+        assert (code, "the newest version is 1" in text) == (503, True), text
+        (receipt,) = trainers.must("broadcast")
+        assert (receipt["version"], receipt["transport"]) == (2, "pull-gpu")
+        assert server.api.greedy() == fresh[1]
+        assert abs(torch.cuda.mem_get_info(0)[0] - free) < 1 << 30
 
 
 @pytest.mark.parametrize("flag", ["--staging=in-place", "--flip=copy"])
