@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import socket
 import threading
 from pathlib import Path
 
@@ -25,8 +26,7 @@ def test_who_finds_another_daemon_looks_at_the_page_unasked(
     parent, ends = os.pipe()  # in place of the parent's process descriptor
     monkeypatch.setattr("vllm_patching.registration.linux.pidfd_open", lambda _: parent)
 
-    def daemon() -> Channel:
-        listener = listen(tmp_path)
+    def daemon(listener: socket.socket) -> Channel:
         sock, _ = listener.accept()
         listener.close()
         channel = Channel(sock)
@@ -37,10 +37,9 @@ def test_who_finds_another_daemon_looks_at_the_page_unasked(
         return channel
 
     found: list[Channel] = []
-    first = threading.Thread(target=lambda: found.append(daemon()))
+    listener = listen(tmp_path)
+    first = threading.Thread(target=lambda: found.append(daemon(listener)))
     first.start()
-    while not socket_path(tmp_path).exists():
-        first.join(0.01)
     registration = Registration(HELLO, who="an engine")
     control = registration.connect()
     first.join()
@@ -49,7 +48,7 @@ def test_who_finds_another_daemon_looks_at_the_page_unasked(
     page.requested = 3
     socket_path(tmp_path).unlink()
     found[0].close()  # and nobody was told of the word
-    second = daemon()
+    second = daemon(listen(tmp_path))
     assert woken.get(timeout=20) == 3
     os.write(ends, b"x")
     for thread in threading.enumerate():
