@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 RETRY_S = 0.5
 LENDER_RETRY_S = 1.0  # it may stand at the door for long, beside a server that generates
 _beside: tuple[object, dist.ProcessGroup] | None = None  # the default group, and ours of the same ranks
+_answers: list[dist.Work] = []  # of rank 0, to the others' last call of ``highest``
 IMPATIENT_S = 5.0
 RANKS_TAG = 9
 CAME = 1
@@ -210,7 +211,6 @@ def highest(
         RankMissing: a rank is gone, or has not called it within ``timeout_s``; rank 0's error names it. The
             next call begins anew, on all ranks alike.
     """
-    global _beside
     if ranks.world_size == 1:
         return list(values)
     flight.note("waits", what="the trainer's own ranks", rank=ranks.rank, ranks=ranks.world_size)
@@ -221,7 +221,7 @@ def highest(
             return _collect(group, values, ranks.world_size, timeout_s, missing, tell)
         return _hand_in(group, values, timeout_s)
     except RuntimeError as err:
-        _beside = None  # a Gloo group in which one wait has failed is of no use to anybody
+        _leave_own_group()
         who = (
             f"trainer rank(s) {missing} did not come"
             if missing
@@ -268,8 +268,15 @@ def _collect(
             raise
     for wire in theirs.values():
         torch.maximum(agreed, wire, out=agreed)
-    for answer in [group.send([agreed], rank, RANKS_TAG) for rank in theirs]:
-        answer.wait(timedelta(seconds=timeout_s))
+    # Not waited for: each rank was ready to take it before it said what it had to say, and of one that dies
+    # now Gloo might say nothing for as long as the limit is. Kept until the next call, or Gloo would drop it.
+    _answers.clear()
+    for rank in theirs:
+        try:
+            _answers.append(group.send([agreed], rank, RANKS_TAG))
+        except RuntimeError:
+            missing.append(rank)
+            raise
     return [int(value) for value in agreed[:-1].tolist()]
 
 
@@ -292,11 +299,21 @@ def _own_group(timeout_s: float) -> dist.ProcessGroup:
     global _beside
     world = dist.group.WORLD
     if _beside is None or _beside[0] is not world:
+        _answers.clear()
         before = sockets.opened()
         _beside = (world, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)))
         # A network that is away between two broadcasts is waited for as long as a rank is.
         sockets.keep_alive(before, lost_after_s=timeout_s)
     return _beside[1]
+
+
+def _leave_own_group() -> None:
+    """A group in which one wait has failed is of no use to anybody; torch keeps it until told otherwise."""
+    global _beside
+    known, _beside = _beside, None
+    _answers.clear()  # each of which keeps the group's sockets
+    if known is not None and known[0] is dist.group.WORLD:
+        dist.destroy_process_group(known[1])
 
 
 def meet(

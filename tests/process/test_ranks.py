@@ -19,6 +19,7 @@ from bridge.environment import Ranks
 from bridge.errors import PeerLost
 from bridge.fleet import Fleet
 from bridge.rounds import Session
+from tests.support import left
 from tests.support.node import node
 from tests.support.ranks import run_ranks
 from tests.support.serving import stop, wait_until
@@ -52,7 +53,7 @@ def one_is_stopped(path: Path) -> None:
     fleet.ready(None)
     pids: list[Any] = [None] * ranks.world_size
     dist.all_gather_object(pids, os.getpid())
-    stopped = path / "stopped"
+    stopped, held = path / "stopped", len(left.descriptors(os.getpid()))
     if ranks.rank == 1:
         wait_until("to have been stopped", (path / "goes-on").exists, timeout_s=60)
     elif ranks.rank == 0:
@@ -87,6 +88,9 @@ def one_is_stopped(path: Path) -> None:
     # The trainer's own group is whole, and the next call begins anew, on all ranks alike.
     dist.barrier()
     assert fleet.ready(None)[0].session is session  # type: ignore[comparison-overlap]
+    del caught  # its frames hold what was under way
+    what = f"no more than {held} descriptors, and another's socket or two: a group has five and more"
+    wait_until(what, lambda: len(left.descriptors(os.getpid())) < held + 4, timeout_s=10)
 
 
 def test_status_names_the_ranks_that_have_not_come(tmp_path: Path) -> None:
