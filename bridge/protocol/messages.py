@@ -14,13 +14,14 @@ import msgspec
 
 from bridge.errors import ProtocolError
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 FRAME_BYTES = 1024
 DIGEST_BYTES = 16
 _HEAD = struct.Struct("<4sHhQQqH16s")
 _MAGIC = b"VWB1"
 MAX_TEXT_BYTES = FRAME_BYTES - _HEAD.size
 COMMIT_WHEN_STAGED = 1  # BEGIN's index: nobody else has a say, so the daemon need not wait for COMMIT
+HEARTBEAT_ASKS = 1  # HEARTBEAT's index: say how many frames you have taken, as behind any other frame
 MAX_VERSION = (1 << 63) - 1
 # Instead of an encoding in READY, and of a joint layout's key in BEGIN; may be followed by a space and the
 # version that is to be served again.
@@ -31,7 +32,7 @@ class Opcode(enum.IntEnum):
     """What a frame says. The sender is in brackets; 0 is the coordinator, trainer rank 0."""
 
     BUCKET = 0  # [0 to all] index names the bucket under way
-    HEARTBEAT = -1  # [anyone]
+    HEARTBEAT = -1  # [anyone] index HEARTBEAT_ASKS or -1; text is what the sender waits for
     SHUTDOWN = -2  # [0 to all] the trainer is done; the server goes on
     READY = -3  # [trainer to 0] my weights are stable; digest is my layout's, text the encoding or ROLLBACK
     BEGIN = -4  # [0 to all] the round starts; digest is the plan's, text the joint layout's key or ROLLBACK,
@@ -43,6 +44,7 @@ class Opcode(enum.IntEnum):
     DONE = -9  # [0 to trainers] text is the receipt
     FAILED = -10  # [anyone to 0] text says why
     ABORT = -11  # [0 to all] give the round up; text says why
+    TAKEN = -12  # [anyone] index counts the frames that I have taken of you, but for these; seen by no owner
 
 
 class Frame(msgspec.Struct, frozen=True, kw_only=True):

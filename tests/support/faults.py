@@ -216,7 +216,7 @@ class _Injector:
             overtaken = self._take_kept(group, (peer,))
             beat(group, peer)
             for _, kept in overtaken:
-                group._post(peer, encode(kept))  # by the thread that waits for what it sends
+                group._post(peer, encode(kept))  # by the thread that sends heartbeats, which waits for nobody
                 self._say_reordered()
 
         def faulty_init(group: Any, *args: Any, deliver: Any, **kwargs: Any) -> None:

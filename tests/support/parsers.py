@@ -79,7 +79,7 @@ class Parser(NamedTuple):
 
 REQUEST = Request(
     session="ab" * 16,
-    protocol_version=4,
+    protocol_version=messages.PROTOCOL_VERSION,
     world_size=2,
     mapping_digest="d",
     host="h",

@@ -21,10 +21,10 @@ import torch
 import torch.distributed as dist
 
 from bridge.errors import PeerLost, TransferError
-from bridge.protocol.messages import FRAME_BYTES, Frame, Opcode, decode
+from bridge.protocol.messages import FRAME_BYTES, Frame, Opcode, decode, encode
 from bridge.protocol.session import Coordinator
 from bridge.wire import rendezvous
-from bridge.wire.control import CONTROL_TAG, NEVER_TAG, ControlGroup
+from bridge.wire.control import ASKS, CONTROL_TAG, NEVER_TAG, UNTAKEN, ControlGroup
 from tests.support.serving import wait_until
 
 
@@ -382,6 +382,118 @@ def test_who_was_stopped_says_so_when_it_finds_the_others_gone() -> None:
         assert process.exitcode == 0
     finally:
         process.kill()
+
+
+def _take_much(host: str, port: int) -> None:
+    """A process that is ready to take many frames, and is killed."""
+    store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=30))
+    group: Any = rendezvous.make_group(
+        store, "control", rank=1, size=2, address="127.0.0.1", timeout_s=20, named=str
+    )
+    taken = [torch.empty(FRAME_BYTES, dtype=torch.uint8) for _ in range(20_000)]
+    coming = [group.recv([buffer], 0, CONTROL_TAG) for buffer in taken]
+    store.set("up", b"")
+    coming[-1].wait(timedelta(seconds=60))
+
+
+def _posts_to_rank_1(control: ControlGroup) -> Callable[[], bool]:
+    return lambda: control._posted[1] > 0
+
+
+def test_what_gloo_forgets_as_a_connection_breaks_holds_nobody() -> None:
+    """Of what it was about to write then, neither success nor failure ever comes."""
+    store = dist.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
+    )
+    process = multiprocessing.get_context("spawn").Process(target=_take_much, args=("127.0.0.1", store.port))
+    process.start()
+    killing = threading.Timer(0.005, process.kill)
+    try:
+        group: Any = rendezvous.make_group(
+            store, "control", rank=0, size=2, address="127.0.0.1", timeout_s=60, named=str
+        )
+        store.wait(["up"])
+        gone, end = weakref.ref(group), End.of(group, 1)
+        del group
+        wait_until("a heartbeat", _posts_to_rank_1(end.control), timeout_s=20)
+        killing.start()
+        sent = 0
+        with contextlib.suppress(PeerLost):
+            while sent < 20_000:
+                end.control.send([1], Frame(opcode=Opcode.BUCKET, epoch=1), awaited=False)
+                sent += 1
+        assert sent < 20_000, "it may have been told all before it was killed"
+        end.wait_for(1, timeout_s=5)
+        assert "rank 1 is gone" in str(end.heard[0][1])
+        assert end.control.close(timeout_s=5), "a thread waits for what is never to come"
+        del end
+        assert gone() is None
+    finally:
+        process.kill()
+        process.join(20)
+        killing.cancel()
+
+
+def test_heartbeats_that_are_not_taken_are_kept_within_bounds() -> None:
+    with met(2) as (one, _deaf):
+        end = End.of(one, 1)
+        wait_until("as many as are sent", lambda: len(end.control._kept[1]) == UNTAKEN, timeout_s=20)
+        assert not threading.Event().wait(0.3), "several heartbeats' time"
+        assert len(end.control._kept[1]) == UNTAKEN
+        end.control.close(timeout_s=0)
+
+
+def test_who_answers_what_it_is_told_does_not_wait_for_its_own_thread() -> None:
+    """That thread is the one to hear that the answer was taken."""
+    with met(2) as (one, other):
+        hub, member = End.of(one, 1, deadline_s=5.0), End.of(other, 0, deadline_s=5.0)
+        hub.answers = Frame(opcode=Opcode.ABORT, epoch=1, text="as you say")
+        began = time.monotonic()
+        member.control.send([0], Frame(opcode=Opcode.FAILED, epoch=1))
+        member.control.send([0], Frame(opcode=Opcode.SHUTDOWN, epoch=1))
+        member.wait_for(1, timeout_s=5)
+        assert time.monotonic() - began < 2
+        assert member.heard[0][1].text == "as you say"
+        for end in (hub, member):
+            end.control.close(timeout_s=5)
+
+
+def test_an_end_whose_owner_is_busy_is_not_called_silent() -> None:
+    """It does not hear what is taken of its heartbeats, which go on."""
+    with met(2) as (one, other):
+        first, busy = End.of(one, 1, deadline_s=1.0), End.of(other, 0, deadline_s=1.0)
+        busy.holds = go_on = threading.Event()
+        first.control.send([1], Frame(opcode=Opcode.BUCKET, epoch=1))
+        wait_until("many heartbeats", lambda: busy.control._posted[0] > 2 * UNTAKEN, timeout_s=20)
+        assert first.heard == []
+        go_on.set()
+        for end in (first, busy):
+            end.control.close(timeout_s=5)
+
+
+def test_a_peer_that_took_more_than_it_was_sent_is_lost() -> None:
+    with met(2) as (one, other):
+        first, second = End.of(one, 1), End.of(other, 0)
+        second.control._post(0, encode(Frame(opcode=Opcode.TAKEN, epoch=1, index=1 << 40)))
+        first.wait_for(1, timeout_s=5)
+        assert re.search(r"was sent \d+ frames and says that it took 1099511627776", str(first.heard[0][1]))
+        for end in (first, second):
+            end.control.close(timeout_s=0.1)
+
+
+def test_frames_that_are_taken_are_let_go() -> None:
+    """At both ends: one speaks more often than heartbeats come, and the other only says what it has taken."""
+    with met(2) as (one, other):
+        ends = [End.of(one, 1).control, End.of(other, 0).control]
+    while ends[1]._posted[0] < 3 * ASKS:
+        ends[0].beat()
+    wait_until("few that are kept", lambda: len(ends[0]._kept[1]) <= ASKS, timeout_s=5)
+    assert ends[0]._taken[1] > 3 * ASKS
+    wait_until("few of the other's", lambda: len(ends[1]._kept[0]) <= ASKS, timeout_s=5)
+    for rank, end in enumerate(ends):
+        end.send([1 - rank], Frame(opcode=Opcode.SHUTDOWN, epoch=1))
+    for end in ends:
+        assert end.close(timeout_s=20)
 
 
 def test_heartbeats_say_what_an_end_waits_for() -> None:
