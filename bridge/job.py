@@ -91,6 +91,17 @@ def forget_frames(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
+def again(error: BridgeError) -> BridgeError:
+    """The same error for somebody to raise, where another one keeps it.
+
+    One that is raised keeps the frames it comes through, and what they hold. Were it the one that is kept,
+    they would be kept too; and where one of them holds whoever keeps it, as the caller's does, for ever.
+    """
+    made = type(error)(str(error))
+    vars(made).update(vars(error))
+    return made
+
+
 class Job:
     """One broadcast, between the caller and the background thread."""
 
@@ -176,20 +187,14 @@ class Job:
         self.released.wait()
         if self.error is not None and self.receipt is None:
             self.seen = True
-            try:
-                raise self.error
-            finally:
-                del self  # or this frame, by the error's traceback, and the error keep each other
+            raise again(self.error)
 
     def wait(self) -> Receipt:
         """Wait for the outcome."""
         self.finished.wait()
         self.seen = True
         if self.error is not None:
-            try:
-                raise self.error
-            finally:
-                del self  # as above
+            raise again(self.error)
         assert self.receipt is not None
         return self.receipt
 

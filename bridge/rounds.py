@@ -31,7 +31,7 @@ from bridge.errors import (
     RoundAborted,
     TransferError,
 )
-from bridge.job import Encoding, Job, Receipt, Vote, forget_frames, read_receipt
+from bridge.job import Encoding, Job, Receipt, Vote, again, forget_frames, read_receipt
 from bridge.joining import ask_admission, meet
 from bridge.moving import Mover
 from bridge.protocol.mapping import Mapping
@@ -86,11 +86,6 @@ def write_flight(config: BridgeConfig, why: str) -> None:
         flight.write(why, config.logdir)
     elif config.config_path is not None:
         flight.write(why, Path(config.config_path).parent)
-
-
-def _another(err: BridgeError) -> BridgeError:
-    """The same error for somebody else to raise: this one would keep the frames that it comes through."""
-    return type(err)(str(err))
 
 
 class Session:
@@ -306,7 +301,7 @@ class Session:
             self._moving = False
             write_flight(self.config, f"a round failed while its bytes were moved: {self._ending}")
             assert self._ending is not None
-            self.give_up(str(self._ending), error=_another(self._ending))
+            self.give_up(str(self._ending), error=again(self._ending))
             return
         job = self._under_way
         if job is None or job.vote is None or job.done or not isinstance(event, Frame) or self.in_place:
@@ -319,7 +314,7 @@ class Session:
     def _lost(self, peer: int, event: Event) -> BridgeError | None:
         """Why no round can go on, if ``event`` says that somebody is lost to it."""
         if not isinstance(event, Frame):
-            return _another(event)  # our own thread raises that one
+            return again(event)  # our own thread raises that one
         if event.opcode is Opcode.FAILED:
             return RoundAborted(event.text)
         if event.opcode is Opcode.SHUTDOWN:
@@ -640,7 +635,7 @@ class Session:
         self._moving = True
         if self.rank == 0 and (ending := self._ending) is not None:  # it came while BEGIN was taken
             self._moving = False
-            raise _another(ending)
+            raise again(ending)
         try:
             self._mover.move(
                 plan,
@@ -653,10 +648,14 @@ class Session:
             self._moving = False
 
     def _announce(self, version: int, index: int) -> None:
-        """Rank 0 tells the daemons which bucket is next."""
+        """Rank 0 tells the daemons which bucket is next, unless the round is lost and nobody needs it."""
+        if (ending := self._ending) is not None:
+            raise again(ending)
+        if self.closed:
+            raise RoundAborted(self.closed)
         if self.rank != 0:
             return
         flight.note("bucket", version=version, index=index)
         daemons = range(self.world_size, self.world_size + self._answer.num_daemons)
         frame = Frame(opcode=Opcode.BUCKET, epoch=self.epoch, version=version, index=index)
-        self._control.send(daemons, frame)
+        self._control.send(daemons, frame, awaited=False)  # one is told of the next as the last one moves

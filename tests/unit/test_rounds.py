@@ -24,7 +24,7 @@ class Deaf:
 
     doing = ""
 
-    def send(self, *_: Any) -> None:
+    def send(self, *_: Any, **__: Any) -> None:
         pass
 
 
