@@ -526,9 +526,9 @@ class Node:
         new, self._read = lines[self._read :], len(lines)
         return [[tuple(rank) for rank in json.loads(line)["ranks"]] for line in new]
 
-    def flipped(self, version: int) -> bool:
-        """Whether all workers have noted that they flipped to it."""
-        logs = [self.logdir / f"flips-rank{rank}.jsonl" for rank in range(self.ranks)]
+    def flipped(self, version: int, *, killed: int | None = None) -> bool:
+        """Whether all workers have noted that they flipped to it, but for one that had no time to."""
+        logs = [self.logdir / f"flips-rank{rank}.jsonl" for rank in range(self.ranks) if rank != killed]
         return all(any(json.loads(line)["version"] == version for line in whole_lines(log)) for log in logs)
 
     def batches(self) -> int:
@@ -799,7 +799,8 @@ def _go_on(made: Node, fault: Fault, struck: _Round, before: _Before, *, restart
     seen = _assert_whole(made, fault, *struck.allowed, *again)
     if any("version" in answer for answer in struck.answers):
         # An engine that was killed in the first batch under it had no time to note that.
-        flipped = restarted and made.flipped(struck.before + 1)
+        killed = fault.which if fault.who == "worker" else None
+        flipped = restarted and made.flipped(struck.before + 1, killed=killed)
         assert struck.allowed[1] in seen or flipped, f"{fault}: a receipt for what was never served"
     wait_until("the processes to be as before", lambda: made.tree() == before.tree, timeout_s=30)
     replaced = {fault.who} if fault.what in faults.ENDS and fault.who in ("daemon", "trainer") else set()
