@@ -341,12 +341,32 @@ def test_who_leaves_without_a_word_is_missed_at_once() -> None:
         assert ends[1].control.close(timeout_s=20)
 
 
+def _join(store: Any, *, rank: int, timeout_s: float) -> Any:
+    """One end of a group of two processes."""
+    return rendezvous.make_group(
+        store, "control", rank=rank, size=2, address="127.0.0.1", timeout_s=timeout_s, named=str
+    )
+
+
+@contextmanager
+def _beside(target: Callable[[str, int], None]) -> Iterator[tuple[Any, Any]]:
+    """A store, and another process that is told where it is; it is killed in the end."""
+    store = dist.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
+    )
+    process = multiprocessing.get_context("spawn").Process(target=target, args=("127.0.0.1", store.port))
+    process.start()
+    try:
+        yield store, process
+    finally:
+        process.kill()
+        process.join(20)
+
+
 def _stand_still(host: str, port: int) -> None:
     """A process that is stopped, and says how it found the other when it went on."""
     store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=30))
-    group: Any = rendezvous.make_group(
-        store, "control", rank=1, size=2, address="127.0.0.1", timeout_s=20, named=str
-    )
+    group = _join(store, rank=1, timeout_s=20)
     end = End.of(group, 0, deadline_s=2.0)
     store.set("up", b"")
     end.wait_for(1, timeout_s=60)
@@ -355,17 +375,8 @@ def _stand_still(host: str, port: int) -> None:
 
 
 def test_who_was_stopped_says_so_when_it_finds_the_others_gone() -> None:
-    store = dist.TCPStore(
-        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
-    )
-    process = multiprocessing.get_context("spawn").Process(
-        target=_stand_still, args=("127.0.0.1", store.port)
-    )
-    process.start()
-    try:
-        group: Any = rendezvous.make_group(
-            store, "control", rank=0, size=2, address="127.0.0.1", timeout_s=60, named=str
-        )
+    with _beside(_stand_still) as (store, process):
+        group = _join(store, rank=0, timeout_s=60)
         end = End.of(group, 1, deadline_s=2.0)
         store.wait(["up"])
         assert process.pid is not None
@@ -380,16 +391,12 @@ def test_who_was_stopped_says_so_when_it_finds_the_others_gone() -> None:
         )
         process.join(20)
         assert process.exitcode == 0
-    finally:
-        process.kill()
 
 
 def _take_much(host: str, port: int) -> None:
     """A process that is ready to take many frames, and is killed."""
     store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=30))
-    group: Any = rendezvous.make_group(
-        store, "control", rank=1, size=2, address="127.0.0.1", timeout_s=20, named=str
-    )
+    group = _join(store, rank=1, timeout_s=20)
     taken = [torch.empty(FRAME_BYTES, dtype=torch.uint8) for _ in range(20_000)]
     coming = [group.recv([buffer], 0, CONTROL_TAG) for buffer in taken]
     store.set("up", b"")
@@ -402,20 +409,13 @@ def _posts_to_rank_1(control: ControlGroup) -> Callable[[], bool]:
 
 def test_what_gloo_forgets_as_a_connection_breaks_holds_nobody() -> None:
     """Of what it was about to write then, neither success nor failure ever comes."""
-    store = dist.TCPStore(
-        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
-    )
-    process = multiprocessing.get_context("spawn").Process(target=_take_much, args=("127.0.0.1", store.port))
-    process.start()
-    killing = threading.Timer(0.005, process.kill)
-    try:
-        group: Any = rendezvous.make_group(
-            store, "control", rank=0, size=2, address="127.0.0.1", timeout_s=60, named=str
-        )
+    with _beside(_take_much) as (store, process):
+        group = _join(store, rank=0, timeout_s=60)
         store.wait(["up"])
         gone, end = weakref.ref(group), End.of(group, 1)
         del group
         wait_until("a heartbeat", _posts_to_rank_1(end.control), timeout_s=20)
+        killing = threading.Timer(0.005, process.kill)
         killing.start()
         sent = 0
         with contextlib.suppress(PeerLost):
@@ -428,10 +428,7 @@ def test_what_gloo_forgets_as_a_connection_breaks_holds_nobody() -> None:
         assert end.control.close(timeout_s=5), "a thread waits for what is never to come"
         del end
         assert gone() is None
-    finally:
-        process.kill()
-        process.join(20)
-        killing.cancel()
+        killing.join()
 
 
 def test_heartbeats_that_are_not_taken_are_kept_within_bounds() -> None:
